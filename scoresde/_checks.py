@@ -1,0 +1,135 @@
+"""The door: what every public function does with its arguments before any mathematics.
+
+Knows types, shapes, dtypes and ranges; knows nothing of diffusion. Errors name the argument, the value,
+what is allowed and the fix. Values are looked at only where that costs no synchronisation: on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64)
+_OUTSIDE = 1e-6  # how far outside its interval a time may lie, relative to T: float32 rounding, no more
+
+
+def number(
+    name: str,
+    value: Any,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> float:
+    """Return `value` as a finite float inside (above, below) and [least, most]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
+    out = float(value)
+    bounds = {"above": above, "below": below, "at least": least, "at most": most}
+    if not (math.isfinite(out) and above < out < below and least <= out <= most):
+        allowed = " and ".join(f"{word} {b:g}" for word, b in bounds.items() if math.isfinite(b))
+        raise ValueError(f"`{name}` must be {('finite and ' + allowed) if allowed else 'finite'}, got {value}.")
+    return out
+
+
+def integer(name: str, value: Any, *, least: int = 0) -> int:
+    """Return `value` as an int of at least `least`; floats and booleans are refused."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
+    out = int(value.__index__())
+    if out < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {out}.")
+    return out
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return str(value)
+
+
+def state(name: str, x: Any) -> Tensor:
+    """Check a state (B, *event) of float32 or float64 and return it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor of shape (B, *event), got {type(x).__name__}.")
+    if x.dtype not in FLOATS:
+        if x.is_complex():
+            fix = f"torch.view_as_real(`{name}`) holds its two parts as a last axis"
+        else:
+            fix = f"use `{name}`.float(); a network in half precision is cast at its own door"
+        raise TypeError(f"`{name}` must be float32 or float64, got {str(x.dtype)[6:]}: {fix}.")
+    if x.ndim == 0:
+        raise ValueError(f"`{name}` must have shape (B, *event), got a scalar tensor; use `{name}`[None].")
+    return x
+
+
+def match(name: str, x: Any, other: str, like: Tensor) -> Tensor:
+    """Check that the state `x` has the shape and device of `like` and return it."""
+    state(name, x)
+    if x.shape != like.shape:
+        raise ValueError(
+            f"`{name}` must have the shape of `{other}`, {tuple(like.shape)}, got {tuple(x.shape)}; "
+            f"broadcasting a state is never meant."
+        )
+    if x.device != like.device:
+        raise ValueError(f"`{name}` is on {x.device} and `{other}` on {like.device}; move one of them.")
+    return x  # type: ignore[no-any-return]
+
+
+def real(name: str, value: Any) -> Tensor:
+    """Return a float, a scalar tensor or a (B,) tensor as a tensor; plain numbers become float64 on the CPU."""
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            fix = (
+                "half precision rounds 0.998 to 1"
+                if value.is_floating_point()
+                else "an index is not a time: see `Discrete.t_of_index`"
+            )
+            raise TypeError(
+                f"`{name}` must be float32 or float64, got {str(value.dtype)[6:]} ({fix}); use `{name}`.float()."
+            )
+        if value.ndim > 1:
+            raise ValueError(
+                f"`{name}` must be a number, a scalar tensor or of shape (B,), got shape {tuple(value.shape)}."
+            )
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}.")
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def time(t: Any, T: float, name: str = "t") -> Tensor:
+    """Return a time as a tensor inside [0, T]; rounding outside the interval is taken back to its end."""
+    out = real(name, t)
+    if out.device.type == "cpu":
+        slack = _OUTSIDE * T
+        inside = (out >= -slack) & (out <= T + slack)
+        if not bool(inside.all()):
+            bad = out.detach().reshape(-1)[~inside.reshape(-1)][0].item()
+            raise ValueError(
+                f"`{name}` must lie in [0, {T:g}] (0 is data, {T:g} is noise), got {bad:g}; "
+                f"a process is used outside its interval only after it was made with a larger `T`."
+            )
+    return out.clamp(0.0, T)
+
+
+def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
+    """Shape a coefficient, a number, () or (B,), so that it multiplies a state (B, *event)."""
+    if not isinstance(c, Tensor):
+        return c
+    if c.ndim == 0:
+        return c.to(x.dtype) if c.device == x.device else c.to(x)
+    if c.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"`{name}` has {c.shape[0]} entries and the state has {x.shape[0]} rows; "
+            f"give one number, or one entry for each row."
+        )
+    if c.device != x.device:
+        raise ValueError(f"`{name}` is on {c.device} and the state on {x.device}; move `{name}` with .to(x.device).")
+    return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

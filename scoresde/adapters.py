@@ -1,0 +1,191 @@
+r"""Networks trained elsewhere, as denoisers: each function states one code base's conventions, once.
+
+They load no weights and import nothing of those code bases: the network is yours, its conventions are known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoiser import Denoiser
+from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.sde import EDM, SDE, VE, VP, Flow, SubVP
+
+Net = Callable[..., Tensor]
+
+
+def from_ddpm(
+    net: Net, betas: Sequence[float] | Tensor, *, predicts: str = "eps", learned_variance: bool = False
+) -> Denoiser:
+    """A network of DDPM, improved or guided diffusion: ``net(x, index)`` on a β list, index 0 … N − 1.
+
+    Arguments:
+        net: The network.
+        betas: The list it was trained on.
+        predicts: ``"eps"`` in those code bases, unless configured otherwise.
+        learned_variance: Whether it returns twice the channels.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
+    """
+    return Denoiser(net, Discrete(betas), predicts=predicts, time="index", learned_variance=learned_variance)
+
+
+def from_score_sde(net: Net, kind: str, **parameters: float) -> Denoiser:
+    """A continuous network of score_sde: ``"vp"`` and ``"subvp"`` return ε at label 999 t, ``"ve"`` the score at label σ.
+
+    The VE networks there were trained at σ = σ_min r^t; the label is σ, so this library's :class:`VE` clock is no matter.
+
+    Arguments:
+        net: The raw network, before that code base's ``get_score_fn``.
+        kind: Which of the three.
+        **parameters: Those of the process: ``beta_min``, ``beta_max``, or ``sigma_min``, ``sigma_max``.
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+          arXiv:2011.13456
+    """
+    check.choice("kind", kind, ("vp", "subvp", "ve"))
+    if kind == "ve":
+        return Denoiser(net, VE(**parameters), predicts="score", time="sigma")
+    process: SDE = VP(**parameters) if kind == "vp" else SubVP(**parameters)
+    return Denoiser(net, process, predicts="eps", time=lambda t: 999 * t)
+
+
+def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> Denoiser:
+    """A preconditioned network of EDM or EDM2: ``net(x, σ)`` returns the denoised state.
+
+    Arguments:
+        net: The network with its preconditioning, as those checkpoints hold it.
+        sigma_max: Largest noise level, T.
+        sigma_min: Smallest, t_min.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
+    return Denoiser(net, EDM(T=sigma_max, t_min=sigma_min), predicts="x0", time="sigma")
+
+
+def from_flow(net: Net, *, data_at: float = 0.0) -> Denoiser:
+    """A flow-matching network: ``net(x, t)`` returns dx/dt along straight lines.
+
+    Arguments:
+        net: The network.
+        data_at: 0 if its t = 0 is data (this library's convention), 1 if its t = 1 is; the velocity then changes sign.
+
+    References:
+        | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747
+    """
+    if data_at not in (0, 1):
+        raise ValueError(f"`data_at` must be 0 or 1, got {data_at}.")
+    if data_at == 0:
+        return Denoiser(net, Flow(), predicts="velocity")
+    return Denoiser(_Negated(net), Flow(), predicts="velocity", time=lambda t: 1 - t)
+
+
+class _Negated(torch.nn.Module):
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return -self.net(x, t, **cond)
+
+
+_PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
+_SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+# Keys that say how diffusers' own samplers step; the process and the network are the same whatever they are.
+_OF_SAMPLERS = frozenset(
+    "_class_name _diffusers_version _use_default_values algorithm_type clip_sample clip_sample_range "
+    "dynamic_thresholding_ratio euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final "
+    "disable_corrector predict_x0 sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type "
+    "steps_offset thresholding timestep_spacing use_beta_sigmas use_exponential_sigmas use_karras_sigmas "
+    "use_lu_lambdas timestep_type variance_type base_image_seq_len base_shift max_image_seq_len max_shift "
+    "invert_sigmas shift_terminal stochastic_sampling time_shift_type use_dynamic_shifting predictor_order "
+    "corrector_order tau_func use_flow_sigmas flow_shift".split()
+)
+
+
+def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
+    """The process of a diffusers scheduler configuration: :class:`Discrete`, or :class:`Flow` for flow matching.
+
+    Arguments:
+        config: ``scheduler.config``, or the dictionary of a ``scheduler_config.json``. A key that changes the process
+            and is not understood raises; keys that only steer diffusers' own samplers are passed over.
+    """
+    known = {
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+        "rescale_betas_zero_snr",
+        "shift",
+    }
+    unknown = sorted(set(config) - known - _OF_SAMPLERS)
+    if unknown:
+        raise ValueError(
+            f"`config` has keys that may change the process and are not understood: {', '.join(unknown)}; remove them "
+            f"if they do not, or build the process by hand with Discrete(betas)."
+        )
+    if str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+        return Flow()
+    N = check.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), least=1)
+    if config.get("trained_betas") is not None:
+        table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+    else:
+        name = config.get("beta_schedule", "linear")
+        if name not in _SCHEDULE:
+            raise ValueError(
+                f"`beta_schedule` must be one of {', '.join(_SCHEDULE)}, got {name!r}; give `trained_betas`."
+            )
+        kind = _SCHEDULE[name]
+        ends = {} if kind == "cosine" else {k: config[k] for k in ("beta_start", "beta_end") if k in config}
+        if kind == "scaled_linear":  # diffusers' defaults are those of "linear" whatever the schedule
+            ends = {"beta_start": 1e-4, "beta_end": 0.02, **ends}
+        table = betas(kind, N, **ends)
+    return Discrete(zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table)
+
+
+def from_diffusers(net: Net, config: Mapping[str, Any]) -> Denoiser:
+    """A diffusers network with its scheduler's configuration.
+
+    The network is called as ``net(x, label, **cond)`` and may return a tensor or an output with ``.sample``. Labels are
+    indices for discrete schedules and 1000 t for flow matching, whose resolution shift is a matter of the grid:
+    see :func:`scoresde.grids.shifted`.
+
+    Arguments:
+        net: The UNet or transformer.
+        config: ``scheduler.config``.
+    """
+    sde = sde_from_diffusers(config)
+    unwrapped = _Unwrapped(net)
+    if isinstance(sde, Flow):
+        N = config.get("num_train_timesteps", 1000)
+        return Denoiser(unwrapped, sde, predicts="velocity", time=lambda t: N * t)
+    name = config.get("prediction_type", "epsilon")
+    if name not in _PREDICTION:
+        raise ValueError(f"`prediction_type` must be one of {', '.join(_PREDICTION)}, got {name!r}.")
+    learned = config.get("variance_type") in ("learned", "learned_range")
+    return Denoiser(unwrapped, sde, predicts=_PREDICTION[name], time="index", learned_variance=learned)
+
+
+class _Unwrapped(torch.nn.Module):
+    """A network whose output may be an object with ``.sample``."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        out = self.net(x, t, **cond)
+        return out if isinstance(out, Tensor) else out.sample
+
+
+__all__ = ["from_ddpm", "from_diffusers", "from_edm", "from_flow", "from_score_sde", "sde_from_diffusers"]

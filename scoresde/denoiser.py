@@ -1,0 +1,400 @@
+r"""One place for parametrisation: a network, its process, and what it predicts.
+
+A state is :math:`x = \alpha x_0 + \sigma\varepsilon`, and every prediction in use is a linear form
+:math:`a\,x_0 + b\,\varepsilon`: x0 (1, 0), ε (0, 1), score (0, −1/σ), v (−σ, α), velocity (α̇, σ̇) and EDM's F. Two
+equations in two unknowns turn any of them into any other. Knows nothing of solvers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from scoresde import _checks as check
+from scoresde.discrete import Discrete
+from scoresde.sde import SDE
+
+PREDICTIONS = ("eps", "score", "x0", "v", "velocity", "F")
+CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
+
+Coefficient = float | Tensor
+Clock = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    r"""EDM's scaling of a network's input, output and time, at any (α, σ).
+
+    .. math::
+        D = c_{skip} x + c_{out} F(c_{in} x,\, c_{noise}), \quad
+        c_{skip} = \frac{\alpha s^2}{\alpha^2 s^2 + \sigma^2}, \;
+        c_{out} = \frac{\sigma s}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \;
+        c_{in} = \frac{1}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \;
+        c_{noise} = \tfrac14 \log\tfrac{\sigma}{\alpha}
+
+    With ``predicts="F"`` all four are used; with another prediction the input scaling and the clock.
+
+    Arguments:
+        sigma_data: Standard deviation s of the data.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check.number("sigma_data", self.sigma_data, above=0)
+
+    def c_in(self, alpha: Coefficient, sigma: Coefficient) -> Any:
+        """Scale of the network's input."""
+        return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
+
+
+@dataclass(frozen=True)
+class _Form:
+    """scale · prediction = a x0 + b ε, at one (α, σ); numbers or tensors (B,)."""
+
+    a: Any
+    b: Any
+    scale: Any = 1.0
+
+
+def _form(kind: str, sde: SDE, t: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> _Form:
+    if kind == "eps":
+        return _Form(0.0, 1.0)
+    if kind == "score":
+        return _Form(0.0, 1.0, -sigma)
+    if kind == "x0":
+        return _Form(1.0, 0.0)
+    if kind == "v":
+        return _Form(-sigma, alpha)
+    if kind == "velocity":
+        return _Form(sde.alpha_dot(t), sde.sigma_dot(t))
+    root = (alpha**2 * sigma_data**2 + sigma**2) ** 0.5
+    return _Form(sigma / (sigma_data * root), -alpha * sigma_data / root)
+
+
+def _mix(have: _Form, want: _Form, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """Coefficients (of x, of the output) that turn the prediction `have` into `want`; zero cancels exactly."""
+    det = alpha * have.b - sigma * have.a
+    of_x = (want.a * have.b - want.b * have.a) / (det * want.scale)
+    of_out = (want.b * alpha - want.a * sigma) * have.scale / (det * want.scale)
+    return of_x, of_out
+
+
+class AbstractDenoiser(nn.Module):
+    """What every denoiser offers; a subclass sets ``sde`` and writes :meth:`x0`.
+
+    All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by name, and
+    return a tensor of the shape of `x`.
+    """
+
+    sde: SDE
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Data prediction, E[x_0 | x_t = x]."""
+        raise NotImplementedError(f"{type(self).__name__} must define `x0(x, t, **cond)`.")
+
+    def forward(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """The data prediction: calling a denoiser denoises."""
+        return self.x0(x, t, **cond)
+
+    def eps(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Noise prediction, :math:`\varepsilon = (x - \alpha x_0)/\sigma`."""
+        return self._predict(_want("eps"), x, t, cond)
+
+    def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Score, :math:`\nabla_x\log p_t(x) = (\alpha x_0 - x)/\sigma^2`."""
+        return self._predict(_want("score"), x, t, cond)
+
+    def v(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""v-prediction, :math:`v = \alpha\varepsilon - \sigma x_0`."""
+        return self._predict(_want("v"), x, t, cond)
+
+    def velocity(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Velocity of the probability flow, :math:`\dot\alpha x_0 + \dot\sigma\varepsilon = dx/dt`."""
+        return self._predict(_want("velocity"), x, t, cond)
+
+    def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+        return self._convert("x0", self.x0(x, t, **cond), want, x, t)
+
+    def _convert(self, kind: str, out: Tensor, want: _Want, x: Tensor, t: float | Tensor, s: float = 1.0) -> Tensor:
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        have = _form(kind, self.sde, t, alpha, sigma, s)
+        try:
+            of_x, of_out = _mix(have, want(self.sde, t, alpha, sigma), alpha, sigma)
+        except ZeroDivisionError:
+            raise ValueError(
+                f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: without noise "
+                f"there is no noise to see, without signal no data; ask at t in [t_min, T) or for `x0`."
+            ) from None
+        of_out = check.expand(of_out, x)
+        if isinstance(of_x, float) and of_x == 0:
+            return out if isinstance(of_out, float) and of_out == 1 else of_out * out
+        return check.expand(of_x, x) * x + of_out * out
+
+
+_Want = Callable[[SDE, Any, Any, Any], _Form]
+
+
+def _want(kind: str) -> _Want:
+    return lambda sde, t, alpha, sigma: _form(kind, sde, t, alpha, sigma)
+
+
+class Denoiser(AbstractDenoiser):
+    r"""A network together with its process: what it predicts is said once, here, and converted everywhere else.
+
+    .. math:: \mathrm{out} = \mathrm{net}(c_{in}\,x,\; c_{time}(t),\; \mathrm{cond}), \qquad
+              x_0 = c_{skip}\,x + c_{out}\,\mathrm{out}
+
+    The network runs in its own dtype; its input is cast to that and its output back to the dtype of `x`. Its time is
+    a float32 tensor (B,).
+
+    Arguments:
+        net: A module or function ``net(x, time, **cond)`` that returns a tensor of the shape of `x`.
+        sde: The process it was, or will be, trained on.
+        predicts: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or, with preconditioning, ``"F"``. There is
+            no default: a wrong guess here gives noise instead of samples. :func:`check_denoiser` diagnoses one.
+        precondition: EDM's input scaling and clock, and its output scaling when ``predicts="F"``.
+        time: What the network is told: ``"t"``, ``"index"`` (a :class:`Discrete` process' label, fractional between
+            labels), ``"nearest_index"``, ``"sigma"``, ``"log_sigma"``, or a function of a tensor of times. By default
+            the index for discrete processes, ¼ log(σ/α) with preconditioning, else t.
+        learned_variance: The network returns twice the channels, the second half being a variance; it is split off,
+            and :meth:`x0_and_variance` returns it.
+        check_finite: Raise at the first output that is not finite, naming the time. It reads the output back to the
+            host, so leave it off in hot loops on a GPU.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> model = ss.Denoiser(lambda x, t: torch.zeros_like(x), ss.VP(), predicts="eps")
+        >>> model.x0(torch.ones(2, 3), 0.5).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: SDE,
+        *,
+        predicts: str,
+        precondition: Preconditioning | None = None,
+        time: str | Clock | None = None,
+        learned_variance: bool = False,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
+        if not isinstance(sde, SDE):
+            raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
+        check.choice("predicts", predicts, PREDICTIONS)
+        if predicts == "F" and precondition is None:
+            raise ValueError(
+                "`predicts`='F' is defined by its scaling; give `precondition`=Preconditioning(sigma_data)."
+            )
+        if predicts in ("eps", "score") and sde.alpha(sde.T) == 0:
+            raise ValueError(
+                f"`predicts`={predicts!r} says nothing about data where α = 0, and {type(sde).__name__} has α(T) = 0 at "
+                f"T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or end the process earlier with a "
+                f"smaller `T`."
+            )
+        self.net = net
+        self.sde = sde
+        self.predicts = predicts
+        self.precondition = precondition
+        self.time = time
+        self.learned_variance = learned_variance
+        self.check_finite = check_finite
+        self._clock = _clock(time, sde, precondition)
+
+    def extra_repr(self) -> str:
+        """What is said once, in the module's printout."""
+        return f"sde={self.sde}, predicts={self.predicts!r}, precondition={self.precondition}, time={self.time!r}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Data prediction, E[x_0 | x_t = x]."""
+        return self._predict(_want("x0"), x, t, cond)
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """Data prediction and the network's raw variance output, both of the shape of `x`; one evaluation."""
+        if not self.learned_variance:
+            raise ValueError("this denoiser was made with `learned_variance`=False: its network predicts no variance.")
+        out, variance = self.output(x, t, **cond)
+        assert variance is not None
+        return self._convert(self.predicts, out, _want("x0"), x, t, self._sigma_data), variance
+
+    def output(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor | None]:
+        """The network's own output, cast up, and its variance part if it has one."""
+        check.state("x", x)
+        _check_cond(cond, len(x))
+        net_x = x
+        if self.precondition is not None:
+            c_in = self.precondition.c_in(self.sde.alpha(t), self.sde.sigma(t))
+            net_x = check.expand(c_in, x) * x
+        dtype = _dtype_of(self.net)
+        out = self.net(net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), **cond)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in `lambda x, t: net(x, t).sample`."
+            )
+        wide = (len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_variance and x.ndim > 1 else tuple(x.shape)
+        if tuple(out.shape) != wide:
+            twice = x.ndim > 1 and tuple(out.shape) == (len(x), 2 * x.shape[1], *x.shape[2:])
+            hint = (
+                "twice the channels: a learned variance? give `learned_variance`=True" if twice else "check the network"
+            )
+            raise ValueError(f"`net` returned shape {tuple(out.shape)} where {wide} was expected: {hint}.")
+        out = out.to(x.dtype)
+        if self.check_finite and not bool(out.isfinite().all()):
+            row = int((~out.isfinite()).flatten(1).any(1).nonzero()[0, 0])
+            raise ValueError(f"`net` returned a value that is not finite at t = {t}, first in sample {row}.")
+        if not self.learned_variance:
+            return out, None
+        mean, variance = out.chunk(2, dim=1)
+        return mean, variance
+
+    def target(self, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+        """What the network should return for the state ``sde.perturb(x0, t, eps)``: the training target.
+
+        Arguments:
+            x0: Data, (B, *event).
+            eps: Standard normal, the shape of `x0`.
+            t: A number, () or (B,).
+        """
+        check.match("eps", eps, "x0", check.state("x0", x0))
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        form = _form(self.predicts, self.sde, t, alpha, sigma, self._sigma_data)
+        a, b, scale = (check.expand(c, x0) for c in (form.a, form.b, form.scale))
+        return (a * x0 + b * eps) / scale
+
+    @property
+    def _sigma_data(self) -> float:
+        return 1.0 if self.precondition is None else self.precondition.sigma_data
+
+    def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+        out, _ = self.output(x, t, **cond)
+        return self._convert(self.predicts, out, want, x, t, self._sigma_data)
+
+    def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
+        label = self._clock(check.time(t, self.sde.T))
+        if not isinstance(t, Tensor):
+            return torch.full((len(x),), float(label), dtype=torch.float32, device=x.device)
+        if label.ndim == 1 and len(label) != len(x):
+            check.expand(label, x)
+        return label.to(device=x.device, dtype=torch.float32).expand(len(x))
+
+
+def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | None) -> Clock:
+    if time is None:
+        if precondition is not None:
+            return lambda t: -sde.lam(t) / 4
+        time = "index" if isinstance(sde, Discrete) else "t"
+    if callable(time):
+        return time
+    check.choice("time", time, CLOCKS)
+    if time in ("index", "nearest_index"):
+        if not isinstance(sde, Discrete):
+            raise ValueError(
+                f"`time`={time!r} needs a process with indices, Discrete(betas), got {type(sde).__name__}; for a "
+                f"network trained on scaled times give a function, as in `time=lambda t: 999 * t`."
+            )
+        index = sde.index_of_t
+        return index if time == "index" else (lambda t: index(t).round())
+    if time == "sigma":
+        return sde.sigma
+    return sde.log_sigma if time == "log_sigma" else (lambda t: t)
+
+
+def _dtype_of(net: Any) -> torch.dtype | None:
+    """The floating dtype a network computes in; None where it has no parameters to tell."""
+    parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
+    first = next(parameters, None)
+    return first.dtype if first is not None and first.is_floating_point() else None
+
+
+def _check_cond(cond: dict[str, Any], rows: int) -> None:
+    for name, tree in cond.items():
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] not in (1, rows):
+                raise ValueError(
+                    f"condition `{name}` has {leaf.shape[0]} rows and the state has {rows}; give one row for each "
+                    f"sample, or one for all of them."
+                )
+
+
+@dataclass(frozen=True)
+class Reverse:
+    r"""The reverse family of a denoiser: every process here has the marginals of the forward SDE.
+
+    .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\,g^2\nabla\log p_t(x)\right]dt + \eta\,g\,d\bar w
+              = \left[\dot\alpha x_0 + \left(\dot\sigma + \tfrac{\eta^2 g^2}{2\sigma}\right)\varepsilon\right]dt
+              + \eta\,g\,d\bar w
+
+    The second form is the one computed: it stays finite where α = 0 or where f x and the score cancel.
+
+    Arguments:
+        denoiser: Whose score.
+        eta: 1 for the reverse SDE, 0 for the probability-flow ODE, or any other number.
+    """
+
+    denoiser: AbstractDenoiser
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.number("eta", self.eta, least=0)
+
+    def drift(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """The bracket, (B, *event); one evaluation of the network."""
+
+        def want(sde: SDE, t: Any, alpha: Any, sigma: Any) -> _Form:
+            velocity = _form("velocity", sde, t, alpha, sigma)
+            if self.eta == 0:
+                return velocity
+            return _Form(velocity.a, velocity.b + self.eta**2 * sde.g2(t) / (2 * sigma))
+
+        return self.denoiser._predict(want, x, t, cond)
+
+    def diffusion(self, t: float | Tensor) -> float | Tensor:
+        """η g(t)."""
+        return self.eta * self.denoiser.sde.g(t) if isinstance(t, Tensor) else self.eta * self.denoiser.sde.g(t)
+
+
+class Rescheduled(AbstractDenoiser):
+    r"""A denoiser on another process than its own: swap the schedule after training.
+
+    .. math:: D'(x, t) = D\!\left(x\,\frac{\alpha_u}{\alpha'_t},\, u\right), \qquad \lambda_u = \lambda'_t
+
+    What a denoiser knows depends on x/α and λ alone, so this is exact. Where the new process is noisier than the old
+    one ever was, the denoiser is asked at its own T; where it is cleaner than t = 0, at 0.
+
+    Arguments:
+        denoiser: Whose network.
+        sde: The new process.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
+
+    def __init__(self, denoiser: AbstractDenoiser, sde: SDE) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.sde = sde
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Data prediction, E[x_0 | x_t = x]."""
+        old = self.denoiser.sde
+        s = check.time(t, self.sde.T)
+        lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))
+        u = old._t_of_lam(lam).clamp(0.0, old.T)
+        # α_u/α_t and σ_u/σ_t agree; take the one that does not divide by a vanishing number.
+        signal, noise = old.alpha(u) / self.sde.alpha(s), old.sigma(u) / self.sde.sigma(s)
+        scale = torch.where(lam > 0, signal, noise)
+        if not isinstance(t, Tensor):
+            return self.denoiser.x0(float(scale) * x, float(u), **cond)
+        return self.denoiser.x0(check.expand(scale, x) * x, u, **cond)

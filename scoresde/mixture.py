@@ -1,0 +1,430 @@
+r"""Exact denoisers: the ground truth of this library.
+
+If data is a Gaussian mixture, so is every marginal, :math:`p_t = \sum_k w_k N(\alpha\mu_k, \alpha^2 C_k + \sigma^2 I)`,
+and score, posterior mean, density and samples are closed forms at any (α, σ). The optimal denoiser of a finite data
+set is the case C = 0. Both are denoisers, so whatever takes a trained network takes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser, _Want, _want
+from scoresde.noise import Noise
+from scoresde.sde import SDE
+
+_CHUNK = 1 << 18  # numbers in a temporary of squared differences
+_STREAM = 0x6D6978  # samples of a mixture are independent of a sampler's noise at the same seed
+
+
+def squared_distances(x: Tensor, centres: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
+    r"""Squared distances :math:`|x_b - \alpha_b\mu_k|^2`, (B, D) and (K, D) to (B, K).
+
+    By differences, never by expanding the square: near duplicates far from the origin keep their digits.
+    """
+    if isinstance(alpha, Tensor) and alpha.ndim == 1:
+        alpha = alpha[:, None, None]
+    step = max(1, _CHUNK // max(1, x.numel()))
+    parts = [(x[:, None] - alpha * centres[k : k + step]).square().sum(-1) for k in range(0, len(centres), step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class _Exact(AbstractDenoiser):
+    """A denoiser with a density; a subclass keeps ``_points`` (K, D) and ``event``."""
+
+    _points: Tensor
+    event: tuple[int, ...]
+
+    def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
+        raise NotImplementedError
+
+    def _rows(self, x: Tensor) -> Tensor:
+        check.state("x", x)
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}.")
+        return x.flatten(1).to(self._points.dtype)
+
+    def _scales(self, t: float | Tensor, rows: int) -> tuple[Any, Any]:
+        """α and σ, as numbers or as columns (B, 1)."""
+        if not isinstance(t, Tensor):
+            return self.sde.alpha(t), self.sde.sigma(t)
+        s = check.time(t, self.sde.T).to(self._points)
+        if s.ndim == 1:
+            check.expand(s, self._points.new_empty(rows, 1))
+            s = s[:, None]
+            return self.sde._alpha(s), self.sde._sigma(s)
+        return self.sde._alpha(s), self.sde._sigma(s)
+
+
+class GaussianMixture(_Exact):
+    r"""Data that is a mixture of Gaussians, and its exact denoiser under a process.
+
+    .. math::
+        p_t(x) = \sum_k w_k N(x; \alpha\mu_k, \alpha^2 C_k + \sigma^2 I), \qquad
+        \nabla\log p_t = -\sum_k r_k(x)\,(\alpha^2 C_k + \sigma^2 I)^{-1}(x - \alpha\mu_k)
+
+    Give the covariances in one of three ways; all are kept as :math:`C_k = s_k^2 I + U_k \mathrm{diag}(l_k) U_k^T`, and
+    all arithmetic is float64 unless the module is cast with ``.to(dtype)``.
+
+    Arguments:
+        sde: The process.
+        means: μ_k, (K, *event).
+        weights: w_k, (K,), positive; normalised here. Equal by default.
+        std: Standard deviations: one number, (K,), or one for each entry, (K, *event).
+        cov: Full covariances, (K, D, D) with D the size of an event.
+        factor: Low rank: (K, D, r) with C_k = F_k F_kᵀ + std² I, where `std` is a number or (K,), 0 by default.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> ring = torch.polar(torch.tensor(2.0), torch.arange(8) * torch.pi / 4)
+        >>> mix = ss.GaussianMixture(ss.VP(), torch.view_as_real(ring), std=0.1)
+        >>> x = mix.sample(5, t=0.5, seed=0)
+        >>> mix.score(x, 0.5).shape, mix.log_prob(x, 0.5).shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+
+    _weights: Tensor
+    _iso: Tensor
+    _spread: Tensor
+    _basis: Tensor | None
+
+    def __init__(
+        self,
+        sde: SDE,
+        means: Tensor | Sequence[Any],
+        *,
+        weights: Tensor | Sequence[float] | None = None,
+        std: float | Tensor | Sequence[Any] | None = None,
+        cov: Tensor | Sequence[Any] | None = None,
+        factor: Tensor | Sequence[Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.sde = sde
+        mu = _float64("means", means)
+        if mu.ndim < 2 or mu.numel() == 0:
+            raise ValueError(f"`means` must have shape (K, *event), got {tuple(mu.shape)}; one number a row is (K, 1).")
+        self.event = tuple(mu.shape[1:])
+        mu = mu.flatten(1)
+        K, D = mu.shape
+        w = torch.ones(K, dtype=mu.dtype) if weights is None else _float64("weights", weights)
+        if w.shape != (K,) or bool((w <= 0).any()):
+            raise ValueError(f"`weights` must be {K} positive numbers, one for each mean, got {w.tolist()}.")
+        if (std is None) == (cov is None) and factor is None:
+            raise ValueError("give the covariances in one way: `std`, `cov`, or `factor` with an optional `std`.")
+        if factor is not None and cov is not None:
+            raise ValueError("`cov` is already the whole covariance; drop `factor`.")
+        iso, spread, basis = _eigen(K, D, self.event, std, cov, factor)
+        self.register_buffer("_points", mu)
+        self.register_buffer("_weights", (w / w.sum()).log())
+        self.register_buffer("_iso", iso)
+        self.register_buffer("_spread", spread)
+        self.register_buffer("_basis", basis)
+
+    @property
+    def means(self) -> Tensor:
+        """μ_k, (K, *event)."""
+        return self._points.reshape(-1, *self.event)
+
+    @property
+    def weights(self) -> Tensor:
+        """w_k, (K,)."""
+        return self._weights.exp()
+
+    def under(self, sde: SDE) -> GaussianMixture:
+        """The same data under another process."""
+        twin = GaussianMixture.__new__(GaussianMixture)
+        AbstractDenoiser.__init__(twin)
+        twin.sde, twin.event = sde, self.event
+        for name, buffer in self.named_buffers():
+            twin.register_buffer(name, buffer)
+        if self._basis is None:
+            twin.register_buffer("_basis", None)
+        return twin
+
+    def component_covariances(self) -> Tensor:
+        """C_k, (K, D, D)."""
+        K, D = self._points.shape
+        eye = torch.eye(D).to(self._points)
+        iso = self._iso[:, None, None] * eye
+        if self._basis is None:
+            return iso + torch.diag_embed(self._spread)
+        return iso + (self._basis * self._spread[:, None]) @ self._basis.mT
+
+    def mean(self) -> Tensor:
+        """Mean of the data, of shape event."""
+        return (self.weights @ self._points).reshape(self.event)
+
+    def covariance(self) -> Tensor:
+        """Covariance of the data, (D, D)."""
+        centred = self._points - self.weights @ self._points
+        within = torch.einsum("k,kij->ij", self.weights, self.component_covariances())
+        return within + (centred * self.weights[:, None]).mT @ centred
+
+    def log_prob(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
+        """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
+        joint, _ = self._joint(self._rows(x), *self._scales(t, len(x)))
+        return joint.logsumexp(1).to(x.dtype)
+
+    def responsibilities(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
+        """Posterior probability of each component, (B, *event) to (B, K)."""
+        joint, _ = self._joint(self._rows(x), *self._scales(t, len(x)))
+        return joint.softmax(1).to(x.dtype)
+
+    def sample(
+        self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Exact samples of the marginal at time `t`, (n, *event).
+
+        Arguments:
+            n: How many.
+            t: When; 0 gives data.
+            seed: A seed, a :class:`Noise`, or None for a fresh one. Sample i depends on the seed and i alone.
+            dtype: float32 or float64.
+        """
+        check.integer("n", n)
+        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        K, D = self._points.shape
+        like: dict[str, Any] = {"dtype": self._points.dtype, "device": self._points.device}
+        u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)
+        k = torch.searchsorted(self.weights.cumsum(0)[:-1].contiguous(), u[:, 0].to(self._points.dtype))
+        x = self._points[k] + self._iso[k, None].sqrt() * noise.normal((n, D), 1, **like)
+        z = self._spread[k].sqrt() * noise.normal((n, self._spread.shape[1]), 2, **like)
+        x = x + (z if self._basis is None else _per_component(z, self._basis.mT, k))
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        x = alpha * x + sigma * noise.normal((n, D), 3, **like)
+        return x.reshape(n, *self.event).to(dtype)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Posterior mean E[x_0 | x_t = x], exact."""
+        return self._predict(_want("x0"), x, t, cond)
+
+    def flow(self, x: Tensor, s: float, t: float) -> Tensor:
+        r"""Exact probability flow of one Gaussian from time s to t.
+
+        .. math:: x_t = \alpha_t\mu + U \sqrt{\frac{\alpha_t^2\Lambda + \sigma_t^2}{\alpha_s^2\Lambda + \sigma_s^2}}
+                  U^T (x_s - \alpha_s\mu)
+
+        Arguments:
+            x: State at time `s`, (B, *event). The mixture must have one component.
+            s: From when.
+            t: To when.
+        """
+        if len(self._points) != 1:
+            raise ValueError(
+                f"`flow` is known in closed form for 1 component, this mixture has {len(self._points)}; integrate it "
+                f"with a fine grid instead."
+            )
+        (a, b), (c, d) = ((self.sde.alpha(r), self.sde.sigma(r)) for r in (s, t))
+        iso, spread = self._iso, self._spread[0]
+        centred = self._rows(x) - a * self._points
+        side = ((c**2 * iso + d**2) / (a**2 * iso + b**2)).sqrt()
+        along = ((c**2 * (iso + spread) + d**2) / (a**2 * (iso + spread) + b**2)).sqrt()
+        if self._basis is None:
+            moved = centred * along
+        else:
+            y = centred @ self._basis[0]
+            rest = 0.0 if self._full else side * (centred - y @ self._basis[0].mT)
+            moved = rest + (along * y) @ self._basis[0].mT
+        return (c * self._points + moved).reshape(x.shape).to(x.dtype)
+
+    @property
+    def _full(self) -> bool:
+        """Whether the eigenvectors span the space, so that nothing is left beside them."""
+        return self._basis is None or self._basis.shape[1] == self._basis.shape[2]
+
+    def _joint(self, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+        """Log of w_k N(x; …), (B, K), and the coordinates U_kᵀ(x − αμ_k), (B, K, r)."""
+        K, D = self._points.shape
+        side, along = self._variances(alpha, sigma)
+        if self._basis is None:
+            centre = alpha[..., None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
+            y = x[:, None] - centre * self._points
+        else:
+            flat = self._basis.permute(1, 0, 2).reshape(D, -1)
+            shift = torch.einsum("kd,kdr->kr", self._points, self._basis).reshape(1, -1)
+            y = (x @ flat - alpha * shift).reshape(len(x), K, -1)
+        energy = (y.square() / along).sum(-1)
+        log_det = along.log().sum(-1)
+        if not self._full:
+            column = alpha[:, 0] if isinstance(alpha, Tensor) and alpha.ndim else alpha
+            distance = squared_distances(x, self._points, column)
+            energy = energy + (distance - y.square().sum(-1)).clamp_min(0) / side
+            log_det = log_det + (D - y.shape[-1]) * side.log()
+        return self._weights - 0.5 * (energy + log_det + D * math.log(2 * math.pi)), y
+
+    def _variances(self, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+        """Variance of x beside the eigenvectors, (·, K), and along them, (·, K, r)."""
+        tiny = torch.finfo(self._points.dtype).tiny
+        side = (alpha**2 * self._iso + sigma**2).clamp_min(tiny)
+        if isinstance(alpha, Tensor) and alpha.ndim:
+            alpha, sigma = alpha[..., None], sigma[..., None]
+        along = (alpha**2 * (self._iso[:, None] + self._spread) + sigma**2).clamp_min(tiny)
+        return side, along
+
+    def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+        rows = self._rows(x)
+        alpha, sigma = self._scales(t, len(x))
+        joint, y = self._joint(rows, alpha, sigma)
+        r = joint.softmax(1)
+        side, along = self._variances(alpha, sigma)
+        # Σ_k r_k M_k (x − αμ_k) for a matrix M_k = m I + U diag(e) Uᵀ that shares C_k's eigenvectors.
+        s: Any = t.to(self._points) if isinstance(t, Tensor) else t
+        form = want(self.sde, s, self.sde.alpha(s), self.sde.sigma(s))
+        a, b, scale = (c[:, None] if isinstance(c, Tensor) and c.ndim else c for c in (form.a, form.b, form.scale))
+        a3, b3, alpha3, sigma3 = (c[..., None] if isinstance(c, Tensor) and c.ndim else c for c in (a, b, alpha, sigma))
+        m_along = (a3 * alpha3 * (self._iso[:, None] + self._spread) + b3 * sigma3) / along
+        if self._basis is None:
+            out = ((r[..., None] * m_along) * y).sum(1)
+        elif self._full:
+            out = self._lift((r[..., None] * m_along) * y)
+        else:
+            m_side = (a * alpha * self._iso + b * sigma) / side
+            weight = r * m_side
+            out = weight.sum(1, keepdim=True) * rows - alpha * (weight @ self._points)
+            out = out + self._lift((r[..., None] * (m_along - m_side[..., None])) * y)
+        out = (a * (r @ self._points) + out) / scale
+        return out.reshape(x.shape).to(x.dtype)
+
+    def _lift(self, y: Tensor) -> Tensor:
+        """Σ_k U_k y_k, (B, K, r) to (B, D)."""
+        assert self._basis is not None
+        return y.flatten(1) @ self._basis.mT.reshape(-1, self._basis.shape[1])
+
+
+class Empirical(_Exact):
+    r"""The optimal denoiser of a finite data set: what a network that had memorised it would return.
+
+    .. math:: E[x_0 \mid x] = \sum_i r_i x_i, \qquad r = \mathrm{softmax}_i\!\left(-\frac{|x - \alpha x_i|^2}{2\sigma^2}\right)
+
+    Arguments:
+        sde: The process.
+        data: (N, *event), kept in float64 unless the module is cast.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          appendix B.3
+    """
+
+    def __init__(self, sde: SDE, data: Tensor | Sequence[Any]) -> None:
+        super().__init__()
+        self.sde = sde
+        points = _float64("data", data)
+        if points.ndim < 2 or points.numel() == 0:
+            raise ValueError(f"`data` must have shape (N, *event) with N > 0, got {tuple(points.shape)}.")
+        self.event = tuple(points.shape[1:])
+        self.register_buffer("_points", points.flatten(1))
+
+    @property
+    def data(self) -> Tensor:
+        """The data, (N, *event)."""
+        return self._points.reshape(-1, *self.event)
+
+    def under(self, sde: SDE) -> Empirical:
+        """The same data under another process."""
+        return Empirical(sde, self.data).to(self._points)
+
+    def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """Log-density of the marginal at time `t`, σ(t) > 0, in nats, (B, *event) to (B,)."""
+        rows = self._rows(x)
+        alpha, sigma = self._scales(t, len(x))
+        if not isinstance(sigma, Tensor):
+            sigma = rows.new_tensor(sigma)
+        N, D = self._points.shape
+        energy = self._distances(rows, alpha) / (2 * sigma**2)
+        log_z = D * (0.5 * math.log(2 * math.pi) + sigma.log()) + math.log(N)
+        return ((-energy).logsumexp(1) - log_z.reshape(-1)).to(x.dtype)
+
+    def responsibilities(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """Posterior probability of each datum, (B, *event) to (B, N); at σ = 0 all on the nearest."""
+        rows = self._rows(x)
+        alpha, sigma = self._scales(t, len(x))
+        distance = self._distances(rows, alpha)
+        excess = distance - distance.amin(1, keepdim=True)
+        variance = sigma**2 if isinstance(sigma, Tensor) else rows.new_tensor(sigma**2)
+        return (-excess / (2 * variance.clamp_min(torch.finfo(rows.dtype).tiny))).softmax(1).to(x.dtype)
+
+    def sample(
+        self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Exact samples of the marginal at time `t`, (n, *event); the arguments of :meth:`GaussianMixture.sample`."""
+        check.integer("n", n)
+        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        N, D = self._points.shape
+        u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)[:, 0]
+        x = self._points[(u * N).long().clamp_max(N - 1)]
+        z = noise.normal((n, D), 1, dtype=self._points.dtype, device=self._points.device)
+        x = self.sde.alpha(t) * x + self.sde.sigma(t) * z
+        return x.reshape(n, *self.event).to(dtype)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Posterior mean E[x_0 | x_t = x], exact."""
+        r = self.responsibilities(x.to(self._points.dtype), t)
+        return (r @ self._points).reshape(x.shape).to(x.dtype)
+
+    def _distances(self, rows: Tensor, alpha: Any) -> Tensor:
+        return squared_distances(rows, self._points, alpha[:, 0] if isinstance(alpha, Tensor) and alpha.ndim else alpha)
+
+
+def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
+    out = torch.as_tensor(value).detach()
+    if out.is_complex() or out.dtype == torch.bool:
+        raise TypeError(f"`{name}` must be real numbers, got {str(out.dtype)[6:]}.")
+    out = out.double()
+    if not bool(out.isfinite().all()):
+        raise ValueError(f"`{name}` must be finite, got {out[~out.isfinite()][0].item()}.")
+    return out
+
+
+def _eigen(
+    K: int, D: int, event: tuple[int, ...], std: Any, cov: Any, factor: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Every kind of covariance as (s², (K,)), (l, (K, r)) and (U, (K, D, r)), U = None standing for the identity."""
+    none = torch.zeros(K, dtype=torch.float64)
+    if cov is not None:
+        c = _float64("cov", cov)
+        if c.shape != (K, D, D):
+            raise ValueError(
+                f"`cov` must have shape ({K}, {D}, {D}), one covariance for each mean, got {tuple(c.shape)}."
+            )
+        if not torch.allclose(c, c.mT, rtol=1e-8, atol=1e-12):
+            raise ValueError("`cov` must be symmetric; (cov + cov.mT) / 2 is its symmetric part.")
+        l, u = torch.linalg.eigh(c)
+        if bool((l < -1e-10 * l.abs().amax()).any()):
+            raise ValueError(f"`cov` must be positive semidefinite, its least eigenvalue is {l.min().item():.3g}.")
+        return none, l.clamp_min(0), u
+    s = none if std is None else _float64("std", std)
+    if bool((s < 0).any()):
+        raise ValueError(f"`std` must not be negative, got {s.min().item()}.")
+    if factor is not None:
+        if s.ndim > 1 or (s.ndim == 1 and len(s) != K):
+            raise ValueError(f"`std` beside `factor` must be a number or ({K},), got shape {tuple(s.shape)}.")
+        F = _float64("factor", factor)
+        if F.ndim != 3 or F.shape[:2] != (K, D) or F.shape[2] > D:
+            raise ValueError(f"`factor` must have shape ({K}, {D}, r) with r <= {D}, got {tuple(F.shape)}.")
+        u, singular, _ = torch.linalg.svd(F, full_matrices=False)
+        return (s**2).expand(K).clone(), singular**2, u
+    if s.ndim == 0 or s.shape == (K,):
+        return (
+            (s**2).expand(K).clone(),
+            torch.zeros(K, 0, dtype=torch.float64),
+            torch.zeros(K, D, 0, dtype=torch.float64),
+        )
+    if s.shape != (K, *event):
+        raise ValueError(f"`std` must be a number, ({K},) or {(K, *event)}, got shape {tuple(s.shape)}.")
+    return none, s.flatten(1) ** 2, None
+
+
+def _per_component(z: Tensor, matrices: Tensor, k: Tensor) -> Tensor:
+    """Row-wise z_b @ matrices[k_b], without one matrix for each row."""
+    out = z.new_zeros(len(z), matrices.shape[2])
+    for j in range(len(matrices)):
+        rows = k == j
+        out[rows] = z[rows] @ matrices[j]
+    return out

@@ -6,6 +6,8 @@ They load no weights and import nothing of those code bases: the network is your
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import mul, sub
 from typing import Any
 
 import torch
@@ -37,9 +39,10 @@ def from_ddpm(
 
 
 def from_score_sde(net: Net, kind: str, **parameters: float) -> Denoiser:
-    """A continuous network of score_sde: ``"vp"`` and ``"subvp"`` return ε at label 999 t, ``"ve"`` the score at label σ.
+    """A continuous network of score_sde: ``"vp"`` and ``"subvp"`` return ε at label 999 t, ``"ve"`` the score at σ.
 
-    The VE networks there were trained at σ = σ_min r^t; the label is σ, so this library's :class:`VE` clock is no matter.
+    The VE networks there were trained at σ = σ_min r^t; their label is σ itself, so this library's :class:`VE` clock
+    is no matter.
 
     Arguments:
         net: The raw network, before that code base's ``get_score_fn``.
@@ -54,7 +57,7 @@ def from_score_sde(net: Net, kind: str, **parameters: float) -> Denoiser:
     if kind == "ve":
         return Denoiser(net, VE(**parameters), predicts="score", time="sigma")
     process: SDE = VP(**parameters) if kind == "vp" else SubVP(**parameters)
-    return Denoiser(net, process, predicts="eps", time=lambda t: 999 * t)
+    return Denoiser(net, process, predicts="eps", time=partial(mul, 999))
 
 
 def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> Denoiser:
@@ -85,7 +88,7 @@ def from_flow(net: Net, *, data_at: float = 0.0) -> Denoiser:
         raise ValueError(f"`data_at` must be 0 or 1, got {data_at}.")
     if data_at == 0:
         return Denoiser(net, Flow(), predicts="velocity")
-    return Denoiser(_Negated(net), Flow(), predicts="velocity", time=lambda t: 1 - t)
+    return Denoiser(_Negated(net), Flow(), predicts="velocity", time=partial(sub, 1))
 
 
 class _Negated(torch.nn.Module):
@@ -102,13 +105,15 @@ _SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_c
 # Keys that say how diffusers' own samplers step; the process and the network are the same whatever they are.
 _OF_SAMPLERS = frozenset(
     "_class_name _diffusers_version _use_default_values algorithm_type clip_sample clip_sample_range "
-    "dynamic_thresholding_ratio euler_at_final final_sigmas_type interpolation_type lambda_min_clipped lower_order_final "
-    "disable_corrector predict_x0 sample_max_value set_alpha_to_one skip_prk_steps solver_order solver_p solver_type "
-    "steps_offset thresholding timestep_spacing use_beta_sigmas use_exponential_sigmas use_karras_sigmas "
-    "use_lu_lambdas timestep_type variance_type base_image_seq_len base_shift max_image_seq_len max_shift "
-    "invert_sigmas shift_terminal stochastic_sampling time_shift_type use_dynamic_shifting predictor_order "
-    "corrector_order tau_func use_flow_sigmas flow_shift".split()
+    "dynamic_thresholding_ratio euler_at_final final_sigmas_type interpolation_type lambda_min_clipped "
+    "lower_order_final disable_corrector predict_x0 sample_max_value set_alpha_to_one skip_prk_steps solver_order "
+    "solver_p solver_type steps_offset thresholding timestep_spacing use_beta_sigmas use_exponential_sigmas "
+    "use_karras_sigmas use_lu_lambdas variance_type base_image_seq_len base_shift max_image_seq_len max_shift "
+    "shift_terminal stochastic_sampling time_shift_type use_dynamic_shifting predictor_order corrector_order tau_func "
+    "flow_shift".split()
 )
+# Keys that change the process or the labels when they are set to anything but this.
+_NEUTRAL = {"invert_sigmas": False, "timestep_type": "discrete"}
 
 
 def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
@@ -116,8 +121,10 @@ def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
 
     Arguments:
         config: ``scheduler.config``, or the dictionary of a ``scheduler_config.json``. A key that changes the process
-            and is not understood raises; keys that only steer diffusers' own samplers are passed over.
+            and is not understood raises; keys that only steer diffusers' own samplers, or are None, are passed over.
     """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"`config` must be a dictionary such as `scheduler.config`, got {type(config).__name__}.")
     known = {
         "num_train_timesteps",
         "beta_start",
@@ -127,29 +134,42 @@ def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
         "prediction_type",
         "rescale_betas_zero_snr",
         "shift",
+        "use_flow_sigmas",
     }
-    unknown = sorted(set(config) - known - _OF_SAMPLERS)
+    given = {key for key, value in config.items() if value is not None and value != _NEUTRAL.get(key)}
+    unknown = sorted(given - known - _OF_SAMPLERS)
     if unknown:
         raise ValueError(
             f"`config` has keys that may change the process and are not understood: {', '.join(unknown)}; remove them "
             f"if they do not, or build the process by hand with Discrete(betas)."
         )
-    if str(config.get("_class_name", "")).startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction":
+    straight = config.get("prediction_type") == "flow_prediction"
+    if config.get("use_flow_sigmas", straight) != straight:
+        raise ValueError(
+            f"`config` has use_flow_sigmas={config['use_flow_sigmas']} and prediction_type="
+            f"{config.get('prediction_type', 'epsilon')!r}; of flow matching only 'flow_prediction' is understood."
+        )
+    # A flow-matching scheduler is told by its name, or, since `scheduler.config` has none, by its shift.
+    name = str(config.get("_class_name", "FlowMatch" if {"num_train_timesteps", "shift"} <= set(config) else ""))
+    if straight or name.startswith("FlowMatch"):
         return Flow()
     N = check.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), least=1)
     if config.get("trained_betas") is not None:
         table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     else:
-        name = config.get("beta_schedule", "linear")
-        if name not in _SCHEDULE:
+        schedule = config.get("beta_schedule")
+        if schedule not in _SCHEDULE:
             raise ValueError(
-                f"`beta_schedule` must be one of {', '.join(_SCHEDULE)}, got {name!r}; give `trained_betas`."
+                f"`beta_schedule` must be one of {', '.join(_SCHEDULE)}, got {schedule!r}; give `trained_betas`."
             )
-        kind = _SCHEDULE[name]
-        ends = {} if kind == "cosine" else {k: config[k] for k in ("beta_start", "beta_end") if k in config}
-        if kind == "scaled_linear":  # diffusers' defaults are those of "linear" whatever the schedule
-            ends = {"beta_start": 1e-4, "beta_end": 0.02, **ends}
-        table = betas(kind, N, **ends)
+        kind = _SCHEDULE[schedule]
+        ends = () if kind == "cosine" else ("beta_start", "beta_end")
+        missing = [key for key in ends if key not in config]
+        if missing:
+            raise ValueError(
+                f"`config` must have {' and '.join(missing)}: diffusers' schedulers differ in the default."
+            )
+        table = betas(kind, N, **{key: config[key] for key in ends})
     return Discrete(zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table)
 
 
@@ -168,7 +188,7 @@ def from_diffusers(net: Net, config: Mapping[str, Any]) -> Denoiser:
     unwrapped = _Unwrapped(net)
     if isinstance(sde, Flow):
         N = config.get("num_train_timesteps", 1000)
-        return Denoiser(unwrapped, sde, predicts="velocity", time=lambda t: N * t)
+        return Denoiser(unwrapped, sde, predicts="velocity", time=partial(mul, N))
     name = config.get("prediction_type", "epsilon")
     if name not in _PREDICTION:
         raise ValueError(f"`prediction_type` must be one of {', '.join(_PREDICTION)}, got {name!r}.")
@@ -185,7 +205,7 @@ class _Unwrapped(torch.nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         out = self.net(x, t, **cond)
-        return out if isinstance(out, Tensor) else out.sample
+        return out if isinstance(out, Tensor) else getattr(out, "sample", out)
 
 
 __all__ = ["from_ddpm", "from_diffusers", "from_edm", "from_flow", "from_score_sde", "sde_from_diffusers"]

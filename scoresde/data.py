@@ -64,16 +64,15 @@ class Standardize:
         """
         check.state("data", data)
         check.choice("per", per, ("scalar", "channel", "entry"))
-        if data.ndim < 2 or len(data) < 2:
+        if data.ndim < 2 or len(data) < 2 or data.numel() == 0:
             raise ValueError(f"`data` must have shape (N, *event) with N >= 2, got {tuple(data.shape)}.")
-        if not bool(data.isfinite().all()):
-            row = int((~data.isfinite()).flatten(1).any(1).nonzero()[0, 0])
-            raise ValueError(f"`data` must be finite, but row {row} is not.")
         axes = {"scalar": tuple(range(data.ndim)), "channel": (0, *range(2, data.ndim)), "entry": (0,)}[per]
-        wide = data.double()
+        wide = _finite(data)
         mean = wide.mean(axes, keepdim=True)[0]
         std = (wide - mean).square().mean(axes, keepdim=True)[0].sqrt()
-        return cls(mean.to(data.dtype), std.to(data.dtype), target)
+        # The mean of equal numbers is not always that number: rounding must not pass for variation.
+        varies = wide.amax(axes, keepdim=True)[0] > wide.amin(axes, keepdim=True)[0]
+        return cls(mean.to(data), (std * varies).to(data), target)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Standardise `x`, (B, *event)."""
@@ -86,11 +85,10 @@ class Standardize:
         return mean + z * (std / self.target)
 
     def log_det(self, x: Tensor) -> float:
-        """log |det dz/dx| of one event, in nats: add it to log p_Z(z) for log p_X(x), subtract it to go back."""
-        check.state("x", x)
-        n = x[0].numel() if len(x) else math.prod(x.shape[1:])
-        scale = (math.log(self.target) - self.std.double().log()).expand(x.shape[1:])
-        return float(scale.sum()) if n else 0.0
+        """log det dz/dx of one event, in nats: add it to log p_Z(z) for log p_X(x), subtract it to go back."""
+        self._like(x)
+        scale = math.log(self.target) - self.std.cpu().double().log()
+        return float(scale.expand(x.shape[1:]).sum())
 
     def _like(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check.state("x", x)
@@ -109,19 +107,20 @@ def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float
     """The largest distance between two data: a noise level at which no datum is told from another.
 
     Arguments:
-        data: (N, *event).
-        most: Use this many data, drawn without replacement.
+        data: (N, *event), N ≥ 2.
+        most: Use at most this many data, drawn without replacement.
         seed: For which of them.
 
     References:
         | Improved Techniques for Training Score-Based Generative Models (Song & Ermon, 2020), arXiv:2006.09011,
           technique 1
     """
-    check.state("data", data)
-    if len(data) < 2:
-        raise ValueError(f"`data` must hold at least 2 data, got {len(data)}.")
-    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:most]
-    x = data[rows.to(data.device)].flatten(1)
+    if len(check.state("data", data)) < 2 or data.numel() == 0:
+        raise ValueError(f"`data` must have shape (N, *event) with N >= 2, got {tuple(data.shape)}.")
+    check.integer("most", most, least=2)
+    rows = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:most]
+    x = _finite(data)[rows].reshape(len(rows), -1)
+    x = x - x.mean(0)  # distances are taken from scalar products, which cancel far from the origin
     return float(torch.cdist(x, x).max())
 
 
@@ -132,12 +131,23 @@ def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
         data: (N, *event).
         sigma_data: What the schedule or the preconditioning assumes.
     """
-    std = float(check.state("data", data).double().std(correction=0))
+    if check.state("data", data).numel() == 0:
+        raise ValueError(f"`data` must hold at least one number, got shape {tuple(data.shape)}.")
     check.number("sigma_data", sigma_data, above=0)
+    std = float(_finite(data).std(correction=0))
     if not sigma_data / 2 <= std <= 2 * sigma_data:
         warnings.warn(
-            f"the data has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: noise levels will be wrong by "
-            f"that ratio; use Standardize.fit(data, target={sigma_data:g}) or set sigma_data={std:.3g}.",
+            f"the data has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: noise levels will be "
+            f"wrong by that ratio; use Standardize.fit(data, target={sigma_data:g}) or set sigma_data={std:.3g}.",
             stacklevel=2,
         )
     return std
+
+
+def _finite(data: Tensor) -> Tensor:
+    """The data in float64, on the CPU since not every device has that."""
+    wide = data.detach().cpu().double()
+    if not bool(wide.isfinite().all()):
+        row = int((~wide.isfinite()).reshape(len(wide), -1).any(1).nonzero()[0, 0])
+        raise ValueError(f"`data` must be finite, but row {row} is not.")
+    return wide

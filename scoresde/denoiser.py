@@ -7,6 +7,7 @@ equations in two unknowns turn any of them into any other. Knows nothing of solv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -107,44 +108,66 @@ class AbstractDenoiser(nn.Module):
 
     def eps(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""Noise prediction, :math:`\varepsilon = (x - \alpha x_0)/\sigma`."""
-        return self._predict(_want("eps"), x, t, cond)
+        return self._predict("eps", x, t, cond)
 
     def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""Score, :math:`\nabla_x\log p_t(x) = (\alpha x_0 - x)/\sigma^2`."""
-        return self._predict(_want("score"), x, t, cond)
+        return self._predict("score", x, t, cond)
 
     def v(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""v-prediction, :math:`v = \alpha\varepsilon - \sigma x_0`."""
-        return self._predict(_want("v"), x, t, cond)
+        return self._predict("v", x, t, cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""Velocity of the probability flow, :math:`\dot\alpha x_0 + \dot\sigma\varepsilon = dx/dt`."""
-        return self._predict(_want("velocity"), x, t, cond)
+        return self._predict("velocity", x, t, cond)
 
     def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
         return self._convert("x0", self.x0(x, t, **cond), want, x, t)
 
     def _convert(self, kind: str, out: Tensor, want: _Want, x: Tensor, t: float | Tensor, s: float = 1.0) -> Tensor:
+        if want == kind:
+            return out
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         have = _form(kind, self.sde, t, alpha, sigma, s)
         try:
-            of_x, of_out = _mix(have, want(self.sde, t, alpha, sigma), alpha, sigma)
+            of_x, of_out = _mix(have, _wanted(want, self.sde, t, alpha, sigma), alpha, sigma)
         except ZeroDivisionError:
-            raise ValueError(
-                f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: without noise "
-                f"there is no noise to see, without signal no data; ask at t in [t_min, T) or for `x0`."
-            ) from None
+            raise _undefined(t, alpha, sigma) from None
+        if not isinstance(t, Tensor) and not math.isfinite(of_x + of_out):
+            raise _undefined(t, alpha, sigma)
         of_out = check.expand(of_out, x)
         if isinstance(of_x, float) and of_x == 0:
             return out if isinstance(of_out, float) and of_out == 1 else of_out * out
         return check.expand(of_x, x) * x + of_out * out
 
 
-_Want = Callable[[SDE, Any, Any, Any], _Form]
+# A prediction by name, or as a function of (sde, t, α, σ).
+_Want = str | Callable[[SDE, Any, Any, Any], _Form]
 
 
-def _want(kind: str) -> _Want:
-    return lambda sde, t, alpha, sigma: _form(kind, sde, t, alpha, sigma)
+def _wanted(want: _Want, sde: SDE, t: Any, alpha: Any, sigma: Any) -> _Form:
+    return _form(want, sde, t, alpha, sigma) if isinstance(want, str) else want(sde, t, alpha, sigma)
+
+
+def _undefined(t: float | Tensor, alpha: Any, sigma: Any) -> ValueError:
+    return ValueError(
+        f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: without noise there is "
+        f"no noise to see, without signal no data; ask at t in [t_min, T) or for `x0`."
+    )
+
+
+def _check_sde(sde: Any) -> SDE:
+    if not isinstance(sde, SDE):
+        raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
+    return sde
+
+
+def _check_denoiser(denoiser: Any) -> None:
+    if not isinstance(denoiser, AbstractDenoiser):
+        raise TypeError(
+            f"`denoiser` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(denoiser).__name__}."
+        )
 
 
 class Denoiser(AbstractDenoiser):
@@ -191,19 +214,29 @@ class Denoiser(AbstractDenoiser):
         super().__init__()
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
-        if not isinstance(sde, SDE):
-            raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
+        _check_sde(sde)
         check.choice("predicts", predicts, PREDICTIONS)
+        if not (precondition is None or isinstance(precondition, Preconditioning)):
+            raise TypeError(
+                f"`precondition` must be Preconditioning(sigma_data) or None, got {type(precondition).__name__}."
+            )
         if predicts == "F" and precondition is None:
             raise ValueError(
                 "`predicts`='F' is defined by its scaling; give `precondition`=Preconditioning(sigma_data)."
             )
-        if predicts in ("eps", "score") and sde.alpha(sde.T) == 0:
-            raise ValueError(
-                f"`predicts`={predicts!r} says nothing about data where α = 0, and {type(sde).__name__} has α(T) = 0 at "
-                f"T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or end the process earlier with a "
-                f"smaller `T`."
-            )
+        if sde.alpha(sde.T) == 0:
+            silent = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
+            if silent:
+                raise ValueError(
+                    f"`predicts`={predicts!r} says nothing about data where α = 0, and {type(sde).__name__} has "
+                    f"α(T) = 0 at T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or end the process "
+                    f"earlier with a smaller `T`."
+                )
+            if precondition is not None and time is None:
+                raise ValueError(
+                    f"`time` must be given beside `precondition` where α(T) = 0, as {type(sde).__name__} has at "
+                    f"T = {sde.T:g}: the default clock, log(σ/α) / 4, is infinite there; time='t' is one that is not."
+                )
         self.net = net
         self.sde = sde
         self.predicts = predicts
@@ -211,7 +244,7 @@ class Denoiser(AbstractDenoiser):
         self.time = time
         self.learned_variance = learned_variance
         self.check_finite = check_finite
-        self._clock = _clock(time, sde, precondition)
+        _clock(time, sde, precondition)
 
     def extra_repr(self) -> str:
         """What is said once, in the module's printout."""
@@ -219,7 +252,7 @@ class Denoiser(AbstractDenoiser):
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Data prediction, E[x_0 | x_t = x]."""
-        return self._predict(_want("x0"), x, t, cond)
+        return self._predict("x0", x, t, cond)
 
     def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
         """Data prediction and the network's raw variance output, both of the shape of `x`; one evaluation."""
@@ -227,11 +260,13 @@ class Denoiser(AbstractDenoiser):
             raise ValueError("this denoiser was made with `learned_variance`=False: its network predicts no variance.")
         out, variance = self.output(x, t, **cond)
         assert variance is not None
-        return self._convert(self.predicts, out, _want("x0"), x, t, self._sigma_data), variance
+        return self._convert(self.predicts, out, "x0", x, t, self._sigma_data), variance
 
     def output(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor | None]:
         """The network's own output, cast up, and its variance part if it has one."""
         check.state("x", x)
+        if self.learned_variance and x.ndim == 1:
+            raise ValueError("`learned_variance` halves the channels, the second axis; `x` of shape (B,) has none.")
         _check_cond(cond, len(x))
         net_x = x
         if self.precondition is not None:
@@ -241,19 +276,21 @@ class Denoiser(AbstractDenoiser):
         out = self.net(net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), **cond)
         if not isinstance(out, Tensor):
             raise TypeError(
-                f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in `lambda x, t: net(x, t).sample`."
+                f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
+                f"`lambda x, t: net(x, t).sample`."
             )
-        wide = (len(x), 2 * x.shape[1], *x.shape[2:]) if self.learned_variance and x.ndim > 1 else tuple(x.shape)
-        if tuple(out.shape) != wide:
-            twice = x.ndim > 1 and tuple(out.shape) == (len(x), 2 * x.shape[1], *x.shape[2:])
-            hint = (
-                "twice the channels: a learned variance? give `learned_variance`=True" if twice else "check the network"
-            )
-            raise ValueError(f"`net` returned shape {tuple(out.shape)} where {wide} was expected: {hint}.")
+        double = (len(x), 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else None
+        expected = double if self.learned_variance else tuple(x.shape)
+        if tuple(out.shape) != expected:
+            hint = "check the network"
+            if tuple(out.shape) == double:
+                hint = "twice the channels: a learned variance? give `learned_variance`=True"
+            raise ValueError(f"`net` returned shape {tuple(out.shape)} where {expected} was expected: {hint}.")
         out = out.to(x.dtype)
         if self.check_finite and not bool(out.isfinite().all()):
-            row = int((~out.isfinite()).flatten(1).any(1).nonzero()[0, 0])
-            raise ValueError(f"`net` returned a value that is not finite at t = {t}, first in sample {row}.")
+            row = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0, 0])
+            at = float(t[row] if isinstance(t, Tensor) and t.ndim else t)
+            raise ValueError(f"`net` returned a value that is not finite at t = {at:g}, first in sample {row}.")
         if not self.learned_variance:
             return out, None
         mean, variance = out.chunk(2, dim=1)
@@ -282,11 +319,16 @@ class Denoiser(AbstractDenoiser):
         return self._convert(self.predicts, out, want, x, t, self._sigma_data)
 
     def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
-        label = self._clock(check.time(t, self.sde.T))
+        s = check.time(t, self.sde.T)
+        if s.ndim:
+            check.expand(s, x)
+        label = torch.as_tensor(_clock(self.time, self.sde, self.precondition)(s))
+        if label.shape not in ((), (len(x),)):
+            raise ValueError(
+                f"`time` must map times to labels of the same shape, got {tuple(label.shape)} for {tuple(s.shape)}."
+            )
         if not isinstance(t, Tensor):
             return torch.full((len(x),), float(label), dtype=torch.float32, device=x.device)
-        if label.ndim == 1 and len(label) != len(x):
-            check.expand(label, x)
         return label.to(device=x.device, dtype=torch.float32).expand(len(x))
 
 
@@ -347,6 +389,7 @@ class Reverse:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_denoiser(self.denoiser)
         check.number("eta", self.eta, least=0)
 
     def drift(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
@@ -361,8 +404,10 @@ class Reverse:
         return self.denoiser._predict(want, x, t, cond)
 
     def diffusion(self, t: float | Tensor) -> float | Tensor:
-        """η g(t)."""
-        return self.eta * self.denoiser.sde.g(t) if isinstance(t, Tensor) else self.eta * self.denoiser.sde.g(t)
+        """η g(t); 0 for the ODE, also where g is infinite."""
+        if self.eta == 0:
+            return torch.zeros_like(t) if isinstance(t, Tensor) else 0.0
+        return self.eta * self.denoiser.sde.g(t)
 
 
 class Rescheduled(AbstractDenoiser):
@@ -383,8 +428,9 @@ class Rescheduled(AbstractDenoiser):
 
     def __init__(self, denoiser: AbstractDenoiser, sde: SDE) -> None:
         super().__init__()
+        _check_denoiser(denoiser)
         self.denoiser = denoiser
-        self.sde = sde
+        self.sde = _check_sde(sde)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Data prediction, E[x_0 | x_t = x]."""

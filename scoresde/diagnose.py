@@ -1,8 +1,9 @@
 r"""Is this network what it is said to be? A diagnosis from a few evaluations on data.
 
-Noise data, ask the network, and read its output as every prediction, of either sign, at every common time scale: the
-reading that explains the added noise best, :math:`R^2 = 1 - |\hat\varepsilon - \varepsilon|^2/|\varepsilon|^2`, is what
-the network is. A wrong reading is off by orders of magnitude, so a small batch settles it.
+Noise data, ask the network, and read its output as every prediction, of either sign, at every common time scale. The
+reading with the least error :math:`|\hat\varepsilon - \varepsilon|^2` in the noise that was added is what the network
+is: the right one is least at every noise level, the wrong ones are off by orders of magnitude at one level or another,
+so the levels are averaged by their logarithms and a small batch settles it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import PREDICTIONS, AbstractDenoiser, Denoiser, _want
+from scoresde.denoiser import PREDICTIONS, AbstractDenoiser, Denoiser
+from scoresde.discrete import Discrete
 from scoresde.noise import Noise
 from scoresde.sde import SDE
 
@@ -25,12 +27,20 @@ _ASKED = "as declared"
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a network's output: as this prediction, with this sign, its time given this way."""
+    """One way to read a network's output.
+
+    Arguments:
+        predicts: As this prediction,
+        sign: with this sign,
+        time: its time given this way.
+        error: Squared error of the noise, in units of that of the best linear guess c x + d: the geometric mean over
+            noise levels. 0 is a perfect denoiser, 1 knows nothing of the data.
+    """
 
     predicts: str
     sign: int
     time: str
-    explained: float
+    error: float
 
     def __str__(self) -> str:
         parts = [f"predicts={self.predicts!r}"]
@@ -46,7 +56,7 @@ class Diagnosis:
     """What :func:`check_denoiser` found; true when nothing is wrong, and readable when printed.
 
     Arguments:
-        ok: Whether the declared reading explains the noise about as well as any.
+        ok: Whether the declared reading is about as good as any, and better than a linear guess.
         message: What is likely wrong and how to mend it.
         declared: The declared reading.
         best: The best one.
@@ -66,14 +76,17 @@ class Diagnosis:
         return self.message
 
 
-def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float = 0.1, **cond: Any) -> Diagnosis:
+def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float = 0.5, **cond: Any) -> Diagnosis:
     r"""Diagnose a denoiser on data: wrong ``predicts``, sign or time scale, untrained, or data off scale.
+
+    The data must have some structure: of isotropic Gaussian data nobody knows more than a linear guess.
 
     Arguments:
         model: A network with its process.
         x: A batch of real data, (B, *event), in the scale the network was trained on; 16 samples do.
         seed: Of the noise.
-        margin: How much better (in R² of the noise) another reading must be to be called a mistake.
+        margin: The declared reading is called a mistake when its error is this much larger than that of another, as
+            a fraction of the latter.
         **cond: Conditions, as the network takes them.
 
     Returns:
@@ -91,33 +104,37 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
     check.state("x", x)
     if len(x) < 2 or not bool(x.isfinite().all()):
         raise ValueError("`x` must be a finite batch of at least 2 data.")
-    scale = float((x - x.mean()).square().mean().sqrt())
+    check.number("margin", margin, above=0)
+    scale = float(x.double().std(correction=0))
     times = _informative_times(model.sde, scale)
     noise = Noise(seed)
     eps = [noise.like(x, i) for i in range(len(times))]
     states = [model.sde.perturb(x, t, e) for t, e in zip(times, eps, strict=True)]
+    guess = _geometric_mean([_linear_error(s, e) for s, e in zip(states, eps, strict=True)])
     readings = []
     with torch.no_grad():
         for clock_name, clock in _clocks(model.sde).items():
             outs = _outputs(model, states, times, clock, cond)
+            if outs is None:
+                continue
             for kind in PREDICTIONS if model.precondition is not None else PREDICTIONS[:-1]:
                 for sign in (1, -1):
-                    r2 = [
-                        _explained(model, kind, sign * out, s, t, e)
+                    errors = [
+                        _error(model, kind, sign * out, s, t, e)
                         for out, s, t, e in zip(outs, states, times, eps, strict=True)
                     ]
-                    readings.append(Reading(kind, sign, clock_name, sum(r2) / len(r2)))
+                    readings.append(Reading(kind, sign, clock_name, _geometric_mean(errors) / guess))
     declared = next(r for r in readings if (r.predicts, r.sign, r.time) == (model.predicts, 1, _ASKED))
-    top = max(r.explained for r in readings)
+    least = min(r.error for r in readings)
 
     def preference(r: Reading) -> tuple[int, float]:
         changes = (r.time != _ASKED) + (r.sign < 0) + (r.predicts != model.predicts)
-        return changes, -r.explained
+        return changes, round(math.log(r.error), 2)
 
-    # Of the readings as good as the best, the one with the fewest changes.
-    best = min((r for r in readings if r.explained > top - margin / 2), key=preference)
+    # Of the readings about as good as the best, the one with the fewest changes.
+    best = min((r for r in readings if r.error <= least * (1 + margin / 2)), key=preference)
     ok, message = _verdict(model, declared, best, margin, scale)
-    return Diagnosis(ok, message, declared, best, tuple(sorted(readings, key=lambda r: -r.explained)))
+    return Diagnosis(ok, message, declared, best, tuple(sorted(readings, key=lambda r: r.error)))
 
 
 def _verdict(model: Denoiser, declared: Reading, best: Reading, margin: float, scale: float) -> tuple[bool, str]:
@@ -125,19 +142,21 @@ def _verdict(model: Denoiser, declared: Reading, best: Reading, margin: float, s
     note = ""
     if not sigma_data / 3 <= scale <= 3 * sigma_data:
         note = (
-            f" The data has standard deviation {scale:.3g} where {sigma_data:.3g} is assumed: is it in the scale that the "
-            f"network was trained on? `Standardize.fit` sets it."
+            f" The data has standard deviation {scale:.3g} where {sigma_data:.3g} is assumed: is it in the scale that "
+            f"the network was trained on? `Standardize.fit` sets it."
         )
-    if best.explained < 0.3:
+    if math.isinf(best.error):
+        return False, f"The network returns values that are not finite.{note}"
+    if best.error > 0.95:
         return False, (
-            f"The network explains little of the noise under any reading (at best {best.explained:.2f}, as {best}): it is "
-            f"untrained, misses its conditions, or the data is not what it was trained on.{note}"
+            f"The network knows no more of the noise than a linear guess, under any reading: it is untrained, misses "
+            f"its conditions, or the data is not what it was trained on.{note}"
         )
-    if declared.explained >= best.explained - margin:
-        return True, f"The denoiser is what it says: it explains {declared.explained:.2f} of the noise.{note}"
+    if declared.error <= best.error * (1 + margin):
+        return True, f"The denoiser is what it says: its error is {declared.error:.2g} of that of a linear guess.{note}"
     return False, (
-        f"The network looks like {best}; it was declared {declared} "
-        f"(it explains {best.explained:.2f} of the noise, against {declared.explained:.2f} as declared).{note}"
+        f"The network looks like {best}; it was declared {declared} (so read, its error is {best.error:.2g} of that of "
+        f"a linear guess, against {declared.error:.2g} as declared).{note}"
     )
 
 
@@ -151,14 +170,16 @@ def _informative_times(sde: SDE, scale: float) -> list[float]:
 
 def _clocks(sde: SDE) -> dict[str, Callable[[float], float] | None]:
     """Time inputs that networks of this field are given."""
-    return {
-        _ASKED: None,
-        "'t'": lambda t: t,
-        "lambda t: t / T": lambda t: t / sde.T,
-        "lambda t: 999 * t": lambda t: 999 * t / sde.T,
-        "lambda t: 1000 * t": lambda t: 1000 * t / sde.T,
-        "lambda t: t - 1": lambda t: t - 1,
-        "lambda t: T - t": lambda t: sde.T - t,
+    T = sde.T
+    clocks: dict[str, Callable[[float], float] | None] = {_ASKED: None, "'t'": lambda t: t}
+    if isinstance(sde, Discrete):
+        clocks["'index'"] = sde.index_of_t
+    if T != 1:
+        clocks[f"lambda t: t / {T:g}"] = lambda t: t / T
+    return clocks | {
+        f"lambda t: {999 / T:g} * t": lambda t: 999 / T * t,
+        f"lambda t: {1000 / T:g} * t": lambda t: 1000 / T * t,
+        f"lambda t: {T:g} - t": lambda t: T - t,
         "'sigma'": sde.sigma,
         "'log_sigma'": sde.log_sigma,
         "lambda t: -sde.lam(t) / 4": lambda t: -sde.lam(t) / 4,
@@ -171,22 +192,36 @@ def _outputs(
     times: list[float],
     clock: Callable[[float], float] | None,
     cond: dict[str, Any],
-) -> list[Tensor]:
-    probe = model
-    if clock is not None:
-        probe = Denoiser(
-            model.net,
-            model.sde,
-            predicts=model.predicts,
-            precondition=model.precondition,
-            time=lambda t: torch.as_tensor(clock(float(t))),
-            learned_variance=model.learned_variance,
-        )
-    return [probe.output(x, t, **cond)[0] for x, t in zip(states, times, strict=True)]
+) -> list[Tensor] | None:
+    """The network's outputs with its time given by `clock`; None where it refuses such labels."""
+    if clock is None:
+        return [model.output(x, t, **cond)[0] for x, t in zip(states, times, strict=True)]
+    probe = Denoiser(
+        model.net,
+        model.sde,
+        predicts=model.predicts,
+        precondition=model.precondition,
+        time=lambda t: torch.as_tensor(clock(float(t))),
+        learned_variance=model.learned_variance,
+    )
+    try:
+        return [probe.output(x, t, **cond)[0] for x, t in zip(states, times, strict=True)]
+    except (IndexError, RuntimeError, ValueError):  # an embedding of integers, say: it was not trained on these
+        return None
 
 
-def _explained(model: Denoiser, kind: str, out: Tensor, x: Tensor, t: float, eps: Tensor) -> float:
-    """R² of the noise when the output is read as `kind`, cut off at −1."""
-    hat = AbstractDenoiser._convert(model, kind, out, _want("eps"), x, t, model._sigma_data)
-    r2 = 1 - float((hat - eps).square().mean() / eps.square().mean())
-    return max(r2, -1.0) if math.isfinite(r2) else -1.0
+def _linear_error(x: Tensor, eps: Tensor) -> float:
+    """Mean squared error of the best guess c x + d of the noise, c and d numbers."""
+    a, b = x.double() - x.double().mean(), eps.double() - eps.double().mean()
+    return float(b.square().mean() - (a * b).mean() ** 2 / a.square().mean())
+
+
+def _error(model: Denoiser, kind: str, out: Tensor, x: Tensor, t: float, eps: Tensor) -> float:
+    """Mean squared error of the noise when the output is read as `kind`."""
+    hat = AbstractDenoiser._convert(model, kind, out, "eps", x, t, model._sigma_data)
+    error = float((hat - eps).double().square().mean())
+    return error if math.isfinite(error) else math.inf
+
+
+def _geometric_mean(errors: list[float]) -> float:
+    return math.exp(sum(math.log(max(e, 1e-30)) for e in errors) / len(errors))

@@ -1,7 +1,8 @@
 r"""β lists: the discrete-time processes that DDPM and latent-diffusion networks were trained on, in continuous time.
 
-Time is the textbook's step, t = 0 … N: x_0 is data, x_t for t = 1 … N has :math:`\bar\alpha_t = \prod_{s\le t}(1-\beta_s)`,
-and between the steps log ᾱ is linear, which is the SDE with β(t) = −log(1 − β_i) on each of them. Networks count from
+Time is the textbook's step, t = 0 … N: x_0 is data, x_t for t = 1 … N has :math:`\bar\alpha_t = \prod_{s\le
+t}(1-\beta_s)`, and between the steps log ᾱ is linear, which is the SDE with β(t) = −log(1 − β_i) on each of them.
+Networks count from
 0: the label of step t is exactly t − 1.
 """
 
@@ -30,15 +31,15 @@ def betas(
 ) -> Tensor:
     r"""A list of N noise rates β_1 … β_N, in float64.
 
-    ==============  ==============================================================  ==================
-    kind            β_i, with u = (i − 1)/(N − 1)                                   default ends
-    ==============  ==============================================================  ==================
-    linear          β_start + u (β_end − β_start)                                   1e-4, 0.02
-    quadratic       (√β_start + u (√β_end − √β_start))²                             1e-4, 0.02
-    scaled_linear   the same formula, as latent diffusion names it                  0.00085, 0.012
-    sigmoid         β_start + (β_end − β_start) / (1 + exp(6 − 12 u))               1e-4, 0.02
-    cosine          min(1 − ᾱ_i/ᾱ_{i−1}, max_beta), ᾱ_i ∝ cos²(π/2 (i/N + s)/(1 + s))
-    ==============  ==============================================================  ==================
+    ==============  ==================================================================  ==================
+    kind            β_i, with u = (i − 1)/(N − 1)                                       default ends
+    ==============  ==================================================================  ==================
+    linear          β_start + u (β_end − β_start)                                       1e-4, 0.02
+    quadratic       (√β_start + u (√β_end − √β_start))²                                 1e-4, 0.02
+    scaled_linear   the same formula, as latent diffusion names it                      0.00085, 0.012
+    sigmoid         β_start + (β_end − β_start) / (1 + exp(6 − 12 u))                   1e-4, 0.02
+    cosine          min(1 − ᾱ_i/ᾱ_{i−1}, max_beta), ᾱ_i ∝ cos²(π/2 (i/N + s)/(1 + s))   none
+    ==============  ==================================================================  ==================
 
     Arguments:
         kind: One of the above.
@@ -253,7 +254,10 @@ class Discrete(SDE):
         return self._read(t, lambda now, before: -torch.expm1(now - before))
 
     def posterior_variance(self, t: int | Tensor) -> float | Tensor:
-        r"""Variance of q(x_{t−1} | x_t, x_0): :math:`\tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\beta_t`."""
+        r"""Variance of q(x_{t−1} | x_t, x_0).
+
+        .. math:: \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\beta_t
+        """
         return self._read(t, lambda now, before: torch.expm1(before) / torch.expm1(now) * -torch.expm1(now - before))
 
     def posterior_mean(self, x_t: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:

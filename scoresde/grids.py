@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.discrete import Discrete
-from scoresde.sde import SDE, Shifted
+from scoresde.sde import SDE, VP, Shifted
 
 
 def check_grid(sde: SDE, times: Tensor | Sequence[float]) -> Tensor:
@@ -31,18 +31,22 @@ def check_grid(sde: SDE, times: Tensor | Sequence[float]) -> Tensor:
     Returns:
         The grid, float64 on the CPU.
     """
-    grid = torch.as_tensor(times)
-    if grid.is_complex() or grid.dtype == torch.bool:
-        raise TypeError(f"`times` must be real numbers, got {str(grid.dtype)[6:]}.")
-    if grid.is_floating_point() and grid.dtype not in check.FLOATS:
-        raise TypeError(f"`times` must be float32 or float64, got {str(grid.dtype)[6:]}: half precision repeats times.")
-    grid = grid.detach().cpu().double()
+    if not isinstance(times, Tensor):
+        # Not as_tensor, which makes a list float32.
+        numbers = [check.number(f"times[{i}]", t) for i, t in enumerate(times)]
+        times = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    if times.dtype not in check.FLOATS:
+        reason = "half precision repeats times" if times.is_floating_point() else "an index is not a time"
+        raise TypeError(f"`times` must be float32 or float64, got {str(times.dtype)[6:]}: {reason}.")
+    grid = times.detach().cpu().double()
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"`times` must be a list of at least 2 times, got shape {tuple(grid.shape)}.")
-    outside = ~((grid >= 0) & (grid <= sde.T))
+    slack = check._OUTSIDE * sde.T  # what float32 rounds outside is taken back, as everywhere
+    outside = ~((grid >= -slack) & (grid <= sde.T + slack))
     if outside.any():
         i = int(outside.nonzero()[0, 0])
         raise ValueError(f"`times` must lie in [0, T] = [0, {sde.T:g}], got {grid[i].item():g} at index {i}.")
+    grid = grid.clamp(0.0, sde.T)
     rises = grid.diff() >= 0
     if rises.any():
         i = int(rises.nonzero()[0, 0]) + 1
@@ -80,11 +84,14 @@ def _grid(
     else:
         last = sde.t_min if t_min is None else t_min
         if N > 1 and not end < check.number("t_min", last, above=0) < start:
-            raise ValueError(f"`t_min` must lie between `t_end` = {end:g} and `t_start` = {start:g}, got {last:g}.")
-        times = [rule(start, last, _ramp(N - 1)) if N > 1 else torch.tensor([start]), torch.tensor([end])]
-    grid = torch.cat([t.double() for t in times])
+            raise ValueError(
+                f"`t_min` must lie between `t_end` = {end:g} and `t_start` = {start:g}, got {last:g}; "
+                f"give one that does."
+            )
+        times = [rule(start, last, _ramp(N - 1)), _ramp(0)] if N > 1 else [_ramp(1)]
+    grid = torch.cat(times)
     grid[0], grid[-1] = start, end
-    if len(times) == 2 and N > 1:
+    if len(times) == 2:
         grid[-2] = last
     rises = (~(grid.diff() < 0)).nonzero()
     if len(rises):
@@ -97,7 +104,7 @@ def _grid(
 
 
 def _ramp(n: int) -> Tensor:
-    return torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    return torch.linspace(0, 1, n + 1, dtype=torch.float64, device="cpu")
 
 
 def _between(a: float, b: float, u: Tensor) -> Tensor:
@@ -143,8 +150,9 @@ def uniform_lam(
 ) -> Tensor:
     r"""Even steps in :math:`\lambda = \log(\alpha/\sigma)`, then one from `t_min` to 0.
 
-    Where α(t_start) = 0, λ is −∞ and is counted from 0.999 t_start instead; the grid still starts at t_start. Also known
-    as the exponential grid, since σ/α falls by one factor at each step.
+    Where α(t_start) = 0, λ is −∞ and is counted from 0.999 t_start instead, or from halfway to the end if that is
+    later; the grid still starts at t_start. Also known as the exponential grid, since σ/α falls by one factor at each
+    step.
 
     Arguments:
         sde: The process.
@@ -168,7 +176,9 @@ def polyexponential(
     t_end: float = 0.0,
     t_min: float | None = None,
 ) -> Tensor:
-    r"""Steps in λ that follow a power, :math:`\lambda_i = \lambda_{end} - (1-u_i)^\rho(\lambda_{end} - \lambda_{start})`.
+    r"""Steps in λ that follow a power.
+
+    .. math:: \lambda_i = \lambda_{end} - (1-u_i)^\rho(\lambda_{end} - \lambda_{start})
 
     ρ = 1 is geometric in σ/α: :func:`uniform_lam`, also known as the exponential grid.
 
@@ -183,7 +193,7 @@ def polyexponential(
     power = check.number("rho", rho, above=0)
 
     def rule(a: float, b: float, u: Tensor) -> Tensor:
-        first, last = _finite_lam(sde, a), sde.lam(b)
+        first, last = _lam_ends(sde, a, b)
         return _times_of_lam(sde, last - (1 - u) ** power * (last - first))
 
     return _grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
@@ -203,8 +213,8 @@ def karras(
 ) -> Tensor:
     r"""Karras' grid: even steps in :math:`(\sigma/\alpha)^{1/\rho}`, then one from `t_min` to 0.
 
-    .. math:: \varrho_i = \left(\varrho_{start}^{1/\rho} + u_i(\varrho_{end}^{1/\rho} - \varrho_{start}^{1/\rho})\right)^\rho,
-              \qquad \varrho = \sigma/\alpha
+    .. math:: \varrho_i = \left(\varrho_{start}^{1/\rho}
+              + u_i(\varrho_{end}^{1/\rho} - \varrho_{start}^{1/\rho})\right)^\rho, \qquad \varrho = \sigma/\alpha
 
     On :class:`EDM` these are the σ of the paper, with ``steps`` its number of them.
 
@@ -223,20 +233,49 @@ def karras(
     power = check.number("rho", rho, above=0)
 
     def rule(a: float, b: float, u: Tensor) -> Tensor:
-        first, last = (math.exp(-lam / power) for lam in (_finite_lam(sde, a), sde.lam(b)))
+        first, last = (math.exp(-lam / power) for lam in _lam_ends(sde, a, b))
         return _times_of_lam(sde, -power * _between(first, last, u).log())
 
     return _grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
 
 
-def _finite_lam(sde: SDE, t: float) -> float:
-    """λ(t), or the λ of the last time before it that floats and networks can tell from pure noise."""
-    lam = sde.lam(t)
-    return lam if math.isfinite(lam) else sde.lam(t * (1 - 1e-3))
+def _lam_ends(sde: SDE, a: float, b: float) -> tuple[float, float]:
+    """λ(a) and λ(b); for λ(a) = −∞, λ at the last time after it that floats and networks can tell from pure noise."""
+    lam = sde.lam(a)
+    return lam if math.isfinite(lam) else sde.lam(max(a * (1 - 1e-3), (a + b) / 2)), sde.lam(b)
 
 
 def _times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
     return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(0.0))).clamp(0.0, sde.T)
+
+
+def quadratic_vp(
+    sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
+) -> Tensor:
+    r"""Steps that would be quadratic in the time of the linear VP process, carried to any process through λ.
+
+    .. math:: \lambda_i = \lambda^{VP}(\tau_i), \qquad
+              \sqrt{\tau_i} = (1 - u_i)\sqrt{\tau_{start}} + u_i\sqrt{\tau_{end}}
+
+    with τ the times at which ``VP()`` has the λ of both ends. Dense at data, and never sparse at noise.
+
+    Arguments:
+        sde: The process.
+        steps: How many steps; the grid has one more time.
+        t_start: First time, by default T.
+        t_end: Last time; positive, it is reached by the rule.
+        t_min: Last positive time when ``t_end`` is 0, by default ``sde.t_min``.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
+    """
+    clock = VP(T=4.0)
+
+    def rule(a: float, b: float, u: Tensor) -> Tensor:
+        first, last = (clock.t_of_lam(max(lam, clock.lam(clock.T))) ** 0.5 for lam in _lam_ends(sde, a, b))
+        return _times_of_lam(sde, clock.lam(_between(first, last, u) ** 2))
+
+    return _grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
 
 
 def beta_quantile(
@@ -307,10 +346,12 @@ def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
     ==========  =========================================================================================
     spacing     indices, with N labels and n steps
     ==========  =========================================================================================
-    linspace    round(linspace(0, N − 1, n)), from the top: both ends are in
+    linspace    round(linspace(0, N − 1, n)), from the top: both ends are in; N − 1 where n = 1
     leading     i · ⌊N/n⌋ for i < n: the first is 0, the last is not N − 1
     trailing    round(N − i · N/n) − 1 for i < n: the last is N − 1, the first is not 0
     ==========  =========================================================================================
+
+    Halves are rounded to even, as numpy does.
 
     Arguments:
         sde: A discrete process.
@@ -328,72 +369,169 @@ def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
         raise ValueError(
             f"`steps` must be at most the {N} indices of the process, got {n}; `uniform_t` takes any number."
         )
-    i = torch.arange(n, dtype=torch.int64)
     # Integer arithmetic throughout: a float step loses or repeats an index for some n.
     if spacing == "linspace":
-        index = (2 * i * (N - 1) + (n - 1)) // (2 * (n - 1)) if n > 1 else torch.tensor([N - 1])
-        index = index.flip(0) if n > 1 else index
+        index = [_nearest(i * (N - 1), n - 1) for i in range(n - 1, 0, -1)] + [0 if n > 1 else N - 1]
     elif spacing == "leading":
-        index = (i * (N // n)).flip(0)
+        index = [i * (N // n) for i in range(n - 1, -1, -1)]
     else:
-        index = (2 * (N * n - i * N) + n) // (2 * n) - 1
-    return check_grid(sde, torch.cat([(index + 1).double(), torch.zeros(1, dtype=torch.float64)]))
+        index = [_nearest(i * N, n) - 1 for i in range(n, 0, -1)]
+    return check_grid(sde, torch.tensor([*(i + 1 for i in index), 0], dtype=torch.float64, device="cpu"))
 
 
-def window(sde: SDE, times: Tensor | Sequence[float], t_start: float | None = None, t_end: float = 0.0) -> Tensor:
+def _nearest(a: int, b: int) -> int:
+    """The integer next to a/b; of two, the even one."""
+    whole, rest = divmod(a, b)
+    return whole + (2 * rest > b or (2 * rest == b and whole % 2 == 1))
+
+
+def window(
+    sde: SDE, times: Tensor | Sequence[float], t_start: float | None = None, t_end: float | None = None
+) -> Tensor:
     """The part of a grid between two times, whose ends are put in: start and stop anywhere on any grid.
 
     Arguments:
         sde: The process.
         times: A grid.
         t_start: New first time, by default the grid's own.
-        t_end: New last time; below the grid's own it adds a step.
+        t_end: New last time, by default the grid's own; below that it adds a step.
     """
     grid = check_grid(sde, times)
     start = float(grid[0]) if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-    end = check.number("t_end", t_end, least=0, below=start)
+    end = check.number("t_end", float(grid[-1]) if t_end is None else t_end, least=0, below=start)
     inner = grid[(grid < start) & (grid > end)]
     return check_grid(sde, torch.cat([grid.new_tensor([start]), inner, grid.new_tensor([end])]))
 
 
-def _beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
-    """Quantiles of Beta(a, b), by bisection."""
-    lo, hi = torch.zeros_like(q), torch.ones_like(q)
-    for _ in range(64):
-        mid = (lo + hi) / 2
-        below = _beta_cdf(mid, a, b) < q
-        lo, hi = torch.where(below, mid, lo), torch.where(below, hi, mid)
-    return (lo + hi) / 2
+def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Tensor:
+    r"""A zigzag: solve each leg past its end, then add fresh noise back up to it.
+
+    .. math:: \varrho_{down}^2 = \varrho_t^2\left(1 - \eta^2\left(1 - \varrho_t^2/\varrho_s^2\right)\right),
+              \qquad \varrho = \sigma/\alpha
+
+    Any solver on it is that solver's ancestral version; DDIM's is DDIM(η), and DDPM with η = 1. Where the bracket is
+    not positive the leg goes down to data.
+
+    Arguments:
+        sde: The process.
+        times: A grid.
+        eta: How much of the noise is fresh: 0 returns the grid.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eq. 16
+    """
+    grid = check_grid(sde, times)
+    eta = check.number("eta", eta, least=0)
+    lam = sde.lam(grid)
+    left = 1 + eta**2 * torch.expm1(2 * (lam[:-1] - lam[1:]))
+    down = lam[1:] - 0.5 * left.clamp_min(0).log()
+    below = _times_of_lam(sde, torch.where(left > 0, down, torch.full_like(down, math.inf)))
+    out = [grid[:1]]
+    for leg, end in zip(below, grid[1:], strict=True):
+        out.append(torch.stack([leg, end]) if leg < end else end[None])
+    return torch.cat(out)
 
 
-def _beta_cdf(x: Tensor, a: float, b: float) -> Tensor:
-    """Regularised incomplete beta function, by its continued fraction (DLMF 8.17.22)."""
-    flip = x > (a + 1) / (a + b + 2)
-    y = torch.where(flip, 1 - x, x)
-    p, q = (
-        torch.where(flip, u, v) for u, v in ((torch.tensor(b), torch.tensor(a)), (torch.tensor(a), torch.tensor(b)))
+def churn(
+    sde: SDE, times: Tensor | Sequence[float], s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf
+) -> Tensor:
+    r"""A zigzag: before each leg add fresh noise, raising ρ = σ/α by the factor 1 + γ.
+
+    .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \varrho \le s_{tmax}
+
+    Nothing is raised above T: at the start of a grid that starts there, nothing is added.
+
+    Arguments:
+        sde: The process.
+        times: A grid of N steps.
+        s_churn: Amount of fresh noise over the whole grid.
+        s_tmin: Lowest ρ at which it is added.
+        s_tmax: Highest ρ at which it is added.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          algorithm 2
+    """
+    grid = check_grid(sde, times)
+    gamma = min(check.number("s_churn", s_churn, least=0) / (len(grid) - 1), math.sqrt(2) - 1)
+    lam = sde.lam(grid)
+    up = _times_of_lam(sde, lam - math.log1p(gamma))
+    out = [grid[:1]]
+    for i in range(1, len(grid)):
+        inside = i < len(grid) - 1 and s_tmin <= math.exp(-float(lam[i])) <= s_tmax and up[i] > grid[i]
+        out.append(torch.stack([grid[i], up[i]]) if inside else grid[i : i + 1])
+    return torch.cat(out)
+
+
+def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, repeats: int = 1) -> Tensor:
+    """A zigzag: having reached time `low`, add noise back up to `high` and solve down again, `repeats` times.
+
+    Arguments:
+        sde: The process.
+        times: A grid; the time nearest to `low` and the one nearest to `high` are the ends of the interval.
+        low: Time to go back from.
+        high: Time to go back to.
+        repeats: How often.
+
+    References:
+        | Restart Sampling for Improving Generative Processes (Xu et al., 2023), arXiv:2306.14878
+    """
+    grid = check_grid(sde, times)
+    check.integer("repeats", repeats)
+    a, b = (
+        int((grid - check.number(name, t, least=0, most=sde.T)).abs().argmin())
+        for name, t in (("high", high), ("low", low))
     )
-    p, q = p.double(), q.double()
-    fraction = torch.ones_like(y)
-    for m in range(60, 0, -1):
-        odd = -(p + m - 1) * (p + q + m - 1) * y / ((p + 2 * m - 2) * (p + 2 * m - 1))
-        even = m * (q - m) * y / ((p + 2 * m - 1) * (p + 2 * m))
-        fraction = 1 + odd / (1 + even / fraction)
-    log_beta = torch.lgamma(p) + torch.lgamma(q) - torch.lgamma(p + q)
-    value = (p * y.log() + q * torch.log1p(-y) - log_beta).exp() / (p * fraction)
-    value = torch.where(y == 0, torch.zeros_like(y), value)
-    return torch.where(flip, 1 - value, value)
+    if a >= b:
+        raise ValueError(f"`high` must lie above `low` by at least one step of the grid, got {high:g} and {low:g}.")
+    if b == len(grid) - 1:
+        raise ValueError("`low` must lie above the end of the grid: the run ends there.")
+    return torch.cat([grid[: b + 1], grid[a : b + 1].repeat(repeats), grid[b + 1 :]])
+
+
+def _beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
+    """Quantiles x of Beta(a, b), by Newton's method for log x, or for log(1 − x) in the upper part."""
+    split = (a + 1) / (a + b + 2)  # up to here the fraction below converges
+    value, _ = _log_beta_cdf(torch.tensor([math.log(split)], dtype=torch.float64, device="cpu"), a, b)
+    upper = q.log() > value
+    mass = torch.where(upper, 1 - q, q).log()
+    log_x = most = torch.where(upper, q.new_tensor(1 - split).log(), q.new_tensor(split).log())
+    for _ in range(100):
+        pairs = (_log_beta_cdf(log_x, *shapes) for shapes in ((a, b), (b, a)))
+        value, slope = (torch.where(upper, high, low) for low, high in zip(*pairs, strict=True))
+        step = torch.where(mass == -math.inf, math.inf, (value - mass) / slope)
+        log_x = torch.minimum(log_x - step, most)
+        if bool((step.abs() < 1e-9)[mass.isfinite()].all()):  # the error is now its square
+            break
+    return torch.where(upper, -torch.expm1(log_x), log_x.exp())
+
+
+def _log_beta_cdf(log_x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Log of the regularised incomplete beta function and its slope in log x, by continued fraction (DLMF 8.17.22)."""
+    x = log_x.exp()
+    fraction = torch.ones_like(x)
+    for m in range(20 + int(3 * math.sqrt(max(a, b))), 0, -1):
+        odd = (a + m - 1) * (a + b + m - 1) / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        even = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
+        fraction = 1 - odd * x / (1 + even * x / fraction)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    value = a * log_x + b * torch.log1p(-x) - log_beta - math.log(a) - fraction.log()
+    return value, a * fraction / (1 - x)
 
 
 __all__ = [
+    "ancestral",
     "beta_quantile",
     "check_grid",
+    "churn",
     "cosine",
     "exponential",
     "index_grid",
     "karras",
     "polyexponential",
     "power_t",
+    "quadratic_vp",
+    "restart",
     "shifted",
     "uniform_lam",
     "uniform_t",

@@ -8,18 +8,18 @@ set is the case C = 0. Both are denoisers, so whatever takes a trained network t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser, _Want, _want
+from scoresde.denoiser import AbstractDenoiser, _check_sde, _undefined, _Want, _wanted
 from scoresde.noise import Noise
 from scoresde.sde import SDE
 
-_CHUNK = 1 << 18  # numbers in a temporary of squared differences
+_CHUNK = 1 << 18  # numbers in a temporary of differences
 _STREAM = 0x6D6978  # samples of a mixture are independent of a sampler's noise at the same seed
 
 
@@ -30,9 +30,14 @@ def squared_distances(x: Tensor, centres: Tensor, alpha: float | Tensor = 1.0) -
     """
     if isinstance(alpha, Tensor) and alpha.ndim == 1:
         alpha = alpha[:, None, None]
-    step = max(1, _CHUNK // max(1, x.numel()))
+    step = _components_at_once(x)
     parts = [(x[:, None] - alpha * centres[k : k + step]).square().sum(-1) for k in range(0, len(centres), step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _components_at_once(x: Tensor) -> int:
+    """How many differences of a state from a centre to hold at a time: on a CPU, as many as its caches hold."""
+    return max(1, (_CHUNK if x.device.type == "cpu" else _CHUNK << 8) // max(1, x.numel()))
 
 
 class _Exact(AbstractDenoiser):
@@ -106,7 +111,7 @@ class GaussianMixture(_Exact):
         factor: Tensor | Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
-        self.sde = sde
+        self.sde = _check_sde(sde)
         mu = _float64("means", means)
         if mu.ndim < 2 or mu.numel() == 0:
             raise ValueError(f"`means` must have shape (K, *event), got {tuple(mu.shape)}; one number a row is (K, 1).")
@@ -141,7 +146,7 @@ class GaussianMixture(_Exact):
         """The same data under another process."""
         twin = GaussianMixture.__new__(GaussianMixture)
         AbstractDenoiser.__init__(twin)
-        twin.sde, twin.event = sde, self.event
+        twin.sde, twin.event = _check_sde(sde), self.event
         for name, buffer in self.named_buffers():
             twin.register_buffer(name, buffer)
         if self._basis is None:
@@ -169,13 +174,11 @@ class GaussianMixture(_Exact):
 
     def log_prob(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
         """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
-        joint, _ = self._joint(self._rows(x), *self._scales(t, len(x)))
-        return joint.logsumexp(1).to(x.dtype)
+        return self._log_joint(x, t).logsumexp(1).to(x.dtype)
 
     def responsibilities(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
         """Posterior probability of each component, (B, *event) to (B, K)."""
-        joint, _ = self._joint(self._rows(x), *self._scales(t, len(x)))
-        return joint.softmax(1).to(x.dtype)
+        return self._log_joint(x, t).softmax(1).to(x.dtype)
 
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
@@ -203,7 +206,11 @@ class GaussianMixture(_Exact):
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Posterior mean E[x_0 | x_t = x], exact."""
-        return self._predict(_want("x0"), x, t, cond)
+        return self._predict("x0", x, t, cond)
+
+    def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Score, :math:`\nabla_x\log p_t(x)`; also at t = 0, where the data has a density."""
+        return self._blend(x, t, 0.0, -1.0)
 
     def flow(self, x: Tensor, s: float, t: float) -> Tensor:
         r"""Exact probability flow of one Gaussian from time s to t.
@@ -234,74 +241,102 @@ class GaussianMixture(_Exact):
             moved = rest + (along * y) @ self._basis[0].mT
         return (c * self._points + moved).reshape(x.shape).to(x.dtype)
 
+    def _log_joint(self, x: Tensor, t: float | Tensor) -> Tensor:
+        return self._joint(self._rows(x), *self._scales(t, len(x)))[0]
+
     @property
     def _full(self) -> bool:
         """Whether the eigenvectors span the space, so that nothing is left beside them."""
         return self._basis is None or self._basis.shape[1] == self._basis.shape[2]
 
-    def _joint(self, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
-        """Log of w_k N(x; …), (B, K), and the coordinates U_kᵀ(x − αμ_k), (B, K, r)."""
-        K, D = self._points.shape
-        side, along = self._variances(alpha, sigma)
-        if self._basis is None:
-            centre = alpha[..., None] if isinstance(alpha, Tensor) and alpha.ndim else alpha
-            y = x[:, None] - centre * self._points
-        else:
-            flat = self._basis.permute(1, 0, 2).reshape(D, -1)
-            shift = torch.einsum("kd,kdr->kr", self._points, self._basis).reshape(1, -1)
-            y = (x @ flat - alpha * shift).reshape(len(x), K, -1)
-        energy = (y.square() / along).sum(-1)
-        log_det = along.log().sum(-1)
-        if not self._full:
-            column = alpha[:, 0] if isinstance(alpha, Tensor) and alpha.ndim else alpha
-            distance = squared_distances(x, self._points, column)
-            energy = energy + (distance - y.square().sum(-1)).clamp_min(0) / side
-            log_det = log_det + (D - y.shape[-1]) * side.log()
-        return self._weights - 0.5 * (energy + log_det + D * math.log(2 * math.pi)), y
+    def _differences(self, x: Tensor, alpha: Any) -> Iterator[tuple[slice, Tensor]]:
+        """x − αμ_k, (k, B, D), some components at a time.
 
-    def _variances(self, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
-        """Variance of x beside the eigenvectors, (·, K), and along them, (·, K, r)."""
-        tiny = torch.finfo(self._points.dtype).tiny
-        side = (alpha**2 * self._iso + sigma**2).clamp_min(tiny)
-        if isinstance(alpha, Tensor) and alpha.ndim:
-            alpha, sigma = alpha[..., None], sigma[..., None]
-        along = (alpha**2 * (self._iso[:, None] + self._spread) + sigma**2).clamp_min(tiny)
+        By differences of the vectors, never of their squares or products, which would lose thin directions.
+        """
+        step = _components_at_once(x)
+        for k in range(0, len(self._points), step):
+            part = slice(k, k + step)
+            yield part, x - alpha * self._points[part, None]
+
+    def _variances(self, part: slice, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+        """Variance of x beside the axes, (k, ·, 1), and along them, (k, ·, r); the dot is 1 or B."""
+        floor = torch.finfo(self._points.dtype).tiny ** 0.75  # a square over it is still finite
+        iso = self._iso[part, None, None]
+        side = (alpha**2 * iso + sigma**2).clamp_min(floor)
+        along = (alpha**2 * (iso + self._spread[part, None]) + sigma**2).clamp_min(floor)
         return side, along
 
+    def _joint(self, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+        """Log of w_k N(x; αμ_k, α²C_k + σ²I), (B, K), and the coordinates U_kᵀ(x − αμ_k), (k, B, r), part by part."""
+        D = x.shape[1]
+        logs, coordinates = [], []
+        for part, d in self._differences(x, alpha):
+            side, along = self._variances(part, alpha, sigma)
+            y, rest = d, None
+            if self._basis is not None:
+                axes = self._basis[part]
+                y = d @ axes
+                if not self._full:
+                    rest = torch.baddbmm(d, y, axes.mT, alpha=-1) if y.shape[2] else d
+                if y.shape[2]:
+                    coordinates.append((part, y))
+            z = y * along.rsqrt()
+            energy = torch.linalg.vecdot(z, z) + along.log().sum(-1)
+            if rest is not None:
+                energy = energy + torch.linalg.vecdot(rest, rest) / side[..., 0]
+                energy = energy + (D - y.shape[2]) * side[..., 0].log()
+            logs.append(self._weights[part, None] - 0.5 * (energy + D * math.log(2 * math.pi)))
+        return torch.cat(logs).mT, coordinates
+
     def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+        s: Any = check.time(t, self.sde.T).to(self._points) if isinstance(t, Tensor) else t
+        alpha, sigma = self.sde.alpha(s), self.sde.sigma(s)
+        try:
+            form = _wanted(want, self.sde, s, alpha, sigma)
+            a, b = form.a / form.scale, form.b * sigma / form.scale
+        except ZeroDivisionError:
+            raise _undefined(t, alpha, sigma) from None
+        if not isinstance(t, Tensor) and not math.isfinite(a + b):
+            raise _undefined(t, alpha, sigma)
+        return self._blend(x, t, a, b)
+
+    def _blend(self, x: Tensor, t: float | Tensor, a: Any, b: Any) -> Tensor:
+        """a E[x_0 | x] + b E[ε | x] / σ, of which the last is minus the score; a and b are numbers or tensors (B,)."""
         rows = self._rows(x)
         alpha, sigma = self._scales(t, len(x))
-        joint, y = self._joint(rows, alpha, sigma)
+        a, b = (c[:, None] if isinstance(c, Tensor) and c.ndim else c for c in (a, b))
+        joint, coordinates = self._joint(rows, alpha, sigma)
         r = joint.softmax(1)
-        side, along = self._variances(alpha, sigma)
-        # Σ_k r_k M_k (x − αμ_k) for a matrix M_k = m I + U diag(e) Uᵀ that shares C_k's eigenvectors.
-        s: Any = t.to(self._points) if isinstance(t, Tensor) else t
-        form = want(self.sde, s, self.sde.alpha(s), self.sde.sigma(s))
-        a, b, scale = (c[:, None] if isinstance(c, Tensor) and c.ndim else c for c in (form.a, form.b, form.scale))
-        a3, b3, alpha3, sigma3 = (c[..., None] if isinstance(c, Tensor) and c.ndim else c for c in (a, b, alpha, sigma))
-        m_along = (a3 * alpha3 * (self._iso[:, None] + self._spread) + b3 * sigma3) / along
-        if self._basis is None:
-            out = ((r[..., None] * m_along) * y).sum(1)
-        elif self._full:
-            out = self._lift((r[..., None] * m_along) * y)
-        else:
-            m_side = (a * alpha * self._iso + b * sigma) / side
-            weight = r * m_side
-            out = weight.sum(1, keepdim=True) * rows - alpha * (weight @ self._points)
-            out = out + self._lift((r[..., None] * (m_along - m_side[..., None])) * y)
-        out = (a * (r @ self._points) + out) / scale
-        return out.reshape(x.shape).to(x.dtype)
 
-    def _lift(self, y: Tensor) -> Tensor:
-        """Σ_k U_k y_k, (B, K, r) to (B, D)."""
-        assert self._basis is not None
-        return y.flatten(1) @ self._basis.mT.reshape(-1, self._basis.shape[1])
+        # It is a Σ_k r_k μ_k + Σ_k r_k M_k (x − αμ_k), where M_k shares C_k's axes; its values beside and along them.
+        def gains(part: slice) -> tuple[Tensor, Tensor]:
+            side, along = self._variances(part, alpha, sigma)
+            iso = self._iso[part, None, None]
+            return (a * alpha * iso + b) / side, (a * alpha * (iso + self._spread[part, None]) + b) / along
+
+        out: Tensor = a * (r @ self._points)
+        if self._basis is None or not self._full:
+            for part, d in self._differences(rows, alpha):
+                m_side, m_along = gains(part)
+                d = d * (m_along if self._basis is None else m_side)
+                # One kernel where there is one component.
+                weight = r.mT[part, :, None]
+                out = out.addcmul_(weight[0], d[0]) if len(d) == 1 else out.add_((weight * d).sum(0))
+        for part, y in coordinates:
+            assert self._basis is not None
+            m_side, m_along = gains(part)
+            z = r.mT[part, :, None] * (m_along if self._full else m_along - m_side) * y
+            axes = self._basis[part].mT.reshape(-1, rows.shape[1])
+            out = out.addmm_(z.transpose(0, 1).reshape(len(x), -1), axes)
+        return out.reshape(x.shape).to(x.dtype)
 
 
 class Empirical(_Exact):
     r"""The optimal denoiser of a finite data set: what a network that had memorised it would return.
 
-    .. math:: E[x_0 \mid x] = \sum_i r_i x_i, \qquad r = \mathrm{softmax}_i\!\left(-\frac{|x - \alpha x_i|^2}{2\sigma^2}\right)
+    .. math:: E[x_0 \mid x] = \sum_i r_i x_i, \qquad
+              r = \mathrm{softmax}_i\!\left(-\frac{|x - \alpha x_i|^2}{2\sigma^2}\right)
 
     Arguments:
         sde: The process.
@@ -314,7 +349,7 @@ class Empirical(_Exact):
 
     def __init__(self, sde: SDE, data: Tensor | Sequence[Any]) -> None:
         super().__init__()
-        self.sde = sde
+        self.sde = _check_sde(sde)
         points = _float64("data", data)
         if points.ndim < 2 or points.numel() == 0:
             raise ValueError(f"`data` must have shape (N, *event) with N > 0, got {tuple(points.shape)}.")
@@ -335,6 +370,8 @@ class Empirical(_Exact):
         rows = self._rows(x)
         alpha, sigma = self._scales(t, len(x))
         if not isinstance(sigma, Tensor):
+            if sigma == 0:
+                raise ValueError(f"`t` must have σ(t) > 0, got {t}: without noise a finite data set has no density.")
             sigma = rows.new_tensor(sigma)
         N, D = self._points.shape
         energy = self._distances(rows, alpha) / (2 * sigma**2)
@@ -365,7 +402,7 @@ class Empirical(_Exact):
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Posterior mean E[x_0 | x_t = x], exact."""
-        r = self.responsibilities(x.to(self._points.dtype), t)
+        r = self.responsibilities(check.state("x", x).to(self._points.dtype), t)
         return (r @ self._points).reshape(x.shape).to(x.dtype)
 
     def _distances(self, rows: Tensor, alpha: Any) -> Tensor:
@@ -395,10 +432,10 @@ def _eigen(
             )
         if not torch.allclose(c, c.mT, rtol=1e-8, atol=1e-12):
             raise ValueError("`cov` must be symmetric; (cov + cov.mT) / 2 is its symmetric part.")
-        l, u = torch.linalg.eigh(c)
-        if bool((l < -1e-10 * l.abs().amax()).any()):
-            raise ValueError(f"`cov` must be positive semidefinite, its least eigenvalue is {l.min().item():.3g}.")
-        return none, l.clamp_min(0), u
+        spread, u = torch.linalg.eigh(c)
+        if bool((spread < -1e-10 * spread.abs().amax()).any()):
+            raise ValueError(f"`cov` must be positive semidefinite, its least eigenvalue is {spread.min().item():.3g}.")
+        return none, spread.clamp_min(0), u
     s = none if std is None else _float64("std", std)
     if bool((s < 0).any()):
         raise ValueError(f"`std` must not be negative, got {s.min().item()}.")

@@ -23,33 +23,35 @@ from scoresde import _checks as check
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_Transform = Callable[[tuple[Tensor, ...], torch.dtype], Tensor]
-_BLOCK = 1 << 15  # counters at a time: the working set stays in a core's cache
+_BLOCK = 1 << 15  # counters at a time on a CPU: the working set stays in a core's cache
+_DEVICE_BLOCK = 1 << 22  # and on other devices: the working set stays within a few hundred MB
+_Transform = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Philox-4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Arguments:
         counter: Four int64 tensors of 32-bit words, shapes that broadcast.
-        key: Two of the same.
+        key: Two of the same, with as many axes as the counter.
 
     Returns:
-        Four int64 tensors of 32-bit words.
+        Two int64 tensors, words (0, 2) and words (1, 3), the pair along a new first axis.
     """
-    c0, c1, c2, c3 = (c.clone() for c in torch.broadcast_tensors(*counter))
-    k0, k1 = key
-    m0, m1 = _MULTIPLIERS
-    for _ in range(10):
-        # int64 products wrap modulo 2⁶⁴, which keeps both halves of the unsigned 64-bit product.
-        p0, p1 = c0.mul_(m0), c2.mul_(m1)
-        hi0, hi1 = (p0 >> 32).bitwise_and_(_MASK), (p1 >> 32).bitwise_and_(_MASK)
-        lo0, lo1 = p0.bitwise_and_(_MASK), p1.bitwise_and_(_MASK)
-        c0 = hi1.bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = hi0.bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = lo1, lo0
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
+    product = torch.empty_like(even)
+    turn = torch.arange(10, device=c0.device).reshape(10, *[1] * c0.ndim)
+    keys = torch.stack([(k + turn * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)], dim=1)
+    for k in keys:
+        # int64 products wrap modulo 2⁶⁴, which keeps both halves of the unsigned 64-bit product: the upper one is mixed
+        # into the other words, the lower one becomes a word whose upper half is masked off when it is next mixed.
+        torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
+        torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
+        torch.bitwise_right_shift(product, 32, out=even)
+        even.bitwise_xor_(odd).bitwise_xor_(k).bitwise_and_(_MASK)
+        odd, product = product, odd
+    return even, odd.bitwise_and_(_MASK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +100,10 @@ class Noise:
         if indices is not None and offset:
             raise ValueError("`indices` already says which sample each row is; drop `offset`.")
         for value in seed if isinstance(seed, Sequence) else (seed,):
-            if check.integer("seed", value) >= 1 << 64:
-                raise ValueError(f"`seed` must lie in [0, 2**64), got {value}.")
+            _word("seed", value, 64)
         for value in indices if indices is not None else (offset,):
-            check.integer("indices" if indices is not None else "offset", value)
-        object.__setattr__(self, "seed", tuple(seed) if isinstance(seed, Sequence) else int(seed))
+            _word("indices" if indices is not None else "offset", value, 63)
+        object.__setattr__(self, "seed", tuple(int(s) for s in seed) if isinstance(seed, Sequence) else int(seed))
         object.__setattr__(self, "offset", int(offset))
         object.__setattr__(self, "indices", None if indices is None else tuple(int(i) for i in indices))
 
@@ -110,9 +111,9 @@ class Noise:
         """An independent source with the same rows: for probes, data or paths beside the sampler's own draws.
 
         Arguments:
-            stream: Any integer that is not negative; equal numbers give equal sources.
+            stream: Any integer in [0, 2⁶⁴); equal numbers give equal sources.
         """
-        check.integer("stream", stream)
+        _word("stream", stream, 64)
         seeds = (self.seed,) if isinstance(self.seed, int) else (self.seed or ())
         keys = tuple(_mix(s, stream) for s in seeds)
         return Noise(
@@ -129,6 +130,10 @@ class Noise:
             if rows.stop is None or rows.stop < 0 or (rows.start or 0) < 0:
                 raise ValueError(f"`rows` must be a slice with ends that are not negative, got {rows}.")
             rows = range(rows.start or 0, rows.stop, rows.step or 1)
+        if not isinstance(rows, Sequence):
+            raise TypeError(f"`rows` must be a list, a tensor or a slice of positions, got {rows!r}; one row is [row].")
+        for row in rows:
+            check.integer("rows", row)
         if isinstance(self.seed, tuple):
             return Noise([self.seed[r] for r in rows])
         if self.indices is not None:
@@ -179,77 +184,85 @@ class Noise:
     ) -> Tensor:
         if dtype not in check.FLOATS:
             raise TypeError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}; draw, then cast.")
-        if check.integer("draw", draw) > _MASK:
-            raise ValueError(f"`draw` must lie in [0, 2**32), got {draw}; `fork` gives further streams.")
-        if len(shape) == 0:
-            raise ValueError("`shape` must be (B, *event), got (); a single number is shape (1,).")
-        rows, n = int(shape[0]), math.prod(shape[1:])
+        _word("draw", draw, 32, "; `fork` gives further streams")
+        if not isinstance(shape, Sequence) or len(shape) == 0:
+            raise ValueError(f"`shape` must be (B, *event), got {shape!r}; a single number is shape (1,).")
+        rows, *event = (check.integer("shape", size) for size in shape)
+        n = math.prod(event)
         out = torch.empty((rows, n), dtype=dtype, device=device)
+        per_row = self._keys(rows, out.device)
         if out.numel() == 0:
             return out.reshape(tuple(shape))
         blocks = -(-n // 4)
-        key, index = self._keys(rows, out.device)
         words_draw = torch.full((1, 1), draw, dtype=torch.int64, device=device)
-        across = min(blocks, _BLOCK)
-        down = max(1, _BLOCK // across) if out.device.type == "cpu" else rows
+        at_once = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
+        across = min(blocks, at_once)
+        down = max(1, at_once // across)
         for r in range(0, rows, down):
             part = slice(r, min(r + down, rows))
+            k0, k1, i0, i1 = (w if len(w) == 1 else w[part] for w in per_row)
             for b in range(0, blocks, across):
-                block = torch.arange(b, min(b + across, blocks), dtype=torch.int64, device=device)[None]
-                counter = (block, words_draw, index[0][part], index[1][part])
-                words = philox(counter, (key[0][part], key[1][part]))
-                numbers = words_to_numbers(words, dtype)
+                block = torch.arange(b, min(b + across, blocks), device=device)[None]
+                words = philox((block, words_draw, i0, i1), (k0, k1))
+                numbers = torch.empty((*words[0].shape[1:], 2, 2), dtype=dtype, device=device)
+                for i, pair in enumerate(words_to_numbers(*words, dtype)):
+                    numbers[..., i] = pair.movedim(0, -1)
                 stop = min(4 * (b + block.shape[1]), n)
-                out[part, 4 * b : stop] = numbers[:, : stop - 4 * b]
+                out[part, 4 * b : stop] = numbers.flatten(1)[:, : stop - 4 * b]
         return out.reshape(tuple(shape))
 
-    def _keys(self, rows: int, device: torch.device) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Key and sample index of each row, as 32-bit halves of shape (rows, 1) or (1, 1)."""
+    def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Key and sample index of each row, as 32-bit halves of shape (rows, 1), or (1, 1) for a key shared by all."""
         given = (
             len(self.seed) if isinstance(self.seed, tuple) else len(self.indices) if self.indices is not None else rows
         )
         if given != rows:
             name = "seed" if isinstance(self.seed, tuple) else "indices"
             raise ValueError(f"`{name}` has {given} entries and the state has {rows} rows; give one for each row.")
-        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed or 0,)
+        # What one number says is made on the device: to copy it there would make a GPU wait.
         if isinstance(self.seed, tuple):
-            index = torch.zeros((1,), dtype=torch.int64)
-        elif self.indices is not None:
-            index = torch.tensor(self.indices, dtype=torch.int64)
+            halves = torch.tensor([_halves(s) for s in self.seed], dtype=torch.int64, device=device)
+            lo, hi = halves.reshape(-1, 2).unbind(1)
+            index = torch.zeros_like(lo)
         else:
-            index = torch.arange(self.offset, self.offset + rows, dtype=torch.int64)
-        lo = torch.tensor([s & _MASK for s in seeds], dtype=torch.int64)
-        hi = torch.tensor([s >> 32 for s in seeds], dtype=torch.int64)
-        k0, k1, i0, i1 = (w[:, None].expand(rows, 1).to(device) for w in (lo, hi, index & _MASK, index >> 32))
-        return (k0, k1), (i0, i1)
+            lo, hi = (torch.full((1,), w, dtype=torch.int64, device=device) for w in _halves(self.seed or 0))
+            if self.indices is not None:
+                index = torch.tensor(self.indices, dtype=torch.int64, device=device)
+            else:
+                index = torch.arange(self.offset, self.offset + rows, device=device)
+        return lo[:, None], hi[:, None], (index & _MASK)[:, None], (index >> 32)[:, None]
+
+
+def _word(name: str, value: int, bits: int, fix: str = "") -> None:
+    if check.integer(name, value) >= 1 << bits:
+        raise ValueError(f"`{name}` must lie in [0, 2**{bits}), got {value}{fix}.")
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    return seed & _MASK, seed >> 32
 
 
 def _mix(seed: int, stream: int) -> int:
     """A 64-bit seed for a stream of a seed: Philox once, with a counter that no draw uses."""
-    words = [torch.tensor([w], dtype=torch.int64) for w in (stream & _MASK, stream >> 32 & _MASK, _MASK, _MASK)]
-    key = tuple(torch.tensor([w], dtype=torch.int64) for w in (seed & _MASK, seed >> 32))
-    lo, hi, *_ = philox((words[0], words[1], words[2], words[3]), (key[0], key[1]))
-    return int(lo) | int(hi) << 32
+    words = torch.tensor([*_halves(stream), _MASK, _MASK, *_halves(seed)], device="cpu")
+    even, odd = philox((words[0], words[1], words[2], words[3]), (words[4], words[5]))
+    return int(even[0]) | int(odd[0]) << 32
 
 
 def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
     """A 32-bit word as a number in (0, 1): the middle of one of 2³² cells."""
-    return (word.to(dtype) + 0.5) * 2.0**-32
+    return word.to(dtype).add_(0.5).mul_(2.0**-32)
 
 
-def _uniforms(words: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+def _uniforms(even: Tensor, odd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top = 1.0 - 2.0**-24 if dtype == torch.float32 else 1.0
-    return torch.stack([_unit(w, dtype).clamp_max_(top) for w in words], dim=-1).flatten(1)
+    return _unit(even, dtype).clamp_max_(top), _unit(odd, dtype).clamp_max_(top)
 
 
-def _box_muller(words: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    w0, w1, w2, w3 = words
-    pairs = []
-    for radius, angle in ((w0, w1), (w2, w3)):
-        # −log u, from u or from 1 − u, whichever is small: float32 keeps both ends of the radius.
-        low = _unit(radius, dtype).log_().neg_()
-        high = torch.log1p(-_unit(_MASK - radius, dtype)).neg_()
-        r = torch.where(radius < 1 << 31, low, high).mul_(2).sqrt_()
-        phi = _unit(angle, dtype).mul_(2 * math.pi)
-        pairs += [r * phi.cos(), r * phi.sin()]
-    return torch.stack(pairs, dim=-1).flatten(1)
+def _box_muller(radius: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # log u, from u or from 1 − u, whichever is small: float32 keeps both ends of the radius.
+    small = _unit(torch.minimum(radius, _MASK - radius), dtype)
+    log = torch.where(radius < 1 << 31, small.log(), small.neg().log1p_())
+    r = log.mul_(-2).sqrt_()
+    phi = _unit(angle, dtype).mul_(2 * math.pi)
+    return phi.cos().mul_(r), phi.sin().mul_(r)

@@ -242,8 +242,8 @@ class SDE:
             if not bool(inside.all()):
                 bad = v.detach().reshape(-1)[~inside.reshape(-1)][0].item()
                 raise ValueError(
-                    f"`{name}` must lie in [{ends[0]:.6g}, {ends[1]:.6g}], what this process reaches on [0, {self.T:g}],"
-                    f" got {bad:.6g}."
+                    f"`{name}` must lie in [{ends[0]:.6g}, {ends[1]:.6g}], the reach of this process on "
+                    f"[0, {self.T:g}], got {bad:.6g}."
                 )
         t = inverse(v).clamp(0.0, self.T)
         if isinstance(value, Tensor):

@@ -18,7 +18,8 @@ keeps the full formula there: lms, deis_rhoab, deis_tab, ipndm, ipndm_v (all wit
 first-order step), pndm, plms, gradient_estimation.
 Where a paper's or a public code's formula misses its order, the formula as printed and the corrected one are both
 here, behind an option named in the docstring. "Order" is the one measured in tests/test_published_oracles.py, on
-Gaussian data, where every x0-prediction is linear in x.
+Gaussian data and on a mixture. Equation numbers are given where they are certain; formulas that no paper text was at
+hand for were checked against two public codes, or one and an equality with another rule.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def _phi(k: int, z: float) -> float:
         for j in range(1, 40):
             total += term
             term *= z / (k + j)
+            if abs(term) < 1e-18:
+                break
         return total
     if k == 1:
         return math.expm1(z) / z
@@ -217,7 +220,7 @@ def _dpm_step_1(eps, p, x, s, t):
 
 
 def _dpm_step_2(eps, p, x, s, t, r1=0.5, solver_type="dpmsolver"):
-    """arXiv:2206.00927 Alg. 4 (r1 = 1/2: Alg. 1); "taylor" as in the public code."""
+    """arXiv:2206.00927 Alg. 1 (r1 = 1/2), App. D for any r1; "taylor" as in the public code."""
     lam_s, h = p.lam_at(s), p.lam_at(t) - p.lam_at(s)
     s1 = p.time_at_lam(lam_s + r1 * h)
     e_s = eps(x, s)
@@ -230,7 +233,7 @@ def _dpm_step_2(eps, p, x, s, t, r1=0.5, solver_type="dpmsolver"):
 
 
 def _dpm_step_3(eps, p, x, s, t, r1=1 / 3, r2=2 / 3, solver_type="dpmsolver"):
-    """arXiv:2206.00927 Alg. 2 / Alg. 5; "taylor" as in the public code (there with the factor 2 in D2)."""
+    """arXiv:2206.00927 Alg. 2, App. D; "taylor" as in the public code (there with the factor 2 in D2)."""
     lam_s, h = p.lam_at(s), p.lam_at(t) - p.lam_at(s)
     s1, s2 = p.time_at_lam(lam_s + r1 * h), p.time_at_lam(lam_s + r2 * h)
     e_s = eps(x, s)
@@ -257,7 +260,7 @@ def dpm_solver_1(D, x, t, alpha, sigma, *, trajectory=False):
 
 
 def dpm_solver_2(D, x, t, alpha, sigma, *, r1=0.5, solver_type="dpmsolver", trajectory=False):
-    """DPM-Solver-2, Lu et al. arXiv:2206.00927 Alg. 1 (r1 = 1/2), Alg. 4. Two evaluations a step. Order 2."""
+    """DPM-Solver-2, Lu et al. arXiv:2206.00927 Alg. 1 (r1 = 1/2), App. D. Two evaluations a step. Order 2."""
     p = _Path(t, alpha, sigma)
 
     def step(i, x):
@@ -270,7 +273,7 @@ def dpm_solver_2(D, x, t, alpha, sigma, *, r1=0.5, solver_type="dpmsolver", traj
 
 
 def dpm_solver_3(D, x, t, alpha, sigma, *, r1=1 / 3, r2=2 / 3, solver_type="dpmsolver", trajectory=False):
-    """DPM-Solver-3, Lu et al. arXiv:2206.00927 Alg. 2, Alg. 5. Three evaluations a step.
+    """DPM-Solver-3, Lu et al. arXiv:2206.00927 Alg. 2, App. D. Three evaluations a step.
 
     Order 3 with r2 = 2/3 only, else 2, for both types: "dpmsolver" has one weight for the second moment, "taylor" a
     weight for the second-order stage u1 that vanishes (h -> 0) only there.
@@ -289,7 +292,7 @@ def dpm_solver_3(D, x, t, alpha, sigma, *, r1=1 / 3, r2=2 / 3, solver_type="dpms
 
 
 def _fast_orders(steps: int, order: int) -> list[int]:
-    """Orders of the steps for `steps` evaluations, arXiv:2206.00927 section 3.4 and App. D.4 (order 3)."""
+    """Orders of the steps for `steps` evaluations, arXiv:2206.00927 (order 3) and public code (order 2)."""
     if order == 1:
         return [1] * steps
     if order == 2:
@@ -301,11 +304,11 @@ def _fast_orders(steps: int, order: int) -> list[int]:
 def dpm_solver_fast(
     D, x, t, alpha, sigma, *, order=3, steps=None, prediction="noise", solver_type="dpmsolver", trajectory=False
 ):
-    """DPM-Solver-fast: single-step orders mixed so that exactly `steps` evaluations are used, arXiv:2206.00927 s. 3.4.
+    """DPM-Solver-fast: single-step orders mixed so that exactly `steps` evaluations are used, arXiv:2206.00927.
 
     steps=None: t has steps + 1 times and every evaluation is at one of them (public code, uniform time: the r's
     come from the grid). Otherwise t holds the outer times and r1, r2 are 1/2 or (1/3, 2/3) (uniform lam; k-diffusion).
-    The last steps are of lower order, so with few of them the slope is that of one order-1 leg: order 2.
+    The last steps are of lower order; one order-1 leg caps the order at 2.
     `prediction="data"` is the same mixing of DPM-Solver++ steps. Not to sigma = 0.
     """
     p = _Path(t, alpha, sigma)
@@ -465,7 +468,10 @@ def dpmpp_2s(D, x, t, alpha, sigma, *, r1=0.5, solver_type="dpmsolver", trajecto
 
 
 def dpmpp_3s(D, x, t, alpha, sigma, *, r1=1 / 3, r2=2 / 3, solver_type="dpmsolver", trajectory=False):
-    """DPM-Solver++(3S), public code of arXiv:2211.01095. Order 3 with r2 = 2/3 only, else 2 (as dpm_solver_3)."""
+    """DPM-Solver++(3S), public code of arXiv:2211.01095. Order 3 with r2 = 2/3 only, else 2 (as dpm_solver_3).
+
+    (diffusers' singlestep scheduler, "midpoint", uses the order-2 midpoint weight in the inner stage; "heun" is this.)
+    """
     p = _Path(t, alpha, sigma)
 
     def step(i, x):
@@ -548,13 +554,13 @@ def unipc(
     start=None,
     trajectory=False,
 ):
-    """UniPC-p, Zhao et al. arXiv:2302.04867 Alg. 1-3 (UniP Alg. 4), public code for the drivers; any order p >= 1.
+    """UniPC-p (UniP-p, UniC-p), Zhao et al. arXiv:2302.04867; the driver is that of the public code; any order p >= 1.
 
-    variant: "bh1" (B = h), "bh2" (B = e^h - 1) or "vary_coeff" (App. C); data prediction uses -h. The model is not
-    evaluated again after the correction; no correction at the last step; p = 2 predictor and p = 1 corrector use the
-    weight 1/2 (both bh variants). corrector=False is UniP-p alone.
+    variant: "bh1" (B = h), "bh2" (B = e^h - 1) or "vary_coeff" (appendix: varying coefficients); data prediction uses
+    -h. The model is not evaluated again after the correction; no correction at the last step; the p = 2 predictor and
+    the p = 1 corrector of the bh variants use the weight 1/2. corrector=False is UniP-p alone.
     Order p + 1 with corrector and exact `start` (own start: at most 3), p without; lower_order_final=True (the public
-    default) ends with a first-order leg and so caps the slope at 2. `published_bug` (variant "vary_coeff"): the public
+    default) ends with a first-order leg and so caps the order at 2. `published_bug` (variant "vary_coeff"): the public
     corrector uses a leftover loop index and drops the last row; order 1 for p = 2, 3.
     """
     p = _Path(t, alpha, sigma)
@@ -752,7 +758,7 @@ def lms(D, x, t, alpha, sigma, *, order=4, start=None, lower_order_final=False, 
 def deis_rhoab(
     D, x, t, alpha, sigma, *, degree=3, start=None, lower_order_final=False, denoise_last=False, trajectory=False
 ):
-    """rhoAB-DEIS, Zhang & Chen arXiv:2204.13902 eq. (15) interpolating in rho: `degree` 0-3; = lms(order=degree + 1).
+    """rhoAB-DEIS, Zhang & Chen arXiv:2204.13902, interpolating in rho: `degree` 0-3; = lms(order=degree + 1).
 
     Written with the closed forms of the polynomial integrals. Public quadrature: left Riemann sum of 1e4 nodes (P06).
     """
@@ -773,7 +779,7 @@ def deis_rhoab(
 def deis_tab(
     D, x, t, alpha, sigma, *, degree=3, start=None, lower_order_final=False, denoise_last=False, trajectory=False
 ):
-    """tAB-DEIS, Zhang & Chen arXiv:2204.13902 eq. (14)-(15): eps interpolated in t, `degree` 0-3, weights
+    """tAB-DEIS, Zhang & Chen arXiv:2204.13902: eps interpolated in t, `degree` 0-3, weights
     C_ij = int Psi(t_{i+1}, tau) 1/2 g^2 / sigma l_j(tau) dtau = alpha_{i+1} int l_j(tau) drho(tau).
 
     By parts, int l drho = l(t_{i+1}) drho - int l'(tau) (rho(tau) - rho_i) dtau, 32 Gauss nodes: exact except on a leg
@@ -859,14 +865,14 @@ ADAMS_BASHFORTH = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4
 
 
 def _transfer(p, x, eps, s, t):
-    """arXiv:2202.09778 eq. (11), the DDIM transfer phi(x, eps, s, t), for any (alpha, sigma)."""
+    """The transfer phi(x, eps, s, t) of arXiv:2202.09778 (= DDIM), for any (alpha, sigma)."""
     a = p.alpha(t) / p.alpha(s)
     return a * x - (a * p.sigma(s) - p.sigma(t)) * eps
 
 
 def pndm(D, x, t, alpha, sigma, *, order=4, trajectory=False):
-    """PNDM, Liu et al. arXiv:2202.09778: F-PNDM (order=4, Alg. 2: three pseudo Runge-Kutta steps, then linear
-    multistep eq. (12)) and S-PNDM (order=2, App.: one pseudo improved Euler step, then (3 e_i - e_{i-1}) / 2).
+    """PNDM, Liu et al. arXiv:2202.09778: F-PNDM (order=4: three pseudo Runge-Kutta steps, then linear multistep)
+    and S-PNDM (order=2: one pseudo improved Euler step, then (3 e_i - e_{i-1}) / 2).
 
     Half steps at (s + t) / 2 in time. The combinations assume equal steps in t and are multiplied by the DDIM
     transfer; measured order 2 for both, on smoothly graded grids (1 if step ratios do not tend to 1).
@@ -916,7 +922,7 @@ def plms(D, x, t, alpha, sigma, *, trajectory=False):
 
 
 def ipndm(D, x, t, alpha, sigma, *, order=4, start=None, denoise_last=False, trajectory=False):
-    """iPNDM, Zhang & Chen arXiv:2204.13902 App. (public DEIS and diff-sampler code): Adams-Bashforth with uniform
+    """iPNDM, Zhang & Chen arXiv:2204.13902 (public DEIS and diff-sampler code): Adams-Bashforth with uniform
     coefficients, started at order 1, 2, 3; y += drho * sum_j b_j eps_j.
 
     Nominal orders 3 and 4 are capped at 2 on any grid that is not uniform in rho (P06).
@@ -991,7 +997,7 @@ def _exponential_rk(D, x, t, alpha, sigma, tableau, trajectory):
 
 def etd_rk2(D, x, t, alpha, sigma, *, kind="endpoint", trajectory=False):
     """ETD2RK, Cox & Matthews 2002 eq. (22): b = (phi1 - phi2, phi2), probe at the end ("endpoint"; = res_2s(c2=1));
-    "midpoint": probe at h/2, b = (0, phi1), the exponential midpoint rule of Hochbruck & Ostermann 2005 eq. (5.4)
+    "midpoint": probe at h/2, b = (0, phi1), the exponential midpoint rule of Hochbruck & Ostermann 2005
     (= dpmpp_2s with r1 = 1/2). Order 2.
     """
 
@@ -1014,7 +1020,7 @@ def res_2s(D, x, t, alpha, sigma, *, c2=0.5, trajectory=False):
 
 
 def res_3s(D, x, t, alpha, sigma, *, c2=0.5, c3=1.0, gamma_power=2, trajectory=False):
-    """RES, third order single step, Zhang et al. arXiv:2308.02157 Tab. 3 (Hochbruck & Ostermann 2005 eq. (5.8)-(5.9)):
+    """RES, third order single step, Zhang et al. arXiv:2308.02157 Tab. 3 (after Hochbruck & Ostermann 2005):
     a32 = gamma c2 phi2(-c2 h) + c3^2 / c2 phi2(-c3 h), b3 = phi2 / (gamma c2 + c3), b2 = gamma b3.
 
     Third order needs 2 (gamma c2 + c3) = 3 (gamma c2^2 + c3^2), so gamma = (3 c3^2 - 2 c3) / (c2 (2 - 3 c2)): order 3.
@@ -1034,7 +1040,7 @@ def res_3s(D, x, t, alpha, sigma, *, c2=0.5, c3=1.0, gamma_power=2, trajectory=F
 def etd_rk4(D, x, t, alpha, sigma, *, kind="cox-matthews", trajectory=False):
     """ETD4RK, Cox & Matthews 2002 eq. (26)-(29), and Krogstad 2005 ETDRK4-B (kind="krogstad"). Order 4.
 
-    Tableaux as in Hochbruck & Ostermann 2005 eq. (5.16)-(5.17). (Stiff order 2 and 3: no matter at fixed lam range.)
+    (Their stiff orders are 2 and 3, which is no matter over a fixed range of lam.)
     """
 
     def tableau(h):
@@ -1055,7 +1061,7 @@ def etd_rk4(D, x, t, alpha, sigma, *, kind="cox-matthews", trajectory=False):
 
 
 def gradient_estimation(D, x, t, alpha, sigma, *, gam=2.0, mu=0.0, z=None, trajectory=False):
-    """Accelerated DDIM, Permenter & Yuan arXiv:2306.04848 Alg. 2, smalldiffusion `samples(gam, mu)`, in y = x / alpha.
+    """Accelerated DDIM, Permenter & Yuan arXiv:2306.04848, smalldiffusion `samples(gam, mu)`, in y = x / alpha.
 
     eps = gam eps_i + (1 - gam) eps_{i-1} (gam = 1 at the first step); y += (rho_p - rho_i) eps + eta z with
     rho_{i+1} = rho_i^(1 - mu) rho_p^mu, eta^2 = rho_{i+1}^2 - rho_p^2 (mu = 1/2, gam = 1: DDPM). gam = 2: order 1.
@@ -1099,7 +1105,7 @@ def dpm_solver_v3(
     start=None,
     trajectory=False,
 ):
-    """DPM-Solver-v3, Zheng et al. arXiv:2310.13268 eq. (10)-(12), Alg. 2-3, and public code for the driver.
+    """DPM-Solver-v3, Zheng et al. arXiv:2310.13268, formulas and driver of the public code.
 
     l, s, b: the empirical model statistics as numpy functions of lam (defaults: the "degenerated" data prediction).
     With L, S, B integrals of l, s, e^{-S} b:  f = (sigma eps - l x) / alpha,  g = e^{-(S - S_s)} f - e^{S_s} (B - B_s),
@@ -1254,6 +1260,7 @@ def dpmpp_sde(D, x, t, alpha, sigma, *, z, eta=1.0, s_noise=1.0, r=0.5, trajecto
 
     Normals per leg: first that of [t, s] for the stage, then that of [t, t'] for the step (k-diffusion reads both off
     one Brownian path in rho, so they are correlated: W(s)-W(t) and W(t')-W(t), each divided by its own deviation).
+    Variance on Gaussian data: order 2 so, order 1 with independent normals.
     """
     p = _Path(t, alpha, sigma)
     noise = iter(z)
@@ -1277,7 +1284,7 @@ def dpmpp_sde(D, x, t, alpha, sigma, *, z, eta=1.0, s_noise=1.0, r=0.5, trajecto
 
 
 def dpmpp_2m_sde(D, x, t, alpha, sigma, *, z, eta=1.0, s_noise=1.0, solver_type="midpoint", trajectory=False):
-    """k-diffusion `sample_dpmpp_2m_sde` = SDE-DPM-Solver++(2M), arXiv:2211.01095 eq. (19)-(20) at eta = 1 (diffusers
+    """k-diffusion `sample_dpmpp_2m_sde` = SDE-DPM-Solver++(2M) of arXiv:2211.01095 at eta = 1 (diffusers
     "sde-dpmsolver++", order 2; solver_type "midpoint" or "heun"). One normal per leg, none into sigma = 0.
     """
     p = _Path(t, alpha, sigma)
@@ -1327,7 +1334,7 @@ def dpmpp_3m_sde(
 
 
 def sde_dpm_solver(D, x, t, alpha, sigma, *, z, order=2, solver_type="midpoint", trajectory=False):
-    """SDE-DPM-Solver-1 / -2M in noise prediction, arXiv:2211.01095 eq. (17)-(18), diffusers "sde-dpmsolver".
+    """SDE-DPM-Solver-1 / -2M in noise prediction, arXiv:2211.01095, diffusers "sde-dpmsolver".
 
     x_t = alpha_t / alpha_s x - 2 sigma_t (e^h - 1) (eps + D1 / 2) + sigma_t sqrt(e^{2h} - 1) z. Not to sigma = 0.
     """
@@ -1364,7 +1371,7 @@ def sa_solver(
     correct_last=False,
     trajectory=False,
 ):
-    """SA-Solver, Xue et al. arXiv:2309.05019 Alg. 1, eq. (14)-(18): stochastic Adams, predictor, corrector orders 1-4
+    """SA-Solver, Xue et al. arXiv:2309.05019 eq. (14)-(18): stochastic Adams, predictor, corrector orders 1-4
     (corrector=0: none). tau: number or function of the target time. The pair shares its normal; one normal per leg.
 
     data:  x_t = sigma_t / sigma_s e^{-tau^2 h} x + sum_j b_j D_j + sigma_t sqrt(1 - e^{-2 tau^2 h}) z,
@@ -1373,8 +1380,8 @@ def sa_solver(
 
     `rescaled`: App. D, for order-2 rows in data prediction the first moment is (1 + tau^2) alpha_t h^2 / 2.
     Public drivers: few_steps = rescaled, final_ode (tau = 0 at the last step), no correction there; more_steps =
-    not rescaled, correct_last, then denoise. Both start when max(predictor, corrector - 1) values are there and lower
-    the orders at the end. mode "PECE" evaluates again after the correction.
+    not rescaled, correct_last, then denoise; diffusers = rescaled. They lower the orders at the end, but not while
+    fewer than max(predictor, corrector - 1) values are there. mode "PECE" evaluates again after the correction.
     """
     p = _Path(t, alpha, sigma)
     data = prediction == "data"
@@ -1440,7 +1447,7 @@ def _seeds_base(p, data: bool, x, out, s, t):
 
 
 def seeds_1(D, x, t, alpha, sigma, *, z, prediction="noise", trajectory=False):
-    """SEEDS-1, Gonzalez et al. arXiv:2305.14267 Alg. 1 (noise) and the public code's data prediction. Weak order 1.
+    """SEEDS-1, Gonzalez et al. arXiv:2305.14267 (noise) and the public code's data prediction. Weak order 1.
 
     All SEEDS here add noise where the paper subtracts it (the same in law): pass -z to compare. Not to sigma = 0.
     """
@@ -1457,9 +1464,10 @@ def seeds_1(D, x, t, alpha, sigma, *, z, prediction="noise", trajectory=False):
 
 
 def seeds_2(D, x, t, alpha, sigma, *, z, prediction="noise", c2=0.5, kind="a", trajectory=False):
-    """SEEDS-2, Gonzalez et al. arXiv:2305.14267 Alg. 2 (c2 = 1/2, kind "a"); kind "b" (phi_2 weights) from public code.
+    """SEEDS-2, Gonzalez et al. arXiv:2305.14267 (c2 = 1/2, kind "a"); kind "b" (phi_2 weights) from public code.
 
     Normals per leg: z1 of [s, s1], carried to t, then z2 of [s1, t]. (Public code with c2 != 1/2 swaps the two.)
+    Variance on Gaussian data: order 2.
     """
     p = _Path(t, alpha, sigma)
     data = prediction == "data"
@@ -1487,12 +1495,13 @@ def seeds_2(D, x, t, alpha, sigma, *, z, prediction="noise", c2=0.5, kind="a", t
 def seeds_3(
     D, x, t, alpha, sigma, *, z, prediction="noise", c2=1 / 3, c3=2 / 3, kind="a", as_code=False, trajectory=False
 ):
-    """SEEDS-3, Gonzalez et al. arXiv:2305.14267 Alg. 3: the stages of DPM-Solver-3 with doubled weights, kind "a" the
+    """SEEDS-3, Gonzalez et al. arXiv:2305.14267: the stages of DPM-Solver-3 with doubled weights, kind "a" the
     one-weight form, "b" the "taylor" form (public code: c2, c3 = 1/3, 2/3 only). Three normals a leg, carried.
+    Variance on Gaussian data: order 2.
 
     as_code=True: slips of the public code (c2, c3 = 1/3, 2/3). Noise prediction: the second stage's noise is scaled
     with sigma_t for sigma_{s3}, and at t the normals of the first two segments are exchanged. Data prediction: the
-    second stage uses (e^{-2 c2 h} - 1) / (c2 h) + 1 -> -1 for the function of c3 that vanishes with h.
+    second stage uses (e^{-2 c2 h} - 1) / (c2 h) + 1 -> -1 for the function of c3 that vanishes with h: order 1.
     """
     p = _Path(t, alpha, sigma)
     data = prediction == "data"
@@ -1555,14 +1564,15 @@ def er_sde(
     denoise_last=True,
     trajectory=False,
 ):
-    """ER-SDE-Solver-1/2/3, Cui et al. arXiv:2309.06169 Alg. 1-3 (VE) and 4-5 (VP), public code; one normal per leg.
+    """ER-SDE-Solver-1/2/3, Cui et al. arXiv:2309.06169, public code for VE and VP; one normal per leg.
 
     y = x / alpha, w = scale(rho), r = w_{i+1} / w_i:  y' = r y + (1 - r) D + [drho + w' I0] D' + [drho^2/2 + w' I1] D''
     + sqrt(rho'^2 - r^2 rho^2) z, I0 = int drho / w, I1 = int (rho - rho_i) / w drho over [rho', rho].
     D' is the backward difference (D_i - D_{i-1}) / (rho_i - rho_{i-1}), D'' = 2 (D'_i - D'_{i-1}) / (rho_i -
     rho_{i-2}). D' is not the slope at rho_i but half a step earlier, so the published order 3 has a drift of order 2;
     corrected=True adds (rho_i - rho_{i-1}) D'' / 2 to it: order 3.
-    nodes=None: exact integrals; an int: Riemann sum over that many nodes from rho' up, as published (100; ComfyUI 200).
+    nodes=None: exact integrals; an int: Riemann sum over that many nodes from rho' up, as published (100; ComfyUI 200),
+    where the order stalls once the error is below its 1 / nodes.
     """
     p = _Path(t, alpha, sigma)
     w = ER_SDE_SCALES[scale] if isinstance(scale, str) else scale
@@ -1598,7 +1608,7 @@ def er_sde(
 
 
 def euler_maruyama(D, x, t, alpha, sigma, *, z, f, g2, eta=1.0, trajectory=False):
-    """Euler-Maruyama on the reverse SDE, Song et al. arXiv:2011.13456 eq. (6), App. E (eta = 0: Euler on eq. (13)):
+    """Euler-Maruyama on the reverse SDE, Song et al. arXiv:2011.13456 eq. (6) (eta = 0: Euler on eq. (13)):
 
     x += [f(t) x - (1 + eta^2) / 2 g^2(t) score] dt + eta g(t) sqrt(|dt|) z, dt < 0, score = (alpha D - x) / sigma^2.
     One normal per leg, also in the last one (score_sde returns the mean there). Weak order 1.
@@ -1616,10 +1626,10 @@ def euler_maruyama(D, x, t, alpha, sigma, *, z, f, g2, eta=1.0, trajectory=False
 
 
 def reverse_diffusion(D, x, t, alpha, sigma, *, z, trajectory=False):
-    """Reverse-diffusion predictor, Song et al. arXiv:2011.13456 eq. (46), App. E, with the exact forward kernel.
+    """Reverse-diffusion predictor, Song et al. arXiv:2011.13456 App. E, with the exact forward kernel.
 
     Forward t -> s: x_s = A x_t + G z, A = alpha_s / alpha_t, G^2 = sigma_s^2 - A^2 sigma_t^2; backward
-    x_t = (2 - A) x_s + G^2 score + G z (VP: A = sqrt(1 - beta), eq. (47); VE: A = 1). Weak order 1.
+    x_t = (2 - A) x_s + G^2 score + G z (VP: A = sqrt(1 - beta); VE: A = 1). Weak order 1.
     """
     p = _Path(t, alpha, sigma)
     noise = iter(z)

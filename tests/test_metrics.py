@@ -349,7 +349,10 @@ def test_c2st_holds_out() -> None:
 
 def test_c2st_is_balanced() -> None:
     value = c2st(draw(0, 1500, 2), draw(1, 100, 2), steps=100)
-    assert abs(value - 0.5) < 4 * 0.5 / math.sqrt(200)  # plain accuracy would be 0.94
+    assert abs(value - 0.5) < 4 * 0.5 / math.sqrt(200)  # always to answer x would be right in 94 % of cases
+    # Half of x lies where all of y does: right on half of x and on all of y, that is 0.55 of the samples.
+    coin = (Noise(0).uniform((800,), draw=0) < 0.5).double()
+    assert abs(c2st(coin, torch.ones(80), steps=100) - 0.75) < 4 * 0.5 * 0.5 / math.sqrt(800)
 
 
 def test_c2st_reaches_the_best_accuracy() -> None:
@@ -474,6 +477,9 @@ def test_p_values_are_small_under_a_shift() -> None:
 def test_ties_count() -> None:
     x, y = draw(0, 5, 2), draw(1, 4, 2)
     assert compare(lambda a, b: 1.0, x, y).p_value == 1.0
+    # A sum over all samples is the same for every labelling, but for the order of its rounding.
+    for sign in (1, -1):
+        assert compare(lambda a, b, s=sign: s * float((a / 3).sum() + (b / 3).sum()), x, y).p_value == 1.0, sign
     # Two of the six ways to halve two far pairs keep the pairs together, and both do as well as the truth.
     pairs = torch.tensor([0.0, 0.1]), torch.tensor([10.1, 10.3])
     p = compare(energy_distance, *pairs, n_permutations=400).p_value

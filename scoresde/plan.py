@@ -1,0 +1,416 @@
+r"""A sampler as one table of numbers, and the loop that runs any of them.
+
+Each row makes one state from earlier rows, and may ask the network there:
+
+.. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k, \qquad
+          d_r = D(x_r, t_r) \approx E[x_0 \mid x_r].
+
+Rows look back only, so states, stages, history and correctors need no separate concepts. This module knows neither
+processes nor how tables are made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.noise import Noise
+
+Weight = float | Tensor
+Terms = tuple[tuple[int, Weight], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a plan.
+
+    Arguments:
+        t: Time of the state it makes.
+        x: (row, weight) of each earlier state it reads.
+        d: (row, weight) of each earlier denoised state it reads.
+        z: (draw, weight) of each standard normal it reads.
+        evaluates: Whether the network is asked at this state.
+        node: Number of the grid time that this state settles, None for stages and predictions.
+        note: What the row is, for the reader.
+        one: A constant added to every number.
+    """
+
+    t: Weight
+    x: Terms = ()
+    d: Terms = ()
+    z: Terms = ()
+    evaluates: bool = False
+    node: int | None = None
+    note: str = ""
+    one: Weight = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of rows: row 0 is the start, the last row is the result.
+
+    Arguments:
+        rows: The table.
+        name: The rule that wrote it.
+        order: The order of convergence that rule declares.
+        sde: ``repr`` of the process it was written for.
+    """
+
+    rows: tuple[Row, ...]
+    name: str = ""
+    order: int | None = None
+    sde: str = ""
+    _last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        _validate(self.rows)
+        object.__setattr__(self, "_last_use", _last_uses(self.rows))
+
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations."""
+        return sum(row.evaluates for row in self.rows)
+
+    @property
+    def draws(self) -> int:
+        """Number of normals drawn for each number of a state."""
+        return 1 + max((k for row in self.rows for k, _ in row.z), default=-1)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise."""
+        return self.draws > 0
+
+    @property
+    def times(self) -> list[Weight]:
+        """Times of the nodes: the grid it was written on."""
+        return [row.t for row in self.rows if row.node is not None]
+
+    @property
+    def memory(self) -> int:
+        """The most states, denoised ones included, that are alive between two rows."""
+        of_x, of_d = self._last_use
+        alive = [
+            sum(of_x[k] > r for k in range(r + 1)) + sum(self.rows[k].evaluates and of_d[k] > r for k in range(r + 1))
+            for r in range(len(self.rows))
+        ]
+        return max(alive)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        head = f"{self.name or 'plan'}: {self.nfe} evaluations, {len(self.rows)} rows"
+        head += f", order {self.order}" if self.order is not None else ""
+        head += f", {self.draws} draws" if self.stochastic else ""
+        return "\n".join([head, *(_line(r, row) for r, row in enumerate(self.rows))])
+
+    def join(self, other: Plan) -> Plan:
+        """This plan, then `other` from the time where this one ends; the other's first row becomes this one's last."""
+        last, first = self.rows[-1], other.rows[0]
+        end, start = _number(last.t), _number(first.t)
+        if end != start:
+            raise ValueError(f"`other` must start where this plan ends, at t = {end:g}, but starts at {start:g}.")
+        if self.sde != other.sde:
+            raise ValueError(f"the plans are for different processes: {self.sde} and {other.sde}.")
+        shift, nodes = len(self.rows) - 1, max((row.node for row in self.rows if row.node is not None), default=0)
+        draws = self.draws
+        joint = replace(last, evaluates=last.evaluates or first.evaluates)
+        tail = [
+            replace(
+                row,
+                x=tuple((k + shift, w) for k, w in row.x),
+                d=tuple((k + shift, w) for k, w in row.d),
+                z=tuple((k + draws, w) for k, w in row.z),
+                node=None if row.node is None else row.node + nodes,
+            )
+            for row in other.rows[1:]
+        ]
+        orders = [o for o in (self.order, other.order) if o is not None]
+        name = self.name if self.name == other.name else f"{self.name} + {other.name}"
+        return Plan((*self.rows[:-1], joint, *tail), name, min(orders, default=None), self.sde)
+
+    def folded(self) -> Plan:
+        """The same plan without rows that are not evaluated and are read once: their reader reads what they read."""
+        rows: list[Row | None] = list(self.rows)
+        readers: dict[int, list[int]] = {}
+        for r, row in enumerate(self.rows):
+            for k, _ in row.x:
+                readers.setdefault(k, []).append(r)
+        for k in range(1, len(self.rows) - 1):
+            inner, by = rows[k], readers.get(k, [])
+            if inner is None or inner.evaluates or len(by) != 1:
+                continue
+            outer = rows[by[0]]
+            assert outer is not None
+            w = dict(outer.x)[k]
+            rows[by[0]] = replace(
+                outer,
+                x=_merge([(j, v) for j, v in outer.x if j != k], inner.x, w),
+                d=_merge(outer.d, inner.d, w),
+                z=_merge(outer.z, inner.z, w),
+                one=outer.one + w * inner.one,
+            )
+            for j, _ in inner.x:
+                readers[j] = sorted({by[0], *(r for r in readers[j] if r != k)})
+            rows[k] = None
+        kept = [r for r, row in enumerate(rows) if row is not None]
+        place = {old: new for new, old in enumerate(kept)}
+        moved = [
+            replace(row, x=tuple((place[k], w) for k, w in row.x), d=tuple((place[k], w) for k, w in row.d))
+            for row in rows
+            if row is not None
+        ]
+        return Plan(tuple(moved), self.name, self.order, self.sde)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings; :meth:`from_dict` gives the plan back to the bit."""
+        return {
+            "scoresde": 1,
+            "name": self.name,
+            "order": self.order,
+            "sde": self.sde,
+            "rows": [
+                {
+                    "t": _number(row.t),
+                    **{c: [[k, _number(w)] for k, w in getattr(row, c)] for c in "xdz" if getattr(row, c)},
+                    **({"one": _number(row.one)} if _nonzero(row.one) else {}),
+                    **({"evaluates": True} if row.evaluates else {}),
+                    **({} if row.node is None else {"node": row.node}),
+                    **({"note": row.note} if row.note else {}),
+                }
+                for row in self.rows
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_dict` described."""
+        if table.get("scoresde") != 1:
+            raise ValueError(f"`table` must be a plan of format 1, got format {table.get('scoresde')!r}.")
+        rows = [
+            Row(
+                t=row["t"],
+                **{c: tuple((int(k), float(w)) for k, w in row.get(c, ())) for c in "xdz"},
+                evaluates=row.get("evaluates", False),
+                node=row.get("node"),
+                note=row.get("note", ""),
+                one=row.get("one", 0.0),
+            )
+            for row in table["rows"]
+        ]
+        return cls(tuple(rows), table["name"], table["order"], table["sde"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the table to a small JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a table that :meth:`save` wrote, to the bit."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def _validate(rows: tuple[Row, ...]) -> None:
+    if not rows:
+        raise ValueError("`rows` must not be empty: row 0 is the start.")
+    if rows[0].x or rows[0].d or rows[0].z:
+        raise ValueError("row 0 is the start and reads nothing.")
+    for r, row in enumerate(rows):
+        if not isinstance(row.t, Tensor) and not (math.isfinite(row.t) and row.t >= 0):
+            raise ValueError(f"row {r} has the time {row.t}; times are finite and not negative.")
+        if r and not (row.x or row.d or row.z):
+            raise ValueError(f"row {r} reads nothing; only row 0 is given.")
+        if not isinstance(row.one, Tensor) and not math.isfinite(row.one):
+            raise ValueError(f"row {r} adds the constant {row.one}; weights are finite.")
+        for column in "xdz":
+            terms: Terms = getattr(row, column)
+            for k, w in terms:
+                if k < 0 or (column != "z" and k >= r):
+                    raise ValueError(f"row {r} reads {column}[{k}]; a row reads earlier rows only.")
+                if column == "d" and not rows[k].evaluates:
+                    raise ValueError(f"row {r} reads d[{k}], but row {k} does not evaluate the network.")
+                if not isinstance(w, Tensor) and not math.isfinite(w):
+                    raise ValueError(f"row {r} has the weight {w} on {column}[{k}]; weights are finite.")
+            if len({k for k, _ in terms}) < len(terms):
+                raise ValueError(f"row {r} names an entry of {column} twice; add its weights.")
+
+
+def _last_uses(rows: tuple[Row, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The last row that reads each x and each d, its own if none does; the result is read at the end."""
+    of_x, of_d = list(range(len(rows))), list(range(len(rows)))
+    for r, row in enumerate(rows):
+        for k, _ in row.x:
+            of_x[k] = r
+        for k, _ in row.d:
+            of_d[k] = r
+    of_x[-1] = len(rows)
+    return tuple(of_x), tuple(of_d)
+
+
+def _merge(outer: Any, inner: Terms, w: Weight) -> Terms:
+    sums: dict[int, Weight] = dict(outer)
+    for k, v in inner:
+        sums[k] = sums[k] + w * v if k in sums else w * v
+    return tuple(sums.items())
+
+
+def _line(r: int, row: Row) -> str:
+    def terms(column: str) -> str:
+        inside = " ".join(f"{k}:{_short(w)}" for k, w in getattr(row, column))
+        return f"{column}[{inside}]" if inside else ""
+
+    parts = [f"{r:4d} t={_short(row.t, sign='')}", "eval" if row.evaluates else "    "]
+    parts += [t for t in (terms("x"), terms("d"), terms("z")) if t]
+    parts += [f"one[{_short(row.one)}]"] if _nonzero(row.one) else []
+    tail = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
+    return "  ".join(parts) + (f"   {tail}" if tail else "")
+
+
+def _short(w: Weight, sign: str = "+") -> str:
+    if isinstance(w, Tensor) and w.ndim:
+        return f"<{len(w)} values>"
+    return f"{_number(w):{sign}.4g}"
+
+
+def _number(w: Weight) -> float:
+    if not isinstance(w, Tensor):
+        return w
+    if w.ndim:
+        raise ValueError("this plan has a number for each sample; make one of each sample's own grid for this.")
+    return float(w.detach())
+
+
+def _nonzero(w: Weight) -> bool:
+    return isinstance(w, Tensor) or w != 0
+
+
+Denoise = Callable[[Tensor, Any], Tensor]
+Hook = Callable[[int, Any, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run has reached at a node.
+
+    Arguments:
+        node: Number of the node.
+        t: Its time.
+        x: The state, (B, *event).
+        x0: The denoised state there, or None where the network is not asked.
+        nfe: Evaluations so far.
+    """
+
+    node: int
+    t: Any
+    x: Tensor
+    x0: Tensor | None
+    nfe: int
+
+
+def run(
+    plan: Plan,
+    denoise: Denoise,
+    x: Tensor,
+    noise: Noise | None = None,
+    *,
+    hook: Hook | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Tensor:
+    """Run a plan and return its last state; :func:`steps` yields what it passes.
+
+    Arguments:
+        plan: The table.
+        denoise: D(x, t), a function of a state (B, *event) and a time.
+        x: Start, (B, *event).
+        noise: Where its normals come from; needed if the plan is stochastic.
+        hook: ``(node, t, x) -> x``, called at every node before the network is asked there.
+        callback: Called with the :class:`Step` at every node after that.
+    """
+    loop = steps(plan, denoise, x, noise, hook=hook)
+    del x  # here too nothing keeps a state that is not read again
+    while True:
+        try:
+            step = next(loop)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
+        if callback is not None:
+            callback(step)
+        del step
+
+
+def steps(
+    plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | None = None, *, hook: Hook | None = None
+) -> Generator[Step, None, Tensor]:
+    """Run a plan and yield a :class:`Step` at every node; the last one holds the result, which is also returned.
+
+    A state is forgotten once no later row reads it. Nothing here reads a tensor back to the host.
+    """
+    if plan.stochastic and noise is None:
+        raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
+    xs: dict[int, Tensor] = {}
+    ds: dict[int, Tensor] = {}
+    of_x, of_d = plan._last_use
+    dying: dict[int, list[tuple[dict[int, Tensor], int]]] = {}
+    for k, row in enumerate(plan.rows):
+        if of_x[k] > k:
+            dying.setdefault(of_x[k], []).append((xs, k))
+        if row.evaluates and of_d[k] > k:
+            dying.setdefault(of_d[k], []).append((ds, k))
+    nfe = 0
+    for r, row in enumerate(plan.rows):
+        if r:
+            x = _combine(row, xs, ds, noise, like=x)
+        for store, k in dying.get(r, ()):
+            del store[k]
+        if hook is not None and row.node is not None:
+            x = hook(row.node, row.t, x)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"`hook` must return a state, got {type(x).__name__}; end it with `return x`.")
+        x0 = None
+        if row.evaluates:
+            x0 = denoise(x, _beside(row.t, x))
+            nfe += 1
+            if of_d[r] > r:
+                ds[r] = x0
+        if of_x[r] > r:
+            xs[r] = x
+        if row.node is not None or r == len(plan.rows) - 1:
+            yield Step(-1 if row.node is None else row.node, row.t, x, x0, nfe)
+    return x
+
+
+def _combine(row: Row, xs: dict[int, Tensor], ds: dict[int, Tensor], noise: Noise | None, like: Tensor) -> Tensor:
+    """Σ a x + Σ b d + Σ c z: one pass for each term, in place on a fresh tensor."""
+    out: Tensor | None = None
+    for store, terms in ((xs, row.x), (ds, row.d)):
+        for k, w in terms:
+            out = _add(out, store[k], w)
+    for k, w in row.z:
+        assert noise is not None
+        out = _add(out, noise.like(like, k), w)
+    assert out is not None
+    if _nonzero(row.one):
+        out = out + (check.expand(_beside(row.one, out), out, "weight") if isinstance(row.one, Tensor) else row.one)
+    return out
+
+
+def _beside(w: Any, x: Tensor) -> Any:
+    """A number a sample, where the samples are."""
+    return w.to(x) if isinstance(w, Tensor) and w.ndim and w.device != x.device else w
+
+
+def _add(out: Tensor | None, term: Tensor, w: Weight) -> Tensor:
+    if isinstance(w, Tensor):
+        scaled = check.expand(_beside(w, term), term, "weight") * term
+        return scaled if out is None else out + scaled
+    return term * w if out is None else out.add_(term, alpha=w)

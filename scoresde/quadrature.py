@@ -1,0 +1,327 @@
+r"""The one formula behind every exponential solver: Lagrange weights against a kernel.
+
+In λ = log(α/σ) the reverse family is :math:`dx = [\tfrac{d\log\alpha}{d\lambda} x - (1+\eta^2)(x - \alpha d)]\,d\lambda
++ \sqrt2\,\eta\,\sigma\,dW` with d = E[x_0 | x]. Interpolate a linear prediction :math:`f = p\,x + q\,d` through earlier
+evaluations, the nodes, in a variable u; variation of constants from s to t then gives
+
+.. math::
+    x_t = \Phi\,x_s + \sum_j W_j f_j + \mathrm{std}\,z, \qquad W_j = \int_{\lambda_s}^{\lambda_t} K(\lambda)\,
+    \ell_j(u(\lambda))\,d\lambda, \qquad K = \Phi(\lambda, t)\,(1+\eta^2)\,\frac{\alpha}{q}.
+
+For η = 0 every prediction keeps :math:`x/N` with its own scale N(α, σ): σ for data, α for noise, α + σ for velocity.
+The kernel is analytic, so Gauss–Legendre in λ is exact to rounding: 80 nodes are enough for steps up to h = 15 (the
+kernel of V has poles at Im λ = ±π/2, so 32 leave 1e-7 at h = 10). Where λ is infinite at an end the integral is taken in
+the prediction's own clock, in which the kernel is constant for η = 0.
+
+Everything here is elementwise over legs, takes float64 tensors, and is differentiable in the times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(80))
+_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
+
+
+def legendre() -> tuple[Tensor, Tensor]:
+    """The Gauss–Legendre nodes and weights on [0, 1], float64."""
+    return _NODES, _WEIGHTS
+
+
+@dataclass(frozen=True)
+class Prediction:
+    r"""A linear prediction f = p x + q d to interpolate.
+
+    Arguments:
+        name: What to call it.
+        scale: N(α, σ), homogeneous of degree 1: the state x/N has no linear term when η = 0.
+        p: p(α, σ), the weight of the state.
+        q: q(α, σ), the weight of the data prediction; it depends on α/σ alone.
+        clock: c(λ), in which the kernel is constant; finite wherever the prediction is defined.
+        lam_of_clock: Its inverse.
+        slope: dc/dλ as a function of c.
+        silent: Whether it says nothing about data where α = 0.
+        offset: B(λ): what is interpolated is f − B, and B is integrated exactly.
+    """
+
+    name: str
+    scale: Callable[[Tensor, Tensor], Tensor]
+    p: Callable[[Tensor, Tensor], Tensor]
+    q: Callable[[Tensor, Tensor], Tensor]
+    clock: Callable[[Tensor], Tensor]
+    lam_of_clock: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    silent: bool = False
+    offset: Callable[[Tensor], Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+DATA = Prediction(
+    "data",
+    scale=lambda alpha, sigma: sigma,
+    p=lambda alpha, sigma: torch.zeros_like(sigma),
+    q=lambda alpha, sigma: torch.ones_like(sigma),
+    clock=lambda lam: lam.exp(),
+    lam_of_clock=lambda c: c.log(),
+    slope=lambda c: c,
+)
+"""d = E[x_0 | x]: DPM-Solver++, and what EDM calls the denoiser."""
+
+NOISE = Prediction(
+    "noise",
+    scale=lambda alpha, sigma: alpha,
+    p=lambda alpha, sigma: 1 / sigma,
+    q=lambda alpha, sigma: -alpha / sigma,
+    clock=lambda lam: (-lam).exp(),
+    lam_of_clock=lambda c: -c.log(),
+    slope=lambda c: -c,
+    silent=True,
+)
+"""ε = (x − α d)/σ: DDIM, DPM-Solver, DEIS."""
+
+VELOCITY = Prediction(
+    "velocity",
+    scale=lambda alpha, sigma: alpha + sigma,
+    p=lambda alpha, sigma: 1 / sigma,
+    q=lambda alpha, sigma: -(alpha + sigma) / sigma,
+    clock=lambda lam: (-lam).sigmoid(),
+    lam_of_clock=lambda c: torch.log1p(-c) - c.log(),
+    slope=lambda c: -c * (1 - c),
+)
+"""ε − d, the velocity of x/(α + σ) in τ = σ/(α + σ): on any process what flow matching predicts."""
+
+V = Prediction(
+    "v",
+    scale=lambda alpha, sigma: (alpha**2 + sigma**2).sqrt(),
+    p=lambda alpha, sigma: alpha / (sigma * (alpha**2 + sigma**2).sqrt()),
+    q=lambda alpha, sigma: -((alpha**2 + sigma**2).sqrt()) / sigma,
+    clock=lambda lam: (-lam).exp().atan(),
+    lam_of_clock=lambda c: -c.tan().log(),
+    slope=lambda c: -c.sin() * c.cos(),
+)
+"""(α ε − σ d)/√(α² + σ²), the velocity in the angle atan(σ/α)."""
+
+
+def edm_prediction(sigma_data: float) -> Prediction:
+    """EDM's network output F as a prediction to interpolate; `sigma_data` as in :class:`Preconditioning`."""
+    s = sigma_data
+
+    def root(alpha: Tensor, sigma: Tensor) -> Tensor:
+        return (sigma**2 + s**2 * alpha**2).sqrt()
+
+    return Prediction(
+        f"F(sigma_data={s:g})",
+        scale=root,
+        p=lambda alpha, sigma: -alpha * s / (sigma * root(alpha, sigma)),
+        q=lambda alpha, sigma: root(alpha, sigma) / (sigma * s),
+        clock=lambda lam: ((-lam).exp() / s).atan(),
+        lam_of_clock=lambda c: -(s * c.tan()).log(),
+        slope=lambda c: -c.sin() * c.cos(),
+    )
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable u to interpolate in.
+
+    Arguments:
+        name: What to call it.
+        of: u(λ, t) of tensors; only one of the two need be used.
+        infinite: Whether u is infinite where σ = 0, so that nothing can be extrapolated to there.
+    """
+
+    name: str
+    of: Callable[[Tensor, Tensor], Tensor]
+    uses_t: bool = False
+    infinite: bool = False
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+LAM = Variable("lam", lambda lam, t: lam, infinite=True)
+"""λ = log(α/σ): the DPM-Solver family."""
+
+RHO = Variable("rho", lambda lam, t: (-lam).exp())
+"""ρ = σ/α: DEIS ρAB, linear multistep, EDM."""
+
+TAU = Variable("tau", lambda lam, t: (-lam).sigmoid())
+"""τ = σ/(α + σ): flow time."""
+
+TIME = Variable("t", lambda lam, t: t, uses_t=True)
+"""The process' own time: DEIS tAB."""
+
+
+def transfer(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
+    r"""Φ(s, t), the factor of x_s.
+
+    .. math:: \Phi = \left(\frac{\alpha_s}{\alpha_t}\right)^{\eta^2}\left(\frac{N_t}{N_s}\right)^{1+\eta^2}
+    """
+    ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
+    if eta == 0:
+        return ratio
+    return (s.alpha / t.alpha) ** (eta**2) * ratio ** (1 + eta**2)
+
+
+def spread(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
+    r"""Standard deviation of a leg's noise, :math:`\mathrm{std}^2 = 2\eta^2\int\sigma^2\,\Phi(\lambda,t)^2 d\lambda`.
+
+    data: σ_t √(−expm1(−2η²h)); noise: η √((α_t σ_s/α_s)² − σ_t²); others by quadrature.
+    """
+    if eta == 0:
+        return torch.zeros_like(t.sigma)
+    h = t.lam - s.lam
+    if prediction is DATA:
+        return t.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
+    if prediction is NOISE:
+        return eta * t.sigma * torch.expm1(2 * h).sqrt()
+    lam = s.lam[..., None] + h[..., None] * _NODES
+    relative = _relative_transfer(prediction, eta, lam, t.lam[..., None])
+    # per unit α_t: σ/α = e^{−λ}
+    variance = 2 * eta**2 * h * ((relative * (-lam).exp()) ** 2 @ _WEIGHTS)
+    return t.alpha * variance.sqrt()
+
+
+def _relative_transfer(prediction: Prediction, eta: float, lam: Tensor, lam_t: Tensor) -> Tensor:
+    """Φ(λ, t) α_λ/α_t, a function of λ alone; N is taken per unit of α."""
+    one = torch.ones_like(lam)
+    ratio = prediction.scale(one, (-lam).exp()) / prediction.scale(one, (-lam_t).exp())
+    return ratio ** (-(1 + eta**2))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Times with what the formula needs of them: t, λ, α and σ, tensors of one shape."""
+
+    t: Tensor
+    lam: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __getitem__(self, index: Any) -> Point:
+        return Point(self.t[index], self.lam[index], self.alpha[index], self.sigma[index])
+
+
+def weights(
+    prediction: Prediction,
+    variable: Variable,
+    eta: float,
+    s: Point,
+    t: Point,
+    nodes: Point,
+    t_of_lam: Callable[[Tensor], Tensor],
+    moments: Sequence[str | float] | None = None,
+) -> Tensor:
+    r"""Quadrature weights :math:`W_j = \int K\,\ell_j\,d\lambda`.
+
+    Arguments:
+        prediction: What is interpolated.
+        variable: In what.
+        eta: η of the leg.
+        s: Where legs start, fields of shape (R,) or (R, B).
+        t: Where they end.
+        nodes: Where the prediction was evaluated, fields of shape (R, k) or (R, k, B).
+        t_of_lam: The process' inverse of λ, used if `variable` is the time.
+        moments: Instead of the exact moments :math:`\int K (\lambda-\lambda_s)^n d\lambda`, for n = 0, 1, …:
+            ``"exact"``, ``"mid"`` (∫K · h/2), ``"end"`` (K(λ_t) h²/2), or a factor on the exact one. For interpolation
+            in λ.
+
+    Returns:
+        (R, k) or (R, k, B).
+    """
+    batched = s.t.ndim == 2
+    u = variable.of(nodes.lam, nodes.t)
+    k = nodes.t.shape[1]
+    finite = bool((s.lam.isfinite() & t.lam.isfinite()).all())
+    shape = s.t[..., None]
+    if finite:
+        h = t.lam - s.lam
+        lam = s.lam[..., None] + h[..., None] * _NODES
+        kernel = _kernel(prediction, eta, lam, t) * h[..., None]
+    else:
+        if prediction is DATA and bool(t.lam.isinf().all()):
+            lam = t.lam[..., None]
+            kernel = t.alpha[..., None] * torch.ones_like(shape)
+            return _lagrange(variable.of(lam, t.t[..., None]), u, batched)[..., 0] * kernel[..., 0].unsqueeze(1)
+        a, b = prediction.clock(s.lam), prediction.clock(t.lam)
+        # From α = 0 the kernel is as (c − a)^{η²}, no polynomial: let the nodes crowd there.
+        m = 1 if eta == 0 else 4
+        c = a[..., None] + (b - a)[..., None] * _NODES**m
+        lam = prediction.lam_of_clock(c)
+        kernel = _kernel(prediction, eta, lam, t) * (b - a)[..., None] / prediction.slope(c) * (m * _NODES ** (m - 1))
+    at = t_of_lam(lam) if variable.uses_t else lam
+    basis = _lagrange(variable.of(lam, at), u, batched)  # (R, k, [B,] Q)
+    exact = (basis * (kernel * _WEIGHTS).unsqueeze(1)).sum(-1)
+    if moments is None or k == 1:
+        return exact
+    return exact + _moment_change(prediction, eta, s, t, nodes, lam, kernel, moments)
+
+
+def constant(prediction: Prediction, eta: float, s: Point, t: Point, nodes: Point, W: Tensor) -> Tensor:
+    r"""What the offset adds to a leg, :math:`\int K B\,d\lambda - \sum_j W_j B_j`, on legs with finite ends."""
+    assert prediction.offset is not None
+    h = t.lam - s.lam
+    lam = s.lam[..., None] + h[..., None] * _NODES
+    kernel = _kernel(prediction, eta, lam, t) * h[..., None]
+    whole = (kernel * prediction.offset(lam)) @ _WEIGHTS
+    return whole - (W * prediction.offset(nodes.lam)).sum(1)
+
+
+def _kernel(prediction: Prediction, eta: float, lam: Tensor, t: Point) -> Tensor:
+    one = torch.ones_like(lam)
+    factor = (1 + eta**2) / prediction.q(one, (-lam).exp())
+    return t.alpha[..., None] * factor * _relative_transfer(prediction, eta, lam, t.lam[..., None])
+
+
+def _lagrange(u: Tensor, nodes: Tensor, batched: bool) -> Tensor:
+    """ℓ_j(u): u (R, [B,] Q), nodes (R, k, [B]) to (R, k, [B,] Q)."""
+    k = nodes.shape[1]
+    basis = []
+    for j in range(k):
+        value = torch.ones_like(u)
+        for m in range(k):
+            if m != j:
+                value = value * (u - nodes[:, m, ..., None]) / (nodes[:, j] - nodes[:, m])[..., None]
+        basis.append(value)
+    return torch.stack(basis, dim=1)
+
+
+def _moment_change(
+    prediction: Prediction,
+    eta: float,
+    s: Point,
+    t: Point,
+    nodes: Point,
+    lam: Tensor,
+    kernel: Tensor,
+    moments: Sequence[str | float],
+) -> Tensor:
+    """What the weights change by when the moments are replaced; Vandermonde in r = (λ − λ_s)/h."""
+    k = nodes.t.shape[1]
+    h = t.lam - s.lam
+    x = (lam - s.lam[..., None]) / h[..., None]
+    mass = kernel * _WEIGHTS
+    total, end = mass.sum(-1), _kernel(prediction, eta, t.lam[..., None], t)[..., 0] * h
+    change = []
+    for n in range(k):
+        rule = moments[n] if n < len(moments) else "exact"
+        exact = (mass * x**n).sum(-1)
+        new = {"exact": exact, "mid": total / 2, "end": end / 2}[rule] if isinstance(rule, str) else rule * exact
+        change.append(new - exact)
+    r = (nodes.lam - s.lam.unsqueeze(1)) / h.unsqueeze(1)  # (R, k, [B])
+    powers = torch.stack([r**n for n in range(k)], dim=1)  # (R, n, k, [B])
+    rhs = torch.stack(change, dim=1)
+    if r.ndim == 3:
+        solved: Tensor = torch.linalg.solve(powers.permute(0, 3, 1, 2), rhs.permute(0, 2, 1)[..., None])
+        return solved[..., 0].permute(0, 2, 1)
+    solved = torch.linalg.solve(powers, rhs[..., None])
+    return solved[..., 0]

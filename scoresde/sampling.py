@@ -1,0 +1,336 @@
+"""From a model to samples, and back: `sample`, `solve`, `encode`, `decode`."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser
+from scoresde.grids import check_grid, quadratic_vp
+from scoresde.noise import Noise
+from scoresde.plan import Hook, Plan, Step, run
+from scoresde.solvers.base import Solver
+from scoresde.solvers.catalogue import VelocityAB
+
+GridMaker = Callable[..., Tensor]
+_START, _ROWS = 0, 1  # streams of a seed: the start, and the normals of the rows
+DEFAULT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve returns.
+
+    Arguments:
+        x: The result, (B, *event).
+        nfe: Evaluations of the network.
+        times: Times of the nodes.
+        trajectory: States at the times that were asked for, on the device that was asked for, by time.
+        plan: The table that was run.
+        seed: The seed of its noise.
+    """
+
+    x: Tensor
+    nfe: int
+    times: list[Any]
+    trajectory: dict[float, Tensor] = field(repr=False)
+    plan: Plan = field(repr=False)
+    seed: int | tuple[int, ...] | None
+
+
+def sample(
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    solver: Solver | Plan | None = None,
+    **options: Any,
+) -> Tensor:
+    """Draw samples.
+
+    Arguments:
+        model: A denoiser.
+        shape_or_x: Shape (B, *event) to start from the prior, or a state to start from at `t_start`.
+        solver: A rule, a plan, or None for the default.
+        **options: Those of :func:`solve`.
+
+    Returns:
+        (B, *event).
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
+        >>> x = ss.sample(mix, (4, 1), steps=10, seed=0)
+        >>> bool(((x.abs() - 1).abs() < 0.5).all())
+        True
+    """
+    return solve(model, shape_or_x, solver, **options).x
+
+
+def solve(
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    solver: Solver | Plan | None = None,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    seed: int | Sequence[int] | Noise | None = None,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    data_std: float = 1.0,
+    hook: Hook | None = None,
+    callback: Callable[[Step], None] | None = None,
+    progress: bool | str = False,
+    save_at: str | Sequence[float] = (),
+    save_device: torch.device | str = "cpu",
+    grad: str = "off",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    **cond: Any,
+) -> Solution:
+    """Solve from noise to data, with everything that can be said about it.
+
+    Arguments:
+        model: A denoiser.
+        shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state at `t_start`.
+        solver: A rule, a :class:`Plan` (whose grid is its own), or None for :func:`default_solver`.
+        steps: Number of legs of the grid; a rule with k stages spends about k evaluations on each. By default 20.
+        nfe: Instead: a budget of evaluations, which the rule turns into legs and never exceeds.
+        grid: Times, or a grid maker such as ``ss.karras``; by default :func:`scoresde.grids.quadratic_vp`.
+        seed: An integer, one for each sample, a :class:`Noise`, or None for a fresh one (told by the solution).
+        t_start: Where to start, by default T.
+        t_end: Where to end; 0 returns the denoised state.
+        data_std: Standard deviation of the data, for the prior.
+        hook: ``(node, t, x) -> x`` at every node, before the network is asked there.
+        callback: Called with a :class:`Step` at every node.
+        progress: Show a bar if the terminal is interactive; ``"always"`` shows it wherever it is.
+        save_at: Times of the grid whose states to keep, or ``"all"``.
+        save_device: Where to keep them.
+        grad: ``"off"``, ``"full"`` to differentiate through every evaluation, ``"checkpoint"`` to do so with the memory
+            of one, at the price of a second pass.
+        dtype: Of the state, when a shape is given.
+        device: Of the state, when a shape is given; by default the model's.
+        **cond: Conditions, handed to the network.
+    """
+    check.choice("grad", grad, ("off", "full", "checkpoint"))
+    plan = _plan(model, solver, steps, nfe, grid, t_start, t_end)
+    noise = seed if isinstance(seed, Noise) else Noise(seed)
+    kept: dict[float, Tensor] = {}
+    wanted = _wanted(plan, save_at)
+
+    def seen(step: Step) -> None:
+        if wanted is not None and (not wanted or float(step.t) in wanted):
+            kept[float(step.t)] = step.x.to(save_device)
+        if callback is not None:
+            callback(step)
+        bar.update(step)
+
+    with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
+        x = run(
+            plan,
+            _denoise(model, cond, grad),
+            _start(model, shape_or_x, plan, noise, data_std, dtype, device),
+            noise.fork(_ROWS),
+            hook=hook,
+            callback=seen,
+        )
+    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
+
+
+def default_solver(nfe: int) -> Solver:
+    """The rule that is used when none is named; which one is best depends on how many evaluations there are."""
+    return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 5 else 3)
+
+
+def encode(
+    model: AbstractDenoiser,
+    x: Tensor,
+    solver: Solver | None = None,
+    *,
+    steps: int = 50,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Run the probability flow from data to noise, with the same rules: :func:`decode` takes it back at their order.
+
+    Arguments:
+        model: A denoiser.
+        x: Data, (B, *event).
+        solver: A deterministic rule; by default DPM-Solver++ with exact single steps of order 3.
+        steps: Number of legs.
+        grid: Times from noise to data, ending at a positive time, or a grid maker; used the other way round.
+        t_start: Time of the data, by default ``sde.t_min``.
+        t_end: Time of the code, by default T.
+        **options: Those of :func:`solve` that say nothing about grids.
+    """
+    rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
+    plan = rule.plan(model.sde, times.flip(0), up="solve")
+    return solve(model, check.state("x", x), plan, **options).x
+
+
+def decode(
+    model: AbstractDenoiser,
+    z: Tensor,
+    solver: Solver | None = None,
+    *,
+    steps: int = 50,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments."""
+    rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
+    return solve(model, check.state("z", z), rule.plan(model.sde, times), **options).x
+
+
+def _both_ways(
+    model: AbstractDenoiser, solver: Solver | None, steps: int, grid: Any, t_start: float | None, t_end: float | None
+) -> tuple[Solver, Tensor]:
+    from scoresde.solvers.catalogue import DPMSolverPP
+
+    if not isinstance(model, AbstractDenoiser):
+        raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
+    if not (solver is None or isinstance(solver, Solver)):
+        raise TypeError(f"`solver` must be a rule such as DPMSolverPP(), which can run both ways, got {solver!r:.80}.")
+    sde = model.sde
+    clean = sde.t_min if t_start is None else t_start
+    noisy = t_end if t_end is not None else sde.T if sde.alpha(sde.T) > 0 else sde.T * (1 - 1e-3)
+    if grid is None or callable(grid):
+        maker = quadratic_vp if grid is None else grid
+        times = maker(sde, steps, t_start=noisy, t_end=clean)
+    elif t_start is not None or t_end is not None:
+        raise ValueError("`grid` already says where to start and end; drop `t_start` and `t_end`.")
+    else:
+        times = check_grid(sde, grid)
+    rule = DPMSolverPP(3, kind="single", form="exact") if solver is None else solver
+    return rule, times
+
+
+def _plan(
+    model: AbstractDenoiser,
+    solver: Solver | Plan | None,
+    steps: int | None,
+    nfe: int | None,
+    grid: Any,
+    t_start: float | None,
+    t_end: float,
+) -> Plan:
+    if not isinstance(model, AbstractDenoiser):
+        raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
+    if isinstance(solver, Plan):
+        if steps is not None or nfe is not None or grid is not None or t_start is not None or t_end != 0.0:
+            raise ValueError("a plan has its own grid; drop `steps`, `nfe`, `grid`, `t_start` and `t_end`.")
+        if solver.sde and solver.sde != repr(model.sde):
+            warnings.warn(f"the plan was written for {solver.sde}, the model is on {model.sde!r}.", stacklevel=4)
+        return solver
+    if solver is not None and not isinstance(solver, Solver):
+        raise TypeError(f"`solver` must be a rule such as UniPC(), a Plan or None, got {solver!r}.")
+    given = grid is not None and not callable(grid)
+    if (steps is not None) + (nfe is not None) + given > 1:
+        raise ValueError("give one of `steps` (legs of the grid), `nfe` (a budget of evaluations) and `grid` (times).")
+    if given:
+        if t_start is not None or t_end != 0.0:
+            raise ValueError("`grid` already says where to start and end; `grids.window` cuts a grid.")
+        rule = default_solver(len(grid) - 1) if solver is None else solver
+        return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
+    legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, least=1)
+    if nfe is not None:
+        rule = default_solver(nfe) if solver is None else solver
+        rule, legs = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
+    else:
+        rule = default_solver(legs) if solver is None else solver
+    maker: GridMaker = quadratic_vp if grid is None else grid
+    plan = rule.plan(model.sde, maker(model.sde, legs, t_start=t_start, t_end=t_end))
+    if nfe is not None and plan.nfe > nfe:
+        raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
+    return plan
+
+
+def _start(
+    model: AbstractDenoiser,
+    shape_or_x: Any,
+    plan: Plan,
+    noise: Noise,
+    std: float,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> Tensor:
+    if isinstance(shape_or_x, Tensor):
+        return check.state("x", shape_or_x)
+    if not isinstance(shape_or_x, Sequence) or not len(shape_or_x):
+        raise ValueError(f"`shape_or_x` must be a state or a shape (B, *event), got {shape_or_x!r}.")
+    shape = tuple(check.integer("shape", n) for n in shape_or_x)
+    t = plan.rows[0].t
+    if isinstance(t, Tensor):
+        if bool((t != t.reshape(-1)[0]).any()):
+            raise ValueError("samples that start at different times have no common prior; give a state, not a shape.")
+        t = float(t.detach().reshape(-1)[0])
+    where = _device_of(model) if device is None else device
+    return model.sde.prior(t, std=std).sample(shape, noise.fork(_START), dtype=dtype, device=where)
+
+
+def _denoise(model: AbstractDenoiser, cond: dict[str, Any], grad: str) -> Callable[[Tensor, Any], Tensor]:
+    if grad == "checkpoint":
+        return lambda x, t: checkpoint(lambda y: model.x0(y, t, **cond), x, use_reentrant=False)
+    if not cond:
+        return model.x0
+    return lambda x, t: model.x0(x, t, **cond)
+
+
+def _wanted(plan: Plan, save_at: str | Sequence[float]) -> set[float] | None:
+    """Times to keep: None for none, empty for all."""
+    if save_at and any(isinstance(t, Tensor) and t.ndim for t in plan.times):
+        raise ValueError("`save_at` names times, and each sample has its own here; use `callback`.")
+    if isinstance(save_at, str):
+        check.choice("save_at", save_at, ("all",))
+        return set()
+    wanted = {float(t) for t in save_at}
+    if not wanted:
+        return None
+    have = [float(t) for t in plan.times]
+    for t in wanted:
+        if t not in have:
+            nearest = min(have, key=lambda s: abs(s - t))
+            raise ValueError(f"`save_at` must name times of the grid, got {t!r}; the nearest is {nearest!r}.")
+    return wanted
+
+
+def _device_of(model: AbstractDenoiser) -> torch.device:
+    first = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+class _Bar:
+    """A progress bar over nodes, or nothing."""
+
+    def __init__(self, plan: Plan, progress: bool | str) -> None:
+        self._bar: Any = None
+        if not isinstance(progress, bool):
+            check.choice("progress", progress, ("always",))
+        if progress:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=plan.nfe, desc=plan.name, unit="call", disable=False if progress == "always" else None
+            )
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def update(self, step: Step) -> None:
+        if self._bar is not None:
+            self._bar.update(step.nfe - self._bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,1 @@
+"""Rules that write plans: patterns of nodes, and the catalogue of published solvers by name."""

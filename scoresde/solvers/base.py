@@ -1,0 +1,126 @@
+"""What a rule is: something frozen that writes a plan for a process and a grid. It never sees a network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.plan import Plan, Weight
+from scoresde.sde import SDE
+from scoresde.tape import Tape
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A frozen rule. A subclass lays one leg in ``_leg``; grids, up legs and the end are handled here."""
+
+    @property
+    def name(self) -> str:
+        """What the plans it writes are called."""
+        return repr(self)
+
+    @property
+    def declared_order(self) -> int:
+        """The order of convergence it claims, which the tests measure."""
+        raise NotImplementedError
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return 1
+
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """A rule and a number of legs that spend a budget of evaluations, or as much of it as whole legs can.
+
+        Arguments:
+            nfe: The budget.
+            clean: Whether the grid ends at σ = 0.
+        """
+        check.integer("nfe", nfe, least=1)
+        return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
+
+    def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
+        """Write the table for a grid.
+
+        Arguments:
+            sde: The process.
+            times: From noise to data; a float64 tensor (N + 1,), which may require grad, or (N + 1, B) for one grid a
+                sample. Legs that go up in time add fresh noise, exactly.
+            up: ``"diffuse"``, or ``"solve"`` to solve legs that go up like those that go down: encoding.
+        """
+        grid, legs = _legs(sde, times, check.choice("up", up, ("diffuse", "solve")))
+        tape = Tape(sde, grid[0], evaluates=legs[0])
+        history: list[int] = [0]
+        now = 0
+        for i, t in enumerate(grid[1:]):
+            last = i == len(legs) - 1
+            if legs[i]:
+                asks = not last and legs[i + 1]
+                now, history = self._leg(tape, now, history, t, asks, i + 1)
+            else:
+                now = tape.diffuse(now, t, evaluates=not last and legs[i + 1], node=i + 1)
+                history = self._after_noise(tape, now, history)
+        return tape.plan(self.name, self.declared_order)
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        """Lay one solved leg from row `now` to time t.
+
+        Arguments:
+            tape: Where to.
+            now: Row of the state the leg starts from.
+            history: Evaluated rows, newest first; the first is at the time of `now`.
+            t: Where the leg ends.
+            asks: Whether the network is to be asked at the new node.
+            node: Number of the new node.
+
+        Returns:
+            The new state's row and the new history.
+        """
+        raise NotImplementedError
+
+    def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
+        """What is remembered across fresh noise: nothing, unless a rule knows better."""
+        return [now]
+
+
+def _legs(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
+    """The times, as numbers or tensors, and whether each leg is solved."""
+    grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
+    if grid.dtype != torch.float64:
+        raise TypeError(f"`times` must be a float64 grid, got {str(grid.dtype)[6:]}; the grid makers give one.")
+    if grid.ndim not in (1, 2) or len(grid) < 2:
+        raise ValueError(f"`times` must have shape (N + 1,) or (N + 1, B) with N >= 1, got {tuple(grid.shape)}.")
+    plain = grid.detach()
+    outside = ~((plain >= 0) & (plain <= sde.T)).reshape(len(grid), -1).all(1)
+    if outside.any():
+        i = int(outside.nonzero()[0, 0])
+        raise ValueError(f"`times` must lie in [0, T] = [0, {sde.T:g}], but time {i} does not ({plain[i].tolist()}).")
+    step = plain.diff(dim=0).reshape(len(grid) - 1, -1)
+    down, rising = (step < 0).all(1), (step > 0).all(1)
+    if not bool((down | rising).all()):
+        i = int((~(down | rising)).nonzero()[0, 0]) + 1
+        raise ValueError(f"`times` repeats a time at index {i} (t = {plain[i].tolist()}); drop one of the two.")
+    solved = [True] * (len(grid) - 1) if up == "solve" else down.tolist()
+    if not solved[0] or not solved[-1]:
+        raise ValueError(
+            "`times` must start and end with a leg towards data; give times.flip(0) if your grid runs from data to "
+            "noise, or use `encode`."
+        )
+    if grid.ndim == 2 or grid.requires_grad:
+        return list(grid), solved
+    return grid.tolist(), solved
+
+
+def between(sde: SDE, s: Weight, t: Weight, r: float) -> Weight:
+    """The time at a fraction r of the way from s to t in λ."""
+    if isinstance(s, Tensor) or isinstance(t, Tensor):
+        a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
+        lam = sde.lam(a) + r * (sde.lam(b) - sde.lam(a))
+        return sde.t_of_lam(lam)
+    lam_s = sde.lam(s)
+    return sde.t_of_lam(lam_s + r * (sde.lam(t) - lam_s))

@@ -1,0 +1,126 @@
+"""Multistep rules: each leg interpolates through the evaluations of earlier ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from scoresde import _checks as check
+from scoresde.plan import Weight
+from scoresde.quadrature import DATA, LAM, Prediction, Variable
+from scoresde.solvers.base import Solver
+from scoresde.solvers.singlestep import SingleStep
+from scoresde.tape import Tape
+
+Moments = tuple[str | float, ...] | None
+
+
+@dataclass(frozen=True, repr=False)
+class Multistep(Solver):
+    r"""Exponential Adams: predict through the last `order` evaluations, correct through the new one.
+
+    .. math:: x_t = \Phi x_s + \sum_{j<p} W_j f_{i-j}
+
+    Arguments:
+        order: Nodes of the predictor.
+        prediction: What is interpolated.
+        variable: In what.
+        corrector: Nodes of the corrector, the new one included; 0 for none.
+        reevaluate: Ask the network again at the corrected state (PECE) instead of keeping the prediction's (PEC).
+        eta: 1 for the reverse SDE, 0 for the flow; the normals of predictor and corrector are shared.
+        moments: Of two-node rows, see :func:`scoresde.quadrature.weights`; None is exact.
+        start: ``"ramp"`` raises the order leg by leg, as published; ``"self"`` starts with single steps of full order.
+        label: Name of the plans.
+    """
+
+    order: int = 2
+    prediction: Prediction = DATA
+    variable: Variable = LAM
+    corrector: int = 0
+    reevaluate: bool = False
+    eta: float = 0.0
+    moments: Moments = None
+    start: str = "ramp"
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check.integer("order", self.order, least=1)
+        check.integer("corrector", self.corrector)
+        check.choice("start", self.start, ("ramp", "self"))
+        check.number("eta", self.eta, least=0)
+        if self.start == "self" and (self.order > 3 or self.eta > 0):
+            raise ValueError(
+                f"`start`='self' has single steps up to order 3 without noise, got order {self.order} and eta "
+                f"{self.eta:g}; use start='ramp'."
+            )
+
+    def __repr__(self) -> str:
+        parts = [f"order={self.order}", f"{self.prediction} in {self.variable}"]
+        parts += [f"corrector={self.corrector}"] if self.corrector else []
+        parts += [f"eta={self.eta:g}"] if self.eta else []
+        return f"{self.label or 'Multistep'}({', '.join(parts)})"
+
+    @property
+    def declared_order(self) -> int:
+        """Order of the corrected method; from a cold start the ramp costs the orders above 2 some accuracy."""
+        return max(self.order, self.corrector)
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return 2 if self.corrector and self.reevaluate else 1
+
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """A rule and a number of legs that spend a budget; a full-order start costs stages of its own."""
+        extra = (self.order - 1) ** 2 if self.start == "self" else 0
+        rule, legs = super().for_nfe(max(1, nfe - extra), clean=clean)
+        if extra and legs <= self.order:
+            return replace(self, start="ramp"), nfe
+        return rule, legs
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        if self.start == "self" and len(history) < self.order and asks:
+            single = SingleStep(self.order, prediction=self.prediction, variable=self.variable)
+            new, _ = single._leg(tape, now, history, t, asks, node)
+            return new, [new, *history][: self.order]
+        nodes = history[: self.order]
+        noise = [(tape.draw(), 1.0)] if self.eta > 0 else None
+        correct = self.corrector > 0 and asks
+
+        def move(nodes: list[int], *, evaluates: bool, node: int | None, note: str) -> int:
+            return tape.move(
+                now,
+                t,
+                nodes,
+                evaluates=evaluates,
+                prediction=self.prediction,
+                variable=self.variable,
+                eta=self.eta,
+                moments=self.moments if len(nodes) == 2 else self._many(len(nodes)),
+                noise=noise,
+                node=node,
+                note=note,
+            )
+
+        new = move(nodes, evaluates=asks, node=None if correct else node, note="predict" if correct else "")
+        asked = new
+        if correct:
+            new = move([asked, *history][: self.corrector], evaluates=self.reevaluate, node=node, note="correct")
+            asked = new if self.reevaluate else asked
+        keep = max(self.order, self.corrector)
+        return new, ([asked, *history][:keep] if asks else history)
+
+    def _many(self, nodes: int) -> Moments:
+        """Moments of rows with more than two nodes: exact, unless a factor is given for them by name."""
+        return self.moments if self.moments is not None and len(self.moments) == nodes > 2 else None
+
+    def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
+        if self.prediction is not DATA:
+            return [now]  # noise-prediction multistep across fresh noise diverges
+        here = _plain(tape.time(now))
+        return [now, *(k for k in history if _plain(tape.time(k)) != here)][: max(self.order, self.corrector)]
+
+
+def _plain(t: Weight) -> object:
+    return tuple(t.detach().reshape(-1).tolist()) if isinstance(t, torch.Tensor) else t

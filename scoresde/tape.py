@@ -1,0 +1,280 @@
+r"""Laying the rows of a plan: down by the formula, up by the exact forward transition, or by hand.
+
+A rule says which rows there are and what they read; all weights are then computed at once, one call of the quadrature
+for all legs of a kind. A grid may go up as well as down: a down leg is solved, an up leg is the exact forward
+transition with fresh noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde.plan import Plan, Row, Weight
+from scoresde.quadrature import DATA, LAM, Point, Prediction, Variable, constant, spread, transfer, weights
+from scoresde.sde import SDE
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A row whose weights are still to be computed."""
+
+    row: int
+    source: int
+    nodes: tuple[int, ...]
+    prediction: Prediction
+    variable: Variable
+    eta: float
+    moments: tuple[str | float, ...] | None
+    draws: tuple[tuple[int, float], ...]
+
+
+class Tape:
+    """Rows in the making.
+
+    Arguments:
+        sde: The process.
+        t: Time of the start: a number, a float64 tensor (), or (B,) for one grid a sample.
+        evaluates: Whether the network is asked at the start.
+
+    Example:
+        >>> import scoresde as ss
+        >>> tape = Tape(ss.VP(), 1.0)
+        >>> a = tape.move(0, 0.5, nodes=[0])
+        >>> b = tape.move(a, 0.0, nodes=[a], evaluates=False)
+        >>> tape.plan("two steps of DDIM", order=1).nfe
+        2
+    """
+
+    def __init__(self, sde: SDE, t: Weight, *, evaluates: bool = True) -> None:
+        self.sde = sde
+        self._rows: list[Row] = [Row(t, evaluates=evaluates, node=0, note="start")]
+        self._moves: list[_Move] = []
+        self._draws = 0
+
+    def draw(self) -> int:
+        """The number of a fresh normal."""
+        self._draws += 1
+        return self._draws - 1
+
+    def move(
+        self,
+        source: int,
+        t: Weight,
+        nodes: Sequence[int],
+        *,
+        evaluates: bool = True,
+        prediction: Prediction = DATA,
+        variable: Variable = LAM,
+        eta: float = 0.0,
+        moments: Sequence[str | float] | None = None,
+        noise: Sequence[tuple[int, float]] | None = None,
+        node: int | None = None,
+        note: str = "",
+    ) -> int:
+        """Go from the state `source` to time t by the formula.
+
+        Arguments:
+            source: Row of the state that the leg starts from.
+            t: Where to.
+            nodes: Rows whose evaluations are interpolated, nearest first. Into σ = 0 nothing is extrapolated in λ,
+                which is infinite there, nor with noise: the nearest alone is used. Nodes at an infinite u are left out,
+                and so are those at the time of a nearer one, as a grid that goes up and down may have.
+            evaluates: Whether the network is asked at the new state.
+            prediction: What is interpolated; from α = 0, where noise says nothing, data instead of noise, and on legs
+                with η > 0 data instead of anything.
+            variable: In what.
+            eta: η of the leg.
+            moments: See :func:`scoresde.quadrature.weights`.
+            noise: (draw, factor) of normals that share the leg's standard deviation; a fresh one by default if η > 0.
+            node: Number of the grid time this settles.
+            note: For the reader.
+
+        Returns:
+            The new row.
+        """
+        if not nodes:
+            raise ValueError("`nodes` must name at least one evaluated row, such as the leg's own start.")
+        nodes = self._apart(nodes)
+        last = _is_clean(self.sde, t)
+        if last and (eta > 0 or variable.infinite):
+            nodes, prediction, eta, noise = nodes[:1], DATA, 0.0, ()
+        if (prediction.silent or eta > 0) and _is_silent(self.sde, self._rows[source].t):
+            prediction = DATA
+        if eta > 0 and noise is None:
+            noise = [(self.draw(), 1.0)]
+        row = len(self._rows)
+        self._rows.append(Row(t, evaluates=evaluates, node=node, note=note))
+        self._moves.append(
+            _Move(
+                row,
+                source,
+                tuple(nodes),
+                prediction,
+                variable,
+                eta,
+                None if moments is None or len(nodes) == 1 else tuple(moments),
+                tuple(noise or ()),
+            )
+        )
+        return row
+
+    def _apart(self, nodes: Sequence[int]) -> list[int]:
+        first: dict[Any, int] = {}
+        for k in nodes:
+            t = self._rows[k].t
+            first.setdefault(tuple(t.detach().reshape(-1).tolist()) if isinstance(t, Tensor) else t, k)
+        return list(first.values())
+
+    def diffuse(self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
+        """Go up to time t by the forward process, with fresh noise."""
+        s = self._rows[source].t
+        a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
+        scale: Weight
+        std: Weight
+        scale, std = self.sde.transition(a, b)
+        if not isinstance(s, Tensor) and not isinstance(t, Tensor):
+            scale, std = float(scale), float(std)
+        return self.append(
+            t, x=[(source, scale)], z=[(self.draw(), std)], evaluates=evaluates, node=node, note="forward noise"
+        )
+
+    def append(
+        self,
+        t: Weight,
+        *,
+        x: Sequence[tuple[int, Weight]] = (),
+        d: Sequence[tuple[int, Weight]] = (),
+        z: Sequence[tuple[int, Weight]] = (),
+        evaluates: bool = True,
+        node: int | None = None,
+        note: str = "",
+    ) -> int:
+        """Add a row by hand: any affine combination."""
+        self._rows.append(Row(t, tuple(x), tuple(d), tuple(z), evaluates, node, note))
+        return len(self._rows) - 1
+
+    def evaluate(self, row: int) -> int:
+        """Ask the network at a row after all."""
+        self._rows[row] = replace(self._rows[row], evaluates=True)
+        return row
+
+    def time(self, row: int) -> Weight:
+        """Time of a row."""
+        return self._rows[row].t
+
+    def plan(self, name: str = "", order: int | None = None) -> Plan:
+        """Compute all weights and return the table, folded."""
+        rows = list(self._rows)
+        points = self._points()
+        finite = _finite(points.lam)
+        seen = {v: _finite(v.of(points.lam, points.t)) for v in {move.variable for move in self._moves}}
+        groups: dict[Any, list[_Move]] = {}
+        for move in self._moves:
+            nodes = tuple(k for k in move.nodes if seen[move.variable][k]) or move.nodes[:1]
+            if nodes != move.nodes:
+                move = replace(move, nodes=nodes, moments=None)
+            ends = (finite[move.source], finite[move.row])
+            key = (move.prediction, move.variable, move.eta, move.moments, len(move.nodes), ends)
+            groups.setdefault(key, []).append(move)
+        for moves in groups.values():
+            for move, row in zip(moves, self._fill(moves, points), strict=True):
+                rows[move.row] = row
+        return Plan(tuple(rows), name, order, repr(self.sde)).folded()
+
+    def _points(self) -> Point:
+        """Time, λ, α and σ of every row, (R,) or (R, B)."""
+        times = [row.t for row in self._rows]
+        if any(isinstance(t, Tensor) for t in times):
+            tensors = [t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64) for t in times]
+            t = torch.stack(torch.broadcast_tensors(*(v.double() for v in tensors)))
+        else:
+            t = torch.tensor(times, dtype=torch.float64)
+        flat = t.reshape(-1)
+        return Point(t, *(fn(flat).reshape(t.shape) for fn in (self.sde.lam, self.sde.alpha, self.sde.sigma)))
+
+    def _fill(self, moves: list[_Move], points: Point) -> list[Row]:
+        first = moves[0]
+        source, target = (points[[getattr(m, name) for m in moves]] for name in ("source", "row"))
+        nodes = points[torch.tensor([m.nodes for m in moves])]
+        W = weights(
+            first.prediction,
+            first.variable,
+            first.eta,
+            source,
+            target,
+            nodes,
+            self.sde._t_of_lam,
+            first.moments,
+        )
+        phi = transfer(first.prediction, first.eta, source, target)
+        std = spread(first.prediction, first.eta, source, target)
+        of_d = W * first.prediction.q(nodes.alpha, nodes.sigma)
+        of_x = W * first.prediction.p(nodes.alpha, nodes.sigma)
+        if first.prediction is DATA:
+            of_x = torch.zeros_like(of_x)
+        _check_finite(first, source, target, phi, std, of_x.sum(1), of_d.sum(1))
+        one = torch.zeros_like(phi)
+        if first.prediction.offset is not None:
+            one = constant(first.prediction, first.eta, source, target, nodes, W)
+        plain = phi.ndim == 1 and not any(isinstance(self._rows[m.row].t, Tensor) for m in moves)
+        if plain:
+            columns = [v.tolist() for v in (phi, of_x, of_d, std, one)]
+        else:
+            columns = [list(phi), [list(w) for w in of_x], [list(w) for w in of_d], list(std), list(one)]
+        return [
+            self._row(
+                move, factor, list(zip(move.nodes, wx, strict=True)), list(zip(move.nodes, wd, strict=True)), s, c
+            )
+            for move, factor, wx, wd, s, c in zip(moves, *columns, strict=True)
+        ]
+
+    def _row(self, move: _Move, phi: Weight, of_x: list[Any], of_d: list[Any], std: Weight, one: Weight) -> Row:
+        x: dict[int, Weight] = {move.source: phi}
+        if move.prediction is not DATA:
+            for k, w in of_x:
+                x[k] = x[k] + w if k in x else w
+        z = tuple((k, factor * std) for k, factor in move.draws)
+        kept = tuple((k, w) for k, w in x.items() if isinstance(w, Tensor) or w != 0)
+        constant_term = one if move.prediction.offset is not None else 0.0
+        return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
+
+
+def _finite(values: Tensor) -> list[bool]:
+    """Whether each row of (R,) or (R, B) is finite."""
+    seen: list[bool] = values.detach().isfinite().reshape(len(values), -1).all(1).tolist()
+    return seen
+
+
+def _check_finite(move: _Move, s: Point, t: Point, *coefficients: Tensor) -> None:
+    good = torch.stack([c.detach().isfinite() for c in coefficients]).all(0)
+    if not bool(good.all()):
+        i = tuple((~good).nonzero()[0].tolist())
+        why = (
+            "it starts at σ = 0, where the flow has no speed; start at a positive time such as `sde.t_min`"
+            if bool(s.sigma[i] == 0)
+            else "noise cannot be added while solving towards noise; take eta = 0, or let the leg diffuse instead"
+            if move.eta > 0 and bool(t.t[i] > s.t[i])
+            else "with a grid a sample, let all samples start where α = 0 or end where σ = 0 together, or none of them"
+            if s.t.ndim == 2
+            else f"interpolation of {move.prediction} in {move.variable} has no limit there"
+        )
+        raise ValueError(f"the leg from t = {float(s.t[i]):g} to {float(t.t[i]):g} has no finite weights: {why}.")
+
+
+def _is_clean(sde: SDE, t: Weight) -> bool:
+    """Whether σ(t) = 0: the last step into data."""
+    if isinstance(t, Tensor):
+        return bool((sde.sigma(t.detach()) == 0).all())
+    return t == 0 and sde.sigma(0.0) == 0
+
+
+def _is_silent(sde: SDE, t: Weight) -> bool:
+    """Whether α(t) = 0: nothing of the data is left."""
+    if isinstance(t, Tensor):
+        return bool((sde.alpha(t.detach()) == 0).all())
+    return t == sde.T and sde.alpha(t) == 0

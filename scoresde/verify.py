@@ -1,0 +1,275 @@
+r"""Is a solver what it says? Measured orders, exactness on one point, and error against evaluations.
+
+All of it runs on denoisers whose probability flow is known, and works on a user's own rule and denoiser alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser
+from scoresde.grids import karras
+from scoresde.mixture import GaussianMixture
+from scoresde.noise import Noise
+from scoresde.plan import Plan, run
+from scoresde.quadrature import VELOCITY, legendre
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver
+from scoresde.solvers.singlestep import RK4, RungeKutta
+
+Reference = Callable[[Tensor, float, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A measured order of convergence.
+
+    Arguments:
+        slope: Minus the slope of log error over log steps.
+        declared: What the rule claims.
+        legs: Numbers of legs.
+        errors: Median error over the start points at each.
+    """
+
+    slope: float
+    declared: int
+    legs: tuple[int, ...]
+    errors: tuple[float, ...]
+
+    def __str__(self) -> str:
+        errors = ", ".join(f"{n}: {e:.2e}" for n, e in zip(self.legs, self.errors, strict=True))
+        return f"order {self.slope:.2f} (declared {self.declared}); error by legs {errors}"
+
+
+def convergence_order(
+    solver: Solver,
+    model: AbstractDenoiser,
+    *,
+    legs: Sequence[int] = (40, 80, 160),
+    t_start: float | None = None,
+    t_end: float | None = None,
+    reference: Reference | None = None,
+    grid: Callable[..., Tensor] | None = None,
+    n: int = 32,
+    seed: int = 0,
+) -> Order:
+    """Measure the order of a deterministic rule on a model whose flow is known.
+
+    Arguments:
+        solver: The rule.
+        model: A denoiser; with one Gaussian the flow is closed, otherwise it is solved finely.
+        legs: Numbers of legs.
+        t_start: Where to start, by default T, or just before it where α vanishes.
+        t_end: Where to end, by default where λ = 2.
+        reference: ``(x, s, t) -> x_t``, the exact flow, if the model is another.
+        grid: A grid maker, by default a mildly uneven one.
+        n: Start points.
+        seed: Of the start points.
+    """
+    sde = model.sde
+    first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else sde.t_of_lam(-4.0)
+    last = sde.t_of_lam(2.0) if t_end is None else t_end
+    shape = (n, *getattr(model, "event", (1,)))
+    x = sde.sigma(first) * Noise(seed).normal(shape, 0, dtype=torch.float64)
+    truth = (reference or exact_flow(model))(x, first, last)
+    maker = grid or _uneven
+    errors = []
+    with torch.no_grad():
+        for N in legs:
+            plan = solver.plan(sde, maker(sde, N, t_start=first, t_end=last))
+            gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
+            errors.append(float(gap.median()))
+    a = torch.tensor([math.log(N) for N in legs], dtype=torch.float64)
+    b = torch.tensor([math.log(e) for e in errors], dtype=torch.float64)
+    slope = -float(((a - a.mean()) * (b - b.mean())).sum() / ((a - a.mean()) ** 2).sum())
+    return Order(slope, solver.declared_order, tuple(legs), tuple(errors))
+
+
+def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
+    """Steps in λ whose sizes vary smoothly by a factor of 3: no rule gains from equal steps."""
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = u + 0.5 / (2 * math.pi) * (2 * math.pi * u).sin()
+    a, b = sde.lam(t_start), sde.lam(t_end)
+    times = sde.t_of_lam((a + (b - a) * u).clamp(min(a, b), max(a, b)))
+    times[0], times[-1] = t_start, t_end
+    return times
+
+
+def exact_flow(model: AbstractDenoiser, legs: int = 2000) -> Reference:
+    """The probability flow of a model: closed for one Gaussian, else the classical method in flow time, finely."""
+    if isinstance(model, GaussianMixture) and len(model.means) == 1:
+        return model.flow
+
+    def flow(x: Tensor, s: float, t: float) -> Tensor:
+        plan = RungeKutta(RK4, VELOCITY).plan(model.sde, _uneven(model.sde, legs, t_start=s, t_end=t))
+        with torch.no_grad():
+            return run(plan, model.x0, x)
+
+    return flow
+
+
+def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
+    r"""How far a plan is from exact when the data is one point, so that D is constant.
+
+    The state of an exponential method is then :math:`\alpha_t x_0 + \sigma_t\varepsilon` at every node, and with noise
+    its mean and variance are those of the marginal. The plan is run on its coefficients: no samples are drawn.
+
+    Arguments:
+        plan: The table.
+        sde: The process it was written for.
+        x0: The point.
+
+    Returns:
+        The largest distance of the mean from α x₀ and of the deviation from σ, relative to hypot(α x₀, σ), over the rows
+        that settle a node.
+    """
+    first = float(plan.rows[0].t)
+    # Each state is m + k ε + Σ c z; carry the mean and the coefficients of ε and of every normal.
+    width = 1 + plan.draws
+    means: list[float] = [sde.alpha(first) * x0]
+    noises: list[Tensor] = [torch.zeros(width, dtype=torch.float64)]
+    noises[0][0] = sde.sigma(first)
+    worst = 0.0
+    for row in plan.rows[1:]:
+        mean = sum(float(w) * means[k] for k, w in row.x) + sum(float(w) * x0 for _, w in row.d) + float(row.one)
+        noise = torch.zeros(width, dtype=torch.float64)
+        for k, w in row.x:
+            noise = noise + float(w) * noises[k]
+        for k, w in row.z:
+            noise[1 + k] += float(w)
+        means.append(mean)
+        noises.append(noise)
+        if row.node is not None:
+            t = float(row.t)
+            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            size = math.hypot(alpha * x0, sigma)
+            gap = max(abs(mean - alpha * x0), abs(float(noise.norm()) - sigma))
+            worst = max(worst, gap / size)
+    return worst
+
+
+def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
+    r"""Residuals of the order conditions: what each leg leaves of D = (λ − λ_s)ⁿ/n!, for n = 0 … degree.
+
+    A leg that starts from exact states is run on a data prediction that is a polynomial of λ; its error is divided by
+    :math:`\alpha_t h^{n+1}`. A rule of order p has residuals for n < p that are 0, if it interpolates data in λ, or
+    vanish with h.
+
+    Arguments:
+        plan: A deterministic table whose legs are solved.
+        sde: The process it was written for.
+        degree: Largest n.
+
+    Returns:
+        (legs, degree + 1), NaN where σ vanishes at an end.
+    """
+    if plan.stochastic:
+        raise ValueError("`plan` draws noise; order conditions are for deterministic plans.")
+    node, weight = legendre()
+    times = torch.tensor([float(row.t) for row in plan.rows], dtype=torch.float64)
+    lam = sde.lam(times)
+    out: list[list[float]] = []
+    nodes = [r for r, row in enumerate(plan.rows) if row.node is not None]
+    for s, t in pairwise(nodes):
+        h = lam[t] - lam[s]
+        residuals = []
+        for n in range(degree + 1):
+
+            def d(at: Tensor, n: int = n, origin: Tensor = lam[s]) -> Tensor:
+                return (at - origin) ** n / math.factorial(n)
+
+            def exact(r: int, d: Callable[[Tensor], Tensor] = d, s: int = s) -> float:
+                # x_s = 0: x_r = α_r ∫ e^{−(λ_r − λ)} d(λ) dλ from λ_s
+                gap = lam[r] - lam[s]
+                inner = (-(1 - node) * gap).exp() * d(lam[s] + node * gap)
+                return float(sde.alpha(float(times[r])) * gap * (inner @ weight))
+
+            states = {r: exact(r) for r in nodes if r <= s}
+            for r in range(1, t + 1):
+                if r not in states:
+                    row = plan.rows[r]
+                    terms = [float(w) * states[k] for k, w in row.x]
+                    terms += [float(w) * float(d(lam[k])) for k, w in row.d]
+                    states[r] = sum(terms) + float(row.one)
+            size = sde.alpha(float(times[t])) * float(h) ** (n + 1)
+            residuals.append((states[t] - exact(t)) / size if math.isfinite(size) and size else math.nan)
+        out.append(residuals)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Error of one rule on one grid at one budget.
+
+    Arguments:
+        solver: Name of the rule.
+        grid: Name of the grid maker.
+        nfe: Evaluations spent.
+        median: Median error over the start points.
+        rmse: Root of the mean squared error.
+    """
+
+    solver: str
+    grid: str
+    nfe: int
+    median: float
+    rmse: float
+
+
+def work_precision(
+    solvers: Sequence[Solver],
+    model: AbstractDenoiser,
+    grids: Sequence[Callable[..., Tensor]] = (karras,),
+    nfes: Sequence[int] = (5, 6, 8, 10, 12, 15, 20, 30, 50),
+    *,
+    x: Tensor | None = None,
+    truth: Tensor | None = None,
+    n: int = 256,
+    seed: int = 0,
+    **window: Any,
+) -> list[Work]:
+    """Error against evaluations, for rules × grids × budgets, on a model whose flow is known.
+
+    Arguments:
+        solvers: The rules.
+        model: A denoiser.
+        grids: Grid makers.
+        nfes: Budgets.
+        x: Start points at ``t_start``, by default `n` from the prior.
+        truth: Where they end, by default by :func:`exact_flow`.
+        n: Start points.
+        seed: Of the start points.
+        **window: ``t_start``, ``t_end`` and ``t_min`` of the grids.
+    """
+    sde = model.sde
+    check.integer("n", n, least=1)
+    start = window.get("t_start") or sde.T
+    if x is None:
+        x = sde.prior(start).sample((n, *getattr(model, "event", (1,))), Noise(seed), dtype=torch.float64)
+    if truth is None:
+        last = window.get("t_end", 0.0)
+        near = last if sde.sigma(last) > 0 else sde.t_of_lam(min(sde.lam(sde.t_min) + 3.0, sde.lam(1e-6 * sde.T)))
+        truth = exact_flow(model)(x, start, near)
+        if last != near:
+            truth = model.x0(truth, near)
+    rows = []
+    for solver in solvers:
+        for maker in grids:
+            for nfe in nfes:
+                rule, legs = solver.for_nfe(nfe, clean=sde.sigma(window.get("t_end", 0.0)) == 0)
+                plan = rule.plan(sde, maker(sde, legs, **window))
+                if plan.nfe > nfe:
+                    continue
+                with torch.no_grad():
+                    gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
+                rmse = float(gap.square().mean().sqrt())
+                rows.append(Work(repr(solver), maker.__name__, plan.nfe, float(gap.median()), rmse))
+    return rows

@@ -106,17 +106,24 @@ def real(name: str, value: Any) -> Tensor:
 
 def time(t: Any, T: float, name: str = "t") -> Tensor:
     """Return a time as a tensor inside [0, T]; rounding outside the interval is taken back to its end."""
+    slack = _OUTSIDE * T
+    if isinstance(t, float):  # the hot path: no tensor is compared
+        if not -slack <= t <= T + slack:
+            raise _outside(name, t, T)
+        return torch.tensor(min(max(t, 0.0), T), dtype=torch.float64)
     out = real(name, t)
     if out.device.type == "cpu":
-        slack = _OUTSIDE * T
         inside = (out >= -slack) & (out <= T + slack)
         if not bool(inside.all()):
-            bad = out.detach().reshape(-1)[~inside.reshape(-1)][0].item()
-            raise ValueError(
-                f"`{name}` must lie in [0, {T:g}] (0 is data, {T:g} is noise), got {bad:g}; "
-                f"a process is used outside its interval only after it was made with a larger `T`."
-            )
+            raise _outside(name, out.detach().reshape(-1)[~inside.reshape(-1)][0].item(), T)
     return out.clamp(0.0, T)
+
+
+def _outside(name: str, bad: float, T: float) -> ValueError:
+    return ValueError(
+        f"`{name}` must lie in [0, {T:g}] (0 is data, {T:g} is noise), got {bad:g}; "
+        f"a process is used outside its interval only after it was made with a larger `T`."
+    )
 
 
 def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:

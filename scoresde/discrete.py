@@ -168,7 +168,7 @@ class Discrete(SDE):
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = self._log_alphas.to(t)
         i = t.detach().floor().long().clamp(0, self.N - 1)
-        return t - i, table[i], table[i + 1]
+        return t - i, table.take(i), table.take(i + 1)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         w, left, right = self._cell(t)
@@ -196,7 +196,7 @@ class Discrete(SDE):
     def _t_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
         table = self._log_alphas.to(log_alpha)
         i = (torch.searchsorted(-table, -log_alpha.detach().contiguous(), right=True) - 1).clamp(0, self.N - 1)
-        left, right = table[i], table[i + 1]
+        left, right = table.take(i), table.take(i + 1)
         last = right == -math.inf
         slope = torch.where(last, -torch.ones_like(left), right - left)
         return i + torch.where(last, -torch.expm1(log_alpha - left), (log_alpha - left) / slope)

@@ -16,8 +16,9 @@ import math
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from scoresde import _checks as check
@@ -68,11 +69,13 @@ class Plan:
     order: int | None = None
     sde: str = ""
     _last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    _program: tuple[_Line, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         _validate(self.rows)
         object.__setattr__(self, "_last_use", _last_uses(self.rows))
+        object.__setattr__(self, "_program", _compiled(self.rows, *self._last_use))
 
     @property
     def nfe(self) -> int:
@@ -145,7 +148,7 @@ class Plan:
         for r, row in enumerate(self.rows):
             for k, _ in row.x:
                 readers.setdefault(k, []).append(r)
-        for k in range(1, len(self.rows) - 1):
+        for k in reversed(range(1, len(self.rows) - 1)):
             inner, by = rows[k], readers.get(k, [])
             if inner is None or inner.evaluates or len(by) != 1:
                 continue
@@ -268,7 +271,7 @@ def _line(r: int, row: Row) -> str:
         inside = " ".join(f"{k}:{_short(w)}" for k, w in getattr(row, column))
         return f"{column}[{inside}]" if inside else ""
 
-    parts = [f"{r:4d} t={_short(row.t, sign='')}", "eval" if row.evaluates else "    "]
+    parts = [f"{r:4d}  t={_short(row.t, sign=''):<7}", "eval" if row.evaluates else "    "]
     parts += [t for t in (terms("x"), terms("d"), terms("z")) if t]
     parts += [f"one[{_short(row.one)}]"] if _nonzero(row.one) else []
     tail = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
@@ -297,8 +300,7 @@ Denoise = Callable[[Tensor, Any], Tensor]
 Hook = Callable[[int, Any, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What a run has reached at a node.
 
     Arguments:
@@ -324,6 +326,7 @@ def run(
     *,
     hook: Hook | None = None,
     callback: Callable[[Step], None] | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Run a plan and return its last state; :func:`steps` yields what it passes.
 
@@ -334,8 +337,10 @@ def run(
         noise: Where its normals come from; needed if the plan is stochastic.
         hook: ``(node, t, x) -> x``, called at every node before the network is asked there.
         callback: Called with the :class:`Step` at every node after that.
+        overwrite: Make a new state in the memory of the one it replaces, where no row reads that again. For functions
+            that keep no reference to their input and return memory of their own; saves an allocation a row.
     """
-    loop = steps(plan, denoise, x, noise, hook=hook)
+    loop = steps(plan, denoise, x, noise, hook=hook, overwrite=overwrite)
     del x  # here too nothing keeps a state that is not read again
     while True:
         try:
@@ -349,7 +354,13 @@ def run(
 
 
 def steps(
-    plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | None = None, *, hook: Hook | None = None
+    plan: Plan,
+    denoise: Denoise,
+    x: Tensor,
+    noise: Noise | None = None,
+    *,
+    hook: Hook | None = None,
+    overwrite: bool = False,
 ) -> Generator[Step, None, Tensor]:
     """Run a plan and yield a :class:`Step` at every node; the last one holds the result, which is also returned.
 
@@ -357,51 +368,106 @@ def steps(
     """
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
-    xs: dict[int, Tensor] = {}
-    ds: dict[int, Tensor] = {}
-    of_x, of_d = plan._last_use
-    dying: dict[int, list[tuple[dict[int, Tensor], int]]] = {}
-    for k, row in enumerate(plan.rows):
-        if of_x[k] > k:
-            dying.setdefault(of_x[k], []).append((xs, k))
-        if row.evaluates and of_d[k] > k:
-            dying.setdefault(of_d[k], []).append((ds, k))
+    xs: list[Tensor | None] = [None] * len(plan.rows)
+    ds: list[Tensor | None] = [None] * len(plan.rows)
+    overwrite = overwrite and not torch.is_grad_enabled()
     nfe = 0
-    for r, row in enumerate(plan.rows):
+    for r, line in enumerate(plan._program):
         if r:
-            x = _combine(row, xs, ds, noise, like=x)
-        for store, k in dying.get(r, ()):
-            del store[k]
-        if hook is not None and row.node is not None:
-            x = hook(row.node, row.t, x)
+            x = _combine(line, xs, ds, noise, x, overwrite and line.reuse)
+            for k in line.drop_x:
+                xs[k] = None
+            for k in line.drop_d:
+                ds[k] = None
+        if hook is not None and line.node is not None:
+            x = hook(line.node, line.t, x)
             if not isinstance(x, Tensor):
                 raise TypeError(f"`hook` must return a state, got {type(x).__name__}; end it with `return x`.")
         x0 = None
-        if row.evaluates:
-            x0 = denoise(x, _beside(row.t, x))
+        if line.evaluates:
+            x0 = denoise(x, _beside(line.t, x) if isinstance(line.t, Tensor) else line.t)
             nfe += 1
-            if of_d[r] > r:
+            if line.keep_d:
                 ds[r] = x0
-        if of_x[r] > r:
+        if line.keep_x:
             xs[r] = x
-        if row.node is not None or r == len(plan.rows) - 1:
-            yield Step(-1 if row.node is None else row.node, row.t, x, x0, nfe)
+        if line.shown:
+            yield Step(-1 if line.node is None else line.node, line.t, x, x0, nfe)
     return x
 
 
-def _combine(row: Row, xs: dict[int, Tensor], ds: dict[int, Tensor], noise: Noise | None, like: Tensor) -> Tensor:
-    """Σ a x + Σ b d + Σ c z: one pass for each term, in place on a fresh tensor."""
-    out: Tensor | None = None
-    for store, terms in ((xs, row.x), (ds, row.d)):
+class _Line(NamedTuple):
+    """A row as the loop wants it."""
+
+    t: Weight
+    node: int | None
+    evaluates: bool
+    shown: bool
+    x: Terms
+    d: Terms
+    z: Terms
+    one: Weight
+    plain: bool
+    keep_x: bool
+    keep_d: bool
+    drop_x: tuple[int, ...]
+    drop_d: tuple[int, ...]
+    reuse: bool
+
+
+def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...]) -> tuple[_Line, ...]:
+    drop_x: list[list[int]] = [[] for _ in range(len(rows) + 1)]
+    drop_d: list[list[int]] = [[] for _ in range(len(rows) + 1)]
+    for k, row in enumerate(rows):
+        if of_x[k] > k:
+            drop_x[of_x[k]].append(k)
+        if row.evaluates and of_d[k] > k:
+            drop_d[of_d[k]].append(k)
+    return tuple(
+        _Line(
+            t=row.t,
+            node=row.node,
+            evaluates=row.evaluates,
+            shown=row.node is not None or r == len(rows) - 1,
+            x=row.x,
+            d=row.d,
+            z=row.z,
+            one=row.one,
+            plain=not any(isinstance(w, Tensor) for c in (row.x, row.d, row.z, ((0, row.one),)) for _, w in c),
+            keep_x=of_x[r] > r,
+            keep_d=of_d[r] > r,
+            drop_x=tuple(drop_x[r]),
+            drop_d=tuple(drop_d[r]),
+            # the start is the caller's
+            reuse=bool(row.x) and row.x[0][0] > 0 and row.x[0][0] in drop_x[r],
+        )
+        for r, row in enumerate(rows)
+    )
+
+
+def _combine(line: _Line, xs: list[Any], ds: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
+    """Σ a x + Σ b d + Σ c z: one pass for each term, in place on a fresh tensor, or on the first state."""
+    out: Any = None
+    if line.plain:
+        for k, w in line.x:
+            out = out.add_(xs[k], alpha=w) if out is not None else xs[k].mul_(w) if in_place else xs[k] * w
+        for k, w in line.d:
+            out = ds[k] * w if out is None else out.add_(ds[k], alpha=w)
+        for k, w in line.z:
+            z = noise.like(like, k)  # type: ignore[union-attr]
+            out = z.mul_(w) if out is None else out.add_(z, alpha=w)
+        if line.one:
+            out.add_(line.one)
+        return out  # type: ignore[no-any-return]
+    for store, terms in ((xs, line.x), (ds, line.d)):
         for k, w in terms:
             out = _add(out, store[k], w)
-    for k, w in row.z:
+    for k, w in line.z:
         assert noise is not None
         out = _add(out, noise.like(like, k), w)
-    assert out is not None
-    if _nonzero(row.one):
-        out = out + (check.expand(_beside(row.one, out), out, "weight") if isinstance(row.one, Tensor) else row.one)
-    return out
+    if _nonzero(line.one):
+        out = out + (check.expand(_beside(line.one, out), out, "weight") if isinstance(line.one, Tensor) else line.one)
+    return out  # type: ignore[no-any-return]
 
 
 def _beside(w: Any, x: Tensor) -> Any:

@@ -10,8 +10,8 @@ evaluations, the nodes, in a variable u; variation of constants from s to t then
 
 For η = 0 every prediction keeps :math:`x/N` with its own scale N(α, σ): σ for data, α for noise, α + σ for velocity.
 The kernel is analytic, so Gauss–Legendre in λ is exact to rounding: 80 nodes are enough for steps up to h = 15 (the
-kernel of V has poles at Im λ = ±π/2, so 32 leave 1e-7 at h = 10). Where λ is infinite at an end the integral is taken in
-the prediction's own clock, in which the kernel is constant for η = 0.
+kernel of V has poles at Im λ = ±π/2, so 32 leave 1e-7 at h = 10). Where λ is infinite at an end the integral is taken
+in the prediction's own clock, in which the kernel is constant for η = 0.
 
 Everything here is elementwise over legs, takes float64 tensors, and is differentiable in the times.
 """

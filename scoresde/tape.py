@@ -7,6 +7,7 @@ transition with fresh noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,11 +125,11 @@ class Tape:
         return row
 
     def _apart(self, nodes: Sequence[int]) -> list[int]:
-        first: dict[Any, int] = {}
+        kept: list[int] = []
         for k in nodes:
-            t = self._rows[k].t
-            first.setdefault(tuple(t.detach().reshape(-1).tolist()) if isinstance(t, Tensor) else t, k)
-        return list(first.values())
+            if not any(_close(self._rows[k].t, self._rows[j].t) for j in kept):
+                kept.append(k)
+        return kept
 
     def diffuse(self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
         """Go up to time t by the forward process, with fresh noise."""
@@ -244,6 +245,14 @@ class Tape:
         return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
 
 
+def _close(a: Weight, b: Weight) -> bool:
+    """Whether two times are one but for rounding, for any sample."""
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return math.isclose(a, b, rel_tol=1e-9)
+    u, v = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (a, b))
+    return bool(((u - v).abs() <= 1e-9 * v.abs()).any())
+
+
 def _finite(values: Tensor) -> list[bool]:
     """Whether each row of (R,) or (R, B) is finite."""
     seen: list[bool] = values.detach().isfinite().reshape(len(values), -1).all(1).tolist()
@@ -263,7 +272,8 @@ def _check_finite(move: _Move, s: Point, t: Point, *coefficients: Tensor) -> Non
             if s.t.ndim == 2
             else f"interpolation of {move.prediction} in {move.variable} has no limit there"
         )
-        raise ValueError(f"the leg from t = {float(s.t[i]):g} to {float(t.t[i]):g} has no finite weights: {why}.")
+        start, end = (float(point.t[i].detach()) for point in (s, t))
+        raise ValueError(f"the leg from t = {start:g} to {end:g} has no finite weights: {why}.")
 
 
 def _is_clean(sde: SDE, t: Weight) -> bool:

@@ -1,0 +1,322 @@
+"""The package as a whole: what it loads, who imports whom, what it ships, and what it never asks of a device."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from processes import SDES
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import scoresde as ss
+
+PACKAGE = Path(ss.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# What `import scoresde` loads.
+
+PROBE = """
+import json, sys
+FIRST
+before = set(sys.modules)
+
+def guard(event, args):
+    if event.split(".")[0] in ("socket", "subprocess", "urllib") or event in ("os.system", "os.exec", "os.posix_spawn"):
+        raise RuntimeError(f"importing scoresde raised {event}")
+
+sys.addaudithook(guard)
+import scoresde
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def probe(first: str, then: str = "import scoresde") -> subprocess.CompletedProcess[str]:
+    code = PROBE.replace("FIRST", first).replace("import scoresde", then)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_import_costs_little_over_torch() -> None:
+    done = probe("import torch")
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout)
+    assert "scoresde.sde" in loaded, "the probe sees what is loaded"
+    packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
+    heavy = {"torchsde", "torchdiffeq", "matplotlib", "sklearn", "diffusers", "scipy", "tqdm", "einops", "mpmath"}
+    assert not packages & heavy
+    assert packages <= {"scoresde", "numpy"}, "nor anything else that `import torch` has not already loaded"
+    compilers = {"torch.utils.cpp_extension", "torch._inductor", "torch._dynamo", "torch.jit._script"}
+    assert not compilers & set(loaded)
+
+
+def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
+    done = probe("", "import socket; socket.getaddrinfo('localhost', 80)")
+    assert done.returncode != 0 and "socket.getaddrinfo" in done.stderr
+    assert "mpmath" in json.loads(probe("", "import mpmath").stdout)
+
+
+# Who may import whom.
+
+ORDER = (
+    "_checks noise sde discrete denoiser mixture diagnose grids data adapters metrics quadrature plan tape solvers "
+    "sampling verify"
+).split()
+OF_THEIR_OWN = {"data": {"_checks", "noise"}, "metrics": {"_checks", "noise"}}  # know nothing of diffusion
+
+
+def imported(source: str) -> Iterator[str]:
+    """First names below scoresde of everything that a module imports from it, at any depth of the code."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "scoresde":
+            below = (node.module or "").split(".")[1:]
+            yield from [below[0]] if below else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "scoresde":
+                    yield [*alias.name.split("."), "scoresde"][1]
+
+
+def trespasses(layer: str, source: str) -> list[str]:
+    """Imports that a module of this layer must not have; a package's own parts are its own affair."""
+    above = set(ORDER[: ORDER.index(layer)]) | {layer}
+    allowed = OF_THEIR_OWN.get(layer, above)
+    return [name for name in imported(source) if name not in allowed]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_import_only_from_above(path: Path) -> None:
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if layer == "__init__":
+        return
+    assert layer in ORDER, f"{layer} is new: give it its place in ORDER"
+    assert trespasses(layer, path.read_text()) == []
+
+
+def test_the_layering_test_sees_every_kind_of_import() -> None:
+    assert trespasses("grids", "from scoresde.sde import SDE\nfrom scoresde import _checks as check") == []
+    assert trespasses("grids", "from scoresde.plan import Plan") == ["plan"]
+    assert trespasses("grids", "def f():\n    from scoresde.solvers.base import Solver") == ["solvers"]
+    assert trespasses("grids", "import scoresde.tape as tape") == ["tape"]
+    assert trespasses("grids", "from scoresde import metrics, VP") == ["metrics", "VP"]
+    assert trespasses("grids", "import scoresde as ss") == ["scoresde"]
+    assert trespasses("metrics", "from scoresde.sde import SDE") == ["sde"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_library_prints_nothing_and_seeds_nothing(path: Path) -> None:
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    assert not {"print", "torch.manual_seed", "np.random.seed", "random.seed"} & set(calls)
+
+
+# What is shipped.
+
+
+def test_the_package_is_pure_python_with_types() -> None:
+    wheel = importlib.metadata.distribution("scoresde").read_text("WHEEL")
+    assert wheel is not None, "installed from a wheel, as `pip install -e` also does"
+    assert "Root-Is-Purelib: true" in wheel and re.findall(r"^Tag: (.*)$", wheel, re.M) == ["py3-none-any"]
+    assert (PACKAGE / "py.typed").is_file()
+    kinds = {path.suffix for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert kinds == {".py", ".typed"}, "nothing to compile"
+    assert importlib.metadata.version("scoresde") == ss.__version__
+
+
+def test_a_built_wheel_holds_the_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = pytest.importorskip("hatchling.build", reason="hatchling, the build backend, is not installed here")
+    monkeypatch.chdir(PACKAGE.parent)
+    name = backend.build_wheel(str(tmp_path))
+    assert name.endswith("-py3-none-any.whl")
+    held = set(zipfile.ZipFile(tmp_path / name).namelist())
+    assert {str(path.relative_to(PACKAGE.parent)) for path in SOURCES} | {"scoresde/py.typed"} <= held
+
+
+# A device that has no float64 and that nobody waits for: tensors on "meta" hold no numbers, so reading one back raises.
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the device, as MPS and DirectML do; it stays welcome on the CPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == "meta" and leaf.dtype in (torch.float64, torch.cdouble):
+                raise TypeError(f"{func} makes float64 on the device")
+        return out
+
+
+def test_the_device_refuses_float64_and_reading_back() -> None:
+    with NoFloat64():
+        x = torch.zeros(2, device="meta")
+        assert (x * torch.tensor(0.5, dtype=torch.float64)).dtype == torch.float32
+        torch.zeros(2, dtype=torch.float64)
+        for bad in (
+            lambda: x.double(),
+            lambda: torch.zeros(2, dtype=torch.float64).to("meta"),
+            lambda: x.to(torch.cdouble),
+        ):
+            with pytest.raises(TypeError, match="float64 on the device"):
+                bad()
+        for wait in (lambda: x[0].item(), lambda: bool(x.any()), lambda: x.tolist(), lambda: float(x.sum())):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                wait()
+
+
+B, EVENT = 4, (3, 2)
+
+
+def times(sde: ss.SDE) -> dict[str, Any]:
+    device = {"dtype": torch.float32, "device": "meta"}
+    return {"number": 0.4 * sde.T, "scalar": torch.empty((), **device), "vector": torch.empty(B, **device)}
+
+
+def lands(out: Any, shape: tuple[int, ...] = (B, *EVENT)) -> bool:
+    return bool(out.device.type == "meta" and out.dtype == torch.float32 and out.shape == shape)
+
+
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+def test_processes_need_no_float64_on_the_device_and_never_wait(sde: ss.SDE) -> None:
+    x = torch.empty(B, *EVENT, device="meta")
+    coefficients = "alpha sigma log_alpha log_sigma lam f g g2 alpha_dot sigma_dot t_of_lam t_of_sigma".split()
+    with NoFloat64():
+        for kind, t in times(sde).items():
+            assert lands(sde.perturb(x, t, x)) and lands(sde.perturb(x, t)), kind
+            assert lands(sde.forward_drift(x, t)) and lands(sde.flow_drift(x, t, x)), kind
+            assert lands(sde.reverse_drift(x, t, x, eta=0.5)), kind
+            if isinstance(t, Tensor):
+                for name in coefficients if kind == "vector" else coefficients[:-2]:
+                    assert lands(getattr(sde, name)(t), t.shape), (kind, name)
+                for out in (*sde.transition(t, t), *sde.posterior(t, t), sde.forward_diffusion(t)):
+                    assert lands(out, t.shape), kind
+        prior = ss.sde.Prior(0.0, 1.0, 0.0)
+        assert lands(prior.sample((B, *EVENT), ss.Noise(0), device="meta")) and lands(prior.log_prob(x), (B,))
+
+
+NET = torch.nn.Conv1d(3, 3, 1, device="meta")
+NETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "module": lambda x, t: NET(x) + t[:, None, None],
+    "function": lambda x, t: x * t[:, None, None],
+}
+
+
+def denoisers(sde: ss.SDE) -> dict[str, ss.Denoiser]:
+    whole = ("x0", "v", "velocity")
+    out = {}
+    for predicts in whole if sde.alpha(sde.T) == 0 else ("eps", "score", *whole):
+        out[predicts] = ss.Denoiser(NETS["module"], sde, predicts=predicts)
+    clock = "t" if sde.alpha(sde.T) == 0 else None
+    for predicts in ("F", "x0"):
+        out[f"{predicts} preconditioned"] = ss.Denoiser(
+            NETS["module"], sde, predicts=predicts, precondition=ss.Preconditioning(0.5), time=clock
+        )
+    clocks: list[Any] = ["t", "sigma", "log_sigma", lambda t: 999 * t]
+    for clock in [*clocks, *(["index", "nearest_index"] if isinstance(sde, ss.Discrete) else [])]:
+        out[f"told {clock}"] = ss.Denoiser(NETS["function"], sde, predicts="x0", time=clock)
+    wide = lambda x, t: torch.cat([x, x], dim=1)  # noqa: E731
+    out["learned variance"] = ss.Denoiser(wide, sde, predicts="x0", learned_variance=True)
+    return out
+
+
+@pytest.mark.parametrize("name", ["VP", "EDM", "Flow", "Discrete", "Discrete zero SNR"])
+def test_denoisers_need_no_float64_on_the_device_and_never_wait(name: str) -> None:
+    sde = SDES[name]
+    x = torch.empty(B, *EVENT, device="meta")
+    models: dict[str, ss.AbstractDenoiser] = {**denoisers(sde)}
+    models["on another process"] = ss.Rescheduled(models["x0"], ss.VP())
+    models["on another process, F"] = ss.Rescheduled(models["F preconditioned"], ss.Flow())
+    for kind, model in models.items():
+        with NoFloat64():
+            for word, t in times(model.sde).items():
+                for prediction in ("x0", "eps", "score", "v", "velocity", "forward"):
+                    assert lands(getattr(model, prediction)(x, t)), (kind, prediction, word)
+                for eta in (0.0, 1.0):
+                    assert lands(ss.Reverse(model, eta).drift(x, t)), (kind, word)
+                if isinstance(model, ss.Denoiser):
+                    assert lands(model.target(x, x, t)), (kind, word)
+                if kind == "learned variance":
+                    assert all(map(lands, model.x0_and_variance(x, t))), word  # type: ignore[attr-defined]
+
+
+def test_noise_and_scales_need_no_float64_on_the_device_and_never_wait() -> None:
+    x = torch.empty(B, *EVENT, device="meta")
+    with NoFloat64():
+        for noise in (
+            ss.Noise(0),
+            ss.Noise(2**64 - 1, offset=2**40),
+            ss.Noise(range(B)),
+            ss.Noise(0, indices=range(B)),
+        ):
+            assert lands(noise.normal((B, *EVENT), 0, device="meta")) and lands(noise.like(x, 3))
+            assert lands(noise.uniform((B, *EVENT), 0, device="meta"))
+            assert lands(noise.fork(1).normal((B, 1_000_003), 0, device="meta"), (B, 1_000_003))
+        scale = ss.Standardize.fit(torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2), "channel")
+        assert lands(scale(x)) and lands(scale.inverse(x))
+        assert isinstance(scale.log_det(x), float)
+
+
+# What is written about it.
+
+NAMES = [name for name in ss.__all__ if not isinstance(getattr(ss, name), ModuleType)]
+
+
+def own_doc(thing: Any) -> str:
+    """A docstring of its own: not inherited, not the signature that a dataclass makes for want of one."""
+    doc = thing.__dict__.get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    return "" if doc is None or doc.startswith(f"{thing.__name__}(") else inspect.cleandoc(doc)
+
+
+@pytest.mark.parametrize("name", ss.__all__)
+def test_every_public_name_says_what_it_is(name: str) -> None:
+    thing = getattr(ss, name)
+    doc = own_doc(thing)
+    assert len(doc.splitlines()[0]) > 10, "in a line"
+    if inspect.isclass(thing):
+        methods = {
+            k: v for k, v in vars(thing).items() if not k.startswith("_") and (callable(v) or isinstance(v, property))
+        }
+        assert [k for k, v in methods.items() if not v.__doc__] == [], "and so do its methods"
+
+
+# Functions that users reach as ss.name or ss.module.name; solvers have pages of their own.
+GROUND = "noise sde discrete denoiser diagnose grids data adapters metrics".split()
+FUNCTIONS = {
+    f"{thing.__module__}.{thing.__name__}": thing
+    for space in (ss, *(getattr(ss, name) for name in ss.__all__ if isinstance(getattr(ss, name), ModuleType)))
+    for name, thing in vars(space).items()
+    if inspect.isfunction(thing) and not name.startswith("_") and thing.__module__.split(".")[-1] in GROUND
+}
+
+
+def unmentioned(function: Callable[..., Any]) -> list[str]:
+    """Arguments of which a docstring says nothing, itself or by pointing to a function with the same ones."""
+    doc = own_doc(function)
+    names = [p.name for p in inspect.signature(function).parameters.values() if not p.name.startswith("_")]
+    return [] if "arguments of :" in doc else [name for name in names if not re.search(rf"\b{name}\b", doc)]
+
+
+@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+def test_every_public_function_explains_its_arguments(name: str) -> None:
+    assert unmentioned(FUNCTIONS[name]) == []
+
+
+def test_functions_are_found_and_silence_about_an_argument_is_noticed() -> None:
+    assert {"scoresde.grids.karras", "scoresde.discrete.betas", "scoresde.data.check_scale"} <= set(FUNCTIONS)
+
+    def half(told: int, forgotten: int) -> None:
+        """Explains `told` and nothing else."""
+
+    assert unmentioned(half) == ["forgotten"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import PREDICTIONS, AbstractDenoiser, Denoiser
+from scoresde.denoiser import PREDICTIONS, Denoiser, _form, _mix
 from scoresde.discrete import Discrete
 from scoresde.noise import Noise
 from scoresde.sde import SDE
@@ -111,17 +111,19 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
     eps = [noise.like(x, i) for i in range(len(times))]
     states = [model.sde.perturb(x, t, e) for t, e in zip(times, eps, strict=True)]
     guess = _geometric_mean([_linear_error(s, e) for s, e in zip(states, eps, strict=True)])
+    kinds = PREDICTIONS if model.precondition is not None else PREDICTIONS[:-1]
+    to_eps = {kind: [_to_eps(model, kind, t) for t in times] for kind in kinds}
     readings = []
     with torch.no_grad():
         for clock_name, clock in _clocks(model.sde).items():
             outs = _outputs(model, states, times, clock, cond)
             if outs is None:
                 continue
-            for kind in PREDICTIONS if model.precondition is not None else PREDICTIONS[:-1]:
+            for kind in kinds:
                 for sign in (1, -1):
                     errors = [
-                        _error(model, kind, sign * out, s, t, e)
-                        for out, s, t, e in zip(outs, states, times, eps, strict=True)
+                        _mean_square(of_x * s + sign * of_out * out - e)
+                        for (of_x, of_out), out, s, e in zip(to_eps[kind], outs, states, eps, strict=True)
                     ]
                     readings.append(Reading(kind, sign, clock_name, _geometric_mean(errors) / guess))
     declared = next(r for r in readings if (r.predicts, r.sign, r.time) == (model.predicts, 1, _ASKED))
@@ -216,11 +218,16 @@ def _linear_error(x: Tensor, eps: Tensor) -> float:
     return float(b.square().mean() - (a * b).mean() ** 2 / a.square().mean())
 
 
-def _error(model: Denoiser, kind: str, out: Tensor, x: Tensor, t: float, eps: Tensor) -> float:
-    """Mean squared error of the noise when the output is read as `kind`."""
-    hat = AbstractDenoiser._convert(model, kind, out, "eps", x, t, model._sigma_data)
-    error = float((hat - eps).double().square().mean())
-    return error if math.isfinite(error) else math.inf
+def _to_eps(model: Denoiser, kind: str, t: float) -> tuple[float, float]:
+    """Coefficients of the state and of an output, read as `kind`, in the noise."""
+    alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
+    have, want = (_form(k, model.sde, t, alpha, sigma, model._sigma_data) for k in (kind, "eps"))
+    return _mix(have, want, alpha, sigma)
+
+
+def _mean_square(x: Tensor) -> float:
+    out = float(x.double().square().mean())
+    return out if math.isfinite(out) else math.inf
 
 
 def _geometric_mean(errors: list[float]) -> float:

@@ -187,6 +187,14 @@ class Discrete(SDE):
     def _g2(self, t: Tensor) -> Tensor:
         return -2 * self._f(t)
 
+    def _alpha_dot(self, t: Tensor) -> Tensor:
+        _, left, right = self._cell(t)
+        last = right == -math.inf
+        return torch.where(last, -left.exp(), torch.where(last, left, right - left) * self._alpha(t))
+
+    def _sigma_dot(self, t: Tensor) -> Tensor:
+        return -self._alpha(t) * self._alpha_dot(t) / self._sigma(t)
+
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return self._t_of_log_alpha(-torch.logaddexp(-2 * lam, torch.zeros_like(lam)) / 2)
 

@@ -121,7 +121,8 @@ def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: floa
         t_end: Last time; 0 ends with the denoised state.
 
     Example:
-        >>> uniform_t(Flow(), 4).tolist()
+        >>> import scoresde as ss
+        >>> uniform_t(ss.Flow(), 4).tolist()
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     return _grid(sde, steps, t_start, t_end, _between, reaches_zero=True)

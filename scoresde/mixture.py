@@ -328,7 +328,7 @@ class GaussianMixture(_Exact):
             m_side, m_along = gains(part)
             z = r.mT[part, :, None] * (m_along if self._full else m_along - m_side) * y
             axes = self._basis[part].mT.reshape(-1, rows.shape[1])
-            out = out.addmm_(z.transpose(0, 1).reshape(len(x), -1), axes)
+            out = torch.addmm(out, z.transpose(0, 1).reshape(len(x), -1), axes)
         return out.reshape(x.shape).to(x.dtype)
 
 
@@ -410,10 +410,10 @@ class Empirical(_Exact):
 
 
 def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
-    out = torch.as_tensor(value).detach()
-    if out.is_complex() or out.dtype == torch.bool:
-        raise TypeError(f"`{name}` must be real numbers, got {str(out.dtype)[6:]}.")
-    out = out.double()
+    if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
+        raise TypeError(f"`{name}` must be real numbers, got {str(value.dtype)[6:]}.")
+    # Straight to float64: numbers in a list would lose half of their digits on the way through torch's default.
+    out = torch.as_tensor(value, dtype=torch.float64).detach().clone()
     if not bool(out.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, got {out[~out.isfinite()][0].item()}.")
     return out

@@ -169,7 +169,9 @@ def transfer(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
     ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
     if eta == 0:
         return ratio
-    return (s.alpha / t.alpha) ** (eta**2) * ratio ** (1 + eta**2)
+    silent = s.alpha == 0  # a power of 0 has no finite slope
+    kept = torch.where(silent, t.alpha, s.alpha) / t.alpha
+    return torch.where(silent, 0.0, kept ** (eta**2) * ratio ** (1 + eta**2))
 
 
 def spread(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:

@@ -31,14 +31,11 @@ def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         fn: Elementwise function of a tensor.
         t: Where, any shape. The result is differentiable in turn when `t` requires grad.
     """
-    track = t.requires_grad and torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        s = t if track else t.detach().clone().requires_grad_()
-        y = fn(s)
-        if not y.requires_grad:
-            return torch.zeros_like(t)
-        (dy,) = torch.autograd.grad(y.sum(), s, create_graph=track, allow_unused=True)
-    return torch.zeros_like(t) if dy is None else dy
+    # torch.func.grad, not autograd.grad: it also works inside other transforms of torch.func.
+    with torch.inference_mode(False):
+        s = t if t.requires_grad and torch.is_grad_enabled() else t.detach().clone()
+        dy: Tensor = torch.func.grad(lambda u: fn(u).sum())(s)
+    return dy
 
 
 @dataclass(frozen=True)
@@ -143,6 +140,12 @@ class SDE:
         sigma = self._sigma(s)
         return 2 * sigma * (derivative(self._sigma, s) - derivative(self._log_alpha, s) * sigma)
 
+    def _alpha_dot(self, t: Tensor) -> Tensor:
+        return derivative(self._alpha, t)
+
+    def _sigma_dot(self, t: Tensor) -> Tensor:
+        return derivative(self._sigma, t)
+
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return self._invert(lambda t: self._log_alpha(t) - self._log_sigma(t), lam, falling=True)
 
@@ -216,11 +219,11 @@ class SDE:
 
     def alpha_dot(self, t: TimeT) -> TimeT:
         """dα/dt."""
-        return self._at(lambda s: derivative(self._alpha, s), t)
+        return self._at(self._alpha_dot, t)
 
     def sigma_dot(self, t: TimeT) -> TimeT:
         """dσ/dt; infinite where σ starts as a square root (VP at t = 0)."""
-        return self._at(lambda s: derivative(self._sigma, s), t)
+        return self._at(self._sigma_dot, t)
 
     def t_of_lam(self, lam: TimeT) -> TimeT:
         """Time at which λ(t) = `lam`, a number, () or (B,) in [λ(T), λ(0)]; the inverse of :meth:`lam`."""
@@ -853,6 +856,19 @@ class Shifted(SDE):
 
     def _sigma(self, t: Tensor) -> Tensor:
         return self.base._sigma(self._u(t))
+
+    def _alpha_dot(self, t: Tensor) -> Tensor:
+        return self.base._alpha_dot(self._u(t)) * self._speed(t)
+
+    def _sigma_dot(self, t: Tensor) -> Tensor:
+        return self.base._sigma_dot(self._u(t)) * self._speed(t)
+
+    def _speed(self, t: Tensor) -> Tensor:
+        """du/dt; where λ is infinite, at an end, its limit from just inside."""
+        s = self._inside(t).clamp_max((1 - 1e-7) * self.T)
+        u = self._u(s)
+        lam_dot = [self.base._g2(v) / self.base._sigma(v) ** 2 for v in (s, u)]
+        return lam_dot[0] / lam_dot[1]
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         return self.base._t_of_lam(lam + math.log(self.shift))

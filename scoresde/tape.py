@@ -240,7 +240,7 @@ class Tape:
             for k, w in of_x:
                 x[k] = x[k] + w if k in x else w
         z = tuple((k, factor * std) for k, factor in move.draws)
-        kept = tuple((k, w) for k, w in x.items() if isinstance(w, Tensor) or w != 0)
+        kept = tuple((k, w) for k, w in x.items() if bool((w.detach() != 0).any() if isinstance(w, Tensor) else w))
         constant_term = one if move.prediction.offset is not None else 0.0
         return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
 

@@ -6,6 +6,7 @@ what is allowed and the fix. Values are looked at only where that costs no synch
 
 from __future__ import annotations
 
+import difflib
 import math
 from numbers import Real
 from typing import Any
@@ -50,7 +51,9 @@ def integer(name: str, value: Any, *, least: int = 0) -> int:
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return `value` if it is one of `allowed`."""
     if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
     return str(value)
 
 
@@ -87,13 +90,11 @@ def real(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             fix = (
-                "half precision rounds 0.998 to 1"
+                f"half precision rounds 0.998 to 1: use `{name}`.float()"
                 if value.is_floating_point()
-                else "an index is not a time: see `Discrete.t_of_index`"
+                else "an index is not a time: `Discrete.t_of_index` makes one of the other"
             )
-            raise TypeError(
-                f"`{name}` must be float32 or float64, got {str(value.dtype)[6:]} ({fix}); use `{name}`.float()."
-            )
+            raise TypeError(f"`{name}` must be float32 or float64, got {str(value.dtype)[6:]} ({fix}).")
         if value.ndim > 1:
             raise ValueError(
                 f"`{name}` must be a number, a scalar tensor or of shape (B,), got shape {tuple(value.shape)}."

@@ -224,7 +224,7 @@ class Denoiser(AbstractDenoiser):
             raise ValueError(
                 "`predicts`='F' is defined by its scaling; give `precondition`=Preconditioning(sigma_data)."
             )
-        if sde.alpha(sde.T) == 0:
+        if sde.alpha(sde.T) < 1e-6 * sde.sigma(sde.T):  # cos(π/2) is 6e-17
             silent = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
             if silent:
                 raise ValueError(
@@ -296,13 +296,13 @@ class Denoiser(AbstractDenoiser):
         mean, variance = out.chunk(2, dim=1)
         return mean, variance
 
-    def target(self, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+    def target(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
         """What the network should return for the state ``sde.perturb(x0, t, eps)``: the training target.
 
         Arguments:
             x0: Data, (B, *event).
-            eps: Standard normal, the shape of `x0`.
             t: A number, () or (B,).
+            eps: Standard normal, the shape of `x0`.
         """
         check.match("eps", eps, "x0", check.state("x0", x0))
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)

@@ -23,6 +23,9 @@ from scoresde.noise import Noise
 from scoresde.sde import SDE
 
 _ASKED = "as declared"
+# Errors relative to that of the best linear guess. A right reading of a trained network lies below 1 by what the data
+# has of structure, and above by its own error; a wrong one lies well above.
+_LITTLE, _USELESS = 0.95, 1.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
 
     Arguments:
         model: A network with its process.
-        x: A batch of real data, (B, *event), in the scale the network was trained on; 16 samples do.
+        x: A batch of real data, (B, *event), in the scale the network was trained on; 64 samples do,
+            more for data of little structure.
         seed: Of the noise.
         margin: The declared reading is called a mistake when its error is this much larger than that of another, as
             a fraction of the latter.
@@ -149,13 +153,17 @@ def _verdict(model: Denoiser, declared: Reading, best: Reading, margin: float, s
         )
     if math.isinf(best.error):
         return False, f"The network returns values that are not finite.{note}"
-    if best.error > 0.95:
+    if declared.error <= min(best.error * (1 + margin), _USELESS):
+        if declared.error > _LITTLE:
+            note = " That is little: it is barely trained, or the data has little structure." + note
+        return True, f"The denoiser is what it says: its error is {declared.error:.3g} of that of a linear guess.{note}"
+    if best.error > _LITTLE:
         return False, (
             f"The network knows no more of the noise than a linear guess, under any reading: it is untrained, misses "
-            f"its conditions, or the data is not what it was trained on.{note}"
+            f"its conditions, or the data is not what it was trained on. As declared, {declared}, its error is "
+            f"{declared.error:.3g} of that of a linear guess; if it is trained, it looks most like {best} "
+            f"({best.error:.3g}).{note}"
         )
-    if declared.error <= best.error * (1 + margin):
-        return True, f"The denoiser is what it says: its error is {declared.error:.2g} of that of a linear guess.{note}"
     return False, (
         f"The network looks like {best}; it was declared {declared} (so read, its error is {best.error:.2g} of that of "
         f"a linear guess, against {declared.error:.2g} as declared).{note}"

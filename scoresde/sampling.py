@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,12 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser
+from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
 from scoresde.solvers.base import Solver
-from scoresde.solvers.catalogue import VelocityAB
+from scoresde.solvers.catalogue import DPMSolverPP, VelocityAB
 
 GridMaker = Callable[..., Tensor]
 _START, _ROWS = 0, 1  # streams of a seed: the start, and the normals of the rows
@@ -120,6 +122,7 @@ def solve(
         **cond: Conditions, handed to the network.
     """
     check.choice("grad", grad, ("off", "full", "checkpoint"))
+    _check_options(cond)
     plan = _plan(model, solver, steps, nfe, grid, t_start, t_end)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     kept: dict[float, Tensor] = {}
@@ -141,11 +144,23 @@ def solve(
             hook=hook,
             callback=seen,
         )
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
     return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
 
 
-def default_solver(nfe: int) -> Solver:
-    """The rule that is used when none is named; which one is best depends on how many evaluations there are."""
+def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
+    """The rule that is used when none is named.
+
+    Velocity Adams–Bashforth, unless a network predicts noise: its data prediction at high noise is its error divided by
+    α, which velocity rules weigh more than :func:`DPMSolverPP` of order 2 does.
+
+    Arguments:
+        nfe: How many evaluations there are.
+        model: The denoiser.
+    """
+    if isinstance(model, Denoiser) and model.predicts in ("eps", "score"):
+        return DPMSolverPP(order=1 if nfe < 3 else 2)
     return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 5 else 3)
 
 
@@ -172,6 +187,7 @@ def encode(
         t_end: Time of the code, by default T.
         **options: Those of :func:`solve` that say nothing about grids.
     """
+    _no_budget(options)
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     plan = rule.plan(model.sde, times.flip(0), up="solve")
     return solve(model, check.state("x", x), plan, **options).x
@@ -189,15 +205,19 @@ def decode(
     **options: Any,
 ) -> Tensor:
     """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments."""
+    _no_budget(options)
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     return solve(model, check.state("z", z), rule.plan(model.sde, times), **options).x
+
+
+def _no_budget(options: dict[str, Any]) -> None:
+    if "nfe" in options:
+        raise TypeError("`nfe` is a budget for sampling; encode and decode count `steps`, the same number both ways.")
 
 
 def _both_ways(
     model: AbstractDenoiser, solver: Solver | None, steps: int, grid: Any, t_start: float | None, t_end: float | None
 ) -> tuple[Solver, Tensor]:
-    from scoresde.solvers.catalogue import DPMSolverPP
-
     if not isinstance(model, AbstractDenoiser):
         raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
     if not (solver is None or isinstance(solver, Solver)):
@@ -212,8 +232,23 @@ def _both_ways(
         raise ValueError("`grid` already says where to start and end; drop `t_start` and `t_end`.")
     else:
         times = check_grid(sde, grid)
+    if sde.sigma(float(times[-1])) == 0:
+        raise ValueError(
+            f"`grid` must end at a positive time, where there is noise to see, for a code of data; it ends at "
+            f"{float(times[-1]):g}, as in ss.karras(sde, n, t_end=sde.t_min)."
+        )
     rule = DPMSolverPP(3, kind="single", form="exact") if solver is None else solver
     return rule, times
+
+
+def _check_options(cond: dict[str, Any]) -> None:
+    for name in cond:
+        near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.75)
+        if near:
+            raise TypeError(f"`{name}` is not an option; did you mean `{near[0]}`? Other names go to the network.")
+
+
+_OPTIONS = tuple(inspect.signature(solve).parameters)[:-1]
 
 
 def _plan(
@@ -234,23 +269,32 @@ def _plan(
             warnings.warn(f"the plan was written for {solver.sde}, the model is on {model.sde!r}.", stacklevel=4)
         return solver
     if solver is not None and not isinstance(solver, Solver):
-        raise TypeError(f"`solver` must be a rule such as UniPC(), a Plan or None, got {solver!r}.")
+        hint = (
+            f"call it, {solver.__name__}()" if callable(solver) and hasattr(solver, "__name__") else "as in ss.DDIM()"
+        )
+        got = repr(solver) if isinstance(solver, str | int) else type(solver).__name__
+        raise TypeError(f"`solver` must be a rule such as UniPC(), a Plan or None, got {got}; {hint}.")
+    if isinstance(grid, str):
+        raise TypeError(f"`grid` must be times or a grid maker such as ss.karras, got {grid!r}.")
     given = grid is not None and not callable(grid)
     if (steps is not None) + (nfe is not None) + given > 1:
         raise ValueError("give one of `steps` (legs of the grid), `nfe` (a budget of evaluations) and `grid` (times).")
     if given:
         if t_start is not None or t_end != 0.0:
             raise ValueError("`grid` already says where to start and end; `grids.window` cuts a grid.")
-        rule = default_solver(len(grid) - 1) if solver is None else solver
+        rule = default_solver(len(grid) - 1, model) if solver is None else solver
         return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
     legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, least=1)
     if nfe is not None:
-        rule = default_solver(nfe) if solver is None else solver
+        rule = default_solver(nfe, model) if solver is None else solver
         rule, legs = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
-        rule = default_solver(legs) if solver is None else solver
+        rule = default_solver(legs, model) if solver is None else solver
     maker: GridMaker = quadratic_vp if grid is None else grid
-    plan = rule.plan(model.sde, maker(model.sde, legs, t_start=t_start, t_end=t_end))
+    window: dict[str, float] = {} if t_start is None else {"t_start": t_start}
+    if t_end != 0.0:
+        window["t_end"] = t_end
+    plan = rule.plan(model.sde, maker(model.sde, legs, **window))
     if nfe is not None and plan.nfe > nfe:
         raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
     return plan

@@ -759,7 +759,7 @@ class FromFunctions(SDE):
             )
 
     def _alpha(self, t: Tensor) -> Tensor:
-        return self.alpha_fn(t)
+        return self.alpha_fn(t).clamp_min(0)  # cos(π/2) is −4e-8 in float32
 
     def _sigma(self, t: Tensor) -> Tensor:
         return self.sigma_fn(t)

@@ -103,7 +103,7 @@ def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
     return times
 
 
-def exact_flow(model: AbstractDenoiser, legs: int = 2000) -> Reference:
+def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
     """The probability flow of a model: closed for one Gaussian, else the classical method in flow time, finely."""
     if isinstance(model, GaussianMixture) and len(model.means) == 1:
         return model.flow
@@ -128,8 +128,8 @@ def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
         x0: The point.
 
     Returns:
-        The largest distance of the mean from α x₀ and of the deviation from σ, relative to hypot(α x₀, σ), over the rows
-        that settle a node.
+        The largest distance of the mean from α x₀ and of the deviation from σ, relative to hypot(α x₀, σ), over
+        the rows that settle a node.
     """
     first = float(plan.rows[0].t)
     # Each state is m + k ε + Σ c z; carry the mean and the coefficients of ε and of every normal.

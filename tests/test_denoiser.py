@@ -417,7 +417,7 @@ def test_without_signal_x0_and_v_and_velocity_work_and_eps_and_score_are_refused
     assert torch.equal(x, sde.sigma(T) * eps)
     vector = torch.full((4,), T, dtype=torch.float64)
     for kind in ("x0", "v", "F"):
-        out = make(Recorder(), sde, kind).target(x0, eps, T)
+        out = make(Recorder(), sde, kind).target(x0, T, eps)
         for t in (T, vector, vector[0]):
             model = make(lambda x, t, out=out: out, sde, kind)
             assert torch.allclose(model.x0(x, t), x0, rtol=1e-12, atol=1e-12), (sde, kind)
@@ -439,7 +439,7 @@ def test_without_signal_a_velocity_network_works(name: str) -> None:
     sde = SDES[name]
     x0, eps = normal(4, 3, seed=1), normal(4, 3, seed=2)
     x = sde.perturb(x0, sde.T, eps)
-    out = make(Recorder(), sde, "velocity").target(x0, eps, sde.T)
+    out = make(Recorder(), sde, "velocity").target(x0, sde.T, eps)
     model = make(lambda x, t: out, sde, "velocity")
     for t in (sde.T, torch.full((4,), sde.T, dtype=torch.float64)):
         assert torch.allclose(model.x0(x, t), x0, rtol=1e-12, atol=1e-12), sde
@@ -505,14 +505,14 @@ def test_a_network_that_returns_the_target_has_the_data_as_its_x0(name: str) -> 
     x0, eps = normal(9, 2, 3, seed=1), normal(9, 2, 3, seed=2)
     x = sde.perturb(x0, t, eps)
     for kind in sources(name):
-        out = make(Recorder(), sde, kind).target(x0, eps, t)
+        out = make(Recorder(), sde, kind).target(x0, t, eps)
         a, b = (column(c, x0) for c in form(kind, sde, t))
         assert torch.allclose(out, a * x0 + b * eps, rtol=1e-12, atol=1e-12), (sde, kind)
         size = size_of_terms(sde, t, form(kind, sde, t), form("x0", sde, t), x, out)
         got = make(lambda x, t, out=out: out, sde, kind).x0(x, t)
         assert float(((got - x0).abs() / (size + x0.abs())).max()) < 1e-12, (sde, kind)
         for i in (0, 8):
-            row = make(Recorder(), sde, kind).target(x0[i : i + 1], eps[i : i + 1], t[i].item())
+            row = make(Recorder(), sde, kind).target(x0[i : i + 1], t[i].item(), eps[i : i + 1])
             assert torch.allclose(row[0], out[i], rtol=1e-12), (sde, kind)
 
 
@@ -524,7 +524,7 @@ def test_sigma_data_is_one_number_for_target_and_sampling() -> None:
     for s in (0.5, 1.3):
         seen = Recorder()
         model = ss.Denoiser(seen, sde, predicts="F", precondition=ss.Preconditioning(s))
-        targets.append(model.target(x0, eps, t))
+        targets.append(model.target(x0, t, eps))
         x0s.append(model.x0(x, t))
         inputs.append(seen.x)
         assert torch.allclose(model.x0(x, t), s**2 / (s**2 + t**2) * x, rtol=1e-12)
@@ -533,7 +533,7 @@ def test_sigma_data_is_one_number_for_target_and_sampling() -> None:
         assert not torch.allclose(*pair, rtol=0.05)
     for s in (0.5, 1.3):  # they stay each other's inverse
         model = ss.Denoiser(Recorder(), sde, predicts="F", precondition=ss.Preconditioning(s))
-        out = model.target(x0, eps, t)
+        out = model.target(x0, t, eps)
         twin = ss.Denoiser(lambda x, t, out=out: out, sde, predicts="F", precondition=ss.Preconditioning(s))
         assert torch.allclose(twin.x0(x, t), x0, rtol=1e-12, atol=1e-12)
 
@@ -545,7 +545,7 @@ def test_targets_of_unit_data_have_unit_scale_with_preconditioning() -> None:
         sde = SDES[name]
         x0, eps = SIGMA_DATA * normal(n, 1, seed=1), normal(n, 1, seed=2)
         for t in inner_times(sde, 4).tolist():
-            out = make(Recorder(), sde, "F").target(x0, eps, t)
+            out = make(Recorder(), sde, "F").target(x0, t, eps)
             assert abs(out.std().item() - 1) < 5 / n**0.5, (sde, t)
 
 
@@ -786,7 +786,7 @@ BAD = {
     "complex state": (lambda: ss.Denoiser(fine, VP, predicts="eps").x0(x23 + 0j, 0.5), TypeError, "view_as_real"),
     "scalar state": (lambda: ss.Denoiser(fine, VP, predicts="eps").x0(x23[0, 0], 0.5), ValueError, "scalar"),
     "noise of another shape": (
-        lambda: ss.Denoiser(fine, VP, predicts="eps").target(x23, torch.zeros(2, 1), 0.5),
+        lambda: ss.Denoiser(fine, VP, predicts="eps").target(x23, 0.5, torch.zeros(2, 1)),
         ValueError,
         r"`eps` must have the shape of `x0`, \(2, 3\)",
     ),

@@ -35,6 +35,8 @@ def _order(order: int, *allowed: int) -> int:
 def DDIM() -> Solver:
     r"""DDIM without noise, which is DPM-Solver-1: exact for data concentrated in one point.
 
+    DDIM(η) is this rule on :func:`scoresde.grids.ancestral` (sde, times, eta), and with η = 1 DDPM's sampler.
+
     .. math:: x_t = \frac{\alpha_t}{\alpha_s}x_s + \Big(\sigma_t - \frac{\alpha_t\sigma_s}{\alpha_s}\Big)\varepsilon_s
               = \frac{\sigma_t}{\sigma_s}x_s + \left(\alpha_t - \frac{\sigma_t\alpha_s}{\sigma_s}\right)d_s
 

@@ -294,7 +294,7 @@ class GaussianMixture(_Exact):
         alpha, sigma = self.sde.alpha(s), self.sde.sigma(s)
         try:
             form = _wanted(want, self.sde, s, alpha, sigma)
-            a, b = form.a / form.scale, form.b * sigma / form.scale
+            a, b = form.a / form.scale, 0.0 if want == "x0" else form.b * sigma / form.scale
         except ZeroDivisionError:
             raise _undefined(t, alpha, sigma) from None
         if not isinstance(t, Tensor) and not math.isfinite(a + b):
@@ -316,13 +316,18 @@ class GaussianMixture(_Exact):
             return (a * alpha * iso + b) / side, (a * alpha * (iso + self._spread[part, None]) + b) / along
 
         out: Tensor = a * (r @ self._points)
-        if self._basis is None or not self._full:
+        of_data = isinstance(b, float) and b == 0
+        if self._basis is None or not (self._full or of_data):
             for part, d in self._differences(rows, alpha):
                 m_side, m_along = gains(part)
                 d = d * (m_along if self._basis is None else m_side)
                 # One kernel where there is one component.
                 weight = r.mT[part, :, None]
                 out = out.addcmul_(weight[0], d[0]) if len(d) == 1 else out.add_((weight * d).sum(0))
+        elif not self._full:
+            # Of E[x_0] alone the gains are bounded, and a difference of sums is as good as a sum of differences.
+            weight = r * gains(slice(None))[0][..., 0].mT
+            out = out + weight.sum(1, keepdim=True) * rows - alpha * (weight @ self._points)
         for part, y in coordinates:
             assert self._basis is not None
             m_side, m_along = gains(part)

@@ -612,8 +612,8 @@ def test_flow_of_one_gaussian_moves_along_the_drift(sde: ss.SDE) -> None:
 
 
 def new_processes(old: str) -> list[str]:
-    """All of them; two where inverting λ of the old one is a search through quadratures."""
-    return ["EDM", "Flow"] if old == "VP by drift" else list(SDES)
+    """All of them; one where inverting λ of the old one is a search through quadratures."""
+    return ["EDM"] if old == "VP by drift" else list(SDES)
 
 
 @pytest.mark.parametrize("old", SDES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import scoresde as ss
 
 KINDS = ("eps", "score", "x0", "v", "velocity")
-FEW = pytest.mark.parametrize("name", ["VP", "VE", "Cosine", "EDM", "Flow", "Discrete", "two functions"])
+FEW = pytest.mark.parametrize("name", ["VP", "EDM", "Flow", "Discrete"])
 # What a process of which the prediction says nothing at T, or another prediction says the same, cannot be tested on.
 REFUSED = {n: {"eps", "score"} for n, sde in SDES.items() if sde.alpha(sde.T) == 0} | {
     "Polynomial": {"eps", "score", "velocity"}

@@ -124,11 +124,11 @@ def test_every_prediction_is_consistent_with_the_score(sde: ss.SDE, kind: str) -
     for got, a, b in ((mix.v(x, t), -sigma, alpha), (mix.velocity(x, t), adot, sdot)):
         size = (a * x0).abs() + (b * eps).abs()
         assert float(((got - (a * x0 + b * eps)).abs() / size).max()) < 1e-12, sde
-    for i in (0, 5):
+    if kind in ("std of each entry", "low rank"):
         for name in ("x0", "eps", "score", "v", "velocity"):
             fn = getattr(mix, name)
-            assert relative(fn(x[i : i + 1], t[i].item()), fn(x, t)[i : i + 1]) < 1e-11, (sde, name)
-            assert relative(fn(x, t[i]), fn(x, t[i].expand(6))) < 1e-12, (sde, name)
+            assert relative(fn(x[4:5], t[4].item()), fn(x, t)[4:5]) < 1e-11, (sde, name)
+            assert relative(fn(x, t[4]), fn(x, t[4].expand(6))) < 1e-12, (sde, name)
 
 
 def test_without_noise_it_is_the_data() -> None:
@@ -476,15 +476,17 @@ def test_flow_is_a_group_and_carries_each_marginal_to_the_next(name: str, kind: 
     assert gauss.flow(x.float(), r, t).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "EDM", "Flow", "Trig", "two functions"])
-@pytest.mark.parametrize("kind", ["full", "low rank"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("VP", "full"), ("VE", "low rank"), ("EDM", "one std"), ("Flow", "full"), ("two functions", "std of each entry")],
+)
 def test_flow_equals_a_fine_integration_of_the_reverse_drift(name: str, kind: str) -> None:
     sde = SDES[name]
     gauss = ss.GaussianMixture(sde, MEANS[:1], **ONE[kind])  # type: ignore[arg-type]
     field = ss.Reverse(gauss, 0.0).drift
     start, end = sde.t_of_lam(-1.5), sde.t_of_lam(1.5)
     x = y = gauss.sample(4, start, seed=0)
-    times = torch.linspace(start, end, 101, dtype=f64).tolist()
+    times = torch.linspace(start, end, 81, dtype=f64).tolist()
     for s, t in pairwise(times):
         h, m = t - s, (s + t) / 2
         a = field(y, s)

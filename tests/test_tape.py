@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import SDES
+from processes import BY_DRIFT, SDES
 from torch import Tensor
 
 import scoresde as ss
@@ -62,6 +62,21 @@ def on(sde: ss.SDE, fractions: list[float]) -> list[float]:
 # Exactness. With data in one point x0 the denoiser is a constant, so data, noise along the flow, and velocity along the
 # flow are constants too, and no leg has anything to get wrong: mean and variance are those of the marginal.
 
+
+def rounding(plan: Plan, sde: ss.SDE, x0: float, prediction: Prediction) -> float:
+    """What the last digit of every product in the table may add up to, relative to the state: 1e-15 on most grids, but
+    random ones have nodes that nearly meet."""
+    signal = [sde.alpha(float(row.t)) for row in plan.rows]
+    size = [math.hypot(a * x0, sde.sigma(float(row.t))) for a, row in zip(signal, plan.rows, strict=True)]
+    sums = size[:1]
+    for r, row in enumerate(plan.rows[1:], start=1):
+        terms = [*(abs(w) * sums[k] for k, w in row.x), *(abs(w * x0) for _, w in row.d), *(abs(w) for _, w in row.z)]
+        if prediction is NOISE:  # α_t/α_s, which is large from T, has been taken off the weight of x_s
+            terms += [signal[r] / signal[k] * size[k] for k, _ in row.x if signal[k] > 0]
+        sums.append(sum(terms))
+    return torch.finfo(torch.float64).eps * max(a / b for a, b in zip(sums, size, strict=True))
+
+
 EXACT = [(DATA, 0.0), (DATA, 0.5), (DATA, 1.0), (NOISE, 0.0), (VELOCITY, 0.0)]
 
 
@@ -83,11 +98,15 @@ def test_on_a_point_of_data_every_leg_is_exact(
     corrector: int,
 ) -> None:
     grid, (prediction, eta) = on(sde, fractions), of
+    slow = sde is BY_DRIFT  # its λ is a quadrature, and the inverse of that takes a second a leg
+    variable = TAU if variable is TIME and slow else variable
     rule: Solver = Multistep(order, prediction, variable, corrector, eta=eta)
-    assert point_mass_defect(rule.plan(sde, grid), sde, x0=1.7) < 1e-12, (rule, grid)
-    if eta == 0:
+    plan = rule.plan(sde, grid)
+    assert point_mass_defect(plan, sde, x0=1.7) < 1e-12 + 20 * rounding(plan, sde, 1.7, prediction), (rule, grid)
+    if eta == 0 and not slow:
         rule = SingleStep(min(order, 3), prediction, variable)
-        assert point_mass_defect(rule.plan(sde, grid), sde, x0=-0.4) < 1e-12, (rule, grid)
+        plan = rule.plan(sde, grid)
+        assert point_mass_defect(plan, sde, x0=-0.4) < 1e-12 + 20 * rounding(plan, sde, 0.4, prediction), (rule, grid)
 
 
 @ALL
@@ -156,9 +175,10 @@ def test_on_its_own_gaussian_the_rotated_predictions_are_exact(
     sde: ss.SDE, fractions: list[float], of: tuple[Prediction, float], variable: Variable, order: int, eta: float
 ) -> None:
     # v and F vanish on data of standard deviation 1 and sigma_data: what is left is the transfer and the noise.
-    grid, (prediction, s) = on(sde, [0.95 * f for f in fractions if f > 0]), of
+    grid, (prediction, s) = on(sde, [0.95 * f for f in fractions[:-1]] + [0.3 * fractions[-2]]), of
+    variable = TAU if variable is TIME and sde is BY_DRIFT else variable
     plan = Multistep(order, prediction, variable, eta=eta).plan(sde, grid)
-    assert gaussian_defect(plan, sde, s) < 1e-11, grid
+    assert gaussian_defect(plan, sde, s) < 1e-12 + 40 * rounding(plan, sde, s, prediction), grid
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,110 @@
+"""What noise keyed by sample costs: ``Noise.normal`` beside ``torch.randn``, whose numbers depend on the batch.
+
+    python experiments/noise_cost.py            # a minute
+    python experiments/noise_cost.py --quick    # seconds, for CI
+
+Each shape and dtype is drawn in turn by both, and the medians of their times are compared; on CUDA too if there is one.
+Writes the table as CSV and as Markdown.
+
+Measured in one thread of a shared 2-core machine (AMD EPYC, torch 2.13), as a multiple of the time of torch.randn:
+
+    shape              float32   float64   of which
+    (16, 3, 32, 32)    6 to 7    2         21 to 30 ns a number in float32, randn 4
+    (64, 3072)         8         1.8
+    (1024, 1024)       6         1.7
+    (4096, 2)          17        5         a row costs a counter of four numbers, whatever it uses
+    (1, 4)             42        42        0.35 ms, a hundred calls of torch
+
+Beside a network of some milliseconds that is small. With more threads than the machine has idle cores it is not:
+torch's log, sin and cos then wait for each other, here up to 100 times longer; give torch the cores that it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import scoresde as ss
+
+SHAPES = [(1, 4), (16, 3, 32, 32), (64, 3072), (4096, 2), (1024, 1024)]
+COLUMNS = ("device", "dtype", "shape", "randn_us", "noise_us", "ns_per_number", "ratio")
+
+
+@dataclass
+class Options:
+    """What can be set from the command line."""
+
+    repeats: int = 300
+    seconds: float = 4.0  # at most, for each line of the table
+    threads: int = 1  # torch.randn takes one on a CPU, and the integers behind Noise.normal do too
+    out: Path = Path(__file__).parent / "out"
+
+
+def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, options: Options) -> tuple[float, float]:
+    """Median seconds of torch.randn and of Noise.normal, called in turn so that both meet the same machine."""
+    noise = ss.Noise(0)
+    calls = (
+        lambda: torch.randn(shape, dtype=dtype, device=device),
+        lambda: noise.normal(shape, 0, dtype=dtype, device=device),
+    )
+    # One thread's own time is not disturbed by who else uses the machine.
+    now = time.thread_time if device == "cpu" and options.threads == 1 else time.perf_counter
+
+    def clock(call: Callable[[], object]) -> float:
+        start = now()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return now() - start
+
+    warm = max(sum(map(clock, calls)) for _ in range(2))
+    repeats = max(5, min(options.repeats, int(options.seconds / max(warm, 1e-6))))
+    randn, keyed = zip(*([clock(call) for call in calls] for _ in range(repeats)), strict=True)
+    return statistics.median(randn), statistics.median(keyed)
+
+
+def main(options: Options) -> list[tuple]:
+    torch.set_num_threads(options.threads)
+    rows = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for dtype in (torch.float32, torch.float64):
+            for shape in SHAPES:
+                randn, keyed = measure(shape, dtype, device, options)
+                numbers = 1e6 * randn, 1e6 * keyed, 1e9 * keyed / math.prod(shape), keyed / randn
+                rows.append((device, str(dtype)[6:], shape, *numbers))
+    cells = [
+        (device, dtype, "×".join(map(str, shape)), *(f"{number:.1f}" for number in numbers))
+        for device, dtype, shape, *numbers in rows
+    ]
+    width = [max(len(row[i]) for row in (COLUMNS, *cells)) for i in range(len(COLUMNS))]
+    print("\n".join("  ".join(c.rjust(w) for c, w in zip(row, width, strict=True)) for row in (COLUMNS, *cells)))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "noise_cost.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *cells])
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *cells]
+    (options.out / "noise_cost.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in lines))
+    return rows
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    defaults = Options()
+    for name, value in vars(defaults).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--quick", action="store_true", help="few repeats, for CI")
+    given = vars(parser.parse_args())
+    if given.pop("quick"):
+        given.update(repeats=20, seconds=0.3)
+    return Options(**given)
+
+
+if __name__ == "__main__":
+    main(parse())

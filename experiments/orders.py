@@ -29,7 +29,7 @@ from tqdm import tqdm
 import scoresde as ss
 from scoresde import quadrature
 from scoresde.denoiser import AbstractDenoiser
-from scoresde.solvers import multistep, singlestep
+from scoresde.solvers import combinations, multistep, singlestep
 from scoresde.solvers.base import Solver
 from scoresde.verify import Order, convergence_order, exact_flow
 
@@ -111,7 +111,7 @@ def catalogue() -> list[str]:
     return out
 
 
-NAMES = {**vars(quadrature), **vars(singlestep), **vars(multistep), **vars(ss)}
+NAMES = {**vars(quadrature), **vars(singlestep), **vars(multistep), **vars(combinations), **vars(ss)}
 
 
 def rule(text: str) -> Solver:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -318,6 +318,7 @@ def in_tensors(plan: Plan) -> Plan:
     )
 
 
+@settings(max_examples=60)
 @given(tables())
 def test_running_a_table_is_what_it_says_and_folding_changes_nothing(plan: Plan) -> None:
     noise = ss.Noise(1)

@@ -81,7 +81,7 @@ EXACT = [(DATA, 0.0), (DATA, 0.5), (DATA, 1.0), (NOISE, 0.0), (VELOCITY, 0.0)]
 
 
 @ALL
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     zigzags(),
     st.sampled_from(EXACT),
@@ -114,9 +114,8 @@ def test_on_a_point_of_data_every_leg_is_exact(
 def test_published_moments_are_exact_on_a_point_too(sde: ss.SDE, variant: str) -> None:
     grid = on(sde, [1.0, 0.8, 0.5, 0.6, 0.3, 0.1, 0.0])
     for prediction in (DATA, NOISE):
-        for order in (1, 2, 3):
-            plan = ss.UniPC(order, variant, prediction).plan(sde, grid)
-            assert point_mass_defect(plan, sde) < 1e-12, (order, prediction)
+        plan = ss.UniPC(2, variant, prediction).plan(sde, grid)
+        assert point_mass_defect(plan, sde) < 1e-12, prediction
 
 
 def test_the_defect_shows_what_is_wrong() -> None:
@@ -163,7 +162,7 @@ def gaussian_defect(plan: Plan, sde: ss.SDE, s: float) -> float:
 
 
 @ALL
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     zigzags(),
     st.sampled_from([(V, 1.0), (F, 0.5), (edm_prediction(2.0), 2.0)]),

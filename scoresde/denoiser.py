@@ -224,7 +224,7 @@ class Denoiser(AbstractDenoiser):
             raise ValueError(
                 "`predicts`='F' is defined by its scaling; give `precondition`=Preconditioning(sigma_data)."
             )
-        if sde.alpha(sde.T) < 1e-6 * sde.sigma(sde.T):  # cos(π/2) is 6e-17
+        if sde.alpha(sde.T) < 1e-12 * sde.sigma(sde.T):  # cos(π/2) is 6e-17
             silent = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
             if silent:
                 raise ValueError(

@@ -565,7 +565,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "grid and t_end": (lambda: ss.sample(MIX, START, grid=[1.0, 0.0], t_end=0.5), ValueError, "already says where"),
     "no steps": (lambda: ss.sample(MIX, START, steps=0), ValueError, "`steps` must be at least 1, got 0"),
     "half a step": (lambda: ss.sample(MIX, START, steps=2.5), TypeError, "`steps` must be an integer"),  # type: ignore[arg-type]
-    "no evaluations": (lambda: ss.sample(MIX, START, ss.DDIM(), nfe=0), ValueError, "`nfe` = 0 is too small a budget"),
+    "no evaluations": (lambda: ss.sample(MIX, START, ss.DDIM(), nfe=0), ValueError, "`nfe` must be at least 1, got 0"),
     "a budget too small": (
         lambda: ss.sample(MIX, START, ss.RungeKutta4(), nfe=3, t_end=0.1),
         ValueError,

@@ -311,6 +311,14 @@ LATE += [text for text in RULES if "published" in text or "(5, " in text or "V3"
 # On a linear denoiser the middle of a leg in ρ, τ or (EDM, Flow) t gives one order more: dy/dρ = ρ y/(c + ρ²).
 LINEAR = {"EDMHeun(alpha=0.5)": 3, "DEISRungeKutta(MIDPOINT)": 3}
 LINEAR_IN_T = {("Midpoint(clock='t')", "EDM"): 3, ("Midpoint(clock='t')", "Flow"): 3}
+# A corrector makes its own order of a predictor's, but one more at most.
+CORRECTED = {
+    "Multistep(2, DATA, corrector=5, start='self')": 3,
+    "Multistep(2, NOISE, corrector=5, start='self', reevaluate=True)": 3,
+    "Multistep(3, DATA, corrector=2, start='self')": 2,
+    "Multistep(1, DATA, corrector=3, reevaluate=True)": 2,
+    "with_corrector(DPMSolverPP(3, form='published', start='self'), 2)": 2,
+}
 KNOWS_TIME = [text for text in RULES if "'t'" in text or text == "PNDM()"]
 KNOWS_ALPHA = [text for text in RULES if "clock='lam'" in text]  # the flow of x, which is not that of x/α
 OTHERS = [(text, name) for text in KNOWS_TIME for name in FIVE if name != "VP"]
@@ -338,6 +346,13 @@ def test_the_order_on_one_gaussian_is_the_declared_one(text: str) -> None:
     model = Gaussian(FIVE["VP"])
     order = measured(text, model, model.flow)
     assert abs(order.slope - LINEAR.get(text, rule(text).declared_order)) < 0.2, order
+
+
+@pytest.mark.parametrize(("text", "known"), CORRECTED.items())
+def test_the_order_of_any_corrector_on_any_predictor_is_the_declared_one(text: str, known: int) -> None:
+    assert rule(text).declared_order == known
+    order = orders.measure(rule(text), Pairs(FIVE["VP"]), flow_of_pairs("VP"), (80, 160), 8)
+    assert abs(order.slope - known) < 0.2, order
 
 
 @pytest.mark.parametrize(("text", "name"), OTHERS)
@@ -394,7 +409,9 @@ class Fast(Solver):
         return 2
 
     def plan(self, sde: ss.SDE, times: Any, *, up: str = "diffuse") -> Plan:
-        solver, legs = self.mixture.for_nfe(3 * (len(times) - 2 - (self.tail == 0)) + self.tail + 3 * (self.tail == 0))
+        solver, legs = self.mixture.for_nfe(
+            3 * (len(times) - 2 - (self.tail == 0)) + self.tail + 3 * (self.tail == 0), clean=False
+        )
         assert legs == len(times) - 1
         return solver.plan(sde, times, up=up)
 
@@ -489,10 +506,16 @@ def unlike(texts: list[str]) -> list[str]:
     """One rule of each kind that spends a budget in its own way."""
     kinds: dict[Any, str] = {}
     for text in texts:
-        solver = rule(text)
-        names = ("order", "start", "corrector", "reevaluate", "improved")
-        kinds.setdefault((type(solver), solver.stages, *(getattr(solver, name, None) for name in names)), text)
+        kinds.setdefault(spending(rule(text)), text)
     return list(kinds.values())
+
+
+def spending(solver: Solver) -> tuple[Any, ...]:
+    """All that the number of evaluations depends on."""
+    stage = solver.order if getattr(solver, "start", "") == "self" else None
+    plain = type(solver).for_nfe is Solver.for_nfe
+    names = ("start", "reevaluate", "improved")
+    return (plain or type(solver), solver.stages, stage, *(getattr(solver, name, None) for name in names))
 
 
 BUDGETED = [
@@ -501,6 +524,34 @@ BUDGETED = [
     "with_corrector(DPMSolverPP(3, start='self'), reevaluate=True)",
     "NoiseCombination(improved=True)",
 ]
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["to data", "to noise"])
+@pytest.mark.parametrize("text", BUDGETED)
+def test_a_budget_is_spent_but_for_less_than_a_leg(text: str, clean: bool) -> None:
+    sde, solver = ss.VP(), rule(text)
+    costs: dict[Solver, list[int]] = {}
+
+    def cost(solver: Solver, legs: int) -> int:
+        known = costs.setdefault(solver, [0])
+        for n in range(len(known), legs + 1):
+            known.append(solver.plan(sde, graded(sde, n - 1, "zero") if clean and n > 1 else ends(n)).nfe)
+        return known[legs]
+
+    def ends(n: int) -> Tensor:
+        return torch.tensor([1.0, 0.0], **F64) if clean else graded(sde, n)
+
+    for nfe in range(1 if clean else solver.stages, 41):
+        spends, legs = solver.for_nfe(nfe, clean=clean)
+        if "fast" in text:  # it has a leg for each of its orders, and one more of order 1 would cost 1
+            assert spends.plan(sde, graded(sde, legs - 1, "zero") if clean and legs > 1 else ends(legs)).nfe == nfe
+        else:
+            assert cost(spends, legs) <= nfe < cost(spends, legs + 1), nfe
+
+
+def test_every_rule_spends_a_budget_in_one_of_these_ways() -> None:
+    kinds = {spending(rule(text)) for text in BUDGETED}
+    assert {spending(rule(text)) for text in RULES} <= kinds
 
 
 def test_a_budget_below_one_leg_is_refused() -> None:
@@ -544,13 +595,13 @@ def test_what_is_encoded_is_decoded_at_the_order_of_the_rule(text: str, known: i
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Known traps, with the numbers of the review of other code bases
+# 6. Known traps of public code
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["DPMSolver", "DPMSolverPP"])
 def test_trap_multistep_three_as_printed_is_of_order_two(name: str) -> None:
-    """P01: the second derivative is twice the divided difference; public code leaves the two out."""
+    """The second derivative is twice the divided difference; public code leaves the two out."""
     model = Gaussian(ss.VP())
     slopes, errors = [], []
     for form in ("published", "exact"):
@@ -564,7 +615,7 @@ def test_trap_multistep_three_as_printed_is_of_order_two(name: str) -> None:
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_trap_the_public_corrector_with_varying_coefficients_is_of_order_one(order: int) -> None:
-    """P02: it reads a leftover loop index and drops the last row. With all rows it is our "exact", of order p + 1."""
+    """It reads a leftover loop index and drops the last row. With all rows it is our "exact", of order p + 1."""
     model = Gaussian(ss.VP())
     first, last = (model.sde.t_of_lam(lam) for lam in orders.WINDOW)
     x = START
@@ -581,3 +632,29 @@ def test_trap_the_public_corrector_with_varying_coefficients_is_of_order_one(ord
     ours = orders.measure(rule(f"UniPC({order}, 'exact', start='self')"), model, model.flow, (80, 160), 8)
     assert abs(ours.slope - order - 1) < 0.2, ours
     assert ours.errors[-1] < 1e-2 * errors[True][-1]
+
+
+@pytest.mark.parametrize("order", [3, 4])
+def test_trap_coefficients_of_equal_steps_leave_order_two_on_an_uneven_grid(order: int) -> None:
+    """Karras' grid is uneven in ρ, where iPNDM extrapolates. The same nodes with the weights of their grid keep it."""
+    model = Gaussian(ss.EDM())
+    first, last = (model.sde.t_of_lam(lam) for lam in orders.WINDOW)
+    found = [
+        convergence_order(
+            orders.Started(solver, 3),
+            model,
+            legs=(160, 320),
+            t_start=first,
+            t_end=last,
+            reference=model.flow,
+            grid=ss.karras,
+            n=8,
+        )
+        for solver in (ss.IPNDM(order), ss.LMS(order))
+    ]
+    assert abs(found[0].slope - 2) < 0.2 and found[0].declared == 2, found
+    assert abs(found[1].slope - order) < 0.2 and found[1].declared == order, found
+    assert found[0].errors[-1] > 5 * found[1].errors[-1]
+    even = ss.uniform_t(model.sde, 12, t_end=1.0)
+    alike = [run(solver.plan(model.sde, even), model.x0, 80.0 * START) for solver in (ss.IPNDM(order), ss.LMS(order))]
+    assert relative(*alike) < 1e-12, "on equal steps the two are one"

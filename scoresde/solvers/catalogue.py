@@ -116,7 +116,7 @@ def _lambda_solver(
     if r:
         raise ValueError("`r` places the stages of single steps; with kind='multi' there are none.")
     if form == "published" and order == 3:
-        return PublishedThree(prediction, label)
+        return PublishedThree(3, prediction, moments=_FORMS["mid"], start=start, label=f"{label}[published]")
     two = None if form == "exact" or (form == "published" and order > 3) else _FORMS["mid"]
     return Multistep(order, prediction, moments=two, start=start, label=label)
 
@@ -347,13 +347,10 @@ def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
 class PublishedThree(Multistep):
     """Multistep 3 of the DPM-Solver line as public code has it: half of the second-derivative term, so of order 2."""
 
-    def __init__(self, prediction: Prediction, label: str) -> None:
-        super().__init__(3, prediction, moments=_FORMS["mid"], label=f"{label}[published]")
-
     @property
     def declared_order(self) -> int:
         """Order of convergence."""
-        return 2
+        return self._corrected(2)
 
     def _many(self, nodes: int) -> tuple[str | float, ...] | None:
         return ("exact", "exact", 0.5) if nodes == 3 else None
@@ -382,9 +379,12 @@ class Mixed(Solver):
         return max(self.orders, default=3)
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """The published mixture: legs of order 3, then 2 and 1, or 1, or 2 to finish the budget."""
+        """The published mixture: legs of order 3, then 2 and 1, or 1, or 2 to finish the budget.
+
+        A leg into σ = 0 asks once: two legs of order 1 then stand for the one of order 2.
+        """
         K = check.integer("nfe", nfe, least=1) // 3
-        tail = {0: (2, 1), 1: (1,), 2: (2,)}[nfe % 3]
+        tail = {0: (2, 1), 1: (1,), 2: (1, 1) if clean else (2,)}[nfe % 3]
         orders = (*[3] * (K - 1 if nfe % 3 == 0 else K), *tail) if nfe >= 3 else tail
         return replace(self, orders=orders), len(orders)
 

@@ -63,8 +63,11 @@ class Multistep(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of the corrected method; from a cold start the ramp costs the orders above 2 some accuracy."""
-        return max(self.order, self.corrector)
+        """Order of the corrected method: a corrector's, or the predictor's and one more, whichever is less.
+
+        From a cold start the ramp costs the orders above 2 some accuracy.
+        """
+        return self._corrected(self.order)
 
     @property
     def stages(self) -> int:
@@ -72,12 +75,18 @@ class Multistep(Solver):
         return 2 if self.corrector and self.reevaluate else 1
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """A rule and a number of legs that spend a budget; a full-order start costs stages of its own."""
-        extra = (self.order - 1) ** 2 if self.start == "self" else 0
-        rule, legs = super().for_nfe(max(1, nfe - extra), clean=clean)
-        if extra and legs <= self.order:
-            return replace(self, start="ramp"), nfe
-        return rule, legs
+        """A rule and a number of legs that spend a budget.
+
+        The last leg reads what is known and asks nothing, whether or not it ends at σ = 0. A start with single steps
+        costs `order` evaluations on each of `order` − 1 legs; a budget that leaves no leg after them starts by a ramp.
+        """
+        after = check.integer("nfe", nfe, least=1) - 1
+        if self.start == "self":
+            legs = self.order + (after - self.order * (self.order - 1)) // self.stages
+            if legs > self.order:
+                return self, legs
+        rule = replace(self, start="ramp") if self.start == "self" else self
+        return rule, 1 + after // self.stages
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         if self.start == "self" and len(history) < self.order and asks:
@@ -110,6 +119,10 @@ class Multistep(Solver):
             asked = new if self.reevaluate else asked
         keep = max(self.order, self.corrector)
         return new, ([asked, *history][:keep] if asks else history)
+
+    def _corrected(self, order: int) -> int:
+        """The order that the corrector makes of a predictor's."""
+        return min(order + 1, self.corrector) if self.corrector else order
 
     def _many(self, nodes: int) -> Moments:
         """Moments of rows with more than two nodes: exact, unless a factor is given for them by name."""

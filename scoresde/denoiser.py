@@ -22,6 +22,7 @@ from scoresde.sde import SDE
 
 PREDICTIONS = ("eps", "score", "x0", "v", "velocity", "F")
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
+_MEMO = 4096  # coefficients that a denoiser remembers
 
 Coefficient = float | Tensor
 Clock = Callable[[Tensor], Tensor]
@@ -128,18 +129,47 @@ class AbstractDenoiser(nn.Module):
     def _convert(self, kind: str, out: Tensor, want: _Want, x: Tensor, t: float | Tensor, s: float = 1.0) -> Tensor:
         if want == kind:
             return out
+        if not isinstance(t, Tensor):
+            of_x, of_out = self._numbers(kind, want, t, s)
+            if of_x == 0:
+                return out if of_out == 1 else of_out * out
+            return torch.add(x * of_x, out, alpha=of_out)  # not in place: under vmap one of the two may be shared
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        have = _form(kind, self.sde, t, alpha, sigma, s)
-        try:
-            of_x, of_out = _mix(have, _wanted(want, self.sde, t, alpha, sigma), alpha, sigma)
-        except ZeroDivisionError:
-            raise _undefined(t, alpha, sigma) from None
-        if not isinstance(t, Tensor) and not math.isfinite(of_x + of_out):
-            raise _undefined(t, alpha, sigma)
+        have, wanted = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
+        of_x, of_out = _mix(have, wanted, alpha, sigma)
         of_out = check.expand(of_out, x)
         if isinstance(of_x, float) and of_x == 0:
             return out if isinstance(of_out, float) and of_out == 1 else of_out * out
         return check.expand(of_x, x) * x + of_out * out
+
+    def _numbers(self, kind: str, want: _Want, t: float, s: float) -> tuple[float, float]:
+        """The coefficients at a time that is a number."""
+
+        def make() -> tuple[float, float]:
+            alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+            try:
+                have, wanted = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
+                of_x, of_out = _mix(have, wanted, alpha, sigma)
+            except ZeroDivisionError:
+                raise _undefined(t, alpha, sigma) from None
+            if not math.isfinite(of_x + of_out):
+                raise _undefined(t, alpha, sigma)
+            return of_x, of_out
+
+        numbers: tuple[float, float] = self._once((kind, want, t, s), make) if isinstance(want, str) else make()
+        return numbers
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, remembered for as long as the process is the same object: samplers ask at few times."""
+        if torch.compiler.is_compiling():
+            return make()
+        owner, memo = self.__dict__.get("_memo", (None, {}))
+        if owner is not self.sde or len(memo) >= _MEMO:
+            memo = {}
+            self.__dict__["_memo"] = (self.sde, memo)
+        if key not in memo:
+            memo[key] = make()
+        return memo[key]
 
 
 # A prediction by name, or as a function of (sde, t, α, σ).
@@ -319,17 +349,26 @@ class Denoiser(AbstractDenoiser):
         return self._convert(self.predicts, out, want, x, t, self._sigma_data)
 
     def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            # A clock of the user's own may be a module that learns: it is asked each time.
+            own = callable(self.time)
+            label = self._label(t) if own else self._once((self.time, self.precondition, t), lambda: self._label(t))
+            return torch.full((len(x),), label, dtype=torch.float32, device=x.device)
         s = check.time(t, self.sde.T)
         if s.ndim:
             check.expand(s, x)
-        label = torch.as_tensor(_clock(self.time, self.sde, self.precondition)(s))
-        if label.shape not in ((), (len(x),)):
+        return self._labels(s).to(device=x.device, dtype=torch.float32).expand(len(x))
+
+    def _label(self, t: float) -> float:
+        return float(self._labels(check.time(t, self.sde.T)))
+
+    def _labels(self, s: Tensor) -> Tensor:
+        labels = torch.as_tensor(_clock(self.time, self.sde, self.precondition)(s))
+        if labels.shape not in ((), s.shape):
             raise ValueError(
-                f"`time` must map times to labels of the same shape, got {tuple(label.shape)} for {tuple(s.shape)}."
+                f"`time` must map times to labels of the same shape, got {tuple(labels.shape)} for {tuple(s.shape)}."
             )
-        if not isinstance(t, Tensor):
-            return torch.full((len(x),), float(label), dtype=torch.float32, device=x.device)
-        return label.to(device=x.device, dtype=torch.float32).expand(len(x))
+        return labels
 
 
 def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | None) -> Clock:

@@ -340,7 +340,7 @@ def run(
         overwrite: Make a new state in the memory of the one it replaces, where no row reads that again. For functions
             that keep no reference to their input and return memory of their own; saves an allocation a row.
     """
-    loop = steps(plan, denoise, x, noise, hook=hook, overwrite=overwrite)
+    loop = _loop(plan, denoise, x, noise, hook, overwrite, callback is not None)
     del x  # here too nothing keeps a state that is not read again
     while True:
         try:
@@ -348,8 +348,8 @@ def run(
         except StopIteration as end:
             result: Tensor = end.value
             return result
-        if callback is not None:
-            callback(step)
+        assert callback is not None
+        callback(step)
         del step
 
 
@@ -366,19 +366,23 @@ def steps(
 
     A state is forgotten once no later row reads it. Nothing here reads a tensor back to the host.
     """
+    return _loop(plan, denoise, x, noise, hook, overwrite, True)
+
+
+def _loop(
+    plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | None, hook: Hook | None, overwrite: bool, watched: bool
+) -> Generator[Step, None, Tensor]:
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
-    xs: list[Tensor | None] = [None] * len(plan.rows)
-    ds: list[Tensor | None] = [None] * len(plan.rows)
+    kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
     nfe = 0
     for r, line in enumerate(plan._program):
         if r:
-            x = _combine(line, xs, ds, noise, x, overwrite and line.reuse)
-            for k in line.drop_x:
-                xs[k] = None
-            for k in line.drop_d:
-                ds[k] = None
+            combine = _add_numbers if line.plain else _add_tensors
+            x = combine(line, kept, noise, x, overwrite and line.reuse)
+            for k in line.drop:
+                kept[k] = None
         if hook is not None and line.node is not None:
             x = hook(line.node, line.t, x)
             if not isinstance(x, Tensor):
@@ -388,81 +392,91 @@ def steps(
             x0 = denoise(x, _beside(line.t, x) if isinstance(line.t, Tensor) else line.t)
             nfe += 1
             if line.keep_d:
-                ds[r] = x0
+                kept[2 * r + 1] = x0
         if line.keep_x:
-            xs[r] = x
-        if line.shown:
+            kept[2 * r] = x
+        if watched and line.shown:
             yield Step(-1 if line.node is None else line.node, line.t, x, x0, nfe)
     return x
 
 
 class _Line(NamedTuple):
-    """A row as the loop wants it."""
+    """A row as the loop wants it: its terms in one list, and what nobody reads after it."""
 
     t: Weight
     node: int | None
     evaluates: bool
     shown: bool
-    x: Terms
-    d: Terms
-    z: Terms
+    terms: Terms
+    draws: Terms
     one: Weight
     plain: bool
+    lerp: bool
     keep_x: bool
     keep_d: bool
-    drop_x: tuple[int, ...]
-    drop_d: tuple[int, ...]
+    drop: tuple[int, ...]
     reuse: bool
 
 
 def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...]) -> tuple[_Line, ...]:
-    drop_x: list[list[int]] = [[] for _ in range(len(rows) + 1)]
-    drop_d: list[list[int]] = [[] for _ in range(len(rows) + 1)]
+    drop: list[list[int]] = [[] for _ in range(len(rows) + 1)]
     for k, row in enumerate(rows):
         if of_x[k] > k:
-            drop_x[of_x[k]].append(k)
+            drop[of_x[k]].append(2 * k)
         if row.evaluates and of_d[k] > k:
-            drop_d[of_d[k]].append(k)
-    return tuple(
-        _Line(
-            t=row.t,
-            node=row.node,
-            evaluates=row.evaluates,
-            shown=row.node is not None or r == len(rows) - 1,
-            x=row.x,
-            d=row.d,
-            z=row.z,
-            one=row.one,
-            plain=not any(isinstance(w, Tensor) for c in (row.x, row.d, row.z, ((0, row.one),)) for _, w in c),
-            keep_x=of_x[r] > r,
-            keep_d=of_d[r] > r,
-            drop_x=tuple(drop_x[r]),
-            drop_d=tuple(drop_d[r]),
-            # the start is the caller's
-            reuse=bool(row.x) and row.x[0][0] > 0 and row.x[0][0] in drop_x[r],
+            drop[of_d[k]].append(2 * k + 1)
+    lines = []
+    for r, row in enumerate(rows):
+        plain = not any(isinstance(w, Tensor) for c in (row.x, row.d, row.z, ((0, row.one),)) for _, w in c)
+        terms = (*((2 * k, w) for k, w in row.x), *((2 * k + 1, w) for k, w in row.d))
+        lines.append(
+            _Line(
+                t=row.t,
+                node=row.node,
+                evaluates=row.evaluates,
+                shown=row.node is not None or r == len(rows) - 1,
+                terms=terms,
+                draws=row.z,
+                one=row.one,
+                plain=plain,
+                lerp=plain and len(terms) > 1 and abs(terms[0][1] + terms[1][1] - 1) < 1e-15,
+                keep_x=of_x[r] > r,
+                keep_d=of_d[r] > r,
+                drop=tuple(drop[r]),
+                # the start is the caller's
+                reuse=bool(row.x) and row.x[0][0] > 0 and 2 * row.x[0][0] in drop[r],
+            )
         )
-        for r, row in enumerate(rows)
-    )
+    return tuple(lines)
 
 
-def _combine(line: _Line, xs: list[Any], ds: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
-    """Σ a x + Σ b d + Σ c z: one pass for each term, in place on a fresh tensor, or on the first state."""
+def _add_numbers(line: _Line, kept: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
+    """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
+    terms, out = line.terms, None
+    if terms:
+        (k, w), terms = terms[0], terms[1:]
+        out = kept[k]
+        if line.lerp:
+            (k, w), terms = terms[0], terms[1:]
+            out = out.lerp_(kept[k], w) if in_place else torch.lerp(out, kept[k], w)
+        else:
+            out = out.mul_(w) if in_place else out * w
+    for k, w in terms:
+        out.add_(kept[k], alpha=w)
+    for k, w in line.draws:
+        z = noise.like(like, k)  # type: ignore[union-attr]
+        out = z.mul_(w) if out is None else out.add_(z, alpha=w)
+    if line.one:
+        out.add_(line.one)
+    return out  # type: ignore[no-any-return]
+
+
+def _add_tensors(line: _Line, kept: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
+    """The same where a weight is a tensor: a number a sample, or one that requires grad."""
     out: Any = None
-    if line.plain:
-        for k, w in line.x:
-            out = out.add_(xs[k], alpha=w) if out is not None else xs[k].mul_(w) if in_place else xs[k] * w
-        for k, w in line.d:
-            out = ds[k] * w if out is None else out.add_(ds[k], alpha=w)
-        for k, w in line.z:
-            z = noise.like(like, k)  # type: ignore[union-attr]
-            out = z.mul_(w) if out is None else out.add_(z, alpha=w)
-        if line.one:
-            out.add_(line.one)
-        return out  # type: ignore[no-any-return]
-    for store, terms in ((xs, line.x), (ds, line.d)):
-        for k, w in terms:
-            out = _add(out, store[k], w)
-    for k, w in line.z:
+    for k, w in line.terms:
+        out = _add(out, kept[k], w)
+    for k, w in line.draws:
         assert noise is not None
         out = _add(out, noise.like(like, k), w)
     if _nonzero(line.one):

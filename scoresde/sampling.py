@@ -93,6 +93,7 @@ def solve(
     save_at: str | Sequence[float] = (),
     save_device: torch.device | str = "cpu",
     grad: str = "off",
+    overwrite: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **cond: Any,
@@ -117,6 +118,8 @@ def solve(
         save_device: Where to keep them.
         grad: ``"off"``, ``"full"`` to differentiate through every evaluation, ``"checkpoint"`` to do so with the memory
             of one, at the price of a second pass.
+        overwrite: Make states in the memory of those they replace, see :func:`scoresde.plan.run`: for networks that
+            keep no reference to their input.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
@@ -135,14 +138,17 @@ def solve(
             callback(step)
         bar.update(step)
 
+    watched = wanted is not None or callback is not None or bool(progress)
+
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
         x = run(
             plan,
             _denoise(model, cond, grad),
             _start(model, shape_or_x, plan, noise, data_std, dtype, device),
-            noise.fork(_ROWS),
+            noise.fork(_ROWS) if plan.stochastic else None,
             hook=hook,
-            callback=seen,
+            callback=seen if watched else None,
+            overwrite=overwrite,
         )
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)

@@ -104,7 +104,7 @@ def test_what_a_plan_counts() -> None:
         (ss.DDIM(), 2),  # x, d
         (ss.DPMSolverPP(2), 3),  # x, d and the d before
         (ss.UniPC(3), 5),  # after the predictor: x that the corrector starts from, the new d and three more
-        (ss.RungeKutta4(), 8),  # x and d of the start and of three stages: the table keeps both, no slope
+        (ss.RungeKutta4(), 5),  # x of the start and of three stages, from which the slopes are read off, and the last d
     ],
 )
 def test_memory_is_what_is_read_again(rule: ss.verify.Solver, memory: int) -> None:

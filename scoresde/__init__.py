@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, verify
+from scoresde import adapters, data, grids, metrics, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -40,11 +40,13 @@ from scoresde.solvers.catalogue import (
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
 from scoresde.tape import Tape
+from scoresde.training import DSM
 
 __all__ = [
     "DDIM",
     "DEIS",
     "DPM2",
+    "DSM",
     "EDM",
     "ETDRK4",
     "IPNDM",
@@ -100,6 +102,7 @@ __all__ = [
     "metrics",
     "sample",
     "solve",
+    "training",
     "uniform_lam",
     "uniform_t",
     "verify",

@@ -2,16 +2,22 @@
 
 from scoresde.training import times, weightings
 from scoresde.training.draws import Draws, drop_condition
+from scoresde.training.ema import EMA, PowerEMA, Snapshot, reconstruct, swapped
 from scoresde.training.losses import DSM, HybridVLB, LossByNoise, Terms, sliced_score_matching
 
 __all__ = [
     "DSM",
+    "EMA",
     "Draws",
     "HybridVLB",
     "LossByNoise",
+    "PowerEMA",
+    "Snapshot",
     "Terms",
     "drop_condition",
+    "reconstruct",
     "sliced_score_matching",
+    "swapped",
     "times",
     "weightings",
 ]

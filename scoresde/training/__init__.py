@@ -1,6 +1,6 @@
 """Training: losses, weightings, densities of times, EMA, checkpoints, and a trainer that survives."""
 
-from scoresde.training import times, weightings
+from scoresde.training import checkpoint, times, weightings
 from scoresde.training.draws import Draws, drop_condition
 from scoresde.training.ema import EMA, PowerEMA, Snapshot, reconstruct, swapped
 from scoresde.training.losses import DSM, HybridVLB, LossByNoise, Terms, sliced_score_matching
@@ -14,6 +14,7 @@ __all__ = [
     "PowerEMA",
     "Snapshot",
     "Terms",
+    "checkpoint",
     "drop_condition",
     "reconstruct",
     "sliced_score_matching",

@@ -1,5 +1,8 @@
 """Score-SDE solvers: processes, denoisers, and every sampler as one table of numbers."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
 from scoresde import adapters, data, grids, metrics, training, verify
@@ -41,6 +44,9 @@ from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
 from scoresde.tape import Tape
 from scoresde.training import DSM
+
+if TYPE_CHECKING:
+    from scoresde import nn
 
 __all__ = [
     "DDIM",
@@ -100,6 +106,7 @@ __all__ = [
     "grids",
     "karras",
     "metrics",
+    "nn",
     "sample",
     "solve",
     "training",
@@ -109,3 +116,10 @@ __all__ = [
     "with_corrector",
     "zero_terminal_snr",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Networks are loaded when they are first asked for: sampling needs none of them."""
+    if name == "nn":
+        return importlib.import_module("scoresde.nn")
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")

@@ -71,7 +71,7 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks noise sde discrete denoiser mixture diagnose grids data adapters metrics quadrature plan tape solvers "
+    "_checks noise paths sde discrete denoiser mixture diagnose grids data adapters metrics quadrature plan tape solvers "
     "sampling verify training nn"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion

@@ -163,6 +163,29 @@ class Noise:
         """
         return self._fill(_box_muller, shape, draw, dtype, device)
 
+    def normals(
+        self,
+        shape: Sequence[int],
+        draws: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Several draws in one call, (L, B, *event): for states so small that a call costs more than its numbers.
+
+        Arguments:
+            shape: (B, *event).
+            draws: Which draws, int64, (L,) or (L, B).
+            dtype: float32 or float64.
+            device: Where.
+        """
+        rows, n = shape[0], math.prod(shape[1:])
+        k0, k1, i0, i1 = (w[None] for w in self._keys(rows, torch.device(device)))
+        block = torch.arange(-(-n // 4), device=device)[None, None]
+        draw = draws.to(device).reshape(len(draws), rows if draws.shape[1:] == (rows,) else 1, 1)
+        z = _numbers(_box_muller, (block, draw, i0, i1), (k0, k1), dtype)
+        return z[..., :n].expand(-1, rows, -1).reshape(len(draws), *shape)
+
     def uniform(
         self,
         shape: Sequence[int],

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.noise import Noise, _box_muller, _numbers
+from scoresde.noise import Noise
 
 _BASE, _DEPTH = 16.0, 32
 _WIDTH = math.sqrt(_BASE - 1)  # of a cell [A, 16 A], in units of √A of the path
@@ -83,7 +83,7 @@ class BrownianPath:
         self.noise = noise
         self.shape = tuple(check.integer("shape", n) for n in shape)
         self.dtype, self.device = dtype, torch.device(device)
-        self._forks: dict[int, tuple[Noise, tuple[Tensor, ...]]] = {}
+        self._forks: dict[int, Noise] = {}
         self._recent: dict[float, Tensor] = {}
 
     def __call__(self, s: float | Tensor, t: float | Tensor) -> Tensor:
@@ -172,24 +172,17 @@ class BrownianPath:
     def _normals(self, stream: int, rows: list[int] | None, draws: Tensor) -> Iterator[Tensor]:
         """Normals of a stream for draws (L, 1) or (L, B), in chunks (l, B, *event) of as many as are worth one call."""
         if stream not in self._forks:
-            noise = self.noise.fork(stream)
-            self._forks[stream] = noise, noise._keys(self.shape[0], self.device)
-        noise, keys = self._forks[stream]
-        B, n = self.shape[0] if rows is None else len(rows), math.prod(self.shape[1:])
-        shape = (B, *self.shape[1:])
-        at_once = _AT_ONCE // max(1, B * n)
-        if at_once > 1:
-            if rows is not None:
-                keys = tuple(w if len(w) == 1 else w[rows] for w in keys)
-            k0, k1, i0, i1 = (w[None] for w in keys)
-            block = torch.arange(-(-n // 4), device=self.device)[None, None]
-            for d in draws.to(self.device)[..., None].split(at_once):
-                z = _numbers(_box_muller, (block, d, i0, i1), (k0, k1), self.dtype)
-                yield z[..., :n].reshape(len(d), *shape)
-        else:
-            noise = noise if rows is None else noise[rows]
-            for d in draws:
-                yield noise.normal(shape, d.expand(B), dtype=self.dtype, device=self.device)[None]
+            self._forks[stream] = self.noise.fork(stream)
+        noise = self._forks[stream] if rows is None else self._forks[stream][rows]
+        shape = (self.shape[0] if rows is None else len(rows), *self.shape[1:])
+        at_once = max(1, _AT_ONCE // max(1, math.prod(shape)))
+        like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        for d in draws.split(at_once) if len(draws) else ():
+            yield (
+                noise.normals(shape, d, **like)
+                if at_once > 1
+                else noise.normal(shape, d[0].expand(shape[0]), **like)[None]
+            )
 
     def _scaled(self, x: Tensor, w: Tensor) -> Tensor:
         return x * float(w) if len(w) == 1 else x * check.expand(w.to(self.device, self.dtype), x)

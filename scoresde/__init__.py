@@ -43,7 +43,7 @@ from scoresde.solvers.catalogue import (
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
 from scoresde.tape import Tape
-from scoresde.training import DSM
+from scoresde.training import DSM, EMA, Trainer
 
 if TYPE_CHECKING:
     from scoresde import nn
@@ -54,6 +54,7 @@ __all__ = [
     "DPM2",
     "DSM",
     "EDM",
+    "EMA",
     "ETDRK4",
     "IPNDM",
     "LMS",
@@ -93,6 +94,7 @@ __all__ = [
     "Statistics",
     "SubVP",
     "Tape",
+    "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",

@@ -16,6 +16,7 @@ from scoresde.noise import Noise
 from scoresde.plan import Plan, Row
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
+from scoresde.solvers.ancestral import Ancestral, Restart
 from scoresde.solvers.catalogue import (
     DDIM,
     DEIS,
@@ -42,19 +43,39 @@ from scoresde.solvers.catalogue import (
 )
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
+from scoresde.solvers.stochastic import (
+    DDPM,
+    DPMPPSDE,
+    ERSDE,
+    SEEDS,
+    ConsistencySampling,
+    DPM2Ancestral,
+    DPMPP2SAncestral,
+    EDMStochastic,
+    EulerAncestral,
+    EulerMaruyama,
+    ReverseDiffusion,
+    SASolver,
+    SDEDPMSolver,
+    SDEDPMSolverPP,
+    StochasticHeun,
+)
 from scoresde.tape import Tape
-from scoresde.training import DSM, EMA, Trainer
+from scoresde.training import DSM
+from scoresde.variances import mean_squared_score, sample_learned_variance
 
 if TYPE_CHECKING:
     from scoresde import nn
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "DEIS",
     "DPM2",
+    "DPMPPSDE",
     "DSM",
     "EDM",
-    "EMA",
+    "ERSDE",
     "ETDRK4",
     "IPNDM",
     "LMS",
@@ -62,20 +83,28 @@ __all__ = [
     "PNDM",
     "RES",
     "SDE",
+    "SEEDS",
     "VE",
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Ancestral",
+    "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
+    "DPM2Ancestral",
+    "DPMPP2SAncestral",
     "DPMSolver",
     "DPMSolverPP",
     "DPMSolverV3",
     "Denoiser",
     "Discrete",
     "EDMHeun",
+    "EDMStochastic",
     "Empirical",
     "Euler",
+    "EulerAncestral",
+    "EulerMaruyama",
     "Flow",
     "GaussianMixture",
     "Heun",
@@ -85,16 +114,21 @@ __all__ = [
     "Polynomial",
     "Preconditioning",
     "Rescheduled",
+    "Restart",
     "Reverse",
+    "ReverseDiffusion",
     "Row",
     "RungeKutta4",
+    "SASolver",
+    "SDEDPMSolver",
+    "SDEDPMSolverPP",
     "Shifted",
     "Solution",
     "Standardize",
     "Statistics",
+    "StochasticHeun",
     "SubVP",
     "Tape",
-    "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",
@@ -107,9 +141,11 @@ __all__ = [
     "encode",
     "grids",
     "karras",
+    "mean_squared_score",
     "metrics",
     "nn",
     "sample",
+    "sample_learned_variance",
     "solve",
     "training",
     "uniform_lam",

@@ -61,7 +61,7 @@ from scoresde.solvers.stochastic import (
     StochasticHeun,
 )
 from scoresde.tape import Tape
-from scoresde.training import DSM
+from scoresde.training import DSM, EMA, Trainer
 from scoresde.variances import mean_squared_score, sample_learned_variance
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ __all__ = [
     "DPMPPSDE",
     "DSM",
     "EDM",
+    "EMA",
     "ERSDE",
     "ETDRK4",
     "IPNDM",
@@ -129,6 +130,7 @@ __all__ = [
     "StochasticHeun",
     "SubVP",
     "Tape",
+    "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",

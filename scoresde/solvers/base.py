@@ -129,6 +129,13 @@ def check_eta(name: str, eta: Eta) -> Eta:
     return eta if callable(eta) else check.number(name, eta, least=0)
 
 
+def said(value: Any) -> str:
+    """A number, a function's name, or anything else, as a rule's name shows it."""
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
 def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
     """Stochasticity of a leg that ends at t. Any value keeps the marginals, so within a leg it may be constant."""
     value = eta(t) if callable(eta) else eta

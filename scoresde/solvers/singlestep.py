@@ -13,7 +13,7 @@ from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, NOISE, Prediction, Variable
 from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at
+from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at, said
 from scoresde.tape import Tape
 
 
@@ -32,6 +32,8 @@ class SingleStep(Solver):
         reads: Which of i (0), s (1), s₂ (2) the last row interpolates; all three make the Taylor form of order 3, s
             alone is DPM-2.
         moments: Of the last row, see :func:`scoresde.quadrature.weights`; None is exact.
+        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends. Each
+            stage draws the noise of its own part of the leg, which the later ones carry on: SEEDS.
         label: Name of the plans.
     """
 
@@ -57,7 +59,7 @@ class SingleStep(Solver):
             raise ValueError(f"`r` must be {self.order - 1} increasing fractions inside (0, 1), got {self.r}.")
 
     def __repr__(self) -> str:
-        eta = f", eta={self.eta if callable(self.eta) else format(self.eta, 'g')}" if self.eta else ""
+        eta = f", eta={said(self.eta)}" if self.eta else ""
         return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable}{eta})"
 
     @property

@@ -5,8 +5,8 @@ restart solve further than the end of a leg and go back up by the exact forward 
 asked for it is a number, or a function of the time where a leg ends; at 0 the rule is the deterministic one, to the
 bit. No rule adds noise at σ = 0.
 
-Two orders are claimed for each and measured by the tests: `declared_order` of the mean on linear models, which is the
-order without noise, and `weak_order` of the law.
+Two orders are claimed for each and measured by the tests: `declared_order`, the one without noise, and `weak_order`, of
+the law of the result on Gaussian data (:func:`scoresde.verify.weak_order`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
     :func:`scoresde.sampling.sample_learned_variance`. Order 1, weak order 1.
 
     Arguments:
-        variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for one step of data that is normal already.
+        variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for data that is N(0, I).
             ``"optimal"``: that of the reverse transition's best Gaussian, exact for isotropic Gaussian data.
         score_square: For ``"optimal"``: E|∇log p_t|²/D as a function of time, or a number for each leg of the grid; see
             :func:`mean_squared_score`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import SDES
+from test_package import NoFloat64
 from torch import Tensor, nn
 
 import scoresde as ss
@@ -312,6 +314,26 @@ def test_under_autocast_only_the_network_is_rounded(half: torch.dtype) -> None:
         assert not torch.equal(mixed.loss, full.loss), "autocast was on"
 
 
+@pytest.mark.parametrize("process", ["VP", "EDM", "Flow", "Discrete", "two functions"])
+def test_a_step_needs_no_float64_on_the_device_and_never_waits(process: str) -> None:
+    sde = SDES[process]
+    x, label = torch.ones(4, 3, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    net = nn.Linear(3, 3, device="meta")
+
+    def called(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return net(x)
+
+    cases = [(weighting, None) for weighting in (*NAMES, W.Uncertainty())]
+    cases += [("min_snr", proposal) for proposal in PROPOSALS.values() if not isinstance(sde, ss.Discrete)]
+    for k, (weighting, proposal) in enumerate(cases):
+        loss = ss.DSM(denoiser(sde, "v", called), weighting, proposal=proposal, drop=0.5, null={"label": 3})
+        loss = copy.deepcopy(loss).to("meta")
+        with NoFloat64():
+            value = loss(x, 3 if k % 4 == 0 else None, label=label)
+            assert value.device.type == "meta" and value.dtype == torch.float32
+            value.backward()
+
+
 def test_the_loss_has_the_networks_parameters_and_compiles_to_no_surprise() -> None:
     net = nn.Linear(2, 2)
     model = ss.Denoiser(Told(net), ss.VP(), predicts="eps")
@@ -482,6 +504,7 @@ def test_what_cannot_be_is_said() -> None:
         (ValueError, "did you mean 'min_snr'", lambda: ss.DSM(model, "min-snr")),
         (TypeError, "`times` must be a density", lambda: ss.DSM(model, times=0.5)),
         (ValueError, "as `proposal`", lambda: ss.DSM(model, times=T.LossAware())),
+        (ValueError, "as `proposal`", lambda: ss.DSM(model, times=T.Stratified(T.LossAware()))),
         (ValueError, "needs `null`", lambda: ss.DSM(model, drop=0.1)),
         (ValueError, "names label", lambda: ss.DSM(model, drop=0.1, null={"label": 1})(torch.ones(2, 2))),
         (TypeError, "float32 or float64", lambda: ss.DSM(model)(torch.ones(2, 2).half())),

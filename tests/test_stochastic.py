@@ -531,7 +531,7 @@ def test_a_sample_is_the_same_in_every_batch(solver: Solver) -> None:
     plan = solver.plan(sde, ss.karras(sde, 5))
     x = ss.Noise(8).normal((64, 2), 0, dtype=torch.float64)
     whole = ss.sample(model, x, plan, seed=7)
-    for rows in (slice(3, 4), slice(0, 7), slice(20, 41), slice(41, 64)):
+    for rows in (slice(3, 4), slice(0, 7), slice(41, 64)):
         part = ss.sample(model, x[rows], plan, seed=ss.Noise(7, offset=rows.start))
         assert relative(part, whole[rows]) < 1e-13, rows
 

@@ -33,13 +33,13 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
               + \sqrt v\,z, \qquad \beta = \sigma_s^2 - \frac{\alpha_s^2}{\alpha_t^2}\sigma_t^2
 
     Variances that the network predicts depend on the state and are no table:
-    :func:`scoresde.sampling.sample_learned_variance`. Order 1, weak order 1.
+    :func:`scoresde.variances.sample_learned_variance`. Order 1, weak order 1.
 
     Arguments:
         variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for data that is N(0, I).
             ``"optimal"``: that of the reverse transition's best Gaussian, exact for isotropic Gaussian data.
         score_square: For ``"optimal"``: E|∇log p_t|²/D as a function of time, or a number for each leg of the grid; see
-            :func:`mean_squared_score`.
+            :func:`scoresde.variances.mean_squared_score`.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, eqs. 6 and 7, algorithm 2

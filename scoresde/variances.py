@@ -85,7 +85,7 @@ def mean_squared_score(
         (N,), float64.
 
     References:
-        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, eq. 8
+        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     noise, grid = Noise(seed), check_grid(model.sde, times)
     found = []

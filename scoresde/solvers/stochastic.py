@@ -43,7 +43,7 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, eqs. 6 and 7, algorithm 2
-        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, eqs. 7 and 10
+        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     if variance == "learned":
         raise ValueError(
@@ -308,7 +308,7 @@ def SEEDS(
 
     References:
         | SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (Gonzalez et al., 2023),
-          arXiv:2305.14267, algorithms 1 to 3
+          arXiv:2305.14267
     """
     _order(order, 1, 2, 3)
     check.choice("form", form, ("mid", "exact"))
@@ -339,7 +339,7 @@ def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: 
 
     References:
         | Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models (Cui et al., 2023),
-          arXiv:2309.06169, algorithms 1 to 3
+          arXiv:2309.06169
     """
     check.choice("form", form, ("exact", "published"))
     return ExtendedReverse(order, phi, form == "published")

@@ -77,6 +77,10 @@ class SingleStep(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.order
 
+    @property
+    def _forgets(self) -> bool:
+        return not self.eta
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]
         eta = eta_at(self.eta, t)
@@ -187,6 +191,10 @@ class RungeKutta(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return len(self.tableau.b)
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s = tape.time(now)
         if not self._defined(tape.sde, s, t):
@@ -194,7 +202,7 @@ class RungeKutta(Solver):
             plain: dict[str, Any] = {} if self.prediction is None else {"prediction": self.prediction}
             new = tape.move(now, t, history[:1], **plain, evaluates=asks, node=node, note="one stage")
             return new, [new]
-        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau.c)
+        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau)
         stages = [history[0]]
         for i, row in enumerate(self.tableau.a, start=1):
             x, d = legs.combine(now, stages, row, i)
@@ -214,11 +222,13 @@ class _Legs:
     """One leg of a tableau: where the stages are and what a slope is, as combinations of x and d."""
 
     def __init__(
-        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, c: tuple[float, ...]
+        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, tableau: Tableau
     ) -> None:
+        lone = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
+        self.seen = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(lone) if len(terms) == 1}
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         self.plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
-        fraction = torch.tensor([*c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
+        fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
         if prediction is None and clock == "t":
             time, h = a + fraction * (b - a), b - a
         else:
@@ -248,15 +258,26 @@ class _Legs:
         return v.tolist() if self.plain else v
 
     def combine(self, now: int, stages: list[int], row: tuple[float, ...], at: int) -> tuple[Any, Any]:
-        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d."""
+        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d.
+
+        A slope that alone made a stage, N_i (x_now/N_0 + h a_ij f_j), is read off that stage's state where this costs
+        no accuracy: one term less, and d_j need not be kept.
+        """
         n = self.scale[at]
         x: dict[int, Any] = {now: n / self.scale[0]}
         d: dict[int, Any] = {}
         for j, (stage, a) in enumerate(zip(stages, row, strict=True)):
-            if a:
+            i, lone = self.seen.get(j, (at, 0.0))
+            if a and i < len(stages) and abs(a) <= abs(lone):
+                terms = [(now, -n / self.scale[0] * (a / lone)), (stages[i], n / self.scale[i] * (a / lone))]
+            elif a:
                 w = n * self.h * a
-                x[stage] = x[stage] + w * self.p[j] if stage in x else w * self.p[j]
+                terms = [(stage, w * self.p[j])]
                 d[stage] = w * self.q[j]
+            else:
+                continue
+            for k, v in terms:
+                x[k] = x[k] + v if k in x else v
         return list(x.items()), list(d.items())
 
 

@@ -85,12 +85,12 @@ def transitions(
     for r, row in enumerate(plan.rows):
         if r:
             mean = _sum([(xs[k], w) for k, w in row.x] + [(ds[k], w) for k, w in row.d], row.one)
-            std: Weight = abs(row.z[0][1]) if row.z else 0.0
+            weight: Weight = row.z[0][1] if row.z else 0.0
+            std: Weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
             if states is not None:
                 x = check.match("states", states[r - 1], "x", x).detach()
             elif row.z and source is not None:
-                draw, weight = row.z[0]
-                x = (mean + check.expand(weight, mean) * source.like(mean, draw)).detach()
+                x = (mean + check.expand(weight, mean) * source.like(mean, row.z[0][0])).detach()
             else:
                 x = mean.detach()
             yield Transition(row.t, x, mean, std, _log_prob(x, mean, std) if row.z else None)

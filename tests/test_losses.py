@@ -384,6 +384,27 @@ def test_learned_uncertainty_settles_at_the_loss() -> None:
     assert torch.allclose(loss(torch.ones(4, 2), 0), plain(torch.ones(4, 2), 0)), "u = 0 at first"
 
 
+def test_a_proposal_weighs_the_whole_of_a_balanced_loss() -> None:
+    balance, q = W.Uncertainty("simple"), T.Mode(0.8)
+    nn.init.constant_(balance.linear.bias, 0.7)
+    terms = ss.DSM(denoiser(ss.VP(), "eps", lambda x, t: 0.1 * x), balance, proposal=q).terms(torch.ones(64, 2), 0)
+    ratio = T.Uniform().density(ss.VP(), terms.t) / q.density(ss.VP(), terms.t)
+    assert torch.allclose(terms.loss, ratio * (terms.error * math.exp(-0.7) + 0.7), rtol=1e-5)
+
+
+def test_learned_times_hear_the_loss_that_does_not_depend_on_them() -> None:
+    """Data 1, a network that says 0, weight t: where losses are t, draws must tend to √E[t² | bin]."""
+    q = T.LossAware(bins=8, mix=0.1)
+    loss = ss.DSM(denoiser(ss.Flow(), "x0", lambda x, t: torch.zeros_like(x)), lambda sde, t: t, proposal=q)
+    for step in range(100):
+        loss(torch.ones(256, 1), step)
+    root = (((torch.arange(8) + 0.5) / 8) ** 2 + 1 / (12 * 8**2)).sqrt()
+    assert torch.allclose(q.shares(), 0.9 * root / root.sum() + 0.1 / 8, rtol=0.05)
+    count = q.count.clone()
+    loss.eval()(torch.ones(256, 1))
+    assert torch.equal(q.count, count), "an evaluation teaches nothing"
+
+
 @pytest.mark.parametrize("process", ["Discrete", "VP"])
 def test_the_bound_is_the_kl_of_its_gaussians(process: str) -> None:
     sde = ss.Discrete(ss.betas("linear", 40)) if process == "Discrete" else ss.VP()
@@ -433,6 +454,11 @@ def test_the_bound_trains_the_variance_and_leaves_the_mean() -> None:
         loss = HybridVLB(model, vlb=vlb)(x, 0)
         grads[vlb] = torch.autograd.grad(loss, (mean, variance), allow_unused=True)
     assert torch.equal(grads[0.0][0], grads[1e-3][0]) and float(grads[1e-3][1]) != 0
+    t, eps = torch.full((32,), 7.0), torch.randn(32, 2)
+    none, some = (HybridVLB(model, vlb=vlb).at(x, t, eps).loss.detach() for vlb in (0.0, 1e-3))
+    x0 = model.x0(model.sde.perturb(x, t, eps), t).detach()
+    bound = HybridVLB(model).bound(x, t, x0, torch.full_like(x, 0.1))
+    assert torch.allclose(some - none, 1e-3 * 20 * bound, rtol=1e-3, atol=1e-6), "λ N times a step's term"
     with pytest.raises(ValueError, match="HybridVLB"):
         ss.DSM(model)
     with pytest.raises(ValueError, match="learned_variance=True"):

@@ -52,7 +52,7 @@ class DSM(nn.Module):
     .. math:: L = \frac1B\sum_i \frac{p(t_i)}{q(t_i)}\,w(t_i)\,\tfrac1D|\hat x_0(x_{t_i}, t_i) - x_0|^2, \; t_i \sim q
 
     By default the weight is 1 on the error of what the network predicts, and times are even: for ``eps`` the loss of
-    DDPM, for ``velocity`` on :class:`Flow` flow matching, E|net − (ε − x0)|². A network that predicts the score is
+    DDPM, for ``velocity`` on :class:`Flow` flow matching, E‖net − (ε − x0)‖². A network that predicts the score is
     weighted as its ε. EDM's loss is ``DSM(model, "edm", LogNormalSigma())`` with ``predicts="F"``.
 
     The loss has the network's parameters, and those of a learned weighting. Everything but the network is computed in

@@ -7,7 +7,10 @@ from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.latent import interpolate, slerp
+from scoresde.likelihood import log_prob, sample_with_log_prob
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.plan import Plan, Row
@@ -91,14 +94,24 @@ __all__ = [
     "adapters",
     "analytic_first_step",
     "betas",
+    "bits_per_dim",
     "check_denoiser",
     "data",
     "decode",
+    "denoiser_error",
+    "dequantize",
+    "dequantized_bits",
+    "elbo",
     "encode",
     "grids",
+    "interpolate",
     "karras",
+    "log_prob",
     "metrics",
+    "path_kl",
     "sample",
+    "sample_with_log_prob",
+    "slerp",
     "solve",
     "uniform_lam",
     "uniform_t",

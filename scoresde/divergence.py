@@ -118,7 +118,7 @@ class Divergence:
         check.integer("chunk", chunk)
         if method == "exact":
             return cls(method, None, autodiff=autodiff, chunk=chunk)
-        size = x[:1].numel()
+        size = math.prod(x.shape[1:])
         if method == "hutch++":
             if n_probes < 3:
                 raise ValueError(
@@ -148,7 +148,7 @@ class Divergence:
 
     def products(self, x: Tensor) -> int:
         """How many products with the Jacobian one trace costs."""
-        return x[:1].numel() if self.probes is None else len(self.probes) + self.rank
+        return math.prod(x.shape[1:]) if self.probes is None else len(self.probes) + self.rank
 
     @property
     def samples(self) -> int:
@@ -192,7 +192,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _exact(times: Function, x: Tensor, step: int) -> Tensor:
-    size = x[:1].numel()
+    size = math.prod(x.shape[1:])
     trace = x.new_zeros(len(x))
     for start in range(0, size, step):
         i = torch.arange(start, min(start + step, size), device=x.device)

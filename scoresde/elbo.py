@@ -33,6 +33,7 @@ from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.discrete import Discrete
 from scoresde.grids import check_grid
 from scoresde.noise import Noise
+from scoresde.quadrature import legendre
 from scoresde.sde import SDE
 
 _EPS, _TIMES, _DECODER, _DEQUANTISE = 3, 4, 5, 6  # streams of a seed
@@ -80,7 +81,8 @@ def elbo(
 ) -> Elbo:
     r"""The variational bound of each sample in nats: on a grid of times, or in continuous time.
 
-    Times are stratified and drawn by importance: in continuous time evenly in
+    The Gaussian N(0, s²) is a control variate: what it would lose at the same noise is known, and only what sets the
+    model apart from it is estimated. Times are stratified and drawn by importance: in continuous time evenly in
     :math:`\tfrac12\log(1 + s^2e^{2\lambda})`, in which the loss of Gaussian data of deviation s is constant; on
     a grid by the steps' lengths in it.
 
@@ -125,20 +127,23 @@ def elbo(
         raise ValueError(f"`variance`={variance!r} is of steps on a grid; in continuous time they all agree.")
     with torch.set_grad_enabled(grad == "full"):
         draws = steps.draw(n_times, R, noise.fork(_TIMES), z)
-        consistency = z.new_zeros(R, len(z))
+        source, decoder = noise.fork(_EPS), noise.fork(_DECODER)
+        sums = [z.new_zeros(len(z)) for _ in range(R)]
         for i, (r, t, weight, k) in enumerate(draws):
-            x_t = sde.perturb(z, t, noise.fork(_EPS).like(z, i))
-            loss = _step_loss(model, sde, z, x_t, t, k, steps, variance, cond)
-            consistency = consistency + torch.nn.functional.one_hot(torch.tensor(r), R).to(z)[:, None] * weight * loss
-        first = steps.first
-        reconstruction = torch.stack(
-            [
-                _decode(sde, z, model.x0(sde.perturb(z, first, noise.fork(_DECODER).like(z, r)), first, **cond), first)
-                if not levels
-                else _decode_bins(model, z, first, noise.fork(_DECODER).like(z, r), levels, interval, cond)
-                for r in range(R)
-            ]
-        )
+            x_t = sde.perturb(z, t, source.like(z, i))
+            sums[r] = sums[r] + weight * _step_loss(model, sde, z, x_t, t, k, steps, variance, cond)
+        consistency, t = torch.stack(sums), steps.first
+        if variance != "learned":
+            consistency = consistency + steps.known(z, variance)
+        decoded = []
+        for r in range(R):
+            x_1 = sde.perturb(z, t, decoder.like(z, r))
+            if levels:
+                decoded.append(_decode_bins(sde, z, model.x0(x_1, t, **cond), t, levels, interval))
+            else:
+                apart = _apart(model, z, x_1, t, s, cond)
+                decoded.append(_decode(sde, z, apart + _expected(sde, _square(z), math.prod(z.shape[1:]), t, s), t))
+        reconstruction = torch.stack(decoded)
         prior = _prior_gap(sde, z, s)
     if scale is not None and not levels:
         reconstruction = reconstruction + scale.log_det(x)
@@ -194,6 +199,26 @@ class _Steps:
         """½ log(1 + s²e^{2λ}), 0 where α = 0."""
         return 0.5 * math.log1p((self.s * self.sde.alpha(t) / self.sde.sigma(t)) ** 2)
 
+    def known(self, x: Tensor, variance: str) -> Tensor:
+        """What all steps would cost the Gaussian N(0, s²), variances included, (B,)."""
+        size = math.prod(x.shape[1:])
+        if self.times is None:
+            node, weight = legendre()
+            u_T, u_1 = self.u(self.sde.T), self.u(self.first)
+            u = u_T + node * (u_1 - u_T)
+            t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
+            coefficient = weight * (u_1 - u_T) * (2 * u).exp() / self.s**2
+            spare = 0.0
+        else:
+            s, t = self.times[:-1], self.times[1:]
+            _, c_0, small = self.sde.posterior(s, t)
+            v = small if variance == "small" else self.sde.transition(s, t)[1] ** 2
+            coefficient = c_0**2 / (2 * v)
+            spare = float((small / v - 1 - (small / v).log()).sum()) * size / 2
+        of_square = float((coefficient * _expected(self.sde, 1.0, 0, t, self.s)).sum())
+        of_size = float((coefficient * _expected(self.sde, 0.0, size, t, self.s)).sum())
+        return of_square * _square(x) + (of_size + spare)
+
     def draw(self, n: int, repeats: int, noise: Noise, x: Tensor) -> list[_Draw]:
         """Times with weights: Σ weight · loss over a repeat's draws is unbiased for the sum or integral of the loss."""
         shifts = noise.uniform((len(x), repeats), 0, dtype=x.dtype, device=x.device)
@@ -206,9 +231,8 @@ class _Steps:
             for r in range(repeats):
                 for j in range(n):
                     u = u_T + (j + shifts[:, r]) / n * span
-                    rho2 = self.s**2 / torch.expm1(2 * u)
-                    t = self.sde._t_of_lam(-0.5 * rho2.log()).clamp(0.0, self.sde.T)
-                    # dλ e^{2λ} = du (1 + s²e^{2λ})/s²; the loss below is |x_0 − d|²
+                    t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
+                    # e^{2λ}dλ = (1 + s²e^{2λ})/s² du
                     out.append((r, t, span / n * (2 * u).exp() / self.s**2, None))
             return out
         length = -torch.tensor([self.u(float(t)) for t in self.times], dtype=torch.float64).diff()
@@ -225,6 +249,19 @@ def _square(d: Tensor) -> Tensor:
     return d.square().flatten(1).sum(1)
 
 
+def _apart(model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, cond: dict[str, Any]) -> Tensor:
+    """|x_0 − d|² less the same of the Gaussian N(0, s²), whose expectation is known, (B,)."""
+    alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
+    gain = check.expand(alpha * s**2 / (alpha**2 * s**2 + sigma**2), x0)
+    return _square(x0 - model.x0(x_t, t, **cond)) - _square(x0 - gain * x_t)
+
+
+def _expected(sde: SDE, square: Any, size: int, t: Any, s: float) -> Any:
+    r"""E|x_0 − d_G|² over ε: (σ⁴|x_0|² + α²σ²s⁴D) / (α²s² + σ²)²."""
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    return (sigma**4 * square + alpha**2 * sigma**2 * s**4 * size) / (alpha**2 * s**2 + sigma**2) ** 2
+
+
 def _step_loss(
     model: AbstractDenoiser,
     sde: SDE,
@@ -236,55 +273,39 @@ def _step_loss(
     variance: str,
     cond: dict[str, Any],
 ) -> Tensor:
-    """|x_0 − d|² in continuous time; on a grid KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)), (B,)."""
+    """What a step costs beyond what is known of it, (B,)."""
     if steps.times is None:
-        return _square(x0 - model.x0(x_t, t, **cond))
+        return _apart(model, x0, x_t, t, steps.s, cond)
     s: Any = float(steps.times[k - 1]) if isinstance(k, int) else steps.times.to(x0)[k - 1]
     _, c_0, small = sde.posterior(s, t)
-    if variance == "small":
-        return (c_0**2 / (2 * small)) * _square(x0 - model.x0(x_t, t, **cond))
     large = sde.transition(s, t)[1] ** 2
-    if variance == "large":
-        ratio = small / large
-        gap = ratio - 1 - (ratio.log() if isinstance(ratio, Tensor) else math.log(ratio))
-        apart = _square(x0 - model.x0(x_t, t, **cond))
-        return 0.5 * x0[:1].numel() * gap + (c_0**2 / (2 * large)) * apart
+    if variance != "learned":
+        return c_0**2 / (2 * (small if variance == "small" else large)) * _apart(model, x0, x_t, t, steps.s, cond)
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"`variance`='learned' needs a Denoiser with learned_variance=True, got {type(model).__name__}."
         )
     d, share = model.x0_and_variance(x_t, t, **cond)
-    lo, hi, c = (check.expand(v, x0) for v in (small, large, c_0))
-    span = (hi / lo).log() if isinstance(hi, Tensor) and isinstance(lo, Tensor) else math.log(float(hi) / float(lo))
-    excess = (share + 1) / 2 * span  # log of the model's variance over the posterior's
+    lo, hi, c = (torch.as_tensor(check.expand(v, x0)).to(x0) for v in (small, large, c_0))
+    excess = (share + 1) / 2 * (hi / lo).log()  # log of the model's variance over the posterior's
     terms = (-excess).exp() * (1 + (c * (x0 - d)) ** 2 / lo) - 1 + excess
     return 0.5 * terms.flatten(1).sum(1)
 
 
-def _decode(sde: SDE, x0: Tensor, d: Tensor, t: float) -> Tensor:
-    """Log N(x_0; d, σ²/α²)."""
+def _decode(sde: SDE, x0: Tensor, apart: Tensor, t: float) -> Tensor:
+    """Log N(x_0; d, σ²/α²) of |x_0 − d|²."""
     rho = sde.sigma(t) / sde.alpha(t)
-    return -0.5 * _square(x0 - d) / rho**2 - x0[:1].numel() * (math.log(rho) + 0.5 * math.log(2 * math.pi))
+    return -0.5 * apart / rho**2 - math.prod(x0.shape[1:]) * (math.log(rho) + 0.5 * math.log(2 * math.pi))
 
 
-def _decode_bins(
-    model: AbstractDenoiser,
-    x0: Tensor,
-    t: float,
-    eps: Tensor,
-    levels: int,
-    interval: tuple[float, float],
-    cond: dict[str, Any],
-) -> Tensor:
+def _decode_bins(sde: SDE, x0: Tensor, d: Tensor, t: float, levels: int, interval: tuple[float, float]) -> Tensor:
     """Log of the Gaussian's mass in the bin of each entry."""
-    sde = model.sde
     step = bin_width(levels, interval)
     bins = (x0 - interval[0]) / step - 0.5
     if x0.device.type == "cpu" and bool(((bins - bins.round()).abs() > 1e-2).any()):
         raise ValueError(
             f"`x` must lie on the middles of {levels} bins of {interval}, as `dequantize(..., middle=True)` puts it."
         )
-    d = model.x0(sde.perturb(x0, t, eps), t, **cond)
     rho = sde.sigma(t) / sde.alpha(t)
     below, above = (x0 - d - step / 2) / rho, (x0 - d + step / 2) / rho
     # On the side where both tails are small, so that their difference keeps its digits.
@@ -301,7 +322,7 @@ def _prior_gap(sde: SDE, x0: Tensor, s: float) -> Tensor:
     """KL(N(αx_0, σ²) ‖ N(0, α²s² + σ²)) at T, (B,)."""
     alpha, sigma = sde.alpha(sde.T), sde.sigma(sde.T)
     ratio = sigma**2 / (alpha**2 * s**2 + sigma**2)
-    gap = x0[:1].numel() * (ratio - 1 - math.log(ratio))
+    gap = math.prod(x0.shape[1:]) * (ratio - 1 - math.log(ratio))
     return 0.5 * (gap + _square(x0) * (alpha**2 * ratio / sigma**2))
 
 
@@ -407,7 +428,7 @@ def dequantized_bits(
         | Flow++ (Ho et al., 2019), arXiv:1902.00275
         | Importance Weighted Autoencoders (Burda et al., 2016), arXiv:1509.00519
     """
-    noise, dims = seed if isinstance(seed, Noise) else Noise(seed), images[:1].numel()
+    noise, dims = seed if isinstance(seed, Noise) else Noise(seed), math.prod(images.shape[1:])
     logs = torch.stack(
         [
             log_density(dequantize(images, levels, interval, seed=noise, draw=k, dtype=dtype))
@@ -471,7 +492,7 @@ def denoiser_error(
         for i, t in enumerate(float(t) for t in ts):
             x_t = model.sde.perturb(data, t, noise.like(data, i))
             a, b = getattr(model, prediction)(x_t, t, **cond), getattr(exact, prediction)(x_t, t)
-            each = _square(a - b) / data[:1].numel()
+            each = _square(a - b) / math.prod(data.shape[1:])
             means.append(each.mean())
             errors.append(each.std() / len(data) ** 0.5)
     return Estimate(torch.stack(means), torch.stack(errors), len(means))
@@ -515,11 +536,12 @@ def path_kl(
     check.integer("n_times", n_times, least=1)
     sde = _same_process(model, other)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
+    source = noise.fork(_EPS)
     steps = _Steps.of(sde, None, True, t_min, check.number("data_std", data_std, above=0))
     total = data.new_zeros(len(data))
     with torch.no_grad():
         for i, (_, t, weight, _) in enumerate(steps.draw(n_times, 1, noise.fork(_TIMES), data)):
-            x_t = sde.perturb(data, t, noise.fork(_EPS).like(data, i))
+            x_t = sde.perturb(data, t, source.like(data, i))
             total = total + weight * _square(model.x0(x_t, t, **cond) - other.x0(x_t, t, **cond))
     total = (1 + eta**2) ** 2 / (4 * eta**2) * total
     return Estimate(total.mean(), total.std() / len(data) ** 0.5, n_times)

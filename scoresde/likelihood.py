@@ -241,7 +241,7 @@ class _Gaussian:
     @classmethod
     def make(cls, reference: GaussianMixture | None, std: float, x: Tensor) -> _Gaussian:
         if reference is None:
-            zero = x.new_zeros(x[:1].numel())
+            zero = x.new_zeros(math.prod(x.shape[1:]))
             return cls(zero, x.new_tensor(check.number("data_std", std, above=0) ** 2), zero, None)
         if not isinstance(reference, GaussianMixture) or len(reference._points) != 1:
             raise ValueError(

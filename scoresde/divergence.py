@@ -174,7 +174,7 @@ class Divergence:
             return torch.zeros_like(estimates[0])
         if K == 1:
             return torch.full_like(estimates[0], math.nan)
-        return estimates.std(0) * ((1 / K - 1 / self.population) ** 0.5)
+        return estimates.std(0) * math.sqrt(1 / K - 1 / self.population)
 
 
 def _orthonormal(v: Tensor) -> Tensor:

@@ -72,6 +72,7 @@ def elbo(
     variance: str = "small",
     levels: int = 0,
     interval: tuple[float, float] = (-1.0, 1.0),
+    control: bool | None = None,
     seed: int | Sequence[int] | Noise | None = None,
     data_std: float = 1.0,
     t_min: float | None = None,
@@ -81,8 +82,7 @@ def elbo(
 ) -> Elbo:
     r"""The variational bound of each sample in nats: on a grid of times, or in continuous time.
 
-    The Gaussian N(0, s²) is a control variate: what it would lose at the same noise is known, and only what sets the
-    model apart from it is estimated. Times are stratified and drawn by importance: in continuous time evenly in
+    Times are stratified and drawn by importance: in continuous time evenly in
     :math:`\tfrac12\log(1 + s^2e^{2\lambda})`, in which the loss of Gaussian data of deviation s is constant; on
     a grid by the steps' lengths in it.
 
@@ -99,6 +99,9 @@ def elbo(
         levels: 0 for a density of x. Otherwise x lies on the middles of this many bins of `interval`, and the last
             step is the mass of its bin, the outermost reaching to infinity: the bound is then on a probability.
         interval: What the bins divide.
+        control: Estimate only what sets the model apart from the Gaussian N(0, s²), whose loss is known. That takes
+            most of the noise out where data fills its space, and adds noise where it sits on few values; by default it
+            is used unless there are `levels`.
         seed: Of times and noise: an integer, one for each sample, or a :class:`Noise`.
         data_std: s, for the prior at T and the choice of times.
         t_min: Where continuous time ends, by default that of the process.
@@ -122,6 +125,7 @@ def elbo(
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     sde = _sde_of(model)
     z = x if scale is None else scale(x)
+    control = (not levels if control is None else bool(control)) and variance != "learned"
     steps = _Steps.of(sde, grid, continuous, t_min, s)
     if steps.times is None and variance != "small":
         raise ValueError(f"`variance`={variance!r} is of steps on a grid; in continuous time they all agree.")
@@ -131,18 +135,19 @@ def elbo(
         sums = [z.new_zeros(len(z)) for _ in range(R)]
         for i, (r, t, weight, k) in enumerate(draws):
             x_t = sde.perturb(z, t, source.like(z, i))
-            sums[r] = sums[r] + weight * _step_loss(model, sde, z, x_t, t, k, steps, variance, cond)
+            sums[r] = sums[r] + weight * _step_loss(model, sde, z, x_t, t, k, steps, variance, control, cond)
         consistency, t = torch.stack(sums), steps.first
-        if variance != "learned":
-            consistency = consistency + steps.known(z, variance)
+        consistency = consistency + steps.known(z, variance, control)
         decoded = []
         for r in range(R):
             x_1 = sde.perturb(z, t, decoder.like(z, r))
             if levels:
                 decoded.append(_decode_bins(sde, z, model.x0(x_1, t, **cond), t, levels, interval))
             else:
-                apart = _apart(model, z, x_1, t, s, cond)
-                decoded.append(_decode(sde, z, apart + _expected(sde, _square(z), math.prod(z.shape[1:]), t, s), t))
+                apart = _apart(model, z, x_1, t, s, control, cond)
+                if control:
+                    apart = apart + _expected(sde, _square(z), math.prod(z.shape[1:]), t, s)
+                decoded.append(_decode(sde, z, apart, t))
         reconstruction = torch.stack(decoded)
         prior = _prior_gap(sde, z, s)
     if scale is not None and not levels:
@@ -199,8 +204,8 @@ class _Steps:
         """½ log(1 + s²e^{2λ}), 0 where α = 0."""
         return 0.5 * math.log1p((self.s * self.sde.alpha(t) / self.sde.sigma(t)) ** 2)
 
-    def known(self, x: Tensor, variance: str) -> Tensor:
-        """What all steps would cost the Gaussian N(0, s²), variances included, (B,)."""
+    def known(self, x: Tensor, variance: str, control: bool) -> Tensor:
+        """What all steps cost by their variances, and with `control` what they would cost N(0, s²), (B,)."""
         size = math.prod(x.shape[1:])
         if self.times is None:
             node, weight = legendre()
@@ -209,12 +214,16 @@ class _Steps:
             t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
             coefficient = weight * (u_1 - u_T) * (2 * u).exp() / self.s**2
             spare = 0.0
+        elif variance == "learned":
+            return x.new_zeros(len(x))
         else:
             s, t = self.times[:-1], self.times[1:]
             _, c_0, small = self.sde.posterior(s, t)
             v = small if variance == "small" else self.sde.transition(s, t)[1] ** 2
             coefficient = c_0**2 / (2 * v)
             spare = float((small / v - 1 - (small / v).log()).sum()) * size / 2
+        if not control:
+            return x.new_full((len(x),), spare)
         of_square = float((coefficient * _expected(self.sde, 1.0, 0, t, self.s)).sum())
         of_size = float((coefficient * _expected(self.sde, 0.0, size, t, self.s)).sum())
         return of_square * _square(x) + (of_size + spare)
@@ -225,19 +234,17 @@ class _Steps:
         if self.times is not None and n >= len(self.times) - 1:
             steps = range(1, len(self.times))
             return [(r, float(self.times[k]), 1.0, k) for r in range(repeats) for k in steps]
-        out: list[_Draw] = []
         if self.times is None:
             u_T, span = self.u(self.sde.T), self.u(self.first) - self.u(self.sde.T)
-            for r in range(repeats):
-                for j in range(n):
-                    u = u_T + (j + shifts[:, r]) / n * span
-                    t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
-                    # e^{2λ}dλ = (1 + s²e^{2λ})/s² du
-                    out.append((r, t, span / n * (2 * u).exp() / self.s**2, None))
-            return out
+            strata = torch.arange(n, dtype=x.dtype, device=x.device)[:, None, None]
+            u = u_T + (strata + shifts) / n * span  # (n, B, repeats)
+            t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
+            weight = span / n * (2 * u).exp() / self.s**2  # e^{2λ}dλ = (1 + s²e^{2λ})/s² du
+            return [(r, t[j, :, r], weight[j, :, r], None) for r in range(repeats) for j in range(n)]
         length = -torch.tensor([self.u(float(t)) for t in self.times], dtype=torch.float64).diff()
         p = (length / length.sum()).to(x)
         edges, times = p.cumsum(0)[:-1].contiguous(), self.times.to(x)
+        out: list[_Draw] = []
         for r in range(repeats):
             for j in range(n):
                 k = torch.searchsorted(edges, (j + shifts[:, r]) / n) + 1
@@ -249,11 +256,16 @@ def _square(d: Tensor) -> Tensor:
     return d.square().flatten(1).sum(1)
 
 
-def _apart(model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, cond: dict[str, Any]) -> Tensor:
-    """|x_0 − d|² less the same of the Gaussian N(0, s²), whose expectation is known, (B,)."""
+def _apart(
+    model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, control: bool, cond: dict[str, Any]
+) -> Tensor:
+    """|x_0 − d|², with `control` less the same of the Gaussian N(0, s²), whose expectation is known, (B,)."""
+    apart = _square(x0 - model.x0(x_t, t, **cond))
+    if not control:
+        return apart
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
     gain = check.expand(alpha * s**2 / (alpha**2 * s**2 + sigma**2), x0)
-    return _square(x0 - model.x0(x_t, t, **cond)) - _square(x0 - gain * x_t)
+    return apart - _square(x0 - gain * x_t)
 
 
 def _expected(sde: SDE, square: Any, size: int, t: Any, s: float) -> Any:
@@ -271,16 +283,18 @@ def _step_loss(
     k: Any,
     steps: _Steps,
     variance: str,
+    control: bool,
     cond: dict[str, Any],
 ) -> Tensor:
     """What a step costs beyond what is known of it, (B,)."""
     if steps.times is None:
-        return _apart(model, x0, x_t, t, steps.s, cond)
+        return _apart(model, x0, x_t, t, steps.s, control, cond)
     s: Any = float(steps.times[k - 1]) if isinstance(k, int) else steps.times.to(x0)[k - 1]
     _, c_0, small = sde.posterior(s, t)
     large = sde.transition(s, t)[1] ** 2
     if variance != "learned":
-        return c_0**2 / (2 * (small if variance == "small" else large)) * _apart(model, x0, x_t, t, steps.s, cond)
+        v = small if variance == "small" else large
+        return _apart(model, x0, x_t, t, steps.s, control, cond) * (c_0**2 / (2 * v))
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"`variance`='learned' needs a Denoiser with learned_variance=True, got {type(model).__name__}."
@@ -391,7 +405,8 @@ def dequantize(
     if images.device.type == "cpu" and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < levels:
         raise ValueError(f"`images` must lie in 0 … {levels - 1}, got {int(images.min())} … {int(images.max())}.")
     noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_DEQUANTISE)
-    where: Any = 0.5 if middle else noise.uniform(tuple(images.shape), draw, dtype=dtype, device=images.device)
+    shape = tuple(images.shape)
+    where = 0.5 if middle else noise.uniform(shape, draw, dtype=dtype, device=images.device)
     return interval[0] + width * (images.to(dtype) + where)
 
 

@@ -35,7 +35,7 @@ def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
     safe = torch.where(near, torch.ones_like(theta), theta)
     left = torch.where(near, 1 - s, ((1 - s) * safe).sin() / safe.sin())
     right = torch.where(near, s, (s * safe).sin() / safe.sin())
-    return check.expand(left, a) * a + check.expand(right, b) * b  # type: ignore[no-any-return]
+    return check.expand(left, a) * a + check.expand(right, b) * b
 
 
 def interpolate(

@@ -264,7 +264,7 @@ class _Gaussian:
     @property
     def std(self) -> float:
         """s, the root of the mean variance."""
-        return float(self.iso + self.spread.sum() / len(self.mean)) ** 0.5
+        return math.sqrt(float(self.iso + self.spread.sum() / len(self.mean)))
 
     def _apply(self, power: float, v: Tensor, alpha: Tensor, sigma: Tensor, gain: bool = False) -> Tensor:
         """(α²C + σ²)^power v, with a factor αC if `gain`; v is (B, D), α and σ (B, 1)."""

@@ -46,7 +46,7 @@ X2, X32 = FLOW2.sample(16, seed=1), FLOW32.sample(12, seed=1)
 @pytest.mark.parametrize("std", [0.3, 0.1])
 def test_exact_traces_give_mixtures_to_a_ten_thousandth_of_a_nat(D: int, std: float) -> None:
     mix = mixture(D, ss.Flow(), std)  # whose prior is exact: α(T) = 0
-    x = torch.cat([mix.sample(5, seed=1), mix.sample(3, seed=3) + 0.05 * normal(3, D, seed=5)])
+    x = torch.cat([mix.sample(3, seed=1), mix.sample(2, seed=3) + 0.05 * normal(2, D, seed=5)])
     found = ss.log_prob(mix, x, **TIGHT)
     assert (found.value - mix.log_prob(x)).abs().max() < 1e-4
     assert bool((found.standard_error == 0).all())
@@ -55,16 +55,16 @@ def test_exact_traces_give_mixtures_to_a_ten_thousandth_of_a_nat(D: int, std: fl
 @pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "Cosine", "EDM", "Trig", "Discrete", "Shifted", "two functions"])
 def test_every_process_gives_the_same_density_once_the_prior_is_set_right(name: str) -> None:
     mix = FLOW2.under(SDES[name])
-    found = ss.log_prob(mix, X2[:6], rtol=1e-6, atol=1e-6)
+    found = ss.log_prob(mix, X2[:3], rtol=1e-6, atol=1e-6)
     bound = 1e-4 if name != "two functions" else 2e-3  # whose σ(t_min) is large: the leg below is of fourth order in it
-    assert own_error(mix, found, X2[:6]).abs().max() < bound, name
+    assert own_error(mix, found, X2[:3]).abs().max() < bound, name
 
 
 def test_the_same_denoiser_on_other_processes_gives_the_same_density() -> None:
-    home = ss.log_prob(FLOW2, X2[:6], **TIGHT).value
+    home = ss.log_prob(FLOW2, X2[:4], rtol=1e-6, atol=1e-6).value
     for sde in (ss.VP(), ss.VE(), ss.EDM(), ss.Trig()):
         model = ss.Rescheduled(FLOW2, sde)
-        found = ss.log_prob(model, X2[:6], **TIGHT)
+        found = ss.log_prob(model, X2[:4], rtol=1e-6, atol=1e-6)
         shift = FLOW2.under(sde).log_prob(found.latent, sde.T) - found.prior
         assert (found.value + shift - home).abs().max() < 2e-5, sde
 
@@ -127,10 +127,10 @@ def test_a_scale_adds_its_log_determinant() -> None:
 
 def test_samples_come_with_the_density_that_is_found_for_them() -> None:
     for D, model in ((2, FLOW2), (32, FLOW32)):
-        x, found = ss.sample_with_log_prob(model, (6, D), seed=3, dtype=F64, **TIGHT)
+        x, found = ss.sample_with_log_prob(model, (3, D), seed=3, dtype=F64, **TIGHT)
         assert (found.value - model.log_prob(x)).abs().max() < 1e-4
-        assert torch.equal(found.latent, ss.Noise(3).fork(0).normal((6, D), 0, dtype=F64)), "the start of ss.sample"
-        again, _ = ss.sample_with_log_prob(model, found.latent, seed=3, **TIGHT)
+        assert torch.equal(found.latent, ss.Noise(3).fork(0).normal((3, D), 0, dtype=F64)), "the start of ss.sample"
+        again, _ = ss.sample_with_log_prob(model, found.latent, divergence="hutchinson", n_probes=1, **TIGHT)
         assert torch.allclose(again, x, atol=1e-9)
 
 
@@ -298,7 +298,7 @@ def test_the_density_is_differentiable_in_data_and_parameters(autodiff: str, opt
     value = ss.log_prob(model, x, **how).value
     assert not ss.log_prob(model, x, steps=1).value.requires_grad
     by_x, by_weight = torch.autograd.grad(value.sum(), [x, weight])
-    h = 1e-5
+    h = 1e-5 if "steps" in options else 1e-3  # steps that are chosen change with the data, within the tolerance
     for tensor, slope in ((x, by_x), (weight, by_weight)):
         with torch.no_grad():
             for index in ((0, 0), (1, 1)):

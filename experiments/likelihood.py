@@ -175,7 +175,6 @@ def at_equal_cost(name: str, mix: ss.GaussianMixture, options: Options) -> list[
                 f"{found[0].calls:.0f}",
                 f"{error:.2f}",
                 f"{base_error / error:.1f}",
-                "",
             )
         )
     return rows

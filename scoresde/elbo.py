@@ -294,7 +294,8 @@ def _step_loss(
     large = sde.transition(s, t)[1] ** 2
     if variance != "learned":
         v = small if variance == "small" else large
-        return _apart(model, x0, x_t, t, steps.s, control, cond) * (c_0**2 / (2 * v))
+        apart = _apart(model, x0, x_t, t, steps.s, control, cond)
+        return apart.mul(c_0**2 / (2 * v))
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"`variance`='learned' needs a Denoiser with learned_variance=True, got {type(model).__name__}."

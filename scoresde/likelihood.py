@@ -349,7 +349,8 @@ class _Flow:
     def time(self, c: Tensor) -> Tensor:
         """The time at which σ/α = s tan c."""
         sde = self.model.sde
-        return sde._t_of_lam(-(self.s * c.tan()).log()).clamp(0.0, sde.T)
+        # π/2, where α = 0, rounds up in float32, and its tangent is then negative
+        return sde._t_of_lam(-(self.s * c.tan().abs()).log()).clamp(0.0, sde.T)
 
     def scales(self, c: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at the angle c as columns, (B, 1)."""

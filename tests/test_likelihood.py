@@ -146,6 +146,9 @@ def test_any_shape_any_dtype_and_no_rows() -> None:
     single = ss.log_prob(image, x.float(), steps=2)
     assert single.value.dtype == torch.float32 and (single.value - found.value).abs().max() < 1e-3
     assert ss.log_prob(image, x[:0]).value.shape == (0,)
+    drawn, density = ss.sample_with_log_prob(FLOW2, (5, 2), seed=0)  # α(T) = 0, in float32
+    assert drawn.dtype == torch.float32 and (density.value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
+    assert (ss.log_prob(FLOW2, drawn).value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
 
 
 # The trace.

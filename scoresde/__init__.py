@@ -1,8 +1,11 @@
 """Score-SDE solvers: processes, denoisers, and every sampler as one table of numbers."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, verify
+from scoresde import adapters, data, grids, metrics, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -40,11 +43,16 @@ from scoresde.solvers.catalogue import (
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
 from scoresde.tape import Tape
+from scoresde.training import DSM
+
+if TYPE_CHECKING:
+    from scoresde import nn
 
 __all__ = [
     "DDIM",
     "DEIS",
     "DPM2",
+    "DSM",
     "EDM",
     "ETDRK4",
     "IPNDM",
@@ -98,11 +106,20 @@ __all__ = [
     "grids",
     "karras",
     "metrics",
+    "nn",
     "sample",
     "solve",
+    "training",
     "uniform_lam",
     "uniform_t",
     "verify",
     "with_corrector",
     "zero_terminal_snr",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Networks are loaded when they are first asked for: sampling needs none of them."""
+    if name == "nn":
+        return importlib.import_module("scoresde.nn")
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")

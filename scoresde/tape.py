@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresde.paths import Span
 from scoresde.plan import Plan, Row, Weight
-from scoresde.quadrature import DATA, LAM, Point, Prediction, Variable, constant, spread, transfer, weights
+from scoresde.quadrature import DATA, LAM, NOISE, Point, Prediction, Variable, constant, spread, transfer, weights
 from scoresde.sde import SDE
 
 
@@ -32,6 +33,16 @@ class _Move:
     eta: float
     moments: tuple[str | float, ...] | None
     draws: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """Which leg a draw is the noise of: its rows, κ of its path's clock exp(2κλ), and the lap."""
+
+    source: int
+    row: int
+    kappa: float
+    lap: int
 
 
 class Tape:
@@ -56,6 +67,8 @@ class Tape:
         self._rows: list[Row] = [Row(t, evaluates=evaluates, node=0, note="start")]
         self._moves: list[_Move] = []
         self._draws = 0
+        self._laps = 0
+        self._legs: dict[int, _Leg] = {}
 
     def draw(self) -> int:
         """The number of a fresh normal."""
@@ -109,6 +122,7 @@ class Tape:
         if eta > 0 and noise is None:
             noise = [(self.draw(), 1.0)]
         row = len(self._rows)
+        self._place(noise or (), source, row, prediction, eta)
         self._rows.append(Row(t, evaluates=evaluates, node=node, note=note))
         self._moves.append(
             _Move(
@@ -124,6 +138,28 @@ class Tape:
         )
         return row
 
+    def _place(
+        self, noise: Sequence[tuple[int, float]], source: int, row: int, prediction: Prediction, eta: Weight
+    ) -> None:
+        """Note which leg a fresh normal is the noise of: what the normals drawn before it leave of this one."""
+        for draw, _ in noise:
+            if draw in self._legs:
+                source = self._legs[draw].row
+            elif prediction in (DATA, NOISE) and not isinstance(eta, Tensor):
+                self._legs[draw] = _Leg(source, row, eta**2 if prediction is DATA else -1.0, self._laps)
+
+    def _spans(self, points: Point) -> tuple[Span | None, ...]:
+        """The legs of the draws, in the clocks of their paths."""
+        if not self._legs:
+            return ()
+        plain = points.t.ndim == 1 and not any(isinstance(row.t, Tensor) for row in self._rows)
+        spans: list[Span | None] = [None] * self._draws
+        for k, leg in self._legs.items():
+            ends = (2 * leg.kappa * points.lam[[leg.source, leg.row]]).exp().detach()
+            a, b = ends.tolist() if plain else ends
+            spans[k] = Span(a, b, f"exp({2 * leg.kappa!r} lam)", leg.lap)
+        return tuple(spans)
+
     def _apart(self, nodes: Sequence[int]) -> list[int]:
         kept: list[int] = []
         for k in nodes:
@@ -133,6 +169,7 @@ class Tape:
 
     def diffuse(self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
         """Go up to time t by the forward process, with fresh noise."""
+        self._laps += 1
         s = self._rows[source].t
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         scale: Weight
@@ -185,7 +222,7 @@ class Tape:
         for moves in groups.values():
             for move, row in zip(moves, self._fill(moves, points), strict=True):
                 rows[move.row] = row
-        return Plan(tuple(rows), name, order, repr(self.sde)).folded()
+        return Plan(tuple(rows), name, order, repr(self.sde), self._spans(points)).folded()
 
     def _points(self) -> Point:
         """Time, λ, α and σ of every row, (R,) or (R, B)."""

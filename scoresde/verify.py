@@ -58,6 +58,7 @@ def convergence_order(
     t_end: float | None = None,
     reference: Reference | None = None,
     grid: Callable[..., Tensor] | None = None,
+    x: Tensor | None = None,
     n: int = 32,
     seed: int = 0,
 ) -> Order:
@@ -66,19 +67,26 @@ def convergence_order(
     Arguments:
         solver: The rule.
         model: A denoiser; with one Gaussian the flow is closed, otherwise it is solved finely.
-        legs: Numbers of legs.
-        t_start: Where to start, by default T, or just before it where α vanishes.
-        t_end: Where to end, by default where λ = 2.
+        legs: Numbers of legs, at least two.
+        t_start: Where to start, by default T, or where λ = −4 if α(T) = 0; there must be signal.
+        t_end: Where to end, by default where λ = 2; there must be noise.
         reference: ``(x, s, t) -> x_t``, the exact flow, if the model is another.
         grid: A grid maker, by default a mildly uneven one.
-        n: Start points.
+        x: Start points, (B, *event) in float64, for a model that does not know its `event`; by default pure noise.
+        n: How many.
         seed: Of the start points.
     """
     sde = model.sde
+    if len(set(legs)) < 2:
+        raise ValueError(f"`legs` must hold at least two numbers for a slope, got {tuple(legs)}.")
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else sde.t_of_lam(-4.0)
     last = sde.t_of_lam(2.0) if t_end is None else t_end
-    shape = (n, *getattr(model, "event", (1,)))
-    x = sde.sigma(first) * Noise(seed).normal(shape, 0, dtype=torch.float64)
+    for name, t in (("t_start", first), ("t_end", last)):
+        if not math.isfinite(sde.lam(t)):
+            raise ValueError(f"`{name}` must be a time with signal and noise, got {t:g}, where λ is infinite.")
+    if x is None:
+        shape = (n, *getattr(model, "event", (1,)))
+        x = sde.sigma(first) * Noise(seed).normal(shape, 0, dtype=torch.float64)
     truth = (reference or exact_flow(model))(x, first, last)
     maker = grid or _uneven
     errors = []
@@ -87,6 +95,8 @@ def convergence_order(
             plan = solver.plan(sde, maker(sde, N, t_start=first, t_end=last))
             gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
             errors.append(float(gap.median()))
+    if 0.0 in errors:
+        raise ValueError("the rule has no error on this model, which so shows no order; take another model.")
     a = torch.tensor([math.log(N) for N in legs], dtype=torch.float64)
     b = torch.tensor([math.log(e) for e in errors], dtype=torch.float64)
     slope = -float(((a - a.mean()) * (b - b.mean())).sum() / ((a - a.mean()) ** 2).sum())
@@ -104,16 +114,35 @@ def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
 
 
 def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
-    """The probability flow of a model: closed for one Gaussian, else the classical method in flow time, finely."""
+    """The probability flow of a model: closed for one Gaussian, else the classical method in flow time, finely.
+
+    Arguments:
+        model: A denoiser.
+        legs: How many, where there is no closed form.
+
+    Returns:
+        ``(x, s, t) -> x_t``, from time s to time t, up or down, where σ > 0.
+    """
     if isinstance(model, GaussianMixture) and len(model.means) == 1:
         return model.flow
 
     def flow(x: Tensor, s: float, t: float) -> Tensor:
-        plan = RungeKutta(RK4, VELOCITY).plan(model.sde, _uneven(model.sde, legs, t_start=s, t_end=t))
+        if model.sde.sigma(t) == 0 or model.sde.sigma(s) == 0:
+            raise ValueError(f"the flow has no speed where σ = 0, got s = {s:g} and t = {t:g}; end at `sde.t_min`.")
+        near = _with_signal(model.sde, s, t), _with_signal(model.sde, t, s)
+        grid = _uneven(model.sde, legs, t_start=near[0], t_end=near[1])
+        ends = [grid.new_tensor([v]) for v in (s, t)]
+        grid = torch.cat([*ends[: near[0] != s], grid, *ends[1 : 1 + (near[1] != t)]])
+        plan = RungeKutta(RK4, VELOCITY).plan(model.sde, grid, up="solve")
         with torch.no_grad():
             return run(plan, model.x0, x)
 
     return flow
+
+
+def _with_signal(sde: SDE, t: float, other: float) -> float:
+    """The time t, or one just before it where α(t) = 0: flow time is finite there, λ is not."""
+    return t if math.isfinite(sde.lam(t)) else max(t * (1 - 1e-3), (t + other) / 2)
 
 
 def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
@@ -271,5 +300,5 @@ def work_precision(
                 with torch.no_grad():
                     gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
                 rmse = float(gap.square().mean().sqrt())
-                rows.append(Work(repr(solver), maker.__name__, plan.nfe, float(gap.median()), rmse))
+                rows.append(Work(repr(solver), getattr(maker, "__name__", repr(maker)), plan.nfe, float(gap.median()), rmse))
     return rows

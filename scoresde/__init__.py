@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, training, verify
+from scoresde import adapters, data, grids, metrics, pairs, training, verify
+from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -14,6 +15,7 @@ from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.plan import Plan, Row
+from scoresde.reversible import Reversible
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.catalogue import (
@@ -65,6 +67,7 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Adaptive",
     "Cosine",
     "DEISRungeKutta",
     "DPMSolver",
@@ -85,10 +88,12 @@ __all__ = [
     "Preconditioning",
     "Rescheduled",
     "Reverse",
+    "Reversible",
     "Row",
     "RungeKutta4",
     "Shifted",
     "Solution",
+    "SolverError",
     "Standardize",
     "Statistics",
     "SubVP",
@@ -107,6 +112,7 @@ __all__ = [
     "karras",
     "metrics",
     "nn",
+    "pairs",
     "sample",
     "solve",
     "training",

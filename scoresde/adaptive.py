@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ class SolverError(RuntimeError):
 
     def __init__(self, reason: str, *, t: float, dt: float, nfe: int, worst_sample: int, finite: bool) -> None:
         super().__init__(
-            f"{reason} Sample {worst_sample} was at t = {t:g}, tried a step of {dt:.3g} and had spent {nfe} evaluations; "
-            f"its slopes were {'finite' if finite else 'not finite'}."
+            f"{reason} Sample {worst_sample} was at t = {t:g}, tried a step of {dt:.3g} and had spent {nfe} "
+            f"evaluations; its slopes were {'' if finite else 'not '}finite."
         )
         self.t = t
         self.dt = dt
@@ -86,7 +86,7 @@ class Adaptive:
         | torchode: A Parallel ODE Solver for PyTorch (Lienen & Günnemann, 2022), arXiv:2210.12375
     """
 
-    pair: Pair = Adams()
+    pair: Pair = field(default_factory=Adams)
     rtol: float = 1e-3
     atol: float = 1e-3
     max_nfe: int = 1000
@@ -173,7 +173,8 @@ class Path:
         if bool(beyond.any()):
             i = int(beyond.nonzero()[0, 0])
             raise ValueError(
-                f"the path of sample {i} runs from u = {float(self.u[0, i]):g} to {float(last[i]):g}, got {float(u[i]):g}."
+                f"the path of sample {i} runs from u = {float(self.u[0, i]):g} to {float(last[i]):g}, "
+                f"not to {float(u[i]):g}."
             )
         k = ((u - self.u) * sign >= 0).sum(0).sub(1).clamp_min(0)
         k = torch.minimum(k, (count - 2).clamp_min(0))
@@ -195,9 +196,11 @@ class Path:
 
 
 def _hermite(nodes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights of values and of slopes of the polynomial that takes both at `nodes`, (m, B); a node named twice counts once."""
+    """Weights of values and of slopes in the polynomial that takes both at `nodes`, (m, B); twins count once."""
     m = len(nodes)
-    same = torch.stack([(nodes[:i] == nodes[i]).any(0) if i else torch.zeros_like(u, dtype=torch.bool) for i in range(m)])
+    same = torch.stack(
+        [(nodes[:i] == nodes[i]).any(0) if i else torch.zeros_like(u, dtype=torch.bool) for i in range(m)]
+    )
     of_y, of_f = [], []
     for i in range(m):
         basis, slope = torch.ones_like(u), torch.zeros_like(u)
@@ -289,12 +292,15 @@ class _Loop:
         self.pair = rule.pair
         self.size = B = len(first)
         self.y = y
-        self.u, self.end = (torch.as_tensor(v, dtype=torch.float64, device="cpu").expand(B).clone() for v in (start, end))
+        self.u, self.end = (
+            torch.as_tensor(v, dtype=torch.float64, device="cpu").expand(B).clone() for v in (start, end)
+        )
         self.sign = (self.end - self.u).sign()
         self.rows = torch.arange(B)
         self.calls = 0
         self.e = torch.ones(2, B, dtype=torch.float64)
-        self.stats = Stats(*(torch.zeros(B, dtype=torch.long) for _ in range(3)), torch.zeros(B, dtype=torch.bool))
+        steps, rejected, nfe = torch.zeros(3, B, dtype=torch.long)
+        self.stats = Stats(steps, rejected, nfe, torch.zeros(B, dtype=torch.bool))
         self.done: list[tuple[Tensor, State, Tensor, Past]] = []
         self.record: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         if B == 0:
@@ -376,9 +382,9 @@ class _Loop:
             t - s,
             E.isfinite(),
         )
-        P, I, D = rule.pid
+        p, i, d = rule.pid
         E = E.clamp_min(1e-10)
-        after = E ** (-(P + I + D) / power) * self.e[0] ** ((P + 2 * D) / power) * self.e[1] ** (-D / power)
+        after = E ** (-(p + i + d) / power) * self.e[0] ** ((p + 2 * d) / power) * self.e[1] ** (-d / power)
         again = (rule.safety * E ** (-1 / power)).clamp(_LEAST, 0.9)
         self.h = h * torch.where(ok, (rule.safety * after).clamp(_LEAST, _MOST), again)
         self.e = torch.where(ok, torch.stack([E, self.e[0]]), self.e)
@@ -517,7 +523,11 @@ class _Loop:
         at = (torch.cat(number), rows)
         table[at] = u
         place[at] = torch.arange(len(u))
-        return Path(table, place, y, f, 2 if self.pair.order <= 3 else 3, self.rate, self.frame)
+        nodes, frame = 2 if self.pair.order <= 3 else 3, self.frame
+        if frame is not None and frame.in_lam:  # y is smoother in the prediction's own clock
+            frame = replace(frame, in_lam=False)
+            table = frame.prediction.clock(table)
+        return Path(table, place, y, f, nodes, frame.rate if frame is not None else torch.ones_like, frame)
 
 
 def _wide(v: Tensor, x: Tensor) -> Tensor:
@@ -554,6 +564,24 @@ class AdaptiveSolution:
     seed: int | tuple[int, ...] | None = None
 
 
+def slope(model: AbstractDenoiser, frame: Frame, u: float, y: Tensor, t: float | None = None, **cond: Any) -> Tensor:
+    """dy/du of the probability flow at one clock for all samples, with y = x/N.
+
+    Arguments:
+        model: A denoiser.
+        frame: What y and u are.
+        u: The clock, a number.
+        y: The state, (B, *event).
+        t: The time there, if it is known.
+        **cond: Conditions, handed to the network.
+    """
+    at = frame.point(torch.tensor([u], dtype=torch.float64))
+    N, p, q = (float(fn(at.alpha, at.sigma)) for fn in (frame.prediction.scale, frame.prediction.p, frame.prediction.q))
+    rate = float(frame.rate(torch.tensor([u], dtype=torch.float64)))
+    d = model.x0(y * N, float(at.t) if t is None else t, **cond)
+    return torch.add(y * (rate * p * N), d, alpha=rate * q)
+
+
 def flow(
     model: AbstractDenoiser,
     x: Tensor,
@@ -585,11 +613,13 @@ def flow(
     frame = Frame(sde, pair.prediction, pair.in_lam)
     start, end = (check.number(name, v, least=0, most=sde.T) for name, v in (("s", s), ("t", t)))
     if sde.sigma(start) == 0:
-        raise ValueError(f"`s` = {s:g} has no noise to see; start at a positive time such as `sde.t_min` = {sde.t_min:g}.")
+        raise ValueError(
+            f"`s` = {s:g} has no noise to see; start at a positive time such as `sde.t_min` = {sde.t_min:g}."
+        )
     if min(sde.alpha(start), sde.alpha(end)) == 0 and (pair.in_lam or pair.prediction.silent):
         raise ValueError(
-            f"{pair!r:.60} cannot start or end where α = 0, as {type(sde).__name__} does at T = {sde.T:g}; take a pair of "
-            f"velocities in their own clock, such as the default, or another time, such as {0.999 * sde.T:g}."
+            f"{pair!r:.60} cannot start or end where α = 0, as {type(sde).__name__} does at T = {sde.T:g}; take a "
+            f"pair of velocities in their own clock, such as the default, or another time, such as {0.999 * sde.T:g}."
         )
     clean = sde.sigma(end) == 0
     stop = min(sde.t_min, start) if clean else end
@@ -648,7 +678,7 @@ def _rows(cond: dict[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
 
 
 def _refuse_ddp(model: AbstractDenoiser) -> None:
-    """Ranks with error control ask their networks a different number of times; a wrapper that talks at each call hangs."""
+    """Ranks with error control ask their networks differently often; a wrapper that talks at each call hangs."""
     group = torch.distributed
     if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
         return

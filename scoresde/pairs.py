@@ -1,6 +1,7 @@
 r"""What one adaptive step is: a result and an estimate of its error from the same evaluations.
 
-On a process, the probability flow is kept as :math:`y = x/N(\alpha, \sigma)`, whose slope is a prediction f = p x + q d:
+On a process the probability flow is kept as :math:`y = x/N(\alpha, \sigma)`, whose slope is a prediction
+f = p x + q d:
 
 .. math:: y_t = y_s + \sum_j w_j f_j, \qquad w_j = \frac{1}{N_t}\int_{\lambda_s}^{\lambda_t} K\,\ell_j\,d\lambda,
 
@@ -191,9 +192,9 @@ class Past:
 class Adams(Pair):
     r"""Variable-step Adams, predict–evaluate–correct: one evaluation a step, and the only one a rejection costs.
 
-    With the nodes :math:`u_n, \dots, u_{n-k+1}` of earlier slopes it predicts, asks at the new node, and corrects by the
-    polynomial through all k + 1 slopes. The error is the difference to the corrector without the oldest node. A
-    sample starts at k = 1 and grows by one with every step it takes. The corrected state is not asked again.
+    It predicts from the slopes at :math:`u_n, \dots, u_{n-k+1}`, asks at the new node, and corrects by the polynomial
+    through all k + 1 slopes. The error is the difference to the corrector without the oldest node. A sample starts at
+    k = 1 and gains one with every step it takes. The corrected state is not asked again.
 
     Arguments:
         nodes: k, the largest number of earlier slopes; the result is of order k + 1.
@@ -403,5 +404,3 @@ def DPM23(prediction: Prediction = NOISE) -> Pair:
         prediction: ``NOISE``, or ``DATA`` for DPM-Solver++.
     """
     return DPMPair(3, prediction=prediction)
-
-

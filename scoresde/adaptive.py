@@ -32,6 +32,7 @@ Field = Callable[[Tensor, State, "Tensor | None"], State]
 
 _LEAST, _MOST = 0.2, 4.0  # how much a step may change
 _ENOUGH = 1e-14  # a step this small, relative to the clock, goes nowhere
+_BROKEN = 1e-6  # and one this small that is still not finite will not be
 
 
 class SolverError(RuntimeError):
@@ -131,9 +132,9 @@ class Stats:
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """A solution between its steps: the polynomial through values and slopes of the nearest two or three nodes.
+    """A solution between its steps: the polynomial through values and slopes of the m nodes around.
 
-    Two nodes make it of order 3, three of order 5; a method of order p has that many nodes that it keeps its order.
+    Its local error is as h^{2m}; a method of order p has as many nodes as keep its order.
 
     Arguments:
         u: Nodes of each sample in the order they were reached, (n, B); NaN after its last.
@@ -178,13 +179,13 @@ class Path:
             )
         k = ((u - self.u) * sign >= 0).sum(0).sub(1).clamp_min(0)
         k = torch.minimum(k, (count - 2).clamp_min(0))
-        rows = torch.arange(len(k))
-        chosen = [k, torch.minimum(k + 1, count - 1)]
-        if self.nodes > 2:
+        first = k - (self.nodes - 2) // 2
+        if self.nodes % 2:  # the odd node is the nearer one
+            rows = torch.arange(len(k))
             before, after = (k - 1).clamp_min(0), torch.minimum(k + 2, count - 1)
-            nearer = (u - self.u[before, rows]).abs() < (u - self.u[after, rows]).abs()
-            chosen.append(torch.where((k > 0) & (nearer | (k + 2 >= count)), before, after))
-        index = torch.stack(chosen)
+            first = first - ((u - self.u[before, rows]).abs() < (u - self.u[after, rows]).abs()).long()
+        first = torch.minimum(first, count - self.nodes).clamp_min(0)
+        index = torch.minimum(first + torch.arange(self.nodes)[:, None], count - 1)
         of_y, of_f = _hermite(self.u.gather(0, index), u)
         of_f = of_f * self.rate(self.u.gather(0, index))
         place = self.place.gather(0, index)
@@ -377,8 +378,8 @@ class _Loop:
         E = torch.where(E.isfinite(), E, math.inf)
         ok = E <= 1
         self.refuse(
-            ~ok & (h <= _ENOUGH * torch.maximum(s.abs(), self.end.abs())),
-            "The step became too small to go anywhere: the tolerance cannot be met.",
+            ~ok & (h <= torch.where(E.isfinite(), _ENOUGH, _BROKEN) * torch.maximum(s.abs(), self.end.abs())),
+            "The step became too small: the tolerance cannot be met.",
             t - s,
             E.isfinite(),
         )
@@ -636,8 +637,9 @@ def flow(
         return (_wide(of_x, x) * state + _wide(of_d, x) * d,)
 
     def unit(u: Tensor) -> Tensor:
-        at = frame.point(u)
-        return frame.prediction.scale(at.alpha, at.sigma) / (at.alpha + at.sigma)
+        lam = u if frame.in_lam else frame.prediction.lam_of_clock(u)
+        one, rho = torch.ones_like(lam), (-lam).exp()
+        return frame.prediction.scale(one, rho) / (1 + rho)
 
     u, v = frame.u(start * one), frame.u(stop * one)
     y = x / _wide(frame.scale(u).to(device=x.device, dtype=x.dtype), x)

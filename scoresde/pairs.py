@@ -98,7 +98,8 @@ class Frame:
         """The weights of a step, see :data:`Weigh`."""
         if not self.in_lam:
             return self.rate(s) * polynomial(s, t, nodes)
-        a, b, at = self.point(s)[None], self.point(t)[None], self.point(nodes)[None]
+        # W/N is a function of λ alone, so it is taken where α = 1.
+        a, b, at = (Point(lam, lam, torch.ones_like(lam), (-lam).exp()) for lam in (s[None], t[None], nodes[None]))
         W = weights(self.prediction, LAM, 0.0, a, b, at, self.sde._t_of_lam)[0]
         return W / self.prediction.scale(b.alpha, b.sigma)
 

@@ -144,7 +144,9 @@ def torchdiffeq_solve(
             states = y[None].expand(len(times), *y.shape)
         else:
             try:
-                found = integrate(problem, y, ts, **how)
+                # scipy's methods know no callbacks, and say so
+                asked = problem if method != "scipy_solver" else lambda u, y: problem(u, y)
+                found = integrate(asked, y, ts, **how)
             except AssertionError as error:
                 raise problem.failure(str(error), norm) from None
             states = found if event is None else found[1]
@@ -231,7 +233,7 @@ class FlowProblem(nn.Module):
         if self.nfe >= self.max_nfe:
             raise self.failure(f"`max_nfe` = {self.max_nfe} evaluations were not enough.", None)
         self.nfe += 1
-        clock = self._inside(float(u))
+        clock = self._inside(float(u.detach()))
         if self.frame is None:
             return self.model.velocity(y, self.time(clock), **self.cond)
         return slope(self.model, self.frame, clock, y, self.time(clock), **self.cond)
@@ -243,9 +245,9 @@ class FlowProblem(nn.Module):
 
     def callback_step(self, u: Tensor, y: Tensor, du: Tensor) -> None:
         """Remember where each step starts."""
-        self._at = float(u), float(du)
+        self._at = float(u.detach()), float(du.detach())
         self._state = y.detach()
-        if self.waits and self._inside(float(u)) == self._ends[1]:
+        if self.waits and self._inside(self._at[0]) == self._ends[1]:
             raise self.failure("The event had not happened at the end.", None)
 
     def failure(self, reason: str, norm: _Norm | None) -> SolverError:

@@ -12,7 +12,14 @@ from torch import Tensor
 import scoresde as ss
 from scoresde.backends.torchdiffeq import ADAPTIVE, CLOCKS, torchdiffeq_solve
 
-PROCESSES = {"VP": ss.VP(), "SubVP": ss.SubVP(), "VE": ss.VE(), "EDM": ss.EDM(), "Flow": ss.Flow(), "Cosine": ss.Cosine()}
+PROCESSES = {
+    "VP": ss.VP(),
+    "SubVP": ss.SubVP(),
+    "VE": ss.VE(),
+    "EDM": ss.EDM(),
+    "Flow": ss.Flow(),
+    "Cosine": ss.Cosine(),
+}
 
 
 def gaussian(sde: ss.SDE) -> ss.GaussianMixture:
@@ -158,13 +165,13 @@ def test_all_gradients_agree() -> None:
         "adjoint": of(lambda x, c: torchdiffeq_solve(model, x, grad="adjoint", shift=c, **cut, **tol).x),
         "adaptive": of(lambda x, c: ss.sample(model, x, ss.Adaptive(**tol), grad="full", shift=c, **cut)),
         "checkpoint": of(lambda x, c: ss.sample(model, x, ss.Adaptive(**tol), grad="checkpoint", shift=c, **cut)),
-        "plan": of(
-            lambda x, c: ss.sample(model, x, ss.RungeKutta4(), steps=60, grad="full", shift=c, t_end=0.01)
-        ),
+        "plan": of(lambda x, c: ss.sample(model, x, ss.RungeKutta4(), steps=60, grad="full", shift=c, t_end=0.01)),
         "reversible": of(
-            lambda x, c: ss.Reversible(ss.solvers.singlestep.RK4, coupling=0.999)
-            .solve(model, x, times, grad="reversible", shift=c)
-            .x
+            lambda x, c: (
+                ss.Reversible(ss.solvers.singlestep.RK4, coupling=0.999)
+                .solve(model, x, times, grad="reversible", shift=c)
+                .x
+            )
         ),
     }
     for name, values in found.items():

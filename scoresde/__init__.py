@@ -12,12 +12,19 @@ from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Resch
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.langevin import AnnealedLangevin, LangevinCorrector
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
+from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
+<<<<<<< HEAD
 from scoresde.reversible import Reversible
+=======
+from scoresde.policy import transitions
+>>>>>>> main
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
+from scoresde.solvers.ancestral import Ancestral, Restart
 from scoresde.solvers.catalogue import (
     DDIM,
     DEIS,
@@ -44,18 +51,40 @@ from scoresde.solvers.catalogue import (
 )
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
+from scoresde.solvers.stochastic import (
+    DDPM,
+    DPMPPSDE,
+    ERSDE,
+    SEEDS,
+    ConsistencySampling,
+    DPM2Ancestral,
+    DPMPP2SAncestral,
+    EDMStochastic,
+    EulerAncestral,
+    EulerMaruyama,
+    ReverseDiffusion,
+    SASolver,
+    SDEDPMSolver,
+    SDEDPMSolverPP,
+    StochasticHeun,
+)
 from scoresde.tape import Tape
-from scoresde.training import DSM
+from scoresde.training import DSM, EMA, Trainer
+from scoresde.variances import mean_squared_score, sample_learned_variance
 
 if TYPE_CHECKING:
     from scoresde import nn
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "DEIS",
     "DPM2",
+    "DPMPPSDE",
     "DSM",
     "EDM",
+    "EMA",
+    "ERSDE",
     "ETDRK4",
     "IPNDM",
     "LMS",
@@ -63,41 +92,65 @@ __all__ = [
     "PNDM",
     "RES",
     "SDE",
+    "SEEDS",
     "VE",
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+<<<<<<< HEAD
     "Adaptive",
+=======
+    "Ancestral",
+    "AnnealedLangevin",
+    "BrownianPath",
+    "ConsistencySampling",
+>>>>>>> main
     "Cosine",
     "DEISRungeKutta",
+    "DPM2Ancestral",
+    "DPMPP2SAncestral",
     "DPMSolver",
     "DPMSolverPP",
     "DPMSolverV3",
     "Denoiser",
     "Discrete",
     "EDMHeun",
+    "EDMStochastic",
     "Empirical",
     "Euler",
+    "EulerAncestral",
+    "EulerMaruyama",
     "Flow",
     "GaussianMixture",
     "Heun",
+    "LangevinCorrector",
     "Midpoint",
     "Noise",
     "Plan",
     "Polynomial",
     "Preconditioning",
     "Rescheduled",
+    "Restart",
     "Reverse",
+<<<<<<< HEAD
     "Reversible",
+=======
+    "ReverseDiffusion",
+>>>>>>> main
     "Row",
     "RungeKutta4",
+    "SASolver",
+    "SDEDPMSolver",
+    "SDEDPMSolverPP",
     "Shifted",
     "Solution",
     "SolverError",
     "Standardize",
     "Statistics",
+    "StochasticHeun",
     "SubVP",
     "Tape",
+    "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",
@@ -110,12 +163,15 @@ __all__ = [
     "encode",
     "grids",
     "karras",
+    "mean_squared_score",
     "metrics",
     "nn",
     "pairs",
     "sample",
+    "sample_learned_variance",
     "solve",
     "training",
+    "transitions",
     "uniform_lam",
     "uniform_t",
     "verify",

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
-from scoresde.pairs import Adams, Frame, Pair, Past, State, Weigh, advance, polynomial
+from scoresde.pairs import Adams, Frame, Pair, Past, State, Weigh, advance, beside, polynomial
 
 Field = Callable[[Tensor, State, "Tensor | None"], State]
 """Slopes ``field(u, y, rows)``: u (b,) float64 on the CPU, y of b rows, `rows` which samples they are, None for all."""
@@ -161,7 +161,7 @@ class Path:
         B = self.u.shape[1]
         at = self.frame.u(check.time(t, self.frame.sde.T).to("cpu", torch.float64).expand(B))
         y = self.at(at)
-        scale = self.frame.scale(at).to(device=y.device, dtype=y.dtype)
+        scale = beside(self.frame.scale(at), y)
         return y * scale.reshape(-1, *[1] * (y.ndim - 1))
 
     def at(self, u: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class Path:
         out: Any = 0.0
         for where, a, b in zip(place.to(self.y.device), of_y, of_f, strict=True):
             wide = (-1, *[1] * (self.y.ndim - 1))
-            out = out + a.to(self.y).reshape(wide) * self.y[where] + b.to(self.y).reshape(wide) * self.f[where]
+            out = out + beside(a, self.y).reshape(wide) * self.y[where] + beside(b, self.y).reshape(wide) * self.f[where]
         return out  # type: ignore[no-any-return]
 
 
@@ -336,7 +336,7 @@ class _Loop:
         y = sizes[0].abs()
         for other in sizes[1:]:
             y = torch.maximum(y, other.abs())
-        return y.mul_(self.rule.rtol).add_(_wide(atol.to(device=y.device, dtype=y.dtype), y))
+        return y.mul_(self.rule.rtol).add_(_wide(beside(atol, y), y))
 
     def first_step(self, f: State) -> Tensor:
         """Hairer's guess: from the sizes of the state, of its slope, and of the change of that over a small step."""
@@ -405,7 +405,7 @@ class _Loop:
                 f = self.ask(t, y)
             else:
                 good = ok.nonzero()[:, 0]
-                at = good.to(y[0].device)
+                at = good.to(y[0].device, non_blocking=True)
                 part = self.ask(t[good], tuple(v[at] for v in y), self.rows[good])
                 f = tuple(old.index_copy(0, at, new) for old, new in zip(self.past.f[0], part, strict=True))
         where = ok.to(y[0].device, non_blocking=True)
@@ -428,7 +428,7 @@ class _Loop:
         """Keep the new nodes for the path."""
         if self.rule.dense and bool(ok.any()):
             at = ok.nonzero()[:, 0]
-            there = at.to(self.y[0].device)
+            there = at.to(self.y[0].device, non_blocking=True)
             self.record.append((self.rows[at], self.u[at], self.y[0][there], self.past.f[0][0][there]))
 
     def limit(self) -> bool:
@@ -630,9 +630,9 @@ def flow(
     def slopes(u: Tensor, y: State, rows: Tensor | None) -> State:
         at = frame.point(u)
         N, p, q = (fn(at.alpha, at.sigma) for fn in (frame.prediction.scale, frame.prediction.p, frame.prediction.q))
-        scale, of_x, of_d = torch.stack([N, p, q]).to(device=x.device, dtype=x.dtype)
+        scale, of_x, of_d = beside(torch.stack([N, p, q]), x)
         state = y[0] * _wide(scale, x)
-        time = at.t if x.device.type == "cpu" else at.t.to(x)
+        time = at.t if x.device.type == "cpu" else beside(at.t, x)
         d = ask(state, time, **(cond if rows is None else _rows(cond, rows, len(x))))
         return (_wide(of_x, x) * state + _wide(of_d, x) * d,)
 
@@ -642,7 +642,7 @@ def flow(
         return frame.prediction.scale(one, rho) / (1 + rho)
 
     u, v = frame.u(start * one), frame.u(stop * one)
-    y = x / _wide(frame.scale(u).to(device=x.device, dtype=x.dtype), x)
+    y = x / _wide(beside(frame.scale(u), x), x)
     plain = pair.prediction.name == "velocity"
     run = integrate(slopes, y, u, v, rule, weigh=frame.weigh, unit=None if plain else unit, frame=frame)
     return AdaptiveSolution(_arrive(frame, run, end, clean), run.calls, run.stats, run.path)
@@ -655,7 +655,7 @@ def _arrive(frame: Frame, run: Run, end: float, clean: bool) -> Tensor:
     if clean and frame.in_lam:  # infinite there: the state is the data prediction itself
         at = frame.point(u)
         N, p, q = (fn(at.alpha, at.sigma) for fn in (frame.prediction.scale, frame.prediction.p, frame.prediction.q))
-        of_y, of_f = torch.stack([-p * N / q, 1 / q]).to(device=y.device, dtype=y.dtype)
+        of_y, of_f = beside(torch.stack([-p * N / q, 1 / q]), y)
         return _wide(of_y, y) * y + _wide(of_f, y) * f[0][0]
     v = frame.u(end * one)
     if clean or not bool(run.stats.finished.all()):
@@ -665,7 +665,7 @@ def _arrive(frame: Frame, run: Run, end: float, clean: bool) -> Tensor:
             both = frame.weigh(u, v, torch.stack([u, torch.where(known, run.nodes[1], u + 1)]))
             w = torch.where(known, both, w)
         (y,) = advance((y,), w, f)
-    return y * _wide(frame.scale(v).to(device=y.device, dtype=y.dtype), y)
+    return y * _wide(beside(frame.scale(v), y), y)
 
 
 def _rows(cond: dict[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
@@ -673,7 +673,7 @@ def _rows(cond: dict[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
 
     def choose(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size and size > 1:
-            return leaf[rows.to(leaf.device)]
+            return leaf[rows.to(leaf.device, non_blocking=True)]
         return leaf
 
     return {name: tree_map(choose, tree) for name, tree in cond.items()}

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import scoresde as ss
 from scoresde.nn import MLP, VAE, Conditioning, Fourier, Gaussian, Sinusoidal, UNet
-from scoresde.nn.blocks import Attention, GroupNorm
+from scoresde.nn.blocks import Attention, GroupNorm, Residual
 
 B = 3
 SMALL: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "blocks": 1, "heads": 2, "attention": (1,)}
@@ -239,7 +239,14 @@ def test_no_label_is_the_class_beyond_the_last(name: str) -> None:
     for label in (None, 5, torch.tensor(5), torch.tensor([5]), torch.full((B,), 5, dtype=torch.int32)):
         assert torch.equal(net(x, TIME, label=label, **rest), none), label
     assert not torch.allclose(net(x, TIME, label=4, **rest), none, atol=1e-4)
-    for bad in (6, -1, torch.tensor([0, 1, 6]), torch.zeros(2, dtype=torch.long), torch.zeros(B, 1, dtype=torch.long)):
+    for bad in (
+        6,
+        -1,
+        torch.tensor([0, 1, 6]),
+        torch.tensor([0, -1, 1]),
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(B, 1, dtype=torch.long),
+    ):
         with pytest.raises(ValueError, match="`label` must"):
             net(x, TIME, label=bad, **rest)
     for bad in (0.0, torch.zeros(B), torch.zeros(B, dtype=torch.bool), "cat"):
@@ -311,6 +318,37 @@ def test_a_bad_argument_is_named(make: Callable[[], Any], message: str) -> None:
 
 
 # Parts.
+
+
+def test_a_fresh_branch_adds_nothing_and_two_branches_are_divided_by_the_root_of_two() -> None:
+    net, x = UNet(1, **SMALL, dims=1, seed=0), ss.Noise(0).normal((2, 16, 7), 0)
+    parts = [m for m in net.modules() if isinstance(m, (Residual, Attention))]
+    same = [m for m in parts if isinstance(m, Attention) or isinstance(m.skip, nn.Identity)]
+    for part in same:
+        y = x[:, : part.last.out_channels]
+        args = (y,) if isinstance(part, Attention) else (y, torch.ones(2, 32))
+        assert torch.equal(part(*args), y * math.sqrt(0.5))
+    assert len(same) >= 5
+
+
+def test_a_condition_without_effect_leaves_the_block_as_it_is() -> None:
+    told, plain = awake(Residual(1, 4, 8, condition=3)), awake(Residual(1, 4, 8))
+    told.load_state_dict(plain.state_dict(), strict=False)
+    x = ss.Noise(0).normal((2, 4, 5), 0)
+    with torch.no_grad():
+        told.film.weight.zero_()
+        told.film.bias.zero_()
+    assert torch.equal(told(x, torch.ones(2, 3)), plain(x))
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    make, event, cond = NETS["UNet with all conditions"]
+    net, x = awake(make()), state(event)
+    for training in (True, False):
+        net.train(training)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            assert torch.equal(net(x, TIME, **cond), net(x, TIME, **cond)) is not training
 
 
 @torch.no_grad()
@@ -516,7 +554,7 @@ def test_a_vae_encodes_decodes_samples_and_bounds(name: str) -> None:
     assert new.shape == x.shape and torch.allclose(
         vae.sample((2, *event), seed=ss.Noise(5, offset=1)), new[1:], atol=1e-5
     )
-    assert torch.equal(vae(x), vae.decode(vae.encode(x).mean))
+    assert torch.equal(vae(x, ss.Noise(1)).elbo, vae.elbo(x, ss.Noise(1)).elbo)
     noisy = vae.sample((B, *event), seed=5, noisy=True)
     assert torch.allclose(noisy, new + ss.Noise(5).normal(x.shape, 1) * vae.std, atol=1e-6)
     (-vae.elbo(x, ss.Noise(1)).elbo.mean()).backward()

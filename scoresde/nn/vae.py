@@ -68,9 +68,10 @@ class Bound(NamedTuple):
 class VAE(nn.Module):
     r"""Gaussian encoder and decoder, :math:`q(z|x) = N(\mu(x), \sigma^2(x))` and :math:`p(x|z) = N(m(z), s^2)`.
 
-    Images (B, C, *space) go to latents (B, latent, *space / 2^(levels − 1)), vectors (B, C) to (B, latent).
-    The attributes `encoder` (x to mean and log-variance along the second axis) and `decoder` (z to m) are plain modules
-    and may be replaced. Densities and divergences are computed in float32 or better.
+    Images (B, C, *space) go to latents (B, latent, *space) that are 2^(levels − 1) times shorter along each axis of
+    space, vectors (B, C) to (B, latent). The attributes `encoder` (x to mean and log-variance, along the second axis)
+    and `decoder` (z to m) are plain modules and may be replaced. Densities and divergences have the dtype of the data,
+    float32 or float64. The call is :meth:`elbo`.
 
     Arguments:
         channels: Channels C of the data.
@@ -111,7 +112,7 @@ class VAE(nn.Module):
         super().__init__()
         if check.integer("dims", dims) > 2:
             raise ValueError(f"`dims` must be 0 for vectors, 1 for signals or 2 for images, got {dims}.")
-        check.integer("channels", channels, least=1)
+        self.channels = check.integer("channels", channels, least=1)
         self.latent = check.integer("latent", latent, least=1)
         check.integer("width", width, least=2)
         check.integer("blocks", blocks, least=1)
@@ -132,11 +133,11 @@ class VAE(nn.Module):
 
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of data of this `shape`, (B, C, *space)."""
-        rows, _, *space = shape
-        if len(space) != self.dims or any(n % self.factor for n in space):
+        rows, channels, *space = shape
+        if channels != self.channels or len(space) != self.dims or any(n % self.factor for n in space):
             raise ValueError(
-                f"the data must have {self.dims} axes of space, each a multiple of {self.factor}, got shape "
-                f"{tuple(shape)}; pad it, or take fewer `multipliers`."
+                f"the data must have {self.channels} channels and {self.dims} axes of space, each a multiple of "
+                f"{self.factor}, got shape {tuple(shape)}; pad it, or take fewer `multipliers`."
             )
         return (rows, self.latent, *(n // self.factor for n in space))
 
@@ -151,9 +152,9 @@ class VAE(nn.Module):
         out: Tensor = self.decoder(check.state("z", z).to(dtype_of(self.decoder))).to(z.dtype)
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of data `x`: the decoder's mean at the encoder's mean."""
-        return self.decode(self.encode(x).mean)
+    def forward(self, x: Tensor, eps: Tensor | Noise | None = None) -> Bound:
+        """The evidence lower bound: as a call, so that wrappers that train a module in parallel can wrap this one."""
+        return self.elbo(x, eps)
 
     @property
     def std(self) -> float:

@@ -13,7 +13,7 @@ from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, NOISE, Prediction, Variable
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, between
+from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at, said
 from scoresde.tape import Tape
 
 
@@ -32,6 +32,8 @@ class SingleStep(Solver):
         reads: Which of i (0), s (1), s₂ (2) the last row interpolates; all three make the Taylor form of order 3, s
             alone is DPM-2.
         moments: Of the last row, see :func:`scoresde.quadrature.weights`; None is exact.
+        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends. Each
+            stage draws the noise of its own part of the leg, which the later ones carry on: SEEDS.
         label: Name of the plans.
     """
 
@@ -41,9 +43,11 @@ class SingleStep(Solver):
     r: tuple[float, ...] = ()
     reads: tuple[int, ...] = ()
     moments: tuple[str | float, ...] | None = None
+    eta: Eta = 0.0
     label: str = ""
 
     def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
         if check.integer("order", self.order, least=1) > 3:
             raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
         default = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}[self.order]
@@ -55,7 +59,8 @@ class SingleStep(Solver):
             raise ValueError(f"`r` must be {self.order - 1} increasing fractions inside (0, 1), got {self.r}.")
 
     def __repr__(self) -> str:
-        return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable})"
+        eta = f", eta={said(self.eta)}" if self.eta else ""
+        return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable}{eta})"
 
     @property
     def declared_order(self) -> int:
@@ -63,22 +68,31 @@ class SingleStep(Solver):
         return 2 if self.order == 3 and not math.isclose(self.r[-1], 2 / 3) else self.order
 
     @property
+    def weak_order(self) -> int:
+        """With noise at most 2, whatever the number of stages: one normal a part of a leg says no more."""
+        return min(self.declared_order, 2) if self.eta else self.declared_order
+
+    @property
     def stages(self) -> int:
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.order
 
+    @property
+    def _forgets(self) -> bool:
+        return not self.eta
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]
-        how: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable}
-        nodes = [start]
+        eta = eta_at(self.eta, t)
+        how: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable, "eta": eta}
+        nodes, stages = [start], [start]
         if finite_leg(tape.sde, tape.time(now), t):
-            stages = [start]
             for r in self.r:
                 at = between(tape.sde, tape.time(now), t, r)
-                stages.append(tape.move(now, at, [start, *stages[1:]][:2], **how, note="stage"))
+                stages.append(tape.move(now, at, stages[:2], through=stages[1:], **how, note="stage"))
             nodes = [stages[k] for k in self.reads]
         moments = self.moments if len(nodes) == 2 and self.order == 2 else None
-        new = tape.move(now, t, nodes, **how, moments=moments, evaluates=asks, node=node)
+        new = tape.move(now, t, nodes, **how, through=stages[1:], moments=moments, evaluates=asks, node=node)
         return new, [new]
 
 
@@ -177,6 +191,10 @@ class RungeKutta(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return len(self.tableau.b)
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s = tape.time(now)
         if not self._defined(tape.sde, s, t):
@@ -184,7 +202,7 @@ class RungeKutta(Solver):
             plain: dict[str, Any] = {} if self.prediction is None else {"prediction": self.prediction}
             new = tape.move(now, t, history[:1], **plain, evaluates=asks, node=node, note="one stage")
             return new, [new]
-        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau.c)
+        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau)
         stages = [history[0]]
         for i, row in enumerate(self.tableau.a, start=1):
             x, d = legs.combine(now, stages, row, i)
@@ -204,11 +222,13 @@ class _Legs:
     """One leg of a tableau: where the stages are and what a slope is, as combinations of x and d."""
 
     def __init__(
-        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, c: tuple[float, ...]
+        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, tableau: Tableau
     ) -> None:
+        lone = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
+        self.seen = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(lone) if len(terms) == 1}
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         self.plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
-        fraction = torch.tensor([*c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
+        fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
         if prediction is None and clock == "t":
             time, h = a + fraction * (b - a), b - a
         else:
@@ -238,15 +258,26 @@ class _Legs:
         return v.tolist() if self.plain else v
 
     def combine(self, now: int, stages: list[int], row: tuple[float, ...], at: int) -> tuple[Any, Any]:
-        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d."""
+        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d.
+
+        A slope that alone made a stage, N_i (x_now/N_0 + h a_ij f_j), is read off that stage's state where this costs
+        no accuracy: one term less, and d_j need not be kept.
+        """
         n = self.scale[at]
         x: dict[int, Any] = {now: n / self.scale[0]}
         d: dict[int, Any] = {}
         for j, (stage, a) in enumerate(zip(stages, row, strict=True)):
-            if a:
+            i, lone = self.seen.get(j, (at, 0.0))
+            if a and i < len(stages) and abs(a) <= abs(lone):
+                terms = [(now, -n / self.scale[0] * (a / lone)), (stages[i], n / self.scale[i] * (a / lone))]
+            elif a:
                 w = n * self.h * a
-                x[stage] = x[stage] + w * self.p[j] if stage in x else w * self.p[j]
+                terms = [(stage, w * self.p[j])]
                 d[stage] = w * self.q[j]
+            else:
+                continue
+            for k, v in terms:
+                x[k] = x[k] + v if k in x else v
         return list(x.items()), list(d.items())
 
 

@@ -4,6 +4,7 @@ from scoresde.training import checkpoint, times, weightings
 from scoresde.training.draws import Draws, drop_condition
 from scoresde.training.ema import EMA, PowerEMA, Snapshot, reconstruct, swapped
 from scoresde.training.losses import DSM, HybridVLB, LossByNoise, Terms, sliced_score_matching
+from scoresde.training.trainer import Trainer
 
 __all__ = [
     "DSM",
@@ -14,6 +15,7 @@ __all__ = [
     "PowerEMA",
     "Snapshot",
     "Terms",
+    "Trainer",
     "checkpoint",
     "drop_condition",
     "reconstruct",

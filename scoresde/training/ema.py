@@ -7,7 +7,7 @@ copied as they are. The module itself is never replaced, so optimisers, DDP and 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,10 @@ class PowerEMA:
         self.updates += 1
         for gamma, weights in zip(self.gammas, self.weights, strict=True):
             _move(weights, self.module, 1 - (1 - 1 / self.updates) ** (gamma + 1))
+
+    def swapped(self, which: int = 0) -> AbstractContextManager[nn.Module]:
+        """The module with the average of length ``stds[which]``, as :meth:`EMA.swapped`."""
+        return swapped(self.module, self.weights[which])
 
     def snapshot(self) -> list[Snapshot]:
         """The averages as they are now, one for each length, on the CPU."""
@@ -279,6 +283,8 @@ def _move(average: Weights, module: nn.Module, share: float) -> None:
     near: list[Tensor] = []
     for name, w in _tensors(module, average).items():
         mine = average[name]
+        if mine.device != w.device:  # the module has moved
+            mine = average[name] = mine.to(w.device)
         if not (isinstance(w, nn.Parameter) and w.is_floating_point()):
             mine.copy_(w)
         else:

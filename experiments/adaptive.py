@@ -13,7 +13,15 @@ way is scipy's RK45 on dx/dt of the flattened batch with rtol = atol = 1e-5. A p
     per sample evaluations a sample of ours at that error, and as a ratio to the usual way's calls
     batch      batched calls of ours at that error (until the hardest sample is done), and as a ratio
 
-MEASURED
+Measured with ``--points 32``: on the six problems RK45 in t makes 80 to 122 calls for errors of 4e-6 to 2e-5.
+Evaluations a sample at the same error, as a ratio to that, geometric mean (least and most):
+
+    Adams                      0.42  (0.34 … 0.57)     batched calls 0.54 (0.44 … 0.74)
+    Adams(3)                   0.55
+    Dormand-Prince             0.60
+    torchdiffeq in flow time   0.90  (the whole batch, error of its worst sample)
+    Bogacki-Shampine           1.01
+    DPM-Solver-23              1.11
 """
 
 from __future__ import annotations

@@ -17,11 +17,8 @@ from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
-<<<<<<< HEAD
-from scoresde.reversible import Reversible
-=======
 from scoresde.policy import transitions
->>>>>>> main
+from scoresde.reversible import Reversible
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -97,14 +94,11 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
-<<<<<<< HEAD
     "Adaptive",
-=======
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",
     "ConsistencySampling",
->>>>>>> main
     "Cosine",
     "DEISRungeKutta",
     "DPM2Ancestral",
@@ -132,11 +126,8 @@ __all__ = [
     "Rescheduled",
     "Restart",
     "Reverse",
-<<<<<<< HEAD
-    "Reversible",
-=======
     "ReverseDiffusion",
->>>>>>> main
+    "Reversible",
     "Row",
     "RungeKutta4",
     "SASolver",

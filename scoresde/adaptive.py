@@ -192,7 +192,9 @@ class Path:
         out: Any = 0.0
         for where, a, b in zip(place.to(self.y.device), of_y, of_f, strict=True):
             wide = (-1, *[1] * (self.y.ndim - 1))
-            out = out + beside(a, self.y).reshape(wide) * self.y[where] + beside(b, self.y).reshape(wide) * self.f[where]
+            out = (
+                out + beside(a, self.y).reshape(wide) * self.y[where] + beside(b, self.y).reshape(wide) * self.f[where]
+            )
         return out  # type: ignore[no-any-return]
 
 

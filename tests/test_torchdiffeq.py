@@ -14,7 +14,6 @@ from scoresde.backends.torchdiffeq import ADAPTIVE, CLOCKS, torchdiffeq_solve
 
 PROCESSES = {
     "VP": ss.VP(),
-    "SubVP": ss.SubVP(),
     "VE": ss.VE(),
     "EDM": ss.EDM(),
     "Flow": ss.Flow(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_the_error_falls_with_the_tolerance(kind: str) -> None:
 def test_down_to_data_the_slope_is_extrapolated() -> None:
     for sde in (ss.VP(), ss.VE()):
         model, x = ring(sde), noise(sde, 16)
-        truth = tight(model, x, sde.T, 1e-5 * sde.t_min)
+        truth = tight(model, x, sde.T, 1e-3 * sde.t_min)
         found = ss.solve(model, x, Adaptive(rtol=1e-6, atol=1e-6))
         late = tight(model, x, sde.T, sde.t_min)
         denoised = distance(model.x0(late, sde.t_min), truth).median()
@@ -277,19 +278,27 @@ def test_decode_takes_encode_back(name: str) -> None:
     assert gaps[0] < 2e-3 and gaps[1] < 2e-5, gaps
 
 
+@cache
+def on_the_way() -> tuple[list[float], list[Tensor]]:
+    """Times, and the flow at each of them, leg by leg."""
+    sde = ss.VP()
+    model, times = ring(sde, std=0.3), torch.linspace(0.95, 0.02, 9).tolist()
+    truth = [noise(sde, 16)]
+    for s, t in zip([1.0, *times], times, strict=False):
+        truth.append(tight(model, truth[-1], s, t))
+    return times, truth[1:]
+
+
 @pytest.mark.parametrize("kind", ["Adams", "Adams 2", "Dormand-Prince", "Bogacki-Shampine", "DPM-Solver-23", "UniPC"])
 def test_between_steps_the_solution_is_as_good_as_at_them(kind: str) -> None:
     sde = ss.VP()
     model, x = ring(sde, std=0.3), noise(sde, 16)
-    times = torch.linspace(0.95, 0.02, 9).tolist()
-    truth = [x]
-    for s, t in zip([1.0, *times], times, strict=False):
-        truth.append(tight(model, truth[-1], s, t))
+    times, truth = on_the_way()
     worst = []
     for tol in (1e-3, 1e-5):
         found = flow(model, x, sde.T, sde.t_min, Adaptive(PAIRS[kind], tol, tol, dense=True))
         assert found.path is not None
-        worst.append(max(float(distance(found.path(t), y).median()) for t, y in zip(times, truth[1:], strict=True)))
+        worst.append(max(float(distance(found.path(t), y).median()) for t, y in zip(times, truth, strict=True)))
         assert float(distance(found.path(sde.T), x).max()) < 1e-12
         assert float(distance(found.path(sde.t_min), found.x).max()) < 1e-12
         per_sample = found.path(torch.linspace(0.1, 0.9, 16, dtype=torch.float64))

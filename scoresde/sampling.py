@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde import policy
 from scoresde.adaptive import Adaptive, AdaptiveSolution, flow
 from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
+from scoresde.policy import Transition
 from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import DPMSolverPP, VelocityAB
 
@@ -39,6 +41,7 @@ class Solution:
         trajectory: States at the times that were asked for, on the device that was asked for, by time.
         plan: The table that was run.
         seed: The seed of its noise.
+        transitions: The Gaussian transition of every row after the start, if they were asked for.
     """
 
     x: Tensor
@@ -47,6 +50,7 @@ class Solution:
     trajectory: dict[float, Tensor] = field(repr=False)
     plan: Plan = field(repr=False)
     seed: int | tuple[int, ...] | None
+    transitions: tuple[Transition, ...] = field(default=(), repr=False)
 
 
 def sample(
@@ -110,6 +114,7 @@ def solve(
     save_device: torch.device | str = "cpu",
     grad: str = "off",
     overwrite: bool = False,
+    transitions: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **cond: Any,
@@ -121,7 +126,7 @@ def solve(
         shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state at `t_start`.
         solver: A rule, a :class:`Plan` (whose grid is its own), None for :func:`default_solver`, or
             :class:`scoresde.adaptive.Adaptive`, which chooses its own steps: it takes no `steps`, `nfe`, `grid`,
-            `hook`, `callback`, `progress` or `overwrite`, any times in `save_at`, and returns an
+            `hook`, `callback`, `progress`, `overwrite` or `transitions`, any times in `save_at`, and returns an
             :class:`scoresde.adaptive.AdaptiveSolution`.
         steps: Number of legs of the grid; a rule with k stages spends about k evaluations on each. By default 20.
         nfe: Instead: a budget of evaluations, which the rule turns into legs and never exceeds.
@@ -139,6 +144,8 @@ def solve(
             of one, at the price of a second pass.
         overwrite: Make states in the memory of those they replace, see :func:`scoresde.plan.run`: for networks that
             keep no reference to their input.
+        transitions: Keep mean, standard deviation and log-density of every step, see
+            :func:`scoresde.policy.transitions`; with ``grad="full"`` they carry gradients to the network.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
@@ -147,7 +154,7 @@ def solve(
     _check_options(cond)
     if isinstance(solver, Adaptive):
         given: dict[str, Any] = {"steps": steps, "nfe": nfe, "grid": grid, "hook": hook, "callback": callback}
-        given |= {"progress": progress or None, "overwrite": overwrite or None}
+        given |= {"progress": progress or None, "overwrite": overwrite or None, "transitions": transitions or None}
         refused = [name for name, value in given.items() if value is not None]
         if refused:
             raise TypeError(f"`{refused[0]}` has no meaning with Adaptive, which chooses its own steps; drop it.")
@@ -170,20 +177,32 @@ def solve(
         bar.update(step)
 
     watched = wanted is not None or callback is not None or bool(progress)
+    if transitions and (watched or hook is not None or grad == "checkpoint"):
+        raise ValueError(
+            "`transitions` has every state of the run; drop `hook`, `callback`, `save_at` and `progress`, and "
+            "`grad`='checkpoint'."
+        )
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        x = run(
-            plan,
-            _denoise(model, cond, grad),
-            _start(model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device),
-            noise.fork(_ROWS) if plan.stochastic else None,
-            hook=hook,
-            callback=seen if watched else None,
-            overwrite=overwrite,
-        )
+        begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device)
+        draws = noise.fork(_ROWS) if plan.stochastic else None
+        made: tuple[Transition, ...] = ()
+        if transitions:
+            made = tuple(policy.transitions(plan, model, _start(*begin), draws, **cond))
+            x = made[-1].x
+        else:
+            x = run(
+                plan,
+                _denoise(model, cond, grad),
+                _start(*begin),  # here, so that nothing but the run holds it
+                draws,
+                hook=hook,
+                callback=seen if watched else None,
+                overwrite=overwrite,
+            )
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
-    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
+    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
 
 
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:

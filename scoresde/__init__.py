@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, training, verify
+from scoresde import adapters, data, grids, metrics, pairs, training, verify
+from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -20,6 +21,7 @@ from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
 from scoresde.policy import transitions
+from scoresde.reversible import Reversible
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -95,6 +97,7 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Adaptive",
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",
@@ -127,6 +130,7 @@ __all__ = [
     "Restart",
     "Reverse",
     "ReverseDiffusion",
+    "Reversible",
     "Row",
     "RungeKutta4",
     "SASolver",
@@ -134,6 +138,7 @@ __all__ = [
     "SDEDPMSolverPP",
     "Shifted",
     "Solution",
+    "SolverError",
     "Standardize",
     "Statistics",
     "StochasticHeun",
@@ -162,6 +167,7 @@ __all__ = [
     "mean_squared_score",
     "metrics",
     "nn",
+    "pairs",
     "path_kl",
     "sample",
     "sample_learned_variance",

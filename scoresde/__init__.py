@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, training, verify
+from scoresde import adapters, data, grids, guidance, inverse, metrics, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.guidance import ClassifierFree
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.plan import Plan, Row
@@ -90,6 +91,7 @@ __all__ = [
     "AbstractDenoiser",
     "AcceleratedDDIM",
     "Ancestral",
+    "ClassifierFree",
     "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
@@ -142,6 +144,8 @@ __all__ = [
     "decode",
     "encode",
     "grids",
+    "guidance",
+    "inverse",
     "karras",
     "mean_squared_score",
     "metrics",

@@ -119,9 +119,9 @@ def test_a_measurement_moves_and_casts_as_a_module() -> None:
 
 def test_errors_name_what_is_wrong() -> None:
     A = OPERATORS["mask"]
-    with pytest.raises(TypeError, match="`mask` must be a bool tensor, .* got float32; use mask > 0.5"):
+    with pytest.raises(TypeError, match=r"`mask` must be a bool tensor, .* got float32; use mask > 0.5"):
         Mask(torch.ones(3))
-    with pytest.raises(TypeError, match="`mask` must be a bool tensor, .* got int64"):
+    with pytest.raises(TypeError, match=r"`mask` must be a bool tensor, .* got int64"):
         FourierMask(torch.ones(3, dtype=torch.int64), (3,))
     with pytest.raises(ValueError, match="knows nothing"):
         Mask(torch.zeros(3, dtype=torch.bool))
@@ -129,7 +129,7 @@ def test_errors_name_what_is_wrong() -> None:
         Mask(torch.ones(3, dtype=torch.bool), (4,))
     with pytest.raises(ValueError, match=r"`x` must have shape \(B, 3, 4, 6\), the operator's, got \(1, 3, 4, 5\)"):
         A(torch.zeros(1, 3, 4, 5))
-    with pytest.raises(ValueError, match="`y` must have shape .* what the operator returns"):
+    with pytest.raises(ValueError, match=r"`y` must have shape .* what the operator returns"):
         Measurement(A, torch.zeros(1, 3, 4, 6), 0.1)
     with pytest.raises(ValueError, match="`std` must be finite and at least 0, got -1"):
         Measurement(A, torch.zeros(1, *A.out), -1)

@@ -228,7 +228,8 @@ def daps(
     draws = noise.fork(_STEPS)
     x = check.state("x", shape_or_x) if isinstance(shape_or_x, Tensor) else _start(model, shape_or_x, times[0], noise)
     for k, (t, s) in enumerate(pairwise(times)):
-        x0 = sample(model, x, rule, grid=quadratic_vp(sde, steps, t_start=t), **cond)
+        inner = quadratic_vp(sde, steps if t > sde.t_min else 1, t_start=t)
+        x0 = sample(model, x, rule, grid=inner, **cond)
         ratio = sde.sigma(t) / max(sde.alpha(t), 1e-12)
         var = ratio**2 if data_std == math.inf else isotropic_variance(sde, t, data_std)
         # Matheron's rule: a draw from the prior part, moved by what it and its own measurement miss.

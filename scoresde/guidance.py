@@ -148,7 +148,8 @@ class APG:
         if self.norm < math.inf:
             delta = delta * (self.norm / _rows_dot(delta, delta).sqrt().clamp_min(tiny)).clamp_max(1)
         along = _rows_dot(delta, strong) / _rows_dot(strong, strong).clamp_min(tiny) * strong
-        return strong + (scale - 1) * (delta + (self.eta - 1) * along)
+        push: Tensor = (scale - 1) * (delta + (self.eta - 1) * along)
+        return strong + push
 
 
 @dataclass(frozen=True)
@@ -454,16 +455,18 @@ class ClassifierGuidance(_Wrapped):
         """The guided data prediction."""
         t = before_silence(self.sde, t)
         alpha, sigma = (check.expand(fn(t), x) for fn in (self.sde.alpha, self.sde.sigma))
-        gain = _scale(self.scale, t, check.state("x", x)) * sigma**2 / alpha
+        gain: Any = _scale(self.scale, t, check.state("x", x)) * sigma**2 / alpha
         known = {name: cond[name] for name in self.known}
         rest = {name: tree for name, tree in cond.items() if name not in self.known}
         if self.sees == "x_t":
             slope = gradient(lambda leaf: self._values(leaf, self.log_prob(leaf, t, **known)), x, self)
-            return self.model.x0(x, t, **rest) + gain * slope
+            push: Tensor = gain * slope
+            return self.model.x0(x, t, **rest) + push
         if not self.through_net:
             x0 = self.model.x0(x, t, **rest)
             slope = gradient(lambda leaf: self._values(leaf, self.log_prob(leaf, **known)), x0, self)
-            return x0 + gain / alpha * slope
+            push = gain / alpha * slope
+            return x0 + push
         graph = Graph(self.model, x, t, rest)
         slope = graph.pull(gradient(lambda leaf: self._values(leaf, self.log_prob(leaf, **known)), graph.x0, self))
         return graph.release(graph.x0 + gain * slope)
@@ -644,7 +647,8 @@ def _inside(interval: tuple[float, float] | None, t: Any, scale: Any, x: Tensor)
     low, high = interval
     if not isinstance(t, Tensor):
         return scale if low <= t <= high else 1.0
-    return torch.where(check.expand((low <= t) & (t <= high), x) != 0, scale, 1.0).to(x.dtype)
+    inside = torch.as_tensor(check.expand((low <= t) & (t <= high), x))
+    return torch.where(inside.bool(), scale, 1.0).to(x.dtype)
 
 
 def _is(scale: Any, value: float) -> bool:

@@ -97,7 +97,7 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
         zeta: ζ, 0.3 to 1 in the paper.
     """
     times = check_grid(sde, grid).tolist()
-    scales = {t: zeta / sde.posterior(s, t)[1] for t, s in pairwise(times)}
+    scales: dict[float, float] = {t: zeta / sde.posterior(s, t)[1] for t, s in pairwise(times)}
 
     def of_t(t: Any) -> float:
         at = float(t)
@@ -191,7 +191,8 @@ class MMPS(_Posterior):
 
         def spread(u: Tensor) -> Tensor:
             """V Aᵀ u; V is symmetric for a true posterior."""
-            return gain * graph.pull(A.adjoint(u))
+            out: Tensor = gain * graph.pull(A.adjoint(u))
+            return out
 
         return graph.release(graph.x0 + spread(self._solve(self.measurement.residual(graph.x0), spread)))
 

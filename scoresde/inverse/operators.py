@@ -30,6 +30,7 @@ class Operator(nn.Module):
 
     event: tuple[int, ...]
     out: tuple[int, ...]
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self, forward: Callable[[Tensor], Tensor], event: Sequence[int], *, out: Sequence[int] | None = None
@@ -231,7 +232,8 @@ class _Even(Linear):
 
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
         """(a A Aᵀ + b)⁻¹ y = y / (a g + b)."""
-        return self._check_y(y) / (a * self.gram + b)
+        gain: Any = a * self.gram + b
+        return self._check_y(y).div(gain)
 
 
 class Mask(_Even):
@@ -378,7 +380,8 @@ class Blur(Linear):
 
     def _filter(self, x: Tensor, gain: Tensor) -> Tensor:
         sizes = self.event[-len(self._axes) :]
-        return torch.fft.irfftn(torch.fft.rfftn(x, dim=self._axes) * gain, s=sizes, dim=self._axes)
+        out: Tensor = torch.fft.irfftn(torch.fft.rfftn(x, dim=self._axes) * gain, s=sizes, dim=self._axes)
+        return out
 
 
 class FourierMask(Linear):
@@ -414,7 +417,8 @@ class FourierMask(Linear):
         z = torch.view_as_complex(y.contiguous())
         whole = z.new_zeros(len(y), *self.event)
         whole[..., self.mask] = z
-        return torch.fft.ifftn(whole, dim=tuple(range(-self.mask.ndim, 0)), norm="ortho").real
+        out: Tensor = torch.fft.ifftn(whole, dim=tuple(range(-self.mask.ndim, 0)), norm="ortho").real
+        return out
 
 
 class Matrix(Linear):
@@ -451,7 +455,8 @@ class Matrix(Linear):
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
         """(a A Aᵀ + b)⁻¹ y, by the eigenvectors of A Aᵀ."""
         u = self._vectors.to(self._check_y(y))
-        return ((y @ u) / (a * self._values.to(y) + b)) @ u.mT
+        gain: Tensor = a * self._values.to(y) + b
+        return ((y @ u) / gain) @ u.mT
 
 
 class Measurement(nn.Module):

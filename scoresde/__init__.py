@@ -12,9 +12,12 @@ from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.guidance import ClassifierFree
+from scoresde.langevin import AnnealedLangevin, LangevinCorrector
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
+from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
+from scoresde.policy import transitions
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -91,6 +94,8 @@ __all__ = [
     "AbstractDenoiser",
     "AcceleratedDDIM",
     "Ancestral",
+    "AnnealedLangevin",
+    "BrownianPath",
     "ClassifierFree",
     "ConsistencySampling",
     "Cosine",
@@ -111,6 +116,7 @@ __all__ = [
     "Flow",
     "GaussianMixture",
     "Heun",
+    "LangevinCorrector",
     "Midpoint",
     "Noise",
     "Plan",
@@ -154,6 +160,7 @@ __all__ = [
     "sample_learned_variance",
     "solve",
     "training",
+    "transitions",
     "uniform_lam",
     "uniform_t",
     "verify",

@@ -96,7 +96,7 @@ class Rescale:
         of: The prediction that is rescaled: the data by default, or what the network predicts, as is usual elsewhere.
 
     References:
-        | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, eq. 15–16
+        | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, section 3.4
     """
 
     phi: float = 0.7

@@ -172,7 +172,7 @@ class MMPS(_Posterior):
 
     References:
         | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al., 2024),
-          arXiv:2405.13712, section 4
+          arXiv:2405.13712
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
     """
 
@@ -214,7 +214,7 @@ class TMPD(MMPS):
         measurement: Linear, std > 0.
 
     References:
-        | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721, eq. 16
+        | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
     """
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:

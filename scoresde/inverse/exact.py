@@ -28,7 +28,8 @@ def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMix
         measurement: With a linear operator and one y, (1, *out).
 
     References:
-        | Reverse-time diffusion equation models (Anderson, 1982), doi:10.1016/0304-4149(82)90051-5
+        | DEFT: Efficient Fine-tuning of Diffusion Models by Learning the Generalised h-transform (Denker et al., 2024),
+          arXiv:2406.01781
 
     Example:
         >>> import torch, scoresde as ss
@@ -36,7 +37,7 @@ def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMix
         >>> first = ss.inverse.Mask(torch.tensor([True, False]))
         >>> seen = ss.inverse.Measurement(first, torch.tensor([[1.0]]), std=0.5)
         >>> ss.inverse.posterior(prior, seen).mean()
-        tensor([0.9640, 0.0000], dtype=torch.float64)
+        tensor([0.9820, 0.0000], dtype=torch.float64)
     """
     A, S, residual, logs = _joint(mixture, measurement)
     if len(logs) != 1:

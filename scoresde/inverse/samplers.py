@@ -147,7 +147,7 @@ def ddrm(
         (B, *event).
 
     References:
-        | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793, eq. 7–8
+        | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
     """
     sde, times, noise = _ready(model, measurement, grid, seed)
     check.number("eta", eta, least=0, most=1)

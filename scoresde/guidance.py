@@ -456,6 +456,9 @@ class ClassifierGuidance(_Wrapped):
         t = before_silence(self.sde, t)
         alpha, sigma = (check.expand(fn(t), x) for fn in (self.sde.alpha, self.sde.sigma))
         gain: Any = _scale(self.scale, t, check.state("x", x)) * sigma**2 / alpha
+        missing = sorted(set(self.known) - set(cond))
+        if missing:
+            raise ValueError(f"the condition {', '.join(missing)} is missing: `log_prob` is to know it.")
         known = {name: cond[name] for name in self.known}
         rest = {name: tree for name, tree in cond.items() if name not in self.known}
         if self.sees == "x_t":

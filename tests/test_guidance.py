@@ -216,7 +216,7 @@ def test_cfg_plus_plus_is_ddim_with_a_scale_of_its_grid(sde: ss.SDE, lam: float)
 # Gradients.
 
 
-def log_label(k: int, t_given: bool = True) -> Any:
+def log_label(k: int) -> Any:
     """The exact noise-aware classifier: log p(label = k | x_t)."""
     prior = math.log(sum(w for w, label in zip(WEIGHTS.tolist(), LABELS, strict=True) if label == k))
     return lambda x, t: VP.part(k).log_prob(x, t) + prior - VP.part(EVERYTHING).log_prob(x, t)
@@ -271,6 +271,15 @@ def test_a_gradient_that_is_not_there_is_missed_aloud() -> None:
         ClassifierGuidance(VP.part(0), log_label(1)).x0(X, 0.4)
     with pytest.raises(ValueError, match=r"one number for each row, \(6,\), got \(6, 2\)"):
         ClassifierGuidance(VP.part(0), lambda x, t: x).x0(X, 0.4)
+
+
+def test_a_classifier_may_know_a_condition_that_the_network_does_not() -> None:
+    base = VP.part(EVERYTHING)
+    each = lambda x, t, label: torch.stack([log_label(k)(x, t) for k in range(3)])[label, torch.arange(len(x))]  # noqa: E731
+    model = ClassifierGuidance(base, each, known=["label"])
+    torch.testing.assert_close(model.x0(X, 0.4, label=LABEL), VP.x0(X, 0.4, label=LABEL), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="the condition label is missing: `log_prob` is to know it"):
+        model.x0(X, 0.4)
 
 
 # Limits.

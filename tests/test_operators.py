@@ -141,6 +141,9 @@ def test_errors_name_what_is_wrong() -> None:
         Measurement(A, torch.zeros(2, *A.out), 0).residual(torch.zeros(3, 3, 4, 6))
     with pytest.raises(ValueError, match="`forward` is not linear"):
         Linear(lambda x: x**2, (3,))
+    with pytest.raises(ValueError, match=r"`forward` failed on a float32 state.*give `out`"):
+        Linear(lambda x: x @ rand(3, 2), (3,))
+    assert Linear(lambda x: x @ rand(3, 2), (3,), out=(2,)).pinv(rand(1, 2)).shape == (1, 3)
     with pytest.raises(TypeError, match="needs a linear operator"):
         Measurement(Operator(torch.square, (3,)), torch.zeros(1, 3), 0.1).linear  # noqa: B018
     with pytest.raises(ValueError, match="`k` = 4 must divide"):

@@ -23,7 +23,7 @@ from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.grids import check_grid
 from scoresde.guidance import Graph, Scale, _check_scale, _scale, _Wrapped, before_silence, gradient
-from scoresde.inverse.operators import Measurement, conjugate_gradients
+from scoresde.inverse.operators import Linear, Measurement, conjugate_gradients
 from scoresde.sde import SDE
 
 
@@ -35,6 +35,18 @@ class _Posterior(_Wrapped):
         if not isinstance(measurement, Measurement):
             raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
         self.measurement = measurement
+
+
+class _LinearPosterior(_Posterior):
+    """The same where the operator is linear."""
+
+    def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
+        super().__init__(model, measurement)
+        measurement.linear  # noqa: B018  # raises at the door
+
+    @property
+    def A(self) -> Linear:
+        return self.measurement.linear
 
 
 class DPS(_Posterior):
@@ -110,7 +122,7 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
     return of_t
 
 
-class PiGDM(_Posterior):
+class PiGDM(_LinearPosterior):
     r"""Pseudo-inverse guidance: p(x₀ | x_t) is taken to be isotropic.
 
     .. math:: \nabla\log p(y \mid x_t) \approx \left(\frac{\partial D}{\partial x_t}\right)^T A^T
@@ -134,7 +146,6 @@ class PiGDM(_Posterior):
         self, model: AbstractDenoiser, measurement: Measurement, *, data_std: float = 1.0, through_net: bool = True
     ) -> None:
         super().__init__(model, measurement)
-        self._A = (measurement.linear,)  # registered once, with the measurement
         self.data_std = check.number("data_std", data_std, above=0)
         self.through_net = through_net
 
@@ -149,14 +160,14 @@ class PiGDM(_Posterior):
         return graph.release(graph.x0 + _tweedie(self.sde, t, x) * graph.pull(self._pull(graph.x0, variance)))
 
     def _pull(self, x0: Tensor, variance: Any) -> Tensor:
-        (A,) = self._A
+        A = self.A
         r = self.measurement.residual(x0)
         if self.measurement.std == 0:
             return A.pinv(r) / check.expand(variance, x0)
         return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.std**2))
 
 
-class MMPS(_Posterior):
+class MMPS(_LinearPosterior):
     r"""Moment matching: p(x₀ | x_t) is taken to be Gaussian with the covariance that the denoiser itself implies.
 
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T (A V A^T + \mathrm{std}^2)^{-1} (y - A D), \qquad
@@ -178,7 +189,6 @@ class MMPS(_Posterior):
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement, iterations: int = 5) -> None:
         super().__init__(model, measurement)
-        self._A = (measurement.linear,)
         measurement.noisy(type(self).__name__)
         self.iterations = check.integer("iterations", iterations, least=1)
 
@@ -187,7 +197,7 @@ class MMPS(_Posterior):
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
         gain = _tweedie(self.sde, t, x)
-        (A,) = self._A
+        A = self.A
 
         def spread(u: Tensor) -> Tensor:
             """V Aᵀ u; V is symmetric for a true posterior."""
@@ -197,7 +207,7 @@ class MMPS(_Posterior):
         return graph.release(graph.x0 + spread(self._solve(self.measurement.residual(graph.x0), spread)))
 
     def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
-        (A,) = self._A
+        A = self.A
         variance = self.measurement.std**2
         return conjugate_gradients(lambda u: variance * u + A(spread(u)), r, self.iterations)
 
@@ -221,11 +231,11 @@ class TMPD(MMPS):
         super().__init__(model, measurement)
 
     def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
-        (A,) = self._A
+        A = self.A
         return r / (self.measurement.std**2 + A(spread(torch.ones_like(r))).clamp_min(0))
 
 
-class DDNM(_Posterior):
+class DDNM(_LinearPosterior):
     r"""The range of A from the measurement, its null space from the network; y is taken for exact.
 
     .. math:: D' = A^+ y + (I - A^+ A)\, D
@@ -238,17 +248,13 @@ class DDNM(_Posterior):
         | Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model (Wang et al., 2023), arXiv:2212.00490
     """
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
-        super().__init__(model, measurement)
-        self._A = (measurement.linear,)
-
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """The network's data prediction, made to agree with the measurement."""
         x0 = self.model.x0(x, t, **cond)
-        return x0 + self._A[0].pinv(self.measurement.residual(x0))
+        return x0 + self.A.pinv(self.measurement.residual(x0))
 
 
-class DiffPIR(_Posterior):
+class DiffPIR(_LinearPosterior):
     r"""Plug-and-play: the data prediction is moved to the nearest state that fits the measurement.
 
     .. math:: D' = \arg\min_z \lVert y - A z\rVert^2 + \kappa\lVert z - D\rVert^2
@@ -269,12 +275,11 @@ class DiffPIR(_Posterior):
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement, weight: float = 1.0) -> None:
         super().__init__(model, measurement)
-        self._A = (measurement.linear,)
         self.weight = check.number("weight", weight, above=0)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """The proximal point of the data prediction."""
-        (A,) = self._A
+        A = self.A
         x0 = self.model.x0(x, t, **cond)
         r = self.measurement.residual(x0)
         if self.measurement.std == 0:

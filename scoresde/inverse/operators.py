@@ -43,8 +43,14 @@ class Operator(nn.Module):
         self.out = self._ask() if out is None else tuple(check.integer("out", n, least=1) for n in out)
 
     def _ask(self) -> tuple[int, ...]:
-        with torch.no_grad():
-            seen = self._apply_to(torch.zeros(1, *self.event))
+        try:
+            with torch.no_grad():
+                seen = self._apply_to(torch.zeros(1, *self.event))
+        except RuntimeError as error:
+            raise ValueError(
+                f"`forward` failed on a float32 state of zeros on the CPU ({error}); let it follow its input, as in "
+                f"x @ M.to(x), or give `out`, the shape of what it returns."
+            ) from error
         if not isinstance(seen, Tensor) or seen.ndim == 0 or len(seen) != 1:
             raise ValueError(
                 "`forward` must map (B, *event) to (B, *out); of one zero state it did not return one row."

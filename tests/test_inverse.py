@@ -20,6 +20,8 @@ from scoresde.inverse import (
     Blur,
     DiffPIR,
     Downsample,
+    FourierMask,
+    Grey,
     Linear,
     Mask,
     Matrix,
@@ -402,6 +404,37 @@ def test_every_method_is_finite_on_every_process(sde: ss.SDE) -> None:
         twisted_smc(prior, seen, (8, 4), 6, seed=0).x,
     ):
         assert x.shape[1:] == (4,) and x.isfinite().all() and float(x.abs().max()) < 50
+
+
+@pytest.mark.parametrize("op", [Grey, Downsample, Blur, FourierMask, Mask], ids=lambda op: op.__name__)
+def test_pictures_keep_their_axes(op: Any) -> None:
+    event = (3, 4, 4)
+    operator: Linear = {
+        Grey: lambda: Grey(event),
+        Downsample: lambda: Downsample(2, event),
+        Blur: lambda: Blur(torch.full((3, 3), 1 / 9), event),
+        FourierMask: lambda: FourierMask(rand(4, 4) > 0, event),
+        Mask: lambda: Mask(rand(4, 4) > 0, event),
+    }[op]()
+    prior = ss.GaussianMixture(VP, 0.3 * rand(1, *event), std=0.8)
+    y = operator(prior.sample(1, seed=0))
+    seen = Measurement(operator, y + 0.2 * rand(*y.shape), 0.2)
+    exact, x = posterior(prior, seen), prior.sample(3, 0.4, seed=1)
+    t = torch.tensor([0.2, 0.4, 0.8], dtype=F64)
+    for time in (0.4, t):
+        torch.testing.assert_close(MMPS(prior, seen, 10).x0(x, time), exact.x0(x, time), rtol=1e-7, atol=1e-7)
+        # Isotropic about any mean: D carries the mean.
+        ours = PiGDM(prior, seen, data_std=0.8).x0(x, time)
+        torch.testing.assert_close(ours, exact.x0(x, time), rtol=1e-7, atol=1e-7)
+        for make in (DPS, TMPD, DDNM, DiffPIR):
+            assert make(prior, seen).x0(x, time).shape == x.shape
+    for out in (
+        ddrm(prior, seen, (2, *event), 4, seed=0),
+        daps(prior, seen, (2, *event), 3, steps=2, seed=0),
+        red_diff(prior, seen, (2, *event), 4, seed=0),
+        twisted_smc(prior, seen, (4, *event), 4, seed=0).x,
+    ):
+        assert out.shape[1:] == event and out.isfinite().all()
 
 
 def test_errors_name_what_is_wrong() -> None:

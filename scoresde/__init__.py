@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, pairs, training, verify
+from scoresde import adapters, data, grids, guidance, inverse, metrics, pairs, training, verify
 from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
@@ -13,6 +13,7 @@ from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.guidance import ClassifierFree
 from scoresde.langevin import AnnealedLangevin, LangevinCorrector
 from scoresde.latent import interpolate, slerp
 from scoresde.likelihood import log_prob, sample_with_log_prob
@@ -101,6 +102,7 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",
+    "ClassifierFree",
     "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
@@ -161,7 +163,9 @@ __all__ = [
     "elbo",
     "encode",
     "grids",
+    "guidance",
     "interpolate",
+    "inverse",
     "karras",
     "log_prob",
     "mean_squared_score",

@@ -43,6 +43,7 @@ class Options:
     samples: int = 300
     calls: int = 20
     draws: int = 64
+    latents: int = 64
     held_out: int = 500
     seed: int = 0
     out: Path = Path(__file__).parent / "out"
@@ -125,7 +126,7 @@ def bounds(vae: ss.nn.VAE, scale: ss.Standardize, model: ss.Denoiser, x: Tensor,
     log_p = latent_bound(model, scale(z), options.draws, noise.fork(2)) + scale.log_det(z)
     return {
         "VAE": vae.elbo(x, noise).elbo,
-        "VAE, 64 latents": vae.importance_bound(x, 64, noise),
+        f"VAE, {options.latents} latents": vae.importance_bound(x, options.latents, noise),
         "VAE + diffusion": vae.likelihood(z).log_prob(x) + log_p + entropy,
     }
 
@@ -186,7 +187,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="seconds, for CI: the samples are no good")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(vae_steps=20, steps=20, batch=32, samples=40, calls=5, draws=4, held_out=40)
+        given.update(vae_steps=20, steps=20, batch=32, samples=40, calls=5, draws=4, latents=4, held_out=40)
     return Options(**given)
 
 

@@ -47,6 +47,7 @@ class Options:
     recipe: str = "vp"
     width: int = 64
     multipliers: str = "1,2,2"
+    attention: str = "1"
     blocks: int = 2
     dropout: float = 0.0
 
@@ -145,7 +146,7 @@ def load(options: Options) -> tuple[Any, tuple[int, ...], float, int | None]:
         folder = Folder(options.data, options.size, options.channels, options.conditional)
         some = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:256]
         x = torch.stack([folder[int(k)]["x"] for k in some])
-        return folder, tuple(x.shape[1:]), ss.data.check_scale(x), len(folder.classes) or None
+        return folder, tuple(x.shape[1:]), deviation(x, options), len(folder.classes) or None
     data = read(options.data)
     x = scaled(data["x"])
     x = x[:, None] if x.ndim == 3 else x
@@ -157,7 +158,16 @@ def load(options: Options) -> tuple[Any, tuple[int, ...], float, int | None]:
             raise ValueError(f"`conditional` needs labels: give `labels`, a file, or put 'label' into {options.data}.")
         out["label"] = data["label"].long()
         classes = int(out["label"].max()) + 1
-    return out, tuple(x.shape[1:]), ss.data.check_scale(x), classes
+    return out, tuple(x.shape[1:]), deviation(x, options), classes
+
+
+def deviation(x: Tensor, options: Options) -> float:
+    """Standard deviation of data; warns if it is far from 1, unless the recipe scales the network by it."""
+    return float(x.std()) if options.recipe == "edm" else ss.data.check_scale(x)
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",") if n]
 
 
 def network(event: tuple[int, ...], classes: int | None, options: Options) -> nn.Module:
@@ -166,7 +176,8 @@ def network(event: tuple[int, ...], classes: int | None, options: Options) -> nn
     return ss.nn.UNet(
         event[0],
         width=options.width,
-        multipliers=[int(m) for m in options.multipliers.split(",")],
+        multipliers=numbers(options.multipliers),
+        attention=numbers(options.attention),
         blocks=options.blocks,
         classes=classes,
         dropout=options.dropout,

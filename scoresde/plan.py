@@ -150,7 +150,10 @@ class Plan:
         )
 
     def folded(self) -> Plan:
-        """The same plan without rows that are not evaluated and are read once: their reader reads what they read."""
+        """The same plan without rows that are not evaluated and are read once: their reader reads what they read.
+
+        A node stays unless what reads it adds noise to it and no more, as on a grid that goes up and down.
+        """
         rows: list[Row | None] = list(self.rows)
         readers: dict[int, list[int]] = {}
         for r, row in enumerate(self.rows):
@@ -162,6 +165,8 @@ class Plan:
                 continue
             outer = rows[by[0]]
             assert outer is not None
+            if inner.node is not None and outer.d:  # a corrected state, which hooks and trajectories ask for
+                continue
             w = dict(outer.x)[k]
             rows[by[0]] = replace(
                 outer,

@@ -11,7 +11,8 @@ with numbers (N, C, height, width), (N, height, width) or (N, D); bytes are scal
 are. Labels are integers in a file of their own, or beside "x" as "label".
 
 Checkpoints, pictures of samples and `weights.safetensors`, the averaged network, go to `--out`. Killed at any time, the
-same command goes on from the last checkpoint, on any number of steps: `--steps` counts from the beginning of the run.
+same command goes on from the last checkpoint; `--steps` counts from the beginning of the run. The weights are those of
+a denoiser: `model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))`.
 """
 
 from __future__ import annotations

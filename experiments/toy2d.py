@@ -116,7 +116,9 @@ def main(options: Options) -> Path:
             model = train(data, sde, predicts, options, f"{data_name}, {name}")
             out = ss.solve(model, (options.samples, 2), nfe=options.calls, seed=options.seed, save_at="all")
             d = metrics.compare(METRIC, out.x, fresh, n_permutations=options.permutations)
-            table.append(f"{data_name:14} {name:16} {d.value:9.4f} {d.floor:7.4f} {d.floor_high:7.4f} {d.p_value:6.2f}")
+            told = metrics.c2st(out.x, fresh, steps=options.judge)
+            numbers = f"{d.value:9.4f} {d.floor:7.4f} {d.floor_high:7.4f} {d.p_value:6.2f} {told:6.3f}"
+            table.append(f"{data_name:14} {name:16} {numbers}")
             paths = torch.stack([*out.trajectory.values()])
             results.append(Result(f"{data_name}\n{name}", fresh, model, out.x, paths, d))
     text = "\n".join(table)

@@ -9,7 +9,7 @@ standardised, and takes the place of the VAE's prior N(0, I):
     log p(x) ≥ E_q[log p(x | z)] + E_q[log p_diffusion(z)] + H(q(z | x)),
 
 where log p_diffusion is replaced by its own bound in continuous time. Three bounds on held-out digits are written, in
-nats: the VAE's, its importance-weighted one with 64 latents, and that with diffusion. Samples of both are decoded and
+nats: the VAE's, its importance-weighted one with 32 latents, and that with diffusion. Samples of both are decoded and
 judged as in quickstart.py, beside held-out digits and their reconstructions.
 """
 
@@ -33,18 +33,18 @@ import scoresde as ss
 class Options:
     """What can be set from the command line."""
 
-    vae_steps: int = 3000
-    steps: int = 5000
-    batch: int = 128
+    vae_steps: int = 1000
+    steps: int = 1200
+    batch: int = 64
     rate: float = 2e-3
     std: float = 0.25
     latent: int = 2
-    width: int = 24
+    width: int = 16
     samples: int = 300
     calls: int = 20
-    draws: int = 64
-    latents: int = 64
-    held_out: int = 500
+    draws: int = 32
+    latents: int = 32
+    held_out: int = 250
     seed: int = 0
     out: Path = Path(__file__).parent / "out"
 
@@ -71,7 +71,7 @@ def fit(loss: Callable[[Tensor], Tensor], module: nn.Module, data: Tensor, steps
 def train(images: Tensor, options: Options) -> tuple[ss.nn.VAE, ss.Standardize, ss.Denoiser]:
     """The autoencoder, the scale of its latents, and the diffusion model of the latents on that scale."""
     torch.manual_seed(options.seed)
-    vae = ss.nn.VAE(1, options.latent, width=options.width, std=options.std, seed=options.seed)
+    vae = ss.nn.VAE(1, options.latent, width=options.width, blocks=1, std=options.std, seed=options.seed)
     fit(lambda x: -vae(x).elbo.mean() / x[0].numel(), vae, images, options.vae_steps, options, "VAE")
     with torch.no_grad():
         q = vae.encode(images)

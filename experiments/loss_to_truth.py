@@ -10,6 +10,11 @@ same data and noise, beside the error of the score relative to the score.
 
 Then both are sampled with the same starts. The sliced Wasserstein-2 distance to fresh data stands beside that of the
 exact score's samples and beside the floor, what two sets of data differ by.
+
+Measured with --steps 1500 --data 50000 --points 1500 --permutations 20: the squared error of the score is 0.5 % of the
+score's square at λ = 0, 16 % at λ = 2 and 87 % at λ = 4, where the exact loss is 0.94 and the network's 0.99; the excess
+of the loss agrees with the error to 0.003. Samples at 10, 20 and 50 calls are 0.0311, 0.0301 and 0.0297 from data, the
+exact score's 0.0294, the floor is 0.030: this distance does not see what the network has yet to learn at small noise.
 """
 
 from __future__ import annotations
@@ -86,7 +91,8 @@ def train(exact: ss.GaussianMixture, options: Options) -> tuple[ss.Denoiser, dic
     data = exact.sample(options.data, seed=options.seed, dtype=torch.float32)
     scale = ss.Preconditioning(float(data.std()))
     net = ss.nn.MLP(32, hidden=options.hidden, depth=options.depth, seed=options.seed)
-    loss = ss.DSM(ss.Denoiser(net, exact.sde, predicts="F", precondition=scale))
+    model = ss.Denoiser(net, exact.sde, predicts="F", precondition=scale)
+    loss = ss.DSM(model, times=ss.training.times.LogNormalSigma(-1.6, 1.6))  # λ = 1.6 ± 1.6, where there is most to learn
     course: dict[int, list[Level]] = {}
     trainer = ss.Trainer(
         loss,
@@ -100,7 +106,6 @@ def train(exact: ss.GaussianMixture, options: Options) -> tuple[ss.Denoiser, dic
         seed=options.seed,
     )
     trainer.fit(options.steps)
-    model = trainer.model
     model.load_state_dict(trainer.ema.weights)
     return model.eval(), course
 

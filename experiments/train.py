@@ -202,7 +202,7 @@ def make(options: Options) -> ss.Trainer:
     return ss.Trainer(
         loss,
         data,
-        torch.optim.AdamW(loss.parameters(), options.rate, weight_decay=0.0),
+        torch.optim.Adam(loss.parameters(), options.rate),
         batch=options.batch,
         accumulate=options.accumulate,
         ema=options.ema,

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde import policy
 from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
+from scoresde.policy import Transition
 from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import DPMSolverPP, VelocityAB
 
@@ -38,6 +40,7 @@ class Solution:
         trajectory: States at the times that were asked for, on the device that was asked for, by time.
         plan: The table that was run.
         seed: The seed of its noise.
+        transitions: The Gaussian transition of every row after the start, if they were asked for.
     """
 
     x: Tensor
@@ -46,6 +49,7 @@ class Solution:
     trajectory: dict[float, Tensor] = field(repr=False)
     plan: Plan = field(repr=False)
     seed: int | tuple[int, ...] | None
+    transitions: tuple[Transition, ...] = field(default=(), repr=False)
 
 
 def sample(
@@ -94,6 +98,7 @@ def solve(
     save_device: torch.device | str = "cpu",
     grad: str = "off",
     overwrite: bool = False,
+    transitions: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **cond: Any,
@@ -120,6 +125,8 @@ def solve(
             of one, at the price of a second pass.
         overwrite: Make states in the memory of those they replace, see :func:`scoresde.plan.run`: for networks that
             keep no reference to their input.
+        transitions: Keep mean, standard deviation and log-density of every step, see
+            :func:`scoresde.policy.transitions`; with ``grad="full"`` they carry gradients to the network.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
@@ -139,20 +146,32 @@ def solve(
         bar.update(step)
 
     watched = wanted is not None or callback is not None or bool(progress)
+    if transitions and (watched or hook is not None or grad == "checkpoint"):
+        raise ValueError(
+            "`transitions` has every state of the run; drop `hook`, `callback`, `save_at` and `progress`, and "
+            "`grad`='checkpoint'."
+        )
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        x = run(
-            plan,
-            _denoise(model, cond, grad),
-            _start(model, shape_or_x, plan, noise, data_std, dtype, device),
-            noise.fork(_ROWS) if plan.stochastic else None,
-            hook=hook,
-            callback=seen if watched else None,
-            overwrite=overwrite,
-        )
+        begin = (model, shape_or_x, plan, noise, data_std, dtype, device)
+        draws = noise.fork(_ROWS) if plan.stochastic else None
+        made: tuple[Transition, ...] = ()
+        if transitions:
+            made = tuple(policy.transitions(plan, model, _start(*begin), draws, **cond))
+            x = made[-1].x
+        else:
+            x = run(
+                plan,
+                _denoise(model, cond, grad),
+                _start(*begin),  # here, so that nothing but the run holds it
+                draws,
+                hook=hook,
+                callback=seen if watched else None,
+                overwrite=overwrite,
+            )
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
-    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
+    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
 
 
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:

@@ -11,6 +11,11 @@ standardised, and takes the place of the VAE's prior N(0, I):
 where log p_diffusion is replaced by its own bound in continuous time. Three bounds on held-out digits are written, in
 nats: the VAE's, its importance-weighted one with 32 latents, and that with diffusion. Samples of both are decoded and
 judged as in quickstart.py, beside held-out digits and their reconstructions.
+
+Measured, in 2.5 minutes of one busy core: the bounds are −10.1, −5.7 and −8.1 nats, diffusion gaining 2.0 ± 0.6 over
+the VAE's prior. The classes of decoded samples are 0.067 off their shares with diffusion and 0.206 without; sliced W2
+to held-out digits is 0.107 and 0.126, for real digits 0.074. A classifier of its own tells all three, the reconstructions
+as well, from real digits (C2ST 0.96, 0.90 and 0.89).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ judged as in quickstart.py, beside held-out digits and their reconstructions.
 
 Measured, in 2.5 minutes of one busy core: the bounds are −10.1, −5.7 and −8.1 nats, diffusion gaining 2.0 ± 0.6 over
 the VAE's prior. The classes of decoded samples are 0.067 off their shares with diffusion and 0.206 without; sliced W2
-to held-out digits is 0.107 and 0.126, for real digits 0.074. A classifier of its own tells all three, the reconstructions
+to held-out digits is 0.107 and 0.126, for real digits 0.074. A classifier of its own tells all three, reconstructions
 as well, from real digits (C2ST 0.96, 0.90 and 0.89).
 """
 

@@ -92,9 +92,8 @@ def train(exact: ss.GaussianMixture, options: Options) -> tuple[ss.Denoiser, dic
     scale = ss.Preconditioning(float(data.std()))
     net = ss.nn.MLP(32, hidden=options.hidden, depth=options.depth, seed=options.seed)
     model = ss.Denoiser(net, exact.sde, predicts="F", precondition=scale)
-    loss = ss.DSM(
-        model, times=ss.training.times.LogNormalSigma(-1.6, 1.6)
-    )  # λ = 1.6 ± 1.6, where there is most to learn
+    most = ss.training.times.LogNormalSigma(-1.2, 1.6)  # noise levels at which there is most to learn
+    loss = ss.DSM(model, times=most)
     course: dict[int, list[Level]] = {}
     trainer = ss.Trainer(
         loss,

@@ -10,8 +10,11 @@ from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.langevin import AnnealedLangevin, LangevinCorrector
+from scoresde.latent import interpolate, slerp
+from scoresde.likelihood import log_prob, sample_with_log_prob
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
@@ -143,17 +146,27 @@ __all__ = [
     "adapters",
     "analytic_first_step",
     "betas",
+    "bits_per_dim",
     "check_denoiser",
     "data",
     "decode",
+    "denoiser_error",
+    "dequantize",
+    "dequantized_bits",
+    "elbo",
     "encode",
     "grids",
+    "interpolate",
     "karras",
+    "log_prob",
     "mean_squared_score",
     "metrics",
     "nn",
+    "path_kl",
     "sample",
     "sample_learned_variance",
+    "sample_with_log_prob",
+    "slerp",
     "solve",
     "training",
     "transitions",

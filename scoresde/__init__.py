@@ -7,6 +7,7 @@ from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
@@ -68,6 +69,7 @@ __all__ = [
     "Empirical",
     "Euler",
     "Flow",
+    "Gaussian",
     "GaussianMixture",
     "Heun",
     "Midpoint",

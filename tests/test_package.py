@@ -71,8 +71,8 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks noise sde discrete denoiser mixture diagnose grids data adapters metrics quadrature plan tape solvers "
-    "sampling verify"
+    "_checks noise sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan tape "
+    "solvers sampling verify"
 ).split()
 OF_THEIR_OWN = {"data": {"_checks", "noise"}, "metrics": {"_checks", "noise"}}  # know nothing of diffusion
 

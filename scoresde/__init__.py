@@ -7,6 +7,7 @@ from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.fit import fit
 from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.mixture import Empirical, GaussianMixture
@@ -97,6 +98,7 @@ __all__ = [
     "data",
     "decode",
     "encode",
+    "fit",
     "grids",
     "karras",
     "metrics",

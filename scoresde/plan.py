@@ -62,12 +62,14 @@ class Plan:
         name: The rule that wrote it.
         order: The order of convergence that rule declares.
         sde: ``repr`` of the process it was written for.
+        meta: Where it comes from, if it was fitted: numbers and strings, saved with it.
     """
 
     rows: tuple[Row, ...]
     name: str = ""
     order: int | None = None
     sde: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
     _last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
     _program: tuple[_Line, ...] = field(init=False, repr=False, compare=False)
 
@@ -192,6 +194,7 @@ class Plan:
                 }
                 for row in self.rows
             ],
+            **({"meta": dict(self.meta)} if self.meta else {}),
         }
 
     @classmethod
@@ -210,7 +213,7 @@ class Plan:
             )
             for row in table["rows"]
         ]
-        return cls(tuple(rows), table["name"], table["order"], table["sde"])
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
         """Write the table to a small JSON file."""

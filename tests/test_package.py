@@ -72,7 +72,7 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 
 ORDER = (
     "_checks noise sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan tape "
-    "solvers sampling verify"
+    "solvers sampling unrolled fit verify"
 ).split()
 OF_THEIR_OWN = {"data": {"_checks", "noise"}, "metrics": {"_checks", "noise"}}  # know nothing of diffusion
 

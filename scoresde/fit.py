@@ -11,7 +11,8 @@ n(n + 3)/2 numbers, which some dozens of trajectories tell. Others that were hel
 
 The loss is robust. With e the distance of a sample from where the teacher brings it,
 
-.. math:: \tfrac12 \operatorname{mean} \log(e^2 + \delta^2), \qquad \delta = \mathrm{robust}\cdot\operatorname{median} e,
+.. math:: \tfrac12 \operatorname{mean} \log(e^2 + \delta^2), \qquad
+          \delta = \mathrm{robust}\cdot\operatorname{median} e,
 
 δ being renewed from round to round: samples that two basins tear apart do not rule the others, and samples that happen
 to be right do not make it rough.

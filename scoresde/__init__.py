@@ -1,13 +1,16 @@
 """Score-SDE solvers: processes, denoisers, and every sampler as one table of numbers."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, verify
+from scoresde import adapters, data, grids, metrics, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
-from scoresde.fit import fit
+from scoresde.fitting import fit
 from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.mixture import Empirical, GaussianMixture
@@ -15,6 +18,7 @@ from scoresde.noise import Noise
 from scoresde.plan import Plan, Row
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
+from scoresde.solvers.ancestral import Ancestral, Restart
 from scoresde.solvers.catalogue import (
     DDIM,
     DEIS,
@@ -41,13 +45,40 @@ from scoresde.solvers.catalogue import (
 )
 from scoresde.solvers.combinations import PNDM
 from scoresde.solvers.statistics import Statistics
+from scoresde.solvers.stochastic import (
+    DDPM,
+    DPMPPSDE,
+    ERSDE,
+    SEEDS,
+    ConsistencySampling,
+    DPM2Ancestral,
+    DPMPP2SAncestral,
+    EDMStochastic,
+    EulerAncestral,
+    EulerMaruyama,
+    ReverseDiffusion,
+    SASolver,
+    SDEDPMSolver,
+    SDEDPMSolverPP,
+    StochasticHeun,
+)
 from scoresde.tape import Tape
+from scoresde.training import DSM, EMA, Trainer
+from scoresde.variances import mean_squared_score, sample_learned_variance
+
+if TYPE_CHECKING:
+    from scoresde import nn
 
 __all__ = [
     "DDIM",
+    "DDPM",
     "DEIS",
     "DPM2",
+    "DPMPPSDE",
+    "DSM",
     "EDM",
+    "EMA",
+    "ERSDE",
     "ETDRK4",
     "IPNDM",
     "LMS",
@@ -55,20 +86,28 @@ __all__ = [
     "PNDM",
     "RES",
     "SDE",
+    "SEEDS",
     "VE",
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Ancestral",
+    "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
+    "DPM2Ancestral",
+    "DPMPP2SAncestral",
     "DPMSolver",
     "DPMSolverPP",
     "DPMSolverV3",
     "Denoiser",
     "Discrete",
     "EDMHeun",
+    "EDMStochastic",
     "Empirical",
     "Euler",
+    "EulerAncestral",
+    "EulerMaruyama",
     "Flow",
     "Gaussian",
     "GaussianMixture",
@@ -79,15 +118,22 @@ __all__ = [
     "Polynomial",
     "Preconditioning",
     "Rescheduled",
+    "Restart",
     "Reverse",
+    "ReverseDiffusion",
     "Row",
     "RungeKutta4",
+    "SASolver",
+    "SDEDPMSolver",
+    "SDEDPMSolverPP",
     "Shifted",
     "Solution",
     "Standardize",
     "Statistics",
+    "StochasticHeun",
     "SubVP",
     "Tape",
+    "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",
@@ -101,12 +147,23 @@ __all__ = [
     "fit",
     "grids",
     "karras",
+    "mean_squared_score",
     "metrics",
+    "nn",
     "sample",
+    "sample_learned_variance",
     "solve",
+    "training",
     "uniform_lam",
     "uniform_t",
     "verify",
     "with_corrector",
     "zero_terminal_snr",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Networks are loaded when they are first asked for: sampling needs none of them."""
+    if name == "nn":
+        return importlib.import_module("scoresde.nn")
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")

@@ -67,6 +67,8 @@ class Noise:
             ``noise.seed`` then tells.
         offset: Global index of the first row.
         indices: Global index of each row, instead of `offset`.
+        path: Give the stochastic legs of a plan increments of one Brownian path a sample, whatever the number of
+            steps, instead of fresh normals; see :mod:`scoresde.paths` for what that costs.
 
     Example:
         >>> import torch
@@ -78,6 +80,7 @@ class Noise:
     seed: int | tuple[int, ...] | None = None
     offset: int = 0
     indices: tuple[int, ...] | None = field(default=None, repr=False)
+    path: bool = False
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Noise:
         *,
         offset: int = 0,
         indices: Sequence[int] | Tensor | None = None,
+        path: bool = False,
     ) -> None:
         if seed is None:
             seed = secrets.randbits(63)
@@ -106,6 +110,7 @@ class Noise:
         object.__setattr__(self, "seed", tuple(int(s) for s in seed) if isinstance(seed, Sequence) else int(seed))
         object.__setattr__(self, "offset", int(offset))
         object.__setattr__(self, "indices", None if indices is None else tuple(int(i) for i in indices))
+        object.__setattr__(self, "path", bool(path))
 
     def fork(self, stream: int) -> Noise:
         """An independent source with the same rows: for probes, data or paths beside the sampler's own draws.
@@ -114,12 +119,12 @@ class Noise:
             stream: Any integer in [0, 2⁶⁴); equal numbers give equal sources.
         """
         _word("stream", stream, 64)
-        seeds = (self.seed,) if isinstance(self.seed, int) else (self.seed or ())
-        keys = tuple(_mix(s, stream) for s in seeds)
+        keys = _mix((self.seed,) if isinstance(self.seed, int) else (self.seed or ()), stream)
         return Noise(
             keys[0] if isinstance(self.seed, int) else keys,
             offset=self.offset,
             indices=self.indices,
+            path=self.path,
         )
 
     def __getitem__(self, rows: Sequence[int] | Tensor | slice) -> Noise:
@@ -135,15 +140,15 @@ class Noise:
         for row in rows:
             check.integer("rows", row)
         if isinstance(self.seed, tuple):
-            return Noise([self.seed[r] for r in rows])
+            return Noise([self.seed[r] for r in rows], path=self.path)
         if self.indices is not None:
-            return Noise(self.seed, indices=[self.indices[r] for r in rows])
-        return Noise(self.seed, indices=[self.offset + r for r in rows])
+            return Noise(self.seed, indices=[self.indices[r] for r in rows], path=self.path)
+        return Noise(self.seed, indices=[self.offset + r for r in rows], path=self.path)
 
     def normal(
         self,
         shape: Sequence[int],
-        draw: int,
+        draw: int | Tensor,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -152,16 +157,39 @@ class Noise:
 
         Arguments:
             shape: (B, *event).
-            draw: Which draw, in [0, 2³²); each gives fresh numbers.
+            draw: Which draw, in [0, 2³²); each gives fresh numbers. One for each row as an int64 tensor (B,).
             dtype: float32 or float64, the same numbers to rounding.
             device: Where; the same numbers to float rounding everywhere.
         """
         return self._fill(_box_muller, shape, draw, dtype, device)
 
+    def normals(
+        self,
+        shape: Sequence[int],
+        draws: Tensor,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Several draws in one call, (L, B, *event): for states so small that a call costs more than its numbers.
+
+        Arguments:
+            shape: (B, *event).
+            draws: Which draws, int64, (L,) or (L, B).
+            dtype: float32 or float64.
+            device: Where.
+        """
+        rows, n = shape[0], math.prod(shape[1:])
+        k0, k1, i0, i1 = (w[None] for w in self._keys(rows, torch.device(device)))
+        block = torch.arange(-(-n // 4), device=device)[None, None]
+        draw = draws.to(device).reshape(len(draws), rows if draws.shape[1:] == (rows,) else 1, 1)
+        z = _numbers(_box_muller, (block, draw, i0, i1), (k0, k1), dtype)
+        return z[..., :n].expand(-1, rows, -1).reshape(len(draws), *shape)
+
     def uniform(
         self,
         shape: Sequence[int],
-        draw: int,
+        draw: int | Tensor,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -178,37 +206,38 @@ class Noise:
         self,
         words_to_numbers: _Transform,
         shape: Sequence[int],
-        draw: int,
+        draw: int | Tensor,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Tensor:
         if dtype not in check.FLOATS:
             raise TypeError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}; draw, then cast.")
-        _word("draw", draw, 32, "; `fork` gives further streams")
+        if not isinstance(draw, Tensor):
+            _word("draw", draw, 32, "; `fork` gives further streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:
             raise ValueError(f"`shape` must be (B, *event), got {shape!r}; a single number is shape (1,).")
         rows, *event = (check.integer("shape", size) for size in shape)
         n = math.prod(event)
         out = torch.empty((rows, n), dtype=dtype, device=device)
-        per_row = self._keys(rows, out.device)
+        per_row: tuple[Tensor, ...] = self._keys(rows, out.device)
         if out.numel() == 0:
             return out.reshape(tuple(shape))
         blocks = -(-n // 4)
-        words_draw = torch.full((1, 1), draw, dtype=torch.int64, device=device)
+        if isinstance(draw, Tensor):
+            per_row = (*per_row, draw.to(out.device).reshape(rows, 1))
+        else:
+            per_row = (*per_row, torch.full((1, 1), draw, dtype=torch.int64, device=device))
         at_once = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
         across = min(blocks, at_once)
         down = max(1, at_once // across)
         for r in range(0, rows, down):
             part = slice(r, min(r + down, rows))
-            k0, k1, i0, i1 = (w if len(w) == 1 else w[part] for w in per_row)
+            k0, k1, i0, i1, words_draw = (w if len(w) == 1 else w[part] for w in per_row)
             for b in range(0, blocks, across):
                 block = torch.arange(b, min(b + across, blocks), device=device)[None]
-                words = philox((block, words_draw, i0, i1), (k0, k1))
-                numbers = torch.empty((*words[0].shape[1:], 2, 2), dtype=dtype, device=device)
-                for i, pair in enumerate(words_to_numbers(*words, dtype)):
-                    numbers[..., i] = pair.movedim(0, -1)
+                numbers = _numbers(words_to_numbers, (block, words_draw, i0, i1), (k0, k1), dtype)
                 stop = min(4 * (b + block.shape[1]), n)
-                out[part, 4 * b : stop] = numbers.flatten(1)[:, : stop - 4 * b]
+                out[part, 4 * b : stop] = numbers[:, : stop - 4 * b]
         return out.reshape(tuple(shape))
 
     def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,6 +262,20 @@ class Noise:
         return lo[:, None], hi[:, None], (index & _MASK)[:, None], (index >> 32)[:, None]
 
 
+def _numbers(
+    words_to_numbers: _Transform,
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Four numbers of each counter, along its last axis."""
+    words = philox(counter, key)
+    numbers = torch.empty((*words[0].shape[1:], 2, 2), dtype=dtype, device=words[0].device)
+    for i, pair in enumerate(words_to_numbers(*words, dtype)):
+        numbers[..., i] = pair.movedim(0, -1)
+    return numbers.flatten(-3)
+
+
 def _word(name: str, value: int, bits: int, fix: str = "") -> None:
     if check.integer(name, value) >= 1 << bits:
         raise ValueError(f"`{name}` must lie in [0, 2**{bits}), got {value}{fix}.")
@@ -242,11 +285,12 @@ def _halves(seed: int) -> tuple[int, int]:
     return seed & _MASK, seed >> 32
 
 
-def _mix(seed: int, stream: int) -> int:
-    """A 64-bit seed for a stream of a seed: Philox once, with a counter that no draw uses."""
-    words = torch.tensor([*_halves(stream), _MASK, _MASK, *_halves(seed)], device="cpu")
-    even, odd = philox((words[0], words[1], words[2], words[3]), (words[4], words[5]))
-    return int(even[0]) | int(odd[0]) << 32
+def _mix(seeds: Sequence[int], stream: int) -> list[int]:
+    """A 64-bit seed for a stream of each seed: Philox once, with a counter that no draw uses."""
+    lo, hi = torch.tensor([_halves(seed) for seed in seeds], dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
+    counter = torch.tensor([*_halves(stream), _MASK, _MASK], device="cpu").reshape(4, 1).expand(4, len(lo))
+    even, odd = philox((counter[0], counter[1], counter[2], counter[3]), (lo, hi))
+    return [a | b << 32 for a, b in zip(even[0].tolist(), odd[0].tolist(), strict=True)]
 
 
 def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:

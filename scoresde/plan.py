@@ -23,6 +23,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.noise import Noise
+from scoresde.paths import PathNoise, Span
 
 Weight = float | Tensor
 Terms = tuple[tuple[int, Weight], ...]
@@ -62,6 +63,7 @@ class Plan:
         name: The rule that wrote it.
         order: The order of convergence that rule declares.
         sde: ``repr`` of the process it was written for.
+        spans: For each draw the stretch of a Brownian path that it stands for, or None where it is fresh noise.
         meta: Where it comes from, if it was fitted: numbers and strings, saved with it.
     """
 
@@ -69,6 +71,7 @@ class Plan:
     name: str = ""
     order: int | None = None
     sde: str = ""
+    spans: tuple[Span | None, ...] = field(default=(), repr=False)
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
     _last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
     _program: tuple[_Line, ...] = field(init=False, repr=False, compare=False)
@@ -141,7 +144,12 @@ class Plan:
         ]
         orders = [o for o in (self.order, other.order) if o is not None]
         name = self.name if self.name == other.name else f"{self.name} + {other.name}"
-        return Plan((*self.rows[:-1], joint, *tail), name, min(orders, default=None), self.sde)
+        fresh: tuple[Span | None, ...] = (None,) * (draws - len(self.spans))
+        laps = max((span.lap for span in self.spans if span), default=0)
+        spans = tuple(span and replace(span, lap=span.lap + laps) for span in other.spans)
+        return Plan(
+            (*self.rows[:-1], joint, *tail), name, min(orders, default=None), self.sde, (*self.spans, *fresh, *spans)
+        )
 
     def folded(self) -> Plan:
         """The same plan without rows that are not evaluated and are read once: their reader reads what they read."""
@@ -174,7 +182,7 @@ class Plan:
             for row in rows
             if row is not None
         ]
-        return Plan(tuple(moved), self.name, self.order, self.sde)
+        return Plan(tuple(moved), self.name, self.order, self.sde, self.spans)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings; :meth:`from_dict` gives the plan back to the bit."""
@@ -194,6 +202,7 @@ class Plan:
                 }
                 for row in self.rows
             ],
+            **({"spans": [span and span.to_list() for span in self.spans]} if any(self.spans) else {}),
             **({"meta": dict(self.meta)} if self.meta else {}),
         }
 
@@ -213,6 +222,8 @@ class Plan:
             )
             for row in table["rows"]
         ]
+        spans = tuple(span and Span(*span) for span in table.get("spans", ()))
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans)
         return cls(tuple(rows), table["name"], table["order"], table["sde"], meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
@@ -377,13 +388,14 @@ def _loop(
 ) -> Generator[Step, None, Tensor]:
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
+    source = PathNoise(noise, plan.spans) if plan.stochastic and noise is not None and noise.path else noise
     kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
     nfe = 0
     for r, line in enumerate(plan._program):
         if r:
             combine = _add_numbers if line.plain else _add_tensors
-            x = combine(line, kept, noise, x, overwrite and line.reuse)
+            x = combine(line, kept, source, x, overwrite and line.reuse)
             for k in line.drop:
                 kept[k] = None
         if hook is not None and line.node is not None:
@@ -453,7 +465,7 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
     return tuple(lines)
 
 
-def _add_numbers(line: _Line, kept: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_numbers(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
     terms, out = line.terms, None
     if terms:
@@ -474,7 +486,7 @@ def _add_numbers(line: _Line, kept: list[Any], noise: Noise | None, like: Tensor
     return out  # type: ignore[no-any-return]
 
 
-def _add_tensors(line: _Line, kept: list[Any], noise: Noise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_tensors(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """The same where a weight is a tensor: a number a sample, or one that requires grad."""
     out: Any = None
     for k, w in line.terms:

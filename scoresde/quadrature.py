@@ -161,25 +161,25 @@ TIME = Variable("t", lambda lam, t: t, uses_t=True)
 """The process' own time: DEIS tAB."""
 
 
-def transfer(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
+def transfer(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
     r"""Φ(s, t), the factor of x_s.
 
     .. math:: \Phi = \left(\frac{\alpha_s}{\alpha_t}\right)^{\eta^2}\left(\frac{N_t}{N_s}\right)^{1+\eta^2}
     """
     ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
-    if eta == 0:
+    if _is_zero(eta):
         return ratio
     silent = s.alpha == 0  # a power of 0 has no finite slope
     kept = torch.where(silent, t.alpha, s.alpha) / t.alpha
     return torch.where(silent, 0.0, kept ** (eta**2) * ratio ** (1 + eta**2))
 
 
-def spread(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
+def spread(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
     r"""Standard deviation of a leg's noise, :math:`\mathrm{std}^2 = 2\eta^2\int\sigma^2\,\Phi(\lambda,t)^2 d\lambda`.
 
     data: σ_t √(−expm1(−2η²h)); noise: η √((α_t σ_s/α_s)² − σ_t²); others by quadrature.
     """
-    if eta == 0:
+    if _is_zero(eta):
         return torch.zeros_like(t.sigma)
     h = t.lam - s.lam
     if prediction is DATA:
@@ -193,11 +193,21 @@ def spread(prediction: Prediction, eta: float, s: Point, t: Point) -> Tensor:
     return t.alpha * variance.sqrt()
 
 
-def _relative_transfer(prediction: Prediction, eta: float, lam: Tensor, lam_t: Tensor) -> Tensor:
+def _is_zero(eta: float | Tensor) -> bool:
+    """Whether η is the number 0; one that is a number a leg takes the general formulas, which have that limit."""
+    return not isinstance(eta, Tensor) and eta == 0
+
+
+def _gain(eta: float | Tensor) -> float | Tensor:
+    """1 + η², beside an axis of λ."""
+    return 1 + (eta[..., None] if isinstance(eta, Tensor) else eta) ** 2
+
+
+def _relative_transfer(prediction: Prediction, eta: float | Tensor, lam: Tensor, lam_t: Tensor) -> Tensor:
     """Φ(λ, t) α_λ/α_t, a function of λ alone; N is taken per unit of α."""
     one = torch.ones_like(lam)
     ratio = prediction.scale(one, (-lam).exp()) / prediction.scale(one, (-lam_t).exp())
-    return ratio ** (-(1 + eta**2))
+    return ratio ** (-_gain(eta))
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ class Point:
 def weights(
     prediction: Prediction,
     variable: Variable,
-    eta: float,
+    eta: float | Tensor,
     s: Point,
     t: Point,
     nodes: Point,
@@ -228,7 +238,7 @@ def weights(
     Arguments:
         prediction: What is interpolated.
         variable: In what.
-        eta: η of the leg.
+        eta: η of the legs, a number, or one for each of shape (R,), (R, 1) or (R, B).
         s: Where legs start, fields of shape (R,) or (R, B).
         t: Where they end.
         nodes: Where the prediction was evaluated, fields of shape (R, k) or (R, k, B).
@@ -256,7 +266,7 @@ def weights(
             return _lagrange(variable.of(lam, t.t[..., None]), u, batched)[..., 0] * kernel[..., 0].unsqueeze(1)
         a, b = prediction.clock(s.lam), prediction.clock(t.lam)
         # From α = 0 the kernel is as (c − a)^{η²}, no polynomial: let the nodes crowd there.
-        m = 1 if eta == 0 else 4
+        m = 1 if _is_zero(eta) else 4
         c = a[..., None] + (b - a)[..., None] * _NODES**m
         lam = prediction.lam_of_clock(c)
         kernel = _kernel(prediction, eta, lam, t) * (b - a)[..., None] / prediction.slope(c) * (m * _NODES ** (m - 1))
@@ -268,7 +278,7 @@ def weights(
     return exact + _moment_change(prediction, eta, s, t, nodes, lam, kernel, moments)
 
 
-def constant(prediction: Prediction, eta: float, s: Point, t: Point, nodes: Point, W: Tensor) -> Tensor:
+def constant(prediction: Prediction, eta: float | Tensor, s: Point, t: Point, nodes: Point, W: Tensor) -> Tensor:
     r"""What the offset adds to a leg, :math:`\int K B\,d\lambda - \sum_j W_j B_j`, on legs with finite ends."""
     assert prediction.offset is not None
     h = t.lam - s.lam
@@ -278,9 +288,9 @@ def constant(prediction: Prediction, eta: float, s: Point, t: Point, nodes: Poin
     return whole - (W * prediction.offset(nodes.lam)).sum(1)
 
 
-def _kernel(prediction: Prediction, eta: float, lam: Tensor, t: Point) -> Tensor:
+def _kernel(prediction: Prediction, eta: float | Tensor, lam: Tensor, t: Point) -> Tensor:
     one = torch.ones_like(lam)
-    factor = (1 + eta**2) / prediction.q(one, (-lam).exp())
+    factor = _gain(eta) / prediction.q(one, (-lam).exp())
     return t.alpha[..., None] * factor * _relative_transfer(prediction, eta, lam, t.lam[..., None])
 
 
@@ -299,7 +309,7 @@ def _lagrange(u: Tensor, nodes: Tensor, batched: bool) -> Tensor:
 
 def _moment_change(
     prediction: Prediction,
-    eta: float,
+    eta: float | Tensor,
     s: Point,
     t: Point,
     nodes: Point,

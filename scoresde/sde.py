@@ -649,6 +649,12 @@ class Polynomial(SDE):
     def _g2(self, t: Tensor) -> Tensor:
         return 2 * self.n / (1 - t) * self._sigma(t)
 
+    def _alpha_dot(self, t: Tensor) -> Tensor:
+        return -self.n * (1 - t) ** (self.n - 1)
+
+    def _sigma_dot(self, t: Tensor) -> Tensor:
+        return self.n * (1 - t) ** (self.n - 1)
+
     def _t_of_sigma(self, sigma: Tensor) -> Tensor:
         return -torch.expm1(torch.log1p(-sigma) / self.n)
 
@@ -785,13 +791,13 @@ class FromDrift(SDE):
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         node, weight = _legendre(t)
-        return t * (self.f_fn(t[..., None] * node) @ weight)
+        return t * (self.f_fn(t[..., None] * node) * weight).sum(-1)  # @ is half precision under autocast
 
     def _sigma(self, t: Tensor) -> Tensor:
         node, weight = _legendre(t)
         s = t[..., None] * node
         gain = 2 * (self._log_alpha(t)[..., None] - self._log_alpha(s))
-        return (t * ((self.g_fn(s) ** 2 * gain.exp()) @ weight)).sqrt()
+        return (t * (self.g_fn(s) ** 2 * gain.exp() * weight).sum(-1)).sqrt()
 
     def _f(self, t: Tensor) -> Tensor:
         return self.f_fn(t)
@@ -865,7 +871,8 @@ class Shifted(SDE):
 
     def _speed(self, t: Tensor) -> Tensor:
         """du/dt; where λ is infinite, at an end, its limit from just inside."""
-        s = self._inside(t).clamp_max((1 - 1e-7) * self.T)
+        inside = 4 * max(self.shift, 1.0) * torch.finfo(t.dtype).eps  # 1 − u is `shift` times smaller than 1 − t
+        s = self._inside(t).clamp_max((1 - max(inside, 1e-7)) * self.T)
         u = self._u(s)
         lam_dot = [self.base._g2(v) / self.base._sigma(v) ** 2 for v in (s, u)]
         return lam_dot[0] / lam_dot[1]

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scoresde.paths import Span
 from scoresde.plan import Plan, Row, Weight
-from scoresde.quadrature import DATA, LAM, Point, Prediction, Variable, constant, spread, transfer, weights
+from scoresde.quadrature import DATA, LAM, NOISE, Point, Prediction, Variable, constant, spread, transfer, weights
 from scoresde.sde import SDE
 
 
@@ -29,9 +31,20 @@ class _Move:
     nodes: tuple[int, ...]
     prediction: Prediction
     variable: Variable
-    eta: float
+    eta: Weight
     moments: tuple[str | float, ...] | None
     draws: tuple[tuple[int, float], ...]
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Leg:
+    """Which leg a draw is the noise of: its rows, κ of its path's clock exp(2κλ), and the lap."""
+
+    source: int
+    row: int
+    kappa: float
+    lap: int
 
 
 class Tape:
@@ -56,6 +69,9 @@ class Tape:
         self._rows: list[Row] = [Row(t, evaluates=evaluates, node=0, note="start")]
         self._moves: list[_Move] = []
         self._draws = 0
+        self._laps = 0
+        self._legs: dict[int, _Leg] = {}
+        self._drawn: dict[int, int] = {}
 
     def draw(self) -> int:
         """The number of a fresh normal."""
@@ -71,9 +87,10 @@ class Tape:
         evaluates: bool = True,
         prediction: Prediction = DATA,
         variable: Variable = LAM,
-        eta: float = 0.0,
+        eta: Weight = 0.0,
         moments: Sequence[str | float] | None = None,
         noise: Sequence[tuple[int, float]] | None = None,
+        through: Sequence[int] = (),
         node: int | None = None,
         note: str = "",
     ) -> int:
@@ -89,9 +106,11 @@ class Tape:
             prediction: What is interpolated; from α = 0, where noise says nothing, data instead of noise, and on legs
                 with η > 0 data instead of anything.
             variable: In what.
-            eta: η of the leg.
+            eta: η of the leg: a number, a float64 tensor (), or (B,) for one a sample.
             moments: See :func:`scoresde.quadrature.weights`.
             noise: (draw, factor) of normals that share the leg's standard deviation; a fresh one by default if η > 0.
+            through: Stages of this leg, in their order in time, whose normals are carried on to t: each stands for the
+                part of the leg that it ends, and a fresh one for the rest.
             node: Number of the grid time this settles.
             note: For the reader.
 
@@ -102,13 +121,16 @@ class Tape:
             raise ValueError("`nodes` must name at least one evaluated row, such as the leg's own start.")
         nodes = self._apart(nodes)
         last = _is_clean(self.sde, t)
-        if last and (eta > 0 or variable.infinite):
-            nodes, prediction, eta, noise = nodes[:1], DATA, 0.0, ()
-        if (prediction.silent or eta > 0) and _is_silent(self.sde, self._rows[source].t):
+        if last and (_noisy(eta) or variable.infinite):
+            nodes, prediction, eta, noise, through = nodes[:1], DATA, 0.0, (), ()
+        if (prediction.silent or _noisy(eta)) and _is_silent(self.sde, self._rows[source].t):
             prediction = DATA
-        if eta > 0 and noise is None:
-            noise = [(self.draw(), 1.0)]
+        if _noisy(eta) and noise is None:
+            noise = [*((self._drawn[k], 1.0) for k in through), (self.draw(), 1.0)]
         row = len(self._rows)
+        if noise:
+            self._drawn[row] = noise[-1][0]
+        self._place(noise or (), source, row, prediction, eta)
         self._rows.append(Row(t, evaluates=evaluates, node=node, note=note))
         self._moves.append(
             _Move(
@@ -120,9 +142,32 @@ class Tape:
                 eta,
                 None if moments is None or len(nodes) == 1 else tuple(moments),
                 tuple(noise or ()),
+                (*through, row) if through and _noisy(eta) else (),
             )
         )
         return row
+
+    def _place(
+        self, noise: Sequence[tuple[int, float]], source: int, row: int, prediction: Prediction, eta: Weight
+    ) -> None:
+        """Note which leg a fresh normal is the noise of: what the normals drawn before it leave of this one."""
+        for draw, _ in noise:
+            if draw in self._legs:
+                source = self._legs[draw].row
+            elif prediction in (DATA, NOISE) and not isinstance(eta, Tensor):
+                self._legs[draw] = _Leg(source, row, eta**2 if prediction is DATA else -1.0, self._laps)
+
+    def _spans(self, points: Point) -> tuple[Span | None, ...]:
+        """The legs of the draws, in the clocks of their paths."""
+        if not self._legs:
+            return ()
+        plain = points.t.ndim == 1 and not any(isinstance(row.t, Tensor) for row in self._rows)
+        spans: list[Span | None] = [None] * self._draws
+        for k, leg in self._legs.items():
+            ends = (2 * leg.kappa * points.lam[[leg.source, leg.row]]).exp().detach()
+            a, b = ends.tolist() if plain else ends
+            spans[k] = Span(a, b, f"exp({2 * leg.kappa!r} lam)", leg.lap)
+        return tuple(spans)
 
     def _apart(self, nodes: Sequence[int]) -> list[int]:
         kept: list[int] = []
@@ -131,8 +176,11 @@ class Tape:
                 kept.append(k)
         return kept
 
-    def diffuse(self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
-        """Go up to time t by the forward process, with fresh noise."""
+    def diffuse(
+        self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None, factor: float = 1.0
+    ) -> int:
+        """Go up to time t by the forward process, with fresh noise, `factor` times as much as belongs there."""
+        self._laps += 1
         s = self._rows[source].t
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         scale: Weight
@@ -141,7 +189,12 @@ class Tape:
         if not isinstance(s, Tensor) and not isinstance(t, Tensor):
             scale, std = float(scale), float(std)
         return self.append(
-            t, x=[(source, scale)], z=[(self.draw(), std)], evaluates=evaluates, node=node, note="forward noise"
+            t,
+            x=[(source, scale)],
+            z=[(self.draw(), factor * std)],
+            evaluates=evaluates,
+            node=node,
+            note="forward noise",
         )
 
     def append(
@@ -180,12 +233,13 @@ class Tape:
             if nodes != move.nodes:
                 move = replace(move, nodes=nodes, moments=None)
             ends = (finite[move.source], finite[move.row])
-            key = (move.prediction, move.variable, move.eta, move.moments, len(move.nodes), ends)
+            size = (len(move.nodes), len(move.draws), len(move.ends))
+            key = (move.prediction, move.variable, _noisy(move.eta), move.moments, size, ends)
             groups.setdefault(key, []).append(move)
         for moves in groups.values():
             for move, row in zip(moves, self._fill(moves, points), strict=True):
                 rows[move.row] = row
-        return Plan(tuple(rows), name, order, repr(self.sde)).folded()
+        return Plan(tuple(rows), name, order, repr(self.sde), self._spans(points)).folded()
 
     def _points(self) -> Point:
         """Time, λ, α and σ of every row, (R,) or (R, B)."""
@@ -202,31 +256,38 @@ class Tape:
         first = moves[0]
         source, target = (points[[getattr(m, name) for m in moves]] for name in ("source", "row"))
         nodes = points[torch.tensor([m.nodes for m in moves])]
+        eta = _together([m.eta for m in moves], source.t.ndim)
         W = weights(
             first.prediction,
             first.variable,
-            first.eta,
+            eta,
             source,
             target,
             nodes,
             self.sde._t_of_lam,
             first.moments,
         )
-        phi = transfer(first.prediction, first.eta, source, target)
-        std = spread(first.prediction, first.eta, source, target)
+        phi = transfer(first.prediction, eta, source, target)
+        if first.ends:
+            ends = [source, *(points[[m.ends[i] for m in moves]] for i in range(len(first.ends)))]
+            of = first.prediction
+            stds = [spread(of, eta, a, b) * transfer(of, eta, b, target) for a, b in pairwise(ends)]
+        else:
+            stds = [spread(first.prediction, eta, source, target)] * len(first.draws)
+        std = torch.stack(stds, 1) if stds else phi.new_zeros(len(moves), 0, *phi.shape[1:])
         of_d = W * first.prediction.q(nodes.alpha, nodes.sigma)
         of_x = W * first.prediction.p(nodes.alpha, nodes.sigma)
         if first.prediction is DATA:
             of_x = torch.zeros_like(of_x)
-        _check_finite(first, source, target, phi, std, of_x.sum(1), of_d.sum(1))
+        _check_finite(first, source, target, phi, std.sum(1), of_x.sum(1), of_d.sum(1))
         one = torch.zeros_like(phi)
         if first.prediction.offset is not None:
-            one = constant(first.prediction, first.eta, source, target, nodes, W)
-        plain = phi.ndim == 1 and not any(isinstance(self._rows[m.row].t, Tensor) for m in moves)
+            one = constant(first.prediction, eta, source, target, nodes, W)
+        plain = phi.ndim == 1 and not any(isinstance(w, Tensor) for m in moves for w in (self._rows[m.row].t, m.eta))
         if plain:
             columns = [v.tolist() for v in (phi, of_x, of_d, std, one)]
         else:
-            columns = [list(phi), [list(w) for w in of_x], [list(w) for w in of_d], list(std), list(one)]
+            columns = [list(phi), *([list(w) for w in v] for v in (of_x, of_d, std)), list(one)]
         return [
             self._row(
                 move, factor, list(zip(move.nodes, wx, strict=True)), list(zip(move.nodes, wd, strict=True)), s, c
@@ -234,12 +295,12 @@ class Tape:
             for move, factor, wx, wd, s, c in zip(moves, *columns, strict=True)
         ]
 
-    def _row(self, move: _Move, phi: Weight, of_x: list[Any], of_d: list[Any], std: Weight, one: Weight) -> Row:
+    def _row(self, move: _Move, phi: Weight, of_x: list[Any], of_d: list[Any], std: list[Any], one: Weight) -> Row:
         x: dict[int, Weight] = {move.source: phi}
         if move.prediction is not DATA:
             for k, w in of_x:
                 x[k] = x[k] + w if k in x else w
-        z = tuple((k, factor * std) for k, factor in move.draws)
+        z = tuple((k, factor * w) for (k, factor), w in zip(move.draws, std, strict=True))
         kept = tuple((k, w) for k, w in x.items() if bool((w.detach() != 0).any() if isinstance(w, Tensor) else w))
         constant_term = one if move.prediction.offset is not None else 0.0
         return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
@@ -251,6 +312,18 @@ def _close(a: Weight, b: Weight) -> bool:
         return math.isclose(a, b, rel_tol=1e-9)
     u, v = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (a, b))
     return bool(((u - v).abs() <= 1e-9 * v.abs()).any())
+
+
+def _noisy(eta: Weight) -> bool:
+    return isinstance(eta, Tensor) or eta > 0
+
+
+def _together(etas: list[Weight], ndim: int) -> Weight:
+    """One number for all legs, or a tensor of one for each."""
+    if not any(isinstance(eta, Tensor) for eta in etas) and len(set(etas)) == 1:
+        return etas[0]
+    eta = torch.stack(torch.broadcast_tensors(*(torch.as_tensor(e, dtype=torch.float64) for e in etas)))
+    return eta[:, None] if eta.ndim < ndim else eta
 
 
 def _finite(values: Tensor) -> list[bool]:
@@ -267,7 +340,7 @@ def _check_finite(move: _Move, s: Point, t: Point, *coefficients: Tensor) -> Non
             "it starts at σ = 0, where the flow has no speed; start at a positive time such as `sde.t_min`"
             if bool(s.sigma[i] == 0)
             else "noise cannot be added while solving towards noise; take eta = 0, or let the leg diffuse instead"
-            if move.eta > 0 and bool(t.t[i] > s.t[i])
+            if _noisy(move.eta) and bool(t.t[i] > s.t[i])
             else "with a grid a sample, let all samples start where α = 0 or end where σ = 0 together, or none of them"
             if s.t.ndim == 2
             else f"interpolation of {move.prediction} in {move.variable} has no limit there"

@@ -760,7 +760,7 @@ def deis_rhoab(
 ):
     """rhoAB-DEIS, Zhang & Chen arXiv:2204.13902, interpolating in rho: `degree` 0-3; = lms(order=degree + 1).
 
-    Written with the closed forms of the polynomial integrals. Public quadrature: left Riemann sum of 1e4 nodes (P06).
+    Written with the closed forms of the polynomial integrals. Public quadrature: left Riemann sum of 1e4 nodes.
     """
     p = _Path(t, alpha, sigma)
 
@@ -784,7 +784,7 @@ def deis_tab(
 
     By parts, int l drho = l(t_{i+1}) drho - int l'(tau) (rho(tau) - rho_i) dtau, 32 Gauss nodes: exact except on a leg
     ending where rho(t) is not smooth (VP at t = 0). Public codes use Riemann sums of 1e4 nodes, in diff-sampler N
-    nodes spaced (end - start) / (N - 1) with dtau = (end - start) / N (P06): relative errors near 1e-4, so their order
+    nodes spaced (end - start) / (N - 1) with dtau = (end - start) / N: relative errors near 1e-4, so their order
     stalls. Order degree + 1 with exact `start`, own start at most 2.
     """
     p = _Path(t, alpha, sigma)
@@ -925,7 +925,7 @@ def ipndm(D, x, t, alpha, sigma, *, order=4, start=None, denoise_last=False, tra
     """iPNDM, Zhang & Chen arXiv:2204.13902 (public DEIS and diff-sampler code): Adams-Bashforth with uniform
     coefficients, started at order 1, 2, 3; y += drho * sum_j b_j eps_j.
 
-    Nominal orders 3 and 4 are capped at 2 on any grid that is not uniform in rho (P06).
+    Nominal orders 3 and 4 are capped at 2 on any grid that is not uniform in rho.
     """
     p = _Path(t, alpha, sigma)
 
@@ -1311,7 +1311,7 @@ def dpmpp_3m_sde(
     """k-diffusion `sample_dpmpp_3m_sde` (start-up step: 2M "heun"). One normal per leg, none into sigma = 0.
 
     second_derivative=1 as published (half the second derivative, drift of order 2), 2 is right (order 3).
-    diffusers_sign=True: diffusers "sde-dpmsolver++", order 3, whose D2 weight has - 0.5 for + 0.5 (P01b): order 1.
+    diffusers_sign=True: diffusers "sde-dpmsolver++", order 3, whose D2 weight has - 0.5 for + 0.5: order 1.
     """
     p = _Path(t, alpha, sigma)
     noise = iter(z)

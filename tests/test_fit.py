@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde as ss
-from scoresde.fit import fit
+from scoresde.fitting import fit
 from scoresde.plan import run
 from scoresde.unrolled import unroll
 from scoresde.verify import point_mass_defect

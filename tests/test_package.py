@@ -71,10 +71,15 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks noise sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan tape "
-    "solvers sampling unrolled fit verify"
+    "_checks noise paths sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan "
+    "unrolled tape solvers sampling backends langevin adaptive_sde policy variances verify analysis parallel fitting "
+    "training nn"
 ).split()
-OF_THEIR_OWN = {"data": {"_checks", "noise"}, "metrics": {"_checks", "noise"}}  # know nothing of diffusion
+OF_THEIR_OWN = {  # know nothing of diffusion
+    "data": {"_checks", "noise"},
+    "metrics": {"_checks", "noise"},
+    "nn": {"_checks", "noise", "nn"},
+}
 
 
 def imported(source: str) -> Iterator[str]:

@@ -113,7 +113,7 @@ ORDERS = [
     Row(pub.dpm_solver_3, 2, {"r1": 0.4, "r2": 0.8, **TAYLOR}),
     Row(pub.dpm_solver_2m, 2),
     Row(pub.dpm_solver_2m, 2, TAYLOR),
-    Row(pub.dpm_solver_3m, 2, {}, 3),  # P01
+    Row(pub.dpm_solver_3m, 2, {}, 3),
     Row(pub.dpm_solver_3m, 3, {"second_derivative": 2}, 3),
     Row(pub.dpmpp_1, 1),
     Row(pub.dpmpp_2s, 2),
@@ -123,7 +123,7 @@ ORDERS = [
     Row(pub.dpmpp_3s, 2, {"r1": 0.4, "r2": 0.8}),
     Row(pub.dpmpp_2m, 2),
     Row(pub.dpmpp_2m, 2, TAYLOR),
-    Row(pub.dpmpp_3m, 2, {}, 3),  # P01
+    Row(pub.dpmpp_3m, 2, {}, 3),
     Row(pub.dpmpp_3m, 3, {"second_derivative": 2}, 3),
     *(
         Row(pub.unipc, p + 1, {"order": p, "variant": v, "prediction": q, **UNI}, p)
@@ -134,8 +134,8 @@ ORDERS = [
     Row(pub.unipc, 5, {"order": 4, **UNI}, 4),
     Row(pub.unipc, 2, {"order": 2, "corrector": False, **UNI}, 2),
     Row(pub.unipc, 3, {"order": 3, "corrector": False, **UNI}, 3),
-    Row(pub.unipc, 1, {"order": 2, "variant": "vary_coeff", "published_bug": True, **UNI}, 2),  # P02
-    Row(pub.unipc, 1, {"order": 3, "variant": "vary_coeff", "published_bug": True, **UNI}, 3),  # P02
+    Row(pub.unipc, 1, {"order": 2, "variant": "vary_coeff", "published_bug": True, **UNI}, 2),
+    Row(pub.unipc, 1, {"order": 3, "variant": "vary_coeff", "published_bug": True, **UNI}, 3),
     Row(pub.edm_heun, 2),
     Row(pub.edm_heun, 2, {"step": 2 / 3}),
     Row(pub.edm_heun, 3, {"step": 0.5}, mixture=2),
@@ -150,7 +150,7 @@ ORDERS = [
     Row(pub.pndm, 2, alternating=1),
     Row(pub.pndm, 2, {"order": 2}, alternating=1),
     Row(pub.plms, 2, alternating=1),
-    *(Row(pub.ipndm, 2, {"order": p}, alternating=1) for p in (2, 3, 4)),  # P06
+    *(Row(pub.ipndm, 2, {"order": p}, alternating=1) for p in (2, 3, 4)),
     Row(pub.ipndm_v, 2, {"order": 2}, 2),
     Row(pub.ipndm_v, 3, {"order": 3}, 3, alternating=2, slack=0.7),
     Row(pub.ipndm_v, 2, {"order": 4}, 4, alternating=None),
@@ -360,7 +360,7 @@ NOISY = [
     Noisy(pub.dpmpp_2m_sde, 2, {"eta": 0.5}),
     Noisy(pub.dpmpp_3m_sde, 2),
     Noisy(pub.dpmpp_3m_sde, 2, {"second_derivative": 2}),
-    Noisy(pub.dpmpp_3m_sde, 1, {"diffusers_sign": True}),  # P01b
+    Noisy(pub.dpmpp_3m_sde, 1, {"diffusers_sign": True}),
     Noisy(pub.sde_dpm_solver, 1, {"order": 1}, exact="noise"),
     Noisy(pub.sde_dpm_solver, 2, exact="noise"),
     Noisy(pub.sde_dpm_solver, 2, {"solver_type": "heun"}, exact="noise"),

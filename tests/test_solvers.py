@@ -23,16 +23,19 @@ from scipy.integrate import quad
 from torch import Tensor
 
 import scoresde as ss
+from scoresde import tape
 from scoresde.plan import Plan, run
 from scoresde.plan import steps as run_steps
-from scoresde.quadrature import DATA, NOISE
+from scoresde.quadrature import DATA, NOISE, VELOCITY, weights
 from scoresde.solvers import catalogue
 from scoresde.solvers.base import Solver
 from scoresde.solvers.combinations import PNDM, NoiseCombination
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.singlestep import Tableau
-from scoresde.verify import Order, convergence_order, exact_flow
+from scoresde.verify import Order, convergence_order, exact_flow, point_mass_defect
 from scoresde.verify import _uneven as uneven
+
+F64 = {"dtype": torch.float64}
 
 
 def _experiment(name: str) -> ModuleType:
@@ -241,11 +244,72 @@ def test_deis_in_t_integrates_the_last_leg_exactly(order: int) -> None:
         assert relative(before, theirs) < 1e-12, name
 
 
+# Linear in λ over all of the grid, so that the tables of ours say what the functions of the oracle say.
+LINES = {"l": (0.6, -0.05), "s": (-0.5, 0.03), "b": (0.2, 0.02)}
+
+
+def of_lines(*names: str) -> tuple[ss.Statistics, dict[str, Callable[[Any], Any]]]:
+    knots = torch.linspace(-8, 8, 65, dtype=torch.float64).tolist()
+    zero = (0.0, 0.0)
+    lines = {name: LINES[name] if name in names else zero for name in LINES}
+    table = {name: tuple(a + b * u for u in knots) for name, (a, b) in lines.items()}
+    functions = {name: lambda u, a=a, b=b: a + b * u for name, (a, b) in lines.items()}
+    return ss.Statistics(tuple(knots), **table), functions
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("name", UNDER)
+def test_dpm_solver_v3_is_the_published_update(name: str, order: int) -> None:
+    statistics, functions = of_lines("l", "s")
+    ours, theirs = both(
+        ss.DPMSolverV3(statistics, order, corrector=False),
+        pub.dpm_solver_v3,
+        name,
+        "lam",
+        {"order": order, **functions},
+    )
+    assert relative(ours, theirs) < 1e-12
+    if order == 1:  # a corrector through both ends, which on more nodes takes divided differences for derivatives
+        options = {"order": 1, "corrector": True, "c_pseudo": True, **functions}
+        ours, theirs = both(ss.DPMSolverV3(statistics, 1), pub.dpm_solver_v3, name, "lam", options)
+        assert relative(ours, theirs) < 1e-12
+    statistics, functions = of_lines("l", "s", "b")
+    solver = ss.DPMSolverV3(statistics, order, corrector=False)
+    ours, theirs = both(solver, pub.dpm_solver_v3, name, "lam", {"order": order, **functions})
+    assert relative(ours, theirs) < 1e-3, "our ∫ e^{−S} b is that of a table"
+
+
+@pytest.mark.parametrize(("slope", "s", "prediction"), [(0.0, -1.0, NOISE), (1.0, 0.0, DATA)], ids=str)
+def test_statistics_of_no_model_are_noise_and_data(slope: float, s: float, prediction: Any) -> None:
+    statistics = ss.Statistics((-8.0, 8.0), (slope, slope), (s, s))
+    for name in UNDER:
+        model, x, grid = problem(name, "lam")
+        for order in (1, 2, 3):
+            ours = run(ss.DPMSolverV3(statistics, order).plan(model.sde, grid), model.x0, x)
+            known = Multistep(order, prediction, corrector=order + 1)
+            assert relative(ours, run(known.plan(model.sde, grid), model.x0, x)) < 1e-12, (name, order)
+
+
+@pytest.mark.parametrize("name", UNDER)
+def test_estimated_statistics_of_one_gaussian_are_its_own(name: str) -> None:
+    """D is linear: l = σ²/(α²c² + σ²) = 1/(1 + c²e^{2λ}), and f = −l m, so that s = d log l/dλ and b = 0."""
+    sde, width = UNDER[name], 0.8
+    mean = torch.linspace(-2, 2, 16, **F64)
+    model = ss.GaussianMixture(sde, mean[None], std=width)
+    found = ss.Statistics.estimate(model, model.sample(64, t=0.0, seed=0), n=7, t_start=sde.t_of_lam(-3.0),
+                                   t_end=sde.t_of_lam(2.0))  # fmt: skip
+    lam = torch.tensor(found.lam, **F64)
+    power = width**2 * (2 * lam).exp()
+    assert torch.allclose(torch.tensor(found.l, **F64), 1 / (1 + power), rtol=1e-9)
+    # df/dλ is by differences at both ends and between tabled l elsewhere; the ridge counts where f is small
+    inner = slice(1, 4)
+    assert torch.allclose(torch.tensor(found.s, **F64)[inner], (-2 * power / (1 + power))[inner], atol=0.1)
+    assert max(map(abs, found.b)) < 0.1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Order
 # ---------------------------------------------------------------------------------------------------------------------
-
-F64 = {"dtype": torch.float64}
 
 
 class Gaussian(ss.AbstractDenoiser):
@@ -473,6 +537,34 @@ def test_the_last_leg_into_data_returns_what_the_denoiser_said(text: str) -> Non
             assert relative(x, said.said[-1]) < 1e-12, sde
 
 
+WITHOUT_SIGNAL = {"Trig": ss.Trig(), "no terminal SNR": ss.Discrete(ss.zero_terminal_snr(ss.betas("linear", 100)))}
+
+
+@EACH_RULE
+def test_samples_are_finite_at_any_number_of_steps(text: str) -> None:
+    solver = rule(text)
+    for name, sde in {**FIVE, **WITHOUT_SIGNAL}.items():
+        for n in (1, 2, 3, 4, 12, 50) if name == "VP" else (1, 3):
+            x = run(solver.plan(sde, ss.karras(sde, n)), Gaussian(sde).x0, sde.sigma(sde.T) * START)
+            assert x.isfinite().all(), (name, n)
+
+
+# On a point of data its noise and its velocity are constant along the flow; v, F, what statistics leave and the slope
+# of x are not.
+EXPONENTIAL = [text for text in RULES if getattr(rule(text), "prediction", DATA) in (DATA, NOISE, VELOCITY)]
+ZIGZAG = [1.0, 0.72, 0.81, 0.5, 0.55, 0.31, 0.12, 0.2, 0.03]
+
+
+@pytest.mark.parametrize("text", EXPONENTIAL)
+def test_on_a_point_of_data_every_exponential_rule_is_exact(text: str) -> None:
+    for name, sde in FIVE.items():
+        grid = [sde.t_of_lam(2.0 - 5.0 * u) for u in ZIGZAG]
+        down = [t for t, s in zip(grid, [math.inf, *grid], strict=False) if t < s]
+        for times in (grid, down) if name == "VP" else (grid,):
+            plan = rule(text).plan(sde, times)
+            assert point_mass_defect(plan, sde) < 1e-12, (name, len(times))
+
+
 @EACH_RULE
 def test_the_first_legs_do_not_depend_on_how_many_follow(text: str) -> None:
     """Public code lowers the order at the end if there are fewer than ten steps, or fifteen; results jump there."""
@@ -500,6 +592,38 @@ def test_a_run_asks_the_network_when_its_plan_says_and_never_at_data(text: str) 
         assert asked.times == [row.t for row in plan.rows if row.evaluates], end
         assert len(asked.times) == plan.nfe, end
         assert min(asked.times) > 0
+
+
+@pytest.mark.parametrize("solver", [ss.UniPC(3), ss.DEIS(3), ss.VelocityAB(3), ss.DPMSolver(3)], ids=str)
+def test_a_long_plan_takes_no_more_quadratures_than_a_short_one(
+    solver: Solver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for legs in (10, 500):
+        calls: list[int] = []
+
+        def counted(*args: Any, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            return weights(*args)
+
+        monkeypatch.setattr(tape, "weights", counted)
+        solver.plan(ss.VP(), ss.karras(ss.VP(), legs))
+        counts.append(len(calls))
+    assert counts[0] == counts[1] <= 8, counts
+
+
+ZERO_MEAN = ss.GaussianMixture(ss.VP(), [[0.0] * 5], std=1.3)
+
+
+@pytest.mark.parametrize("solver", [ss.DDIM(), ss.UniPC(3), ss.DPMSolver(3), ss.VelocityAB(3), ss.DEIS(3)], ids=str)
+def test_an_analytic_first_step_saves_a_call_and_is_exact_on_its_gaussian(solver: Solver) -> None:
+    sde = ss.VP()
+    plan = solver.plan(sde, ss.karras(sde, 6))
+    saved = ss.analytic_first_step(plan, sde, data_std=1.3)
+    asked = Recorder(ZERO_MEAN)
+    x = run(saved, asked, START)
+    assert saved.nfe == plan.nfe - 1 == len(asked.times) and sde.T not in asked.times
+    assert relative(x, run(plan, ZERO_MEAN.x0, START)) < 1e-12
 
 
 def unlike(texts: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from scoresde import _checks as check
 from scoresde.plan import Plan, Weight
 from scoresde.sde import SDE
 from scoresde.tape import Tape
+
+Eta = float | Callable[[Any], Any]
+"""Stochasticity: a number, or a function of time, which takes a number (or a tensor, where times are tensors)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Solver:
     def declared_order(self) -> int:
         """The order of convergence it claims, which the tests measure."""
         raise NotImplementedError
+
+    @property
+    def weak_order(self) -> int:
+        """The order it claims for the law of its result; without noise that of convergence."""
+        return self.declared_order
 
     @property
     def stages(self) -> int:
@@ -114,6 +122,38 @@ def _legs(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
     if grid.ndim == 2 or grid.requires_grad:
         return list(grid), solved
     return grid.tolist(), solved
+
+
+def check_eta(name: str, eta: Eta) -> Eta:
+    """Refuse what is neither a function nor a number of at least 0."""
+    return eta if callable(eta) else check.number(name, eta, least=0)
+
+
+def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
+    """Stochasticity of a leg that ends at t. Any value keeps the marginals, so within a leg it may be constant."""
+    value = eta(t) if callable(eta) else eta
+    if isinstance(value, Tensor) and (isinstance(t, Tensor) or value.requires_grad):
+        return value
+    return check.number(name, float(value), least=0)
+
+
+def on_leg(s: Weight, t: Weight, formula: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    """Weights of a row by hand: numbers if both times are numbers, else tensors."""
+    a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
+    values = formula(a, b)
+    if isinstance(s, Tensor) or isinstance(t, Tensor) or any(v.requires_grad for v in values):
+        return values
+    return tuple(float(v) for v in values)
+
+
+def ends_clean(sde: SDE, t: Weight) -> bool:
+    """Whether σ(t) = 0, for any sample."""
+    return bool((sde.sigma(t.detach()) == 0).any()) if isinstance(t, Tensor) else sde.sigma(t) == 0
+
+
+def starts_silent(sde: SDE, s: Weight) -> bool:
+    """Whether α(s) = 0, for any sample."""
+    return bool((sde.alpha(s.detach()) == 0).any()) if isinstance(s, Tensor) else sde.alpha(s) == 0
 
 
 def between(sde: SDE, s: Weight, t: Weight, r: float) -> Weight:

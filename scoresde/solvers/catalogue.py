@@ -11,7 +11,8 @@ from scoresde import _checks as check
 from scoresde.plan import Plan, Weight
 from scoresde.quadrature import DATA, LAM, NOISE, RHO, TAU, TIME, VELOCITY, Prediction
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver
+from scoresde.solvers.ancestral import Posterior
+from scoresde.solvers.base import Eta, Solver
 from scoresde.solvers.combinations import ADAMS, NoiseCombination
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, res3
 from scoresde.solvers.multistep import Multistep
@@ -32,18 +33,21 @@ def _order(order: int, *allowed: int) -> int:
     return order
 
 
-def DDIM() -> Solver:
-    r"""DDIM without noise, which is DPM-Solver-1: exact for data concentrated in one point.
+def DDIM(eta: Eta = 0.0) -> Solver:
+    r"""DDIM: exact for data concentrated in one point. Without noise it is DPM-Solver-1, with η = 1 DDPM's sampler.
 
-    DDIM(η) is this rule on :func:`scoresde.grids.ancestral` (sde, times, eta), and with η = 1 DDPM's sampler.
+    .. math:: x_t = \alpha_t d_s + \sqrt{\sigma_t^2 - c^2}\,\varepsilon_s + c z, \qquad
+              c = \eta\,\sigma_t\sqrt{1 - \frac{\alpha_s^2\sigma_t^2}{\alpha_t^2\sigma_s^2}}
 
-    .. math:: x_t = \frac{\alpha_t}{\alpha_s}x_s + \Big(\sigma_t - \frac{\alpha_t\sigma_s}{\alpha_s}\Big)\varepsilon_s
-              = \frac{\sigma_t}{\sigma_s}x_s + \left(\alpha_t - \frac{\sigma_t\alpha_s}{\sigma_s}\right)d_s
+    Order 1, weak order 1.
+
+    Arguments:
+        eta: The noise, whose variance goes as η²: a number, or a function of the time where a leg ends.
 
     References:
-        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eq. 12
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eqs. 12 and 16
     """
-    return Multistep(1, label="DDIM")
+    return Multistep(1, label="DDIM") if eta == 0 else Posterior(eta, label="DDIM")
 
 
 def Euler(clock: str = "t") -> Solver:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, Prediction, Variable
-from scoresde.solvers.base import Solver
+from scoresde.solvers.base import Eta, Solver, check_eta, eta_at
 from scoresde.solvers.singlestep import SingleStep
 from scoresde.tape import Tape
 
@@ -28,7 +29,8 @@ class Multistep(Solver):
         variable: In what.
         corrector: Nodes of the corrector, the new one included; 0 for none.
         reevaluate: Ask the network again at the corrected state (PECE) instead of keeping the prediction's (PEC).
-        eta: 1 for the reverse SDE, 0 for the flow; the normals of predictor and corrector are shared.
+        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends; the
+            normals of predictor and corrector are shared.
         moments: Of two-node rows, see :func:`scoresde.quadrature.weights`; None is exact.
         start: ``"ramp"`` raises the order leg by leg, as published; ``"self"`` starts with single steps of full order.
         label: Name of the plans.
@@ -39,7 +41,7 @@ class Multistep(Solver):
     variable: Variable = LAM
     corrector: int = 0
     reevaluate: bool = False
-    eta: float = 0.0
+    eta: Eta = 0.0
     moments: Moments = None
     start: str = "ramp"
     label: str = ""
@@ -48,17 +50,14 @@ class Multistep(Solver):
         check.integer("order", self.order, least=1)
         check.integer("corrector", self.corrector)
         check.choice("start", self.start, ("ramp", "self"))
-        check.number("eta", self.eta, least=0)
-        if self.start == "self" and (self.order > 3 or self.eta > 0):
-            raise ValueError(
-                f"`start`='self' has single steps up to order 3 without noise, got order {self.order} and eta "
-                f"{self.eta:g}; use start='ramp'."
-            )
+        check_eta("eta", self.eta)
+        if self.start == "self" and self.order > 3:
+            raise ValueError(f"`start`='self' has single steps up to order 3, got order {self.order}; use 'ramp'.")
 
     def __repr__(self) -> str:
         parts = [f"order={self.order}", f"{self.prediction} in {self.variable}"]
         parts += [f"corrector={self.corrector}"] if self.corrector else []
-        parts += [f"eta={self.eta:g}"] if self.eta else []
+        parts += [f"eta={self.eta if callable(self.eta) else format(self.eta, 'g')}"] if self.eta else []
         return f"{self.label or 'Multistep'}({', '.join(parts)})"
 
     @property
@@ -68,6 +67,11 @@ class Multistep(Solver):
         From a cold start the ramp costs the orders above 2 some accuracy.
         """
         return self._corrected(self.order)
+
+    @property
+    def weak_order(self) -> int:
+        """With noise at most 2, whatever the number of nodes: one normal a leg says no more."""
+        return min(self.declared_order, 2) if self.eta else self.declared_order
 
     @property
     def stages(self) -> int:
@@ -90,11 +94,12 @@ class Multistep(Solver):
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         if self.start == "self" and len(history) < self.order and asks:
-            single = SingleStep(self.order, prediction=self.prediction, variable=self.variable)
+            single = SingleStep(self.order, prediction=self.prediction, variable=self.variable, eta=self.eta)
             new, _ = single._leg(tape, now, history, t, asks, node)
             return new, [new, *history][: self.order]
         nodes = history[: self.order]
-        noise = [(tape.draw(), 1.0)] if self.eta > 0 else None
+        eta = eta_at(self.eta, t)
+        noise = [(tape.draw(), 1.0)] if isinstance(eta, Tensor) or eta > 0 else None
         correct = self.corrector > 0 and asks
 
         def move(nodes: list[int], *, evaluates: bool, node: int | None, note: str) -> int:
@@ -105,7 +110,7 @@ class Multistep(Solver):
                 evaluates=evaluates,
                 prediction=self.prediction,
                 variable=self.variable,
-                eta=self.eta,
+                eta=eta,
                 moments=self.moments if len(nodes) == 2 else self._many(len(nodes)),
                 noise=noise,
                 node=node,

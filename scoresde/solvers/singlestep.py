@@ -13,7 +13,7 @@ from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, NOISE, Prediction, Variable
 from scoresde.sde import SDE
-from scoresde.solvers.base import Solver, between
+from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at
 from scoresde.tape import Tape
 
 
@@ -41,9 +41,11 @@ class SingleStep(Solver):
     r: tuple[float, ...] = ()
     reads: tuple[int, ...] = ()
     moments: tuple[str | float, ...] | None = None
+    eta: Eta = 0.0
     label: str = ""
 
     def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
         if check.integer("order", self.order, least=1) > 3:
             raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
         default = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}[self.order]
@@ -55,12 +57,18 @@ class SingleStep(Solver):
             raise ValueError(f"`r` must be {self.order - 1} increasing fractions inside (0, 1), got {self.r}.")
 
     def __repr__(self) -> str:
-        return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable})"
+        eta = f", eta={self.eta if callable(self.eta) else format(self.eta, 'g')}" if self.eta else ""
+        return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable}{eta})"
 
     @property
     def declared_order(self) -> int:
         """Order of convergence; order 3 needs its last stage at 2/3, whatever the last row reads."""
         return 2 if self.order == 3 and not math.isclose(self.r[-1], 2 / 3) else self.order
+
+    @property
+    def weak_order(self) -> int:
+        """With noise at most 2, whatever the number of stages: one normal a part of a leg says no more."""
+        return min(self.declared_order, 2) if self.eta else self.declared_order
 
     @property
     def stages(self) -> int:
@@ -69,16 +77,16 @@ class SingleStep(Solver):
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]
-        how: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable}
-        nodes = [start]
+        eta = eta_at(self.eta, t)
+        how: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable, "eta": eta}
+        nodes, stages = [start], [start]
         if finite_leg(tape.sde, tape.time(now), t):
-            stages = [start]
             for r in self.r:
                 at = between(tape.sde, tape.time(now), t, r)
-                stages.append(tape.move(now, at, [start, *stages[1:]][:2], **how, note="stage"))
+                stages.append(tape.move(now, at, stages[:2], through=stages[1:], **how, note="stage"))
             nodes = [stages[k] for k in self.reads]
         moments = self.moments if len(nodes) == 2 and self.order == 2 else None
-        new = tape.move(now, t, nodes, **how, moments=moments, evaluates=asks, node=node)
+        new = tape.move(now, t, nodes, **how, through=stages[1:], moments=moments, evaluates=asks, node=node)
         return new, [new]
 
 

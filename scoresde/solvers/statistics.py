@@ -21,6 +21,9 @@ from scoresde.quadrature import Prediction
 from scoresde.sde import SDE
 
 
+_RIDGE = 1e-3  # of the variance of the data
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Tables of l, s and b over λ, linear in between and constant outside.
@@ -151,7 +154,9 @@ class Statistics:
                 values.append(((1 - l_at) * y - alpha * model.x0(y, u, **cond)).double() / alpha)
         slope, f = ((values[2] - values[0]) / (hi - lo)).reshape(-1), values[1].reshape(-1)
         centred = f - f.mean()
-        s = float((centred * slope).mean() / centred.square().mean())
+        # Where next to nothing is left of the network there is nothing to regress on, and s does not matter.
+        floor = _RIDGE * data.double().var()
+        s = float((centred * slope).mean() / (centred.square().mean() + floor))
         return s, float(slope.mean()) - s * float(f.mean()), lam
 
 

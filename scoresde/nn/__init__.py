@@ -1,0 +1,8 @@
+"""Networks that are enough to train for real and small enough to read: MLP, UNet and VAE."""
+
+from scoresde.nn.embedding import Conditioning, Fourier, Sinusoidal
+from scoresde.nn.mlp import MLP
+from scoresde.nn.unet import UNet
+from scoresde.nn.vae import VAE, Bound, Gaussian
+
+__all__ = ["MLP", "VAE", "Bound", "Conditioning", "Fourier", "Gaussian", "Sinusoidal", "UNet"]

@@ -1,0 +1,153 @@
+r"""What a network is told beside its state: the time, and a class, as features.
+
+A network's label of time may be t in [0, 1], an index in [0, 1000), ¼ log σ/α in ±3, or σ up to 100. One ladder of
+frequencies cannot read them all: what resolves t aliases on indices. So every embedding first takes the label c to
+
+.. math:: w = \operatorname{asinh}(32\,c),
+
+linear near 0, logarithmic beyond; all of the above then lie within ±11 and need one resolution. Read linearly off 64
+features, λ is wrong by less than 0.5 % of its spread on each; off the usual ladder for indices, by 8 % when told t.
+¼ log σ/α, the clock of :class:`Preconditioning`, is the one to prefer: it spreads the noise levels evenly.
+
+References:
+    | Fourier Features Let Networks Learn High Frequency Functions (Tancik et al., 2020), arXiv:2006.10739
+    | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+
+_LOWEST, _HIGHEST = -3, 4  # log2 of the angular frequencies: half a turn, and 56, over w in ±11
+
+
+def times(time: float | Tensor, x: Tensor) -> Tensor:
+    """A time, a number, () or (B,), as float32 (B,) on the device of the state `x`, (B, *event)."""
+    c = time if isinstance(time, Tensor) else torch.full((), time, device=x.device)
+    if c.ndim > 1 or (c.ndim == 1 and c.shape[0] not in (1, len(x))):
+        raise ValueError(f"`time` must be a number, () or ({len(x)},), one for each sample, got {tuple(c.shape)}.")
+    return c.to(device=x.device, dtype=torch.float32).expand(len(x))
+
+
+def _waves(time: Tensor, omega: Tensor) -> Tensor:
+    """(sin ωw, cos ωw) of labels (B,); a logarithm's infinity, at σ = 0, is a label like any other."""
+    w = torch.asinh(32 * time.float()).clamp(-16, 16)
+    phase = w[:, None] * omega
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def _even(features: int) -> int:
+    if check.integer("features", features, least=2) % 2:
+        raise ValueError(f"`features` must be even, a sine and a cosine for each frequency, got {features}.")
+    return features
+
+
+class Sinusoidal(nn.Module):
+    r"""Positional embedding of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, ω geometric from 1/8 to 16.
+
+    Computed in float32 whatever the network's dtype; it has no parameters.
+
+    Arguments:
+        features: How many, even.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = _even(features)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Features (B, features) of the labels `time`, (B,)."""
+        return _waves(time, torch.exp2(torch.linspace(_LOWEST, _HIGHEST, self.features // 2, device=time.device)))
+
+
+class Fourier(nn.Module):
+    r"""Random Fourier features of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, ω drawn once from N(0, scale²).
+
+    The frequencies are a buffer: saved with the network, never trained.
+
+    Arguments:
+        features: How many, even.
+        scale: Standard deviation of the angular frequencies.
+        seed: Of the draw.
+    """
+
+    omega: Tensor
+
+    def __init__(self, features: int, *, scale: float = 2.0, seed: int = 0) -> None:
+        super().__init__()
+        self.features = _even(features)
+        check.number("scale", scale, above=0)
+        generator = torch.Generator().manual_seed(check.integer("seed", seed))
+        omega = scale * torch.randn(features // 2, generator=generator, dtype=torch.float32, device="cpu")
+        # Eight bits each, so that casting the network to half precision does not move them.
+        self.register_buffer("omega", omega.bfloat16().to(torch.get_default_device(), torch.float32))
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Features (B, features) of the labels `time`, (B,)."""
+        return _waves(time, self.omega.float())
+
+
+class Conditioning(nn.Module):
+    """Time, class and context as one vector (B, width), which modulates every block of a network.
+
+    One class beyond the last, index `classes`, stands for "no class": condition dropout trains it, and no `label` at
+    all means it.
+
+    Arguments:
+        time: An embedding of times, such as :class:`Sinusoidal`.
+        width: Of the vector.
+        classes: How many classes there are; None for a network that takes no `label`.
+        context: Size of a vector (B, context) to condition on; 0 for none.
+    """
+
+    def __init__(self, time: Sinusoidal | Fourier, width: int, *, classes: int | None = None, context: int = 0) -> None:
+        super().__init__()
+        self.time = time
+        self.classes = None if classes is None else check.integer("classes", classes, least=1)
+        self.hidden = nn.Linear(time.features, width)
+        self.label = None if classes is None else nn.Embedding(classes + 1, width)
+        self.context = nn.Linear(context, width) if check.integer("context", context) else None
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, time: float | Tensor, label: Any = None, context: Tensor | None = None) -> Tensor:
+        """The vector for the samples of the state `x`, (B, *event)."""
+        weight = self.hidden.weight
+        h = self.hidden(self.time(times(time, x)).to(weight.dtype))
+        if self.label is not None:
+            h = h + self.label(self._labels(label, x))
+        elif label is not None:
+            raise ValueError("`label` was given to a network without classes; make it with `classes`=how many.")
+        if (context is None) != (self.context is None):
+            raise ValueError(
+                "`context` is missing: this network is conditioned on one."
+                if context is None
+                else "`context` was given to a network without one; make it with `context`=its size."
+            )
+        if context is not None and self.context is not None:
+            h = h + self.context(context.to(weight))
+        silu = nn.functional.silu
+        out: Tensor = silu(self.out(silu(h)))
+        return out
+
+    def _labels(self, label: Any, x: Tensor) -> Tensor:
+        assert self.classes is not None
+        if label is None:
+            label = self.classes
+        given = label if isinstance(label, Tensor) else torch.full((), check.integer("label", label), device=x.device)
+        if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+            raise TypeError(f"`label` must be class indices, int64, got {str(given.dtype)[6:]}; use label.argmax(1).")
+        if given.ndim > 1 or (given.ndim == 1 and given.shape[0] not in (1, len(x))):
+            raise ValueError(f"`label` must be None, a number, () or ({len(x)},), got shape {tuple(given.shape)}.")
+        if given.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would be waiting
+            outside = (given < 0) | (given > self.classes)
+            if bool(outside.any()):
+                raise ValueError(
+                    f"`label` must lie in [0, {self.classes}], where {self.classes} means no class, "
+                    f"got {given.reshape(-1)[outside.reshape(-1)][0].item()}."
+                )
+        return given.to(device=x.device, dtype=torch.long).expand(len(x))

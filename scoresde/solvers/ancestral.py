@@ -1,0 +1,363 @@
+r"""Rules with fresh noise: down past the end of a leg, then up to it by the exact forward transition.
+
+Both halves of such a leg keep the marginals, so the noise costs no accuracy, whatever its amount. With one evaluation
+the two halves are one row, and with h = λ_t − λ_s
+
+.. math:: x_t = \sigma_t\sqrt{\ell}\,\frac{x_s}{\sigma_s} + \alpha_t\left(1 - e^{-h}\sqrt{\ell}\right) d_s
+          + \eta\,\sigma_t\sqrt{1 - e^{-2h}}\,z, \qquad \ell = 1 - \eta^2\left(1 - e^{-2h}\right),
+
+which is DDIM(η), and with η = 1 the posterior of DDPM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde import grids
+from scoresde.plan import Plan, Weight
+from scoresde.sde import SDE
+from scoresde.solvers.base import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg
+from scoresde.solvers.multistep import Multistep
+from scoresde.solvers.singlestep import finite_leg
+from scoresde.tape import Tape
+
+
+def posterior_step(sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of x_s, of d_s and of the normal, as above; where ℓ is not positive the leg goes down to data."""
+    h = sde.lam(t) - sde.lam(s)
+    fresh = eta**2 * -torch.expm1(-2 * h)
+    log_left = torch.log1p(-fresh.clamp(max=1.0))
+    keep = sde.sigma(t) / sde.sigma(s) * (log_left / 2).exp()
+    gain = -sde.alpha(t) * torch.expm1(log_left / 2 - h)
+    return keep, gain, sde.sigma(t) * fresh.clamp(max=1.0).sqrt()
+
+
+@dataclass(frozen=True, repr=False)
+class Posterior(Solver):
+    r"""One evaluation and one normal a leg: DDIM(η), and DDPM with its choices of variance.
+
+    The mean is that of the row above. ``"large"`` gives it the variance of the forward step, :math:`\sigma_s^2(1 -
+    e^{-2h})`, ``"optimal"`` adds the variance of x₀ that is left in the mean,
+
+    .. math:: \alpha_t^2\left(1 - e^{-h}\sqrt\ell\right)^2 \frac{\sigma_s^2}{\alpha_s^2}
+              \left(1 - \sigma_s^2\,\tfrac1D E|\nabla\log p_s|^2\right).
+
+    Arguments:
+        eta: Standard deviation of the noise in units of the posterior's: a number or a function of time.
+        variance: ``"small"`` (what belongs to η), ``"large"`` or ``"optimal"``.
+        score_square: For ``"optimal"``, E|∇log p|²/D as a function of time, or one number for each leg.
+        s_noise: Factor on the noise.
+        label: Name of the plans.
+    """
+
+    eta: Eta = 1.0
+    variance: str = "small"
+    score_square: Callable[[Any], Any] | tuple[float, ...] | None = None
+    s_noise: float = 1.0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
+        check.number("s_noise", self.s_noise, least=0)
+        check.choice("variance", self.variance, ("small", "large", "optimal"))
+        if self.variance == "large" and self.eta != 1:
+            raise ValueError("`variance`='large' is DDPM's, with `eta` = 1; give one of the two.")
+        if (self.variance == "optimal") != (self.score_square is not None):
+            raise ValueError("`variance`='optimal' and `score_square`, E|score|²/D by time, belong together.")
+
+    def __repr__(self) -> str:
+        return _named(self, "Posterior", eta=1.0, variance="small", s_noise=1.0)
+
+    @property
+    def declared_order(self) -> int:
+        """Order of convergence, and of the law."""
+        return 1
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        s, eta = tape.time(now), eta_at(self.eta, t)
+        if ends_clean(tape.sde, t) or (self.variance == "small" and not isinstance(eta, Tensor) and eta == 0):
+            new = tape.move(now, t, history[:1], evaluates=asks, node=node)
+            return new, [new]
+        keep, gain, std = on_leg(s, t, lambda a, b: self._weights(tape.sde, a, b, eta, node))
+        z = [(tape.draw(), self.s_noise * std)]
+        new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
+        return new, [new]
+
+    def _weights(self, sde: SDE, s: Tensor, t: Tensor, eta: Weight, node: int) -> tuple[Tensor, Tensor, Tensor]:
+        keep, gain, std = posterior_step(sde, s, t, eta)
+        if self.variance == "large":
+            std = sde.sigma(s) * (-torch.expm1(2 * (sde.lam(s) - sde.lam(t)))).sqrt()
+        if self.score_square is not None:
+            given = self.score_square
+            square = given(s) if callable(given) else given[node - 1]
+            left = (sde.sigma(s) / sde.alpha(s)) ** 2 * (1 - sde.sigma(s) ** 2 * square)
+            std = (std**2 + gain**2 * left.clamp(min=0.0)).sqrt()
+        return keep, gain, std
+
+
+@dataclass(frozen=True, repr=False)
+class Ancestral(Solver):
+    """Any rule with fresh noise: each leg solves past its end and adds noise up to it; see :func:`grids.ancestral`.
+
+    Arguments:
+        rule: What solves.
+        eta: How much of the noise at the end of a leg is fresh: a number or a function of time.
+        s_noise: Factor on the noise.
+        label: Name of the plans.
+    """
+
+    rule: Solver = Multistep(1)  # noqa: RUF009
+    eta: Eta = 1.0
+    s_noise: float = 1.0
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
+        check.number("s_noise", self.s_noise, least=0)
+
+    def __repr__(self) -> str:
+        return _named(self, "Ancestral", eta=1.0, s_noise=1.0)
+
+    @property
+    def declared_order(self) -> int:
+        """Order of the rule."""
+        return self.rule.declared_order
+
+    @property
+    def weak_order(self) -> int:
+        """Order of the rule, unless it remembers evaluations from before the noise."""
+        return min(self.declared_order, 1) if _remembers(self.rule) else self.declared_order
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return self.rule.stages
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        eta, sde = eta_at(self.eta, t), tape.sde
+        if ends_clean(sde, t) or (not isinstance(eta, Tensor) and eta == 0):
+            return self.rule._leg(tape, now, history, t, asks, node)
+
+        def turn(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            fresh = eta**2 * -torch.expm1(2 * (sde.lam(a) - sde.lam(b)))
+            down = sde.lam(b) - torch.log1p(-fresh.clamp(max=1.0)) / 2
+            return (torch.minimum(grids._times_of_lam(sde, down), b),)
+
+        (down,) = on_leg(tape.time(now), t, turn)
+        below, history = self.rule._leg(tape, now, history, down, False, node)
+        new = tape.diffuse(below, t, evaluates=asks, node=node, factor=self.s_noise)
+        return new, self.rule._after_noise(tape, new, history) if asks else history
+
+
+@dataclass(frozen=True, repr=False)
+class Churn(Solver):
+    r"""Any rule with churn: each state but the first gets fresh noise, raising ρ = σ/α by 1 + γ, before it is asked.
+
+    .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \varrho \le s_{tmax}
+
+    Nodes are the raised times. Nothing is raised above T.
+
+    Arguments:
+        rule: What solves.
+        s_churn: Amount of fresh noise over the whole grid of N legs.
+        s_tmin: Lowest ρ at which it is added.
+        s_tmax: Highest ρ at which it is added.
+        s_noise: Factor on it.
+        legs: N, by default that of the grid.
+        label: Name of the plans.
+    """
+
+    rule: Solver
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+    legs: int | None = None
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("s_churn", "s_tmin", "s_noise"):
+            check.number(name, getattr(self, name), least=0)
+        if not self.s_tmax >= self.s_tmin:
+            raise ValueError(f"`s_tmax` must be at least `s_tmin` = {self.s_tmin:g}, got {self.s_tmax}.")
+
+    def __repr__(self) -> str:
+        return _named(self, "Churn", s_churn=None, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
+
+    @property
+    def declared_order(self) -> int:
+        """Order of the rule."""
+        return self.rule.declared_order
+
+    @property
+    def weak_order(self) -> int:
+        """Order of the rule, unless it remembers evaluations from before the noise."""
+        return min(self.declared_order, 1) if _remembers(self.rule) and self.s_churn else self.declared_order
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return self.rule.stages
+
+    def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
+        """Write the table for a grid, see :meth:`Solver.plan`."""
+        legs = len(times) - 1 if self.legs is None else self.legs
+        return super(Churn, replace(self, legs=legs)).plan(sde, times, up=up)
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        sde, legs = tape.sde, self.legs or 1
+        gamma = min(self.s_churn / legs, math.sqrt(2) - 1)
+
+        def turn(_: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            lam = sde.lam(b)
+            inside = ((-lam).exp() >= self.s_tmin) & ((-lam).exp() <= self.s_tmax)
+            return (torch.where(inside, torch.maximum(grids._times_of_lam(sde, lam - math.log1p(gamma)), b), b),)
+
+        (raised,) = on_leg(tape.time(now), t, turn) if asks and gamma > 0 else (t,)
+        if raised is t or (not isinstance(t, Tensor) and raised == t):
+            return self.rule._leg(tape, now, history, t, asks, node)
+        below, history = self.rule._leg(tape, now, history, t, False, node)
+        new = tape.diffuse(below, raised, node=node, factor=self.s_noise)
+        return new, self.rule._after_noise(tape, new, history)
+
+
+@dataclass(frozen=True, repr=False)
+class Restart(Solver):
+    """Any rule that goes back: from time `low` fresh noise up to `high` and down again; see :func:`grids.restart`.
+
+    Arguments:
+        rule: What solves.
+        low: Time to go back from.
+        high: Time to go back to.
+        repeats: How often.
+
+    References:
+        | Restart Sampling for Improving Generative Processes (Xu et al., 2023), arXiv:2306.14878, algorithm 1
+    """
+
+    rule: Solver
+    low: float
+    high: float
+    repeats: int = 1
+
+    def __repr__(self) -> str:
+        return f"Restart({self.rule!r}, low={self.low:g}, high={self.high:g}, repeats={self.repeats})"
+
+    @property
+    def declared_order(self) -> int:
+        """Order of the rule."""
+        return self.rule.declared_order
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return self.rule.stages
+
+    def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
+        """Write the table for a grid that goes down; the legs between `high` and `low` are repeated."""
+        plan = self.rule.plan(sde, grids.restart(sde, times, self.low, self.high, self.repeats), up=up)
+        return replace(plan, name=self.name)
+
+
+@dataclass(frozen=True, repr=False)
+class Consistency(Solver):
+    """Each leg jumps to data and adds noise up to its end: x_t = α_t d_s + σ_t z."""
+
+    def __repr__(self) -> str:
+        return "ConsistencySampling()"
+
+    @property
+    def declared_order(self) -> int:
+        """None: it is exact for a model that maps states to the ends of their trajectories, and with D never is."""
+        return 0
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        alpha, sigma = on_leg(t, t, lambda _, b: (tape.sde.alpha(b), tape.sde.sigma(b)))
+        z = [] if ends_clean(tape.sde, t) else [(tape.draw(), sigma)]
+        new = tape.append(t, d=[(history[0], alpha)], z=z, evaluates=asks, node=node)
+        return new, [new]
+
+
+@dataclass(frozen=True, repr=False)
+class TwoStage(Solver):
+    """DPM-Solver++ SDE: a stage inside the leg and the leg itself, both with fresh noise, read off one Brownian path.
+
+    Arguments:
+        eta: As in :class:`Posterior`.
+        r: Where the stage is, a fraction of the leg in λ.
+        s_noise: Factor on the noise.
+        one_path: Whether both normals are read off one Brownian path in ρ = σ/α, as published; independent ones are of
+            weak order 1.
+    """
+
+    eta: Eta = 1.0
+    r: float = 0.5
+    s_noise: float = 1.0
+    one_path: bool = True
+
+    def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
+        check.number("r", self.r, above=0, below=1)
+        check.number("s_noise", self.s_noise, least=0)
+
+    def __repr__(self) -> str:
+        return _named(self, "DPMPPSDE", eta=1.0, r=0.5, s_noise=1.0, one_path=True)
+
+    @property
+    def declared_order(self) -> int:
+        """Order of its mean."""
+        return 2
+
+    @property
+    def weak_order(self) -> int:
+        """2, and 1 with independent normals."""
+        return 2 if self.one_path or self.eta == 0 else 1
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return 2
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        s, eta, sde = tape.time(now), eta_at(self.eta, t), tape.sde
+        if not finite_leg(sde, s, t):
+            return Posterior(self.eta, s_noise=self.s_noise)._leg(tape, now, history, t, asks, node)
+        mid = between(sde, s, t, self.r)
+        first, second = (on_leg(s, end, lambda a, b: posterior_step(sde, a, b, eta)) for end in (mid, t))
+        share = on_leg(s, t, lambda a, b: (_share(sde, a, b, self.r),))[0] if self.one_path else 0.0
+        draws = [tape.draw(), tape.draw()] if isinstance(eta, Tensor) or eta > 0 else []
+        z = [(k, self.s_noise * first[2]) for k in draws[:1]]
+        stage = tape.append(mid, x=[(now, first[0])], d=[(history[0], first[1])], z=z, note="stage")
+        parts = zip(draws, (share**0.5, (1 - share) ** 0.5), strict=False)
+        z = [(k, self.s_noise * second[2] * part) for k, part in parts if isinstance(part, Tensor) or part > 0]
+        later = second[1] / (2 * self.r)
+        d = [(history[0], second[1] - later), (stage, later)]
+        new = tape.append(t, x=[(now, second[0])], d=d, z=z, evaluates=asks, node=node)
+        return new, [new]
+
+
+def _share(sde: SDE, s: Tensor, t: Tensor, r: float) -> Tensor:
+    """Part of a leg's length in ρ that lies before its stage: (ρ_s − ρ_m)/(ρ_s − ρ_t)."""
+    h = sde.lam(t) - sde.lam(s)
+    return torch.expm1(-r * h) / torch.expm1(-h)
+
+
+def _remembers(rule: Solver) -> bool:
+    return isinstance(rule, Multistep) and rule.order > 1
+
+
+def _named(rule: Any, name: str, **defaults: Any) -> str:
+    """The rule as one writes it, with the arguments that are not the default."""
+    values = {name: getattr(rule, name) for name in defaults}
+    said = [(name, v) for name, v in values.items() if callable(v) or v != defaults[name]]
+    label = getattr(rule, "label", "")
+    parts = [] if label or not hasattr(rule, "rule") else [repr(rule.rule)]
+    parts += [f"{name}={v:g}" if isinstance(v, float) else f"{name}={v!r}" for name, v in said]
+    return f"{label or name}({', '.join(parts)})"

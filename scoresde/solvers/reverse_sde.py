@@ -1,0 +1,192 @@
+r"""Rules on the reverse SDE as it stands, without exponentials, and ER-SDE's family of noise scales.
+
+.. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\,g^2\,\nabla\log p_t(x)\right]dt + \eta\,g\,d\bar w, \qquad
+          \nabla\log p_t(x) = \frac{\alpha\,d - x}{\sigma^2}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.plan import Weight
+from scoresde.quadrature import legendre
+from scoresde.sde import SDE
+from scoresde.solvers.base import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, starts_silent
+from scoresde.tape import Tape
+
+
+@dataclass(frozen=True, repr=False)
+class ReverseSDE(Solver):
+    """Euler–Maruyama, or Heun with one normal for both stages, on the reverse SDE in t or in λ.
+
+    The leg into σ = 0 returns the denoised state and adds no noise; one from α = 0 is the exponential step.
+
+    Arguments:
+        eta: 1 for the reverse SDE; any other number, or a function of the time where a leg ends.
+        clock: ``"t"`` or ``"lam"``.
+        heun: Whether there is a second stage.
+    """
+
+    eta: Eta = 1.0
+    clock: str = "t"
+    heun: bool = False
+
+    def __post_init__(self) -> None:
+        check_eta("eta", self.eta)
+        check.choice("clock", self.clock, ("t", "lam"))
+
+    def __repr__(self) -> str:
+        eta = self.eta if callable(self.eta) else format(self.eta, "g")
+        return f"{'StochasticHeun' if self.heun else 'EulerMaruyama'}(eta={eta}, clock={self.clock!r})"
+
+    @property
+    def declared_order(self) -> int:
+        """Order of its mean, and of its law."""
+        return 2 if self.heun else 1
+
+    @property
+    def stages(self) -> int:
+        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        return 2 if self.heun else 1
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        s, eta, sde = tape.time(now), eta_at(self.eta, t), tape.sde
+        if ends_clean(sde, t) or starts_silent(sde, s):
+            new = tape.move(now, t, history[:1], eta=eta, evaluates=asks, node=node, note="one stage")
+            return new, [new]
+        p, q, pp, qq, std = on_leg(s, t, lambda a, b: self._slopes(sde, a, b, eta))
+        z = [(tape.draw(), std)] if isinstance(eta, Tensor) or eta > 0 else []
+        first = history[0]
+        if not self.heun:
+            new = tape.append(t, x=[(now, 1 + p)], d=[(first, q)], z=z, evaluates=asks, node=node)
+            return new, [new]
+        stage = tape.append(t, x=[(now, 1 + p)], d=[(first, q)], z=z, note="stage")
+        x, d = [(now, 1 + p / 2), (stage, pp / 2)], [(first, q / 2), (stage, qq / 2)]
+        new = tape.append(t, x=x, d=d, z=z, evaluates=asks, node=node)
+        return new, [new]
+
+    def _slopes(self, sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, ...]:
+        """The leg's length times the drift's weights of x and d at both ends, and the deviation of its noise."""
+        h = t - s if self.clock == "t" else sde.lam(t) - sde.lam(s)
+        out, rates = [], []
+        for at in (s, t) if self.heun else (s, s):
+            fall = sde.g2(at) / (2 * sde.sigma(at) ** 2)  # −dλ/dt
+            rate = torch.ones_like(fall) if self.clock == "t" else -1 / fall
+            pull = (1 + eta**2) * fall
+            out += [h * rate * (sde.f(at) + pull), -h * rate * pull * sde.alpha(at)]
+            rates.append(-h * rate * sde.g2(at))
+        return (*out, eta * ((rates[0] + rates[1]) / 2).sqrt())
+
+
+@dataclass(frozen=True, repr=False)
+class SongPredictor(Solver):
+    """Song's reverse-diffusion predictor; the leg into σ = 0 returns the denoised state."""
+
+    def __repr__(self) -> str:
+        return "ReverseDiffusion()"
+
+    @property
+    def declared_order(self) -> int:
+        """Order of its mean, and of its law."""
+        return 1
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        s, sde = tape.time(now), tape.sde
+        if ends_clean(sde, t) or starts_silent(sde, s):
+            new = tape.move(now, t, history[:1], eta=1.0, evaluates=asks, node=node, note="one stage")
+            return new, [new]
+
+        def weights(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+            fresh = -torch.expm1(2 * (sde.lam(a) - sde.lam(b)))  # G²/σ_s²
+            keep = 2 - sde.alpha(a) / sde.alpha(b) - fresh
+            return keep, fresh * sde.alpha(a), sde.sigma(a) * fresh.sqrt()
+
+        keep, gain, std = on_leg(s, t, weights)
+        z = [(tape.draw(), std)]
+        new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
+        return new, [new]
+
+
+@dataclass(frozen=True, repr=False)
+class ExtendedReverse(Solver):
+    r"""ER-SDE: the family whose transfer is a given function of ρ = σ/α, with D interpolated in ρ.
+
+    .. math:: \frac{x_t}{\alpha_t} = \frac{\phi_t}{\phi_s}\frac{x_s}{\alpha_s}
+              + \phi_t\int_{\varrho_s}^{\varrho_t} D\,d\!\left(\frac1\phi\right)
+              + \sqrt{\varrho_t^2 - \left(\tfrac{\phi_t}{\phi_s}\varrho_s\right)^2}\;z
+
+    φ = ρ is the flow and φ = ρ² the reverse SDE; a leg's η² is the mean of :math:`d\log\phi/d\log\varrho - 1`.
+
+    Arguments:
+        order: Nodes, 1 to 3.
+        phi: φ(ρ) of tensors, increasing at least as ρ.
+        published: Whether order 3 takes the slope half a step too early, as printed: then of order 2.
+    """
+
+    order: int
+    phi: Callable[[Tensor], Tensor]
+    published: bool = False
+
+    def __post_init__(self) -> None:
+        if check.integer("order", self.order, least=1) > 3:
+            raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
+
+    def __repr__(self) -> str:
+        return f"ERSDE(order={self.order}{', published' if self.published else ''})"
+
+    @property
+    def declared_order(self) -> int:
+        """Order of its mean."""
+        return 2 if self.published and self.order == 3 else self.order
+
+    @property
+    def weak_order(self) -> int:
+        """At most 2: one normal a leg says no more."""
+        return min(self.order, 2)
+
+    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
+        s, sde = tape.time(now), tape.sde
+        nodes = tape._apart(history)[: self.order]
+        nodes = [k for k in nodes if not starts_silent(sde, tape.time(k))]
+        if ends_clean(sde, t) or starts_silent(sde, s):
+            new = tape.move(now, t, history[:1], eta=1.0, evaluates=asks, node=node, note="one stage")
+        else:
+            times = [tape.time(k) for k in nodes]
+            keep, std, *gains = on_leg(s, t, lambda a, b: self._weights(sde, a, b, times))
+            z = [(tape.draw(), std)] if isinstance(std, Tensor) or std > 0 else []
+            d = list(zip(nodes, gains, strict=True))
+            new = tape.append(t, x=[(now, keep)], d=d, z=z, evaluates=asks, node=node)
+        return new, ([new, *history][: self.order] if asks else history)
+
+    def _weights(self, sde: SDE, s: Tensor, t: Tensor, times: list[Weight]) -> tuple[Tensor, ...]:
+        hi, lo = (-sde.lam(s)).exp(), (-sde.lam(t)).exp()
+        ratio = self.phi(lo) / self.phi(hi)
+        slow = self.phi(lo) / lo / (self.phi(hi) / hi)  # 1 to the bit for the flow
+        std = lo * (1 - slow**2).clamp(min=0.0).sqrt()
+        node, weight = legendre()
+        u = lo[..., None] + (hi - lo)[..., None] * node
+        whole = (self.phi(lo)[..., None] / self.phi(u)) @ weight * (hi - lo)
+        early = ((self.phi(lo)[..., None] / self.phi(u)) * (u - hi[..., None])) @ weight * (hi - lo)
+        # moments of the kernel about ρ_s: of 1, of ρ − ρ_s, of (ρ − ρ_s)²
+        moments = [1 - ratio, lo - hi + whole, (lo - hi) ** 2 + 2 * early]
+        rho = [(-sde.lam(torch.as_tensor(k, dtype=torch.float64))).exp() for k in times]
+        gains = [moments[0], *(torch.zeros_like(ratio) for _ in rho[1:])]
+
+        def add(differences: list[Any], moment: Tensor) -> None:
+            for j, c in enumerate(differences):
+                gains[j] = gains[j] + moment * c
+
+        if len(rho) > 1:
+            a = 1 / (rho[0] - rho[1])
+            add([a, -a], moments[1])
+        if len(rho) > 2:
+            a, b, c = 1 / (rho[0] - rho[1]), 1 / (rho[1] - rho[2]), 1 / (rho[0] - rho[2])
+            slope = 0.0 if self.published else rho[0] - rho[1]
+            add([a * c, -(a + b) * c, b * c], moments[2] + slope * moments[1])
+        return sde.alpha(t) / sde.alpha(s) * ratio, sde.alpha(t) * std, *(sde.alpha(t) * g for g in gains)

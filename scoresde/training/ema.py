@@ -1,0 +1,323 @@
+r"""Averages of weights over a run: exponential, and power-function with any length chosen afterwards.
+
+They keep a copy of a module's parameters beside it, in float32 at least; buffers, which are statistics already, are
+copied as they are. The module itself is never replaced, so optimisers, DDP and compiled graphs go on pointing at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+
+Weights = dict[str, Tensor]
+
+
+class EMA:
+    r"""Exponential moving average of a module's weights.
+
+    .. math:: \bar\theta \leftarrow \beta_n\bar\theta + (1 - \beta_n)\theta, \qquad
+              \beta_n = \min\!\big(\beta, \tfrac{1+n}{10+n}\big)
+
+    Call :meth:`update` after every step of the optimiser, and sample inside ``with ema.swapped():``.
+
+    Arguments:
+        module: Whose weights; a :class:`Denoiser`, its network, or anything with parameters.
+        decay: β.
+        warmup: Whether young averages forget faster, as in the formula; else β_n = β.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Linear(1, 1, bias=False)
+        >>> ema = EMA(net, decay=0.5, warmup=False)
+        >>> start = net.weight.item()
+        >>> torch.nn.init.constant_(net.weight, start + 2.0).requires_grad
+        True
+        >>> ema.update()
+        >>> with ema.swapped():
+        ...     round(net.weight.item() - start, 5)
+        1.0
+        >>> round(net.weight.item() - start, 5)
+        2.0
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
+        self.module = module
+        self.decay = check.number("decay", decay, least=0, below=1)
+        self.warmup = bool(warmup)
+        self.updates = 0
+        self.weights = _copy(module)
+        self._swapped = False
+
+    def rate(self) -> float:
+        """β_n of the next update."""
+        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+
+    def update(self) -> None:
+        """Take in the module's weights as they are now."""
+        _refuse_swapped(self._swapped)
+        _move(self.weights, self.module, 1 - self.rate())
+        self.updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[nn.Module]:
+        """The module with the average as its weights; its own come back at the end, also after an exception."""
+        self._swapped = True
+        try:
+            with swapped(self.module, self.weights) as module:
+                yield module
+        finally:
+            self._swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: the average, how many updates it has seen, and how it forgets."""
+        return {
+            "weights": dict(self.weights),
+            "updates": self.updates,
+            "decay": self.decay,
+            "warmup": self.warmup,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`; whatever is missing or too much raises."""
+        _only(state, ("weights", "updates", "decay", "warmup"))
+        _load(self.weights, state["weights"])
+        self.updates, self.decay, self.warmup = int(state["updates"]), float(state["decay"]), bool(state["warmup"])
+
+
+class PowerEMA:
+    r"""Power-function averages, from which one of any length can be made after the run.
+
+    .. math:: \bar\theta_\gamma(t) = \frac{\int_0^t \tau^\gamma\,\theta(\tau)\,d\tau}{\int_0^t \tau^\gamma\,d\tau},
+              \qquad \bar\theta \leftarrow \beta_t\bar\theta + (1-\beta_t)\theta, \quad
+              \beta_t = \big(1 - \tfrac1t\big)^{\gamma+1}
+
+    Their length is a share of the run, told by the standard deviation of the profile in units of t:
+    :math:`\sigma_{rel} = \sqrt{\gamma+1}\,(\gamma+2)^{-1}(\gamma+3)^{-1/2}`. Keep a :meth:`snapshot` now and then;
+    :func:`reconstruct` makes any other length of them.
+
+    Arguments:
+        module: Whose weights.
+        stds: Lengths σ_rel to track, in (0, 0.288); two are enough to reconstruct others.
+
+    References:
+        | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024), arXiv:2312.02696
+    """
+
+    def __init__(self, module: nn.Module, stds: Sequence[float] = (0.05, 0.10)) -> None:
+        self.module = module
+        self.stds = tuple(float(std) for std in stds)
+        if not self.stds:
+            raise ValueError("`stds` must name at least one length, such as (0.05, 0.10).")
+        self.gammas = tuple(gamma_of_std(std) for std in self.stds)
+        self.updates = 0
+        self.weights = [_copy(module) for _ in self.stds]
+
+    def update(self) -> None:
+        """Take in the module's weights as they are now."""
+        self.updates += 1
+        for gamma, weights in zip(self.gammas, self.weights, strict=True):
+            _move(weights, self.module, 1 - (1 - 1 / self.updates) ** (gamma + 1))
+
+    def swapped(self, which: int = 0) -> AbstractContextManager[nn.Module]:
+        """The module with the average of length ``stds[which]``, as :meth:`EMA.swapped`."""
+        return swapped(self.module, self.weights[which])
+
+    def snapshot(self) -> list[Snapshot]:
+        """The averages as they are now, one for each length, on the CPU."""
+        return [
+            Snapshot(self.updates, gamma, {name: w.detach().to("cpu", copy=True) for name, w in weights.items()})
+            for gamma, weights in zip(self.gammas, self.weights, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything: the averages, how many updates they have seen, and their lengths."""
+        return {"weights": [dict(w) for w in self.weights], "updates": self.updates, "stds": list(self.stds)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a :meth:`state_dict`; whatever is missing or too much raises."""
+        _only(state, ("weights", "updates", "stds"))
+        if tuple(state["stds"]) != self.stds:
+            raise ValueError(f"the state tracks `stds`={tuple(state['stds'])}, this average {self.stds}; make it so.")
+        for mine, theirs in zip(self.weights, state["weights"], strict=True):
+            _load(mine, theirs)
+        self.updates = int(state["updates"])
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A power-function average at a time of the run.
+
+    Arguments:
+        t: Updates so far.
+        gamma: γ of its profile.
+        weights: The average, by name.
+    """
+
+    t: int
+    gamma: float
+    weights: Weights
+
+
+def gamma_of_std(std: float) -> float:
+    r"""γ of a relative length: the positive root of :math:`(\gamma+2)^2(\gamma+3) = (\gamma+1)/\sigma_{rel}^2`.
+
+    Arguments:
+        std: σ_rel, in (0, 0.288); γ = 0, the mean of the whole run, has √(1/12).
+    """
+    import numpy as np
+
+    check.number("std", std, above=0, below=12**-0.5)
+    return float(np.roots([1, 7, 16 - std**-2, 12 - std**-2]).real.max())
+
+
+def std_of_gamma(gamma: float) -> float:
+    """σ_rel of γ; the inverse of :func:`gamma_of_std`.
+
+    Arguments:
+        gamma: γ > −1.
+    """
+    check.number("gamma", gamma, above=-1)
+    return float((gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5)
+
+
+def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None) -> Weights:
+    r"""The power-function average of another length, as the best combination of snapshots.
+
+    .. math:: \min_x \int \Big(\sum_i x_i\,p_{\gamma_i,t_i}(\tau) - p_{\gamma,t}(\tau)\Big)^2 d\tau, \qquad
+              p_{\gamma,t}(\tau) = (\gamma+1)\,\tau^\gamma/t^{\gamma+1} \text{ on } [0, t]
+
+    Arguments:
+        snapshots: Of one run, from :meth:`PowerEMA.snapshot`; more of them, closer together, reconstruct better.
+        std: σ_rel of the average wanted.
+        t: At which update; by default that of the last snapshot.
+
+    Returns:
+        Weights by name, for :func:`swapped` or ``module.load_state_dict``.
+    """
+    if not snapshots:
+        raise ValueError("`snapshots` must hold at least one; keep `PowerEMA.snapshot()` now and then.")
+    last = max(snapshot.t for snapshot in snapshots)
+    t = last if t is None else check.integer("t", t, least=1)
+    if t > last:
+        raise ValueError(f"`t` must not lie after the last snapshot, at {last}, got {t}.")
+    if min(snapshot.t for snapshot in snapshots) < 1:
+        raise ValueError("`snapshots` must be of averages that were updated at least once.")
+    used = [snapshot for snapshot in snapshots if snapshot.t <= t]
+    if not used:
+        raise ValueError(f"`t`={t} lies before the first snapshot, at {min(s.t for s in snapshots)}.")
+    at = torch.tensor([s.t for s in used] + [t], dtype=torch.float64)
+    gamma = torch.tensor([s.gamma for s in used] + [gamma_of_std(std)], dtype=torch.float64)
+    inner = _inner(at[:, None], gamma[:, None], at[None], gamma[None])
+    # Nearby snapshots are nearly dependent: the small singular values carry rounding only.
+    x = torch.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1:], rcond=1e-15, driver="gelsd").solution[:, 0]
+    out: Weights = {}
+    for name, first in used[0].weights.items():
+        if not first.is_floating_point():
+            out[name] = used[-1].weights[name].clone()
+            continue
+        total = torch.zeros(first.shape, dtype=torch.float64)
+        for c, snapshot in zip(x.tolist(), used, strict=True):
+            total += c * snapshot.weights[name].double()
+        out[name] = total.to(first.dtype)
+    return out
+
+
+def _inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+    """∫ p_a p_b = (γ_a + 1)(γ_b + 1)/(γ_a + γ_b + 1) · (t_min/t_max)^γ_max / t_max, γ_max being that of the later."""
+    later = torch.where(t_a > t_b, gamma_a, gamma_b)
+    small, large = torch.minimum(t_a, t_b), torch.maximum(t_a, t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (small / large) ** later / large
+
+
+@contextmanager
+def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """A module with other weights, in place; its own come back at the end, also after an exception.
+
+    Arguments:
+        module: The module.
+        weights: Parameters and buffers by name, all of them.
+    """
+    own = _tensors(module)
+    _match(own, weights)
+    kept = {name: w.detach().clone() for name, w in own.items()}
+    try:
+        with torch.no_grad():
+            for name, w in own.items():
+                w.copy_(weights[name])
+        yield module
+    finally:
+        with torch.no_grad():
+            for name, w in own.items():
+                w.copy_(kept[name])
+
+
+def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights:
+    """Parameters and saved buffers by name, as in the module's own state_dict; shared ones once."""
+    if names is None:
+        names = {_plain(name) for name in module.state_dict(keep_vars=True)}
+    both = (*module.named_parameters(), *module.named_buffers())
+    return {_plain(name): w for name, w in both if _plain(name) in names}
+
+
+def _plain(name: str) -> str:
+    """The name without what torch.compile and DDP put before it."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def _copy(module: nn.Module) -> Weights:
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # half precision swallows 1 − β
+    return {name: w.detach().to(wide.get(w.dtype, w.dtype), copy=True) for name, w in _tensors(module).items()}
+
+
+@torch.no_grad()
+def _move(average: Weights, module: nn.Module, share: float) -> None:
+    """Move an average a share of the way to the module's weights, all at once where they are alike."""
+    far: list[Tensor] = []
+    near: list[Tensor] = []
+    for name, w in _tensors(module, average).items():
+        mine = average[name]
+        if mine.device != w.device:  # the module has moved
+            mine = average[name] = mine.to(w.device)
+        if not (isinstance(w, nn.Parameter) and w.is_floating_point()):
+            mine.copy_(w)
+        else:
+            far.append(mine)
+            near.append(w.detach().to(mine))
+    if far:
+        torch._foreach_lerp_(far, near, share)
+
+
+def _refuse_swapped(inside: bool) -> None:
+    if inside:
+        raise RuntimeError("`update` inside `swapped` would average the average; leave the block first.")
+
+
+def _only(state: Mapping[str, Any], names: Sequence[str]) -> None:
+    if set(state) != set(names):
+        raise ValueError(f"`state` must have {', '.join(names)}, got {', '.join(map(str, state))}.")
+
+
+def _load(mine: Weights, theirs: Mapping[str, Tensor]) -> None:
+    _match(mine, theirs)
+    with torch.no_grad():
+        for name, w in mine.items():
+            w.copy_(theirs[name])
+
+
+def _match(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    if missing or extra:
+        raise ValueError(
+            f"the weights are not this module's: missing {missing or 'none'}, unknown {extra or 'none'}; make the "
+            f"module as it was made then."
+        )
+    for name, w in own.items():
+        if w.shape != given[name].shape:
+            raise ValueError(f"`{name}` has shape {tuple(w.shape)} here and {tuple(given[name].shape)} in the weights.")

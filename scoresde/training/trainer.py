@@ -1,0 +1,387 @@
+"""A training loop that survives: progress, previews, averages, mixed precision, many processes, and exact resuming."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+from scoresde.training.checkpoint import Checkpoints
+from scoresde.training.draws import Draws
+from scoresde.training.ema import EMA, PowerEMA
+from scoresde.training.losses import DSM
+from scoresde.training.order import Order, batches, parts, size, stream
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Preview = Callable[[nn.Module, int], Any]
+Unpack = Callable[[Any], tuple[Tensor, dict[str, Any]]]
+_PATIENCE = 100  # steps in a row that may be skipped
+
+
+class Trainer:
+    """Train a loss on data, and go on after anything.
+
+    A run is a function of its seed: data order, times and noise are drawn from (seed, step), and each process takes its
+    rows of the whole batch, so that the number of processes and of accumulated parts changes rounding only. Start the
+    same script again and ``resume`` continues to the bit on the CPU: model, average, optimiser, scaler, times, and the
+    generators that dropout uses. Under ``torchrun`` or ``accelerate launch`` it runs on many processes as it is.
+
+    It is a convenience. What it does besides saving is this loop::
+
+        for step in range(steps):
+            x = data[order.rows(step)].to(device)
+            optimiser.zero_grad()
+            value = loss(x)
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
+            optimiser.step()
+            ema.update()
+
+    Arguments:
+        loss: A :class:`DSM`, or a module ``loss(x, noise, **cond)`` that returns a scalar.
+        data: A tensor (N, *event), tensors by name with the data as ``"x"`` and the others conditions, or a data set.
+        optimiser: Over ``loss.parameters()``; Adam with learning rate 2e-4 by default.
+        batch: Samples in a step, over all processes and parts.
+        accumulate: Parts that each process cuts its share into, to save memory.
+        ema: An average of ``loss.model``, or its decay; None for none.
+        warmup: Steps over which the learning rate rises to its value.
+        schedule: Factor of the learning rate as a function of the step.
+        clip: Largest norm of the gradient; None for no limit.
+        nonfinite: What to do where loss or gradient are not finite: ``"raise"``, or ``"skip"`` the step and count it.
+        precision: ``"no"``, ``"bf16"`` or ``"fp16"``, of the network alone; the loss is float32.
+        folder: Where checkpoints go; None for none.
+        save_every: Steps between checkpoints; there is one at the end as well.
+        keep: How many of them to keep.
+        log_every: Steps between entries of `history`.
+        preview: Called as ``preview(model, step)`` with the averaged weights, without gradient, on the first process.
+        preview_every: Steps between previews.
+        tensorboard: Folder to log to; None for no TensorBoard.
+        progress: Whether to show a bar: None if the terminal is interactive.
+        unpack: Makes data and conditions ``(x, {name: condition})`` of a batch.
+        workers: Processes that fetch from a data set. Random transforms in them are not replayed by `resume`.
+        seed: Seed of data order, times and noise.
+        accelerator: One of yours instead of ``Accelerator(mixed_precision=precision)``.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, t):
+        ...         return super().forward(x)
+        >>> model = ss.Denoiser(Net(2, 2), ss.VP(), predicts="eps")
+        >>> trainer = Trainer(ss.DSM(model), torch.randn(64, 2), batch=16, progress=False)
+        >>> history = trainer.fit(5)
+        >>> trainer.step
+        5
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        data: Any,
+        optimiser: torch.optim.Optimizer | None = None,
+        *,
+        batch: int = 128,
+        accumulate: int = 1,
+        ema: EMA | PowerEMA | float | None = 0.9999,
+        warmup: int = 0,
+        schedule: Callable[[int], float] | None = None,
+        clip: float | None = 1.0,
+        nonfinite: str = "raise",
+        precision: str = "no",
+        folder: str | Path | None = None,
+        save_every: int = 1000,
+        keep: int = 3,
+        log_every: int = 50,
+        preview: Preview | None = None,
+        preview_every: int = 1000,
+        tensorboard: str | Path | None = None,
+        progress: bool | None = None,
+        unpack: Unpack | None = None,
+        workers: int = 0,
+        seed: int = 0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.accelerator = _accelerator(check.choice("precision", precision, ("no", "bf16", "fp16")), accelerator)
+        self.loss = loss
+        self.model: nn.Module = getattr(loss, "model", loss)
+        if not any(p.requires_grad for p in loss.parameters()):
+            raise ValueError("`loss` has no parameters to train; is its network a module, or hidden in a function?")
+        self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        self.accumulate = check.integer("accumulate", accumulate, least=1)
+        if check.integer("batch", batch, least=1) % (self.world * accumulate):
+            raise ValueError(
+                f"`batch`={batch} must be a multiple of {self.world} processes times `accumulate`={accumulate}."
+            )
+        self.data, self.order = data, Order(size(data), batch, check.integer("seed", seed))
+        self.clip = math.inf if clip is None else check.number("clip", clip, above=0)
+        self.nonfinite = check.choice("nonfinite", nonfinite, ("raise", "skip"))
+        self.warmup, self.schedule = check.integer("warmup", warmup), schedule
+        self.save_every, self.log_every, self.preview_every = (
+            check.integer(name, value, least=1)
+            for name, value in (("save_every", save_every), ("log_every", log_every), ("preview_every", preview_every))
+        )
+        self.checkpoints = None if folder is None else Checkpoints(Path(folder), keep)
+        self.preview, self.progress, self.unpack, self.workers = preview, progress, unpack or _unpack, workers
+        self.tensorboard = tensorboard
+        self.step = self.skipped = self._skipped_in_a_row = 0
+        self.history: list[dict[str, float]] = []
+
+        self._wrapped: nn.Module = self.accelerator.prepare_model(loss)
+        optimiser = torch.optim.Adam(loss.parameters(), 2e-4) if optimiser is None else optimiser
+        self.optimiser = self.accelerator.prepare_optimizer(optimiser)
+        self._rates = [float(group["lr"]) for group in optimiser.param_groups]
+        self._parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        self.ema = EMA(self.model, ema) if isinstance(ema, (int, float)) else ema
+        self._generator = torch.Generator(self.accelerator.device)
+
+    def fit(self, steps: int) -> list[dict[str, float]]:
+        """Train until `steps` steps have been made in all, and return the history.
+
+        Arguments:
+            steps: Of the optimiser, counted from the beginning of the run.
+        """
+        from tqdm import tqdm
+
+        check.integer("steps", steps)
+        self._wrapped.train()
+        main = self.accelerator.is_main_process
+        hidden = True if not main or self.progress is False else None if self.progress is None else False
+        writer = _writer(self.tensorboard, self.step) if main and self.tensorboard is not None else nullcontext()
+        rows = parts(self.order, self.step, self.rank, self.world, self.accumulate)
+        pin = self.accelerator.device.type == "cuda"
+        source = batches(self.data, rows, workers=self.workers, pin=pin)
+        saved, since, total = self.step, time.perf_counter(), torch.zeros((), device=self.accelerator.device)
+        first = self.step
+        with tqdm(total=steps, initial=self.step, disable=hidden, unit="step") as bar, writer as log:
+            while self.step < steps:
+                value, norm = self._train_step(source)
+                total += value
+                bar.update()
+                if self.step % self.log_every == 0 or self.step == steps:
+                    n = self.step - first
+                    mean = float(self.accelerator.reduce(total / n, "mean"))
+                    speed = n * self.order.batch / (time.perf_counter() - since)
+                    self._record(mean, norm, speed, log)
+                    bar.set_postfix(loss=f"{mean:.4g}", samples_per_s=f"{speed:.0f}")
+                    first, since, total = self.step, time.perf_counter(), torch.zeros_like(total)
+                if self.preview is not None and self.step % self.preview_every == 0:
+                    self._show()
+                if self.checkpoints is not None and self.step % self.save_every == 0:
+                    saved = self.save()
+        if self.checkpoints is not None and saved != self.step:
+            self.save()
+        return self.history
+
+    def _train_step(self, source: Iterator[Any]) -> tuple[Tensor, float]:
+        """One step of the optimiser; its loss (on the device) and the norm of its gradient."""
+        total = torch.zeros((), device=self.accelerator.device)
+        self._set_rate()
+        self.optimiser.zero_grad()
+        n = self.order.batch // (self.world * self.accumulate)
+        for m in range(self.accumulate):
+            x, cond = self.unpack(_to(next(source), self.accelerator.device))
+            self._generator.manual_seed(stream(self.order.seed, "noise", self.step))
+            noise = Draws(self._generator, (m * self.world + self.rank) * n, self.order.batch)
+            last = m == self.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
+                value = self._wrapped(x, noise, **cond) / self.accumulate
+                self.accelerator.backward(value)
+            total += value.detach()
+        norm = float(self.accelerator.clip_grad_norm_(self._parameters, self.clip))
+        self._update(total, norm)
+        self.step += 1
+        return total, norm
+
+    def _update(self, loss: Tensor, norm: float) -> None:
+        """Step and average, unless the gradient, which all processes share, is not finite."""
+        if math.isfinite(norm):
+            self.optimiser.step()
+            if self.ema is not None:
+                self.ema.update()
+            self._skipped_in_a_row = 0
+            return
+        scaled = self.accelerator.scaler is not None and bool(loss.isfinite())
+        if scaled:  # fp16 looks for its scale: its own optimiser passes over this step and lowers it
+            self.optimiser.step()
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if (self.nonfinite == "raise" and not scaled) or self._skipped_in_a_row > _PATIENCE:
+            levels = self.loss.levels.read() if isinstance(self.loss, DSM) else []
+            where = ", ".join(f"{row['lam']:.2g}" for row in levels if row["bad"])
+            raise FloatingPointError(
+                f"loss {float(loss):g} with a gradient of norm {norm:g} at step {self.step}"
+                + (f"; errors were not finite near λ = {where}" if where else "")
+                + "; the weights are those before this step. Look at the data and the learning rate, or give "
+                f"`nonfinite`='skip' (up to {_PATIENCE} steps in a row)."
+            )
+
+    def _set_rate(self) -> None:
+        factor = min(1.0, (self.step + 1) / self.warmup) if self.warmup else 1.0
+        factor *= 1.0 if self.schedule is None else self.schedule(self.step)
+        for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def _record(self, loss: float, norm: float, speed: float, log: Any) -> None:
+        rate = float(self.optimiser.param_groups[0]["lr"])
+        row = {"step": self.step, "loss": loss, "norm": norm, "rate": rate, "skipped": self.skipped, "speed": speed}
+        self.history.append(row)
+        levels = self.loss.levels.read() if isinstance(self.loss, DSM) else []
+        if log is not None:
+            for name, value in row.items():
+                if name != "step":
+                    log.add_scalar(f"train/{name}", value, self.step)
+            for level in levels:
+                log.add_scalar(f"error/lam {level['lam']:+.1f}", level["error"], self.step)
+
+    def _show(self) -> None:
+        """A preview with the averaged weights, in evaluation mode."""
+        if self.preview is None or not self.accelerator.is_main_process:
+            return
+        average: AbstractContextManager[Any] = nullcontext() if self.ema is None else self.ema.swapped()
+        training = self.model.training
+        self.model.eval()
+        try:
+            with average, torch.no_grad():
+                self.preview(self.model, self.step)
+        finally:
+            self.model.train(training)
+
+    # What is saved, and read back.
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of the run depends on; every process must call it, to give its generators' state."""
+        from accelerate.utils import gather_object
+
+        scaler = self.accelerator.scaler
+        return {
+            "run": self._identity(),
+            "step": self.step,
+            "skipped": self.skipped,
+            "loss": dict(self.loss.state_dict()),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rng": gather_object([_rng_state()]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`; a state of another run raises."""
+        mine, theirs = self._identity(), dict(state["run"])
+        other = [name for name in mine if mine[name] != theirs.get(name)]
+        if other:
+            said = ", ".join(f"{name} {theirs.get(name)} (here {mine[name]})" for name in other)
+            raise ValueError(f"the checkpoint is of another run: it has {said}; make the trainer as it was made then.")
+        self.loss.load_state_dict(state["loss"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        _set_rng_state(state["rng"][self.rank])
+
+    def save(self) -> int:
+        """Write a checkpoint now, and return its step."""
+        if self.checkpoints is None:
+            raise ValueError("`folder` says where checkpoints go; this trainer has none.")
+        state = self.state_dict()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.step, state)
+        self.accelerator.wait_for_everyone()
+        return self.step
+
+    def resume(self) -> bool:
+        """Go on from the newest whole checkpoint of the folder; False if there is none yet."""
+        if self.checkpoints is None:
+            raise ValueError("`folder` says where checkpoints are; this trainer has none.")
+        found = self.checkpoints.latest()
+        if found is not None:
+            self.load_state_dict(found[1])
+        return found is not None
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a run to be the same run."""
+        return {
+            "seed": self.order.seed,
+            "batch": self.order.batch,
+            "samples": self.order.n,
+            "processes": self.world,
+            "average": type(self.ema).__name__,
+            "precision": str(self.accelerator.mixed_precision),
+        }
+
+
+def _accelerator(precision: str, given: Accelerator | None) -> Accelerator:
+    if given is not None:
+        if precision != "no":
+            raise ValueError(f"`accelerator` has a precision of its own; drop `precision`={precision!r}.")
+        return given
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ImportError("Trainer needs accelerate and safetensors: pip install 'scoresde[train]'.") from error
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    kinds = (getattr(torch, kind, None) for kind in ("cuda", "xpu", "npu", "mlu", "musa", "hpu"))
+    # Without a device accelerate overlooks that it was launched as one of many, unless told to stay on the CPU.
+    cpu = launched > 1 and not any(kind is not None and kind.is_available() for kind in kinds)
+    out = Accelerator(mixed_precision=precision, cpu=cpu)
+    if out.num_processes != launched:
+        raise RuntimeError(
+            f"{launched} processes were launched and accelerate sees {out.num_processes}: each would train on its own. "
+            f"Give `accelerator`=Accelerator(...), or launch one."
+        )
+    return out
+
+
+def _unpack(batch: Any) -> tuple[Tensor, dict[str, Any]]:
+    if isinstance(batch, Tensor):
+        return batch, {}
+    if isinstance(batch, Mapping) and "x" in batch:
+        return batch["x"], {str(name): value for name, value in batch.items() if name != "x"}
+    raise TypeError(
+        f"a batch must be a tensor or tensors by name with 'x' among them, got {type(batch).__name__}; for others give "
+        f"`unpack`, as in `unpack=lambda batch: (batch[0], {{'label': batch[1]}})`."
+    )
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    from torch.utils._pytree import tree_map
+
+    return tree_map(lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _writer(folder: str | Path, step: int) -> AbstractContextManager[Any]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _rng_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (what transforms of others use)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])

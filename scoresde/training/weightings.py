@@ -1,0 +1,259 @@
+r"""How much each noise level counts: weights w(t) on the squared error of x0.
+
+One base error is chosen, :math:`|\hat x_0 - x_0|^2`, since its weight is finite wherever σ > 0, also where α = 0. At a
+given state the errors of all predictions are multiples of one another: if a prediction is
+:math:`(a\,x_0 + b\,\varepsilon)/c`, its squared error is
+
+.. math:: \left(\frac{a\sigma - b\alpha}{\sigma c}\right)^2 |\hat x_0 - x_0|^2,
+   \qquad\text{as } \hat\varepsilon - \varepsilon = -\tfrac{\alpha}{\sigma}(\hat x_0 - x_0).
+
+A weighting is any function ``(sde, t) -> w`` of a tensor of times (B,). With ρ = σ/α, SNR = 1/ρ²:
+
+=================  =====================================================  =======================================
+name               w on x0                                                is
+=================  =====================================================  =======================================
+``simple``, eps    SNR                                                    1 on ε
+``x0``             1
+``v``              (α² + σ²)²/σ²                                          1 on v
+``velocity``       (σ̇ − α̇ ρ)²/ρ²                                         1 on the velocity: flow matching
+``edm``            (ρ² + s²)/(ρ s)²                                       1 on EDM's F
+``likelihood``     g² α²/σ⁴                                               g² on the score
+``min_snr``        min(SNR, γ)
+``soft_min_snr``   γ SNR/(γ + SNR)
+``p2``             SNR/(k + SNR)^γ                                        (k + SNR)^−γ on ε
+``sigmoid``        SNR · sigmoid(b − log SNR)                             sigmoid(b − log SNR) on ε
+=================  =====================================================  =======================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+from scoresde.denoiser import PREDICTIONS, _form
+from scoresde.sde import SDE
+
+Weighting = Callable[[SDE, Tensor], Tensor]
+
+
+def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -> Tensor:
+    r"""Squared error of a prediction per squared error of x0, :math:`((a\sigma - b\alpha)/(\sigma c))^2`.
+
+    Arguments:
+        prediction: One of :data:`scoresde.denoiser.PREDICTIONS`.
+        sde: The process.
+        t: Times, (B,), positive.
+        sigma_data: Standard deviation s of the data, for ``"F"``.
+    """
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    form = _form(prediction, sde, t, alpha, sigma, sigma_data)
+    out: Tensor = ((form.a - form.b * (alpha / sigma)) / form.scale) ** 2
+    return out if isinstance(out, Tensor) else torch.full_like(t, out)
+
+
+@dataclass(frozen=True)
+class On:
+    """Weight 1 on the squared error of a prediction, whatever the network predicts.
+
+    Arguments:
+        prediction: One of :data:`scoresde.denoiser.PREDICTIONS`.
+        sigma_data: Standard deviation of the data, for ``"F"``, EDM's weighting.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, for ε
+        | Progressive Distillation (Salimans & Ho, 2022), arXiv:2202.00512, for v
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          for F
+    """
+
+    prediction: str
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.choice("prediction", self.prediction, PREDICTIONS)
+        check.number("sigma_data", self.sigma_data, above=0)
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """w(t) on x0."""
+        return sensitivity(self.prediction, sde, t, self.sigma_data)
+
+
+def likelihood(sde: SDE, t: Tensor) -> Tensor:
+    r"""g² on the error of the score: with uniform times, :math:`\tfrac{D(T - t_{min})}{2}` of it bounds −log p in nats.
+
+    .. math:: w = g^2\frac{\alpha^2}{\sigma^4} = \frac{2\alpha(\dot\sigma\alpha - \dot\alpha\sigma)}{\sigma^3}
+
+    The second form is the one computed: it is finite where α = 0 and g is not.
+
+    Arguments:
+        sde: The process.
+        t: Times, (B,), positive.
+
+    References:
+        | Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), arXiv:2101.09258
+    """
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    return 2 * (alpha / sigma) * (sde.sigma_dot(t) * (alpha / sigma) - sde.alpha_dot(t)) / sigma
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, γ).
+
+    Arguments:
+        gamma: γ.
+
+    References:
+        | Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), arXiv:2303.09556
+    """
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        check.number("gamma", self.gamma, above=0)
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """w(t) on x0."""
+        return _snr(sde, t).clamp_max(self.gamma)
+
+
+@dataclass(frozen=True)
+class SoftMinSNR:
+    r"""A smooth minimum, :math:`\gamma\,\mathrm{SNR}/(\gamma + \mathrm{SNR}) = 1/(\rho^2 + 1/\gamma)`.
+
+    Arguments:
+        gamma: γ; 1/s² for data of standard deviation s.
+
+    References:
+        | Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers
+          (Crowson et al., 2024), arXiv:2401.11605
+    """
+
+    gamma: float = 4.0
+
+    def __post_init__(self) -> None:
+        check.number("gamma", self.gamma, above=0)
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """w(t) on x0."""
+        alpha2, sigma2 = sde.alpha(t) ** 2, sde.sigma(t) ** 2
+        return self.gamma * alpha2 / (self.gamma * sigma2 + alpha2)
+
+
+@dataclass(frozen=True)
+class P2:
+    r"""Perception prioritised, :math:`(k + \mathrm{SNR})^{-\gamma}` on ε.
+
+    Arguments:
+        k: k.
+        gamma: γ; 0 is ``simple``.
+
+    References:
+        | Perception Prioritized Training of Diffusion Models (Choi et al., 2022), arXiv:2204.00227
+    """
+
+    k: float = 1.0
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.number("k", self.k, above=0)
+        check.number("gamma", self.gamma, least=0)
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """w(t) on x0."""
+        snr = _snr(sde, t)
+        return snr * (self.k + snr) ** -self.gamma
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    r"""sigmoid(b − log SNR) on ε; with b = log γ it is :class:`SoftMinSNR`.
+
+    Arguments:
+        b: Log signal-to-noise ratio at which the weight on ε is one half.
+
+    References:
+        | Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation (Kingma & Gao, 2023),
+          arXiv:2303.00848
+        | Simpler Diffusion (Hoogeboom et al., 2024), arXiv:2410.19324
+    """
+
+    b: float = 2.0
+
+    def __post_init__(self) -> None:
+        check.number("b", self.b)
+
+    def __call__(self, sde: SDE, t: Tensor) -> Tensor:
+        """w(t) on x0."""
+        return SoftMinSNR(math.exp(self.b))(sde, t)
+
+
+class Uncertainty(nn.Module):
+    r"""A learned balance of the noise levels: each is divided by the network's own estimate of its loss.
+
+    .. math:: \frac{w(t)\,e}{\exp u(t)} + u(t), \qquad \min_u \Rightarrow e^{u(t)} = E[w\,e \mid t]
+
+    u is a linear map of Fourier features of λ, zero at first. Its parameters are parameters of the :class:`DSM`, not of
+    the network: give the optimiser ``loss.parameters()``.
+
+    Arguments:
+        base: The weighting w that is balanced, a name or a function; EDM's, by default that of the model.
+        features: How many Fourier features.
+
+    References:
+        | Multi-Task Learning Using Uncertainty to Weigh Losses (Kendall et al., 2018), arXiv:1705.07115
+        | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024), arXiv:2312.02696
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, base: str | Weighting = "edm", features: int = 64) -> None:
+        super().__init__()
+        self.base = base
+        check.integer("features", features, least=2)
+        self.register_buffer("frequencies", torch.linspace(0, 2, features // 2).exp2() - 1)
+        self.linear = nn.Linear(2 * (features // 2) + 1, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def log_loss(self, sde: SDE, t: Tensor) -> Tensor:
+        """u(t), (B,)."""
+        lam = (sde.lam(t) / 4).clamp(-5, 5).to(self.frequencies)[:, None]
+        angle = lam * self.frequencies
+        features = torch.cat([lam, angle.cos(), angle.sin()], dim=1)
+        # Not self.linear(features): mixed precision would round u to half.
+        return (features * self.linear.weight).sum(1) + self.linear.bias
+
+    def forward(self, loss: Tensor, sde: SDE, t: Tensor) -> Tensor:
+        """The balanced loss of samples, (B,), from their weighted loss."""
+        u = self.log_loss(sde, t).to(loss)
+        return loss * (-u).exp() + u
+
+
+def named(name: str, sigma_data: float = 1.0) -> Weighting:
+    """The weighting of a name, with the parameters of its paper.
+
+    Arguments:
+        name: One of the table at the top of this module.
+        sigma_data: Standard deviation of the data, for ``"edm"``.
+    """
+    known: dict[str, Weighting] = {
+        "simple": On("eps"),
+        **{kind: On(kind) for kind in ("eps", "x0", "v", "velocity")},
+        "edm": On("F", sigma_data),
+        "likelihood": likelihood,
+        "min_snr": MinSNR(),
+        "soft_min_snr": SoftMinSNR(),
+        "p2": P2(),
+        "sigmoid": Sigmoid(),
+    }
+    return known[check.choice("weighting", name, tuple(known))]
+
+
+def _snr(sde: SDE, t: Tensor) -> Tensor:
+    return (sde.alpha(t) / sde.sigma(t)) ** 2

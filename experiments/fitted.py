@@ -5,8 +5,8 @@
 
 On the three exact problems of ``work_precision.py`` under VP. At every budget: the best of all our rules × grids, a
 plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the data, no evaluation).
-Plans are fitted on 128 trajectories, stopped by 64 others, and all errors below are of 128 that no fit has seen: distance
-per number from the same fine solve of the probability flow, from the same starts at T.
+Plans are fitted on 128 trajectories, stopped by 64 others, and all errors below are of 128 that no fit has seen:
+distance per number from the same fine solve of the probability flow, from the same starts at T.
 
 Then what the tails do: a plan of 5 evaluations fitted under losses from robust to least squares. Then Picard iteration:
 sequential calls until the samples agree with the sequential ones to 1e-3.

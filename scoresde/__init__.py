@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, training, verify
+from scoresde import adapters, data, grids, metrics, parallel, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -149,6 +149,7 @@ __all__ = [
     "karras",
     "mean_squared_score",
     "metrics",
+    "parallel",
     "nn",
     "sample",
     "sample_learned_variance",

@@ -40,6 +40,7 @@ from scoresde.denoiser import AbstractDenoiser, _check_denoiser
 from scoresde.gaussian import Gaussian
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
+from scoresde.paths import PathNoise
 from scoresde.plan import Plan, run
 from scoresde.sampling import default_solver
 from scoresde.sde import SDE
@@ -92,7 +93,8 @@ def fit(
         robust: Errors below this many medians count as squares, those above as logarithms: small to fit the median,
             large to fit the mean square.
         seed: Of the starts.
-        noise: Normals of a stochastic plan, by default of `seed`.
+        noise: Normals of a stochastic plan, by default of `seed`; ``Noise(seed, path=True)`` to follow a teacher with
+            another grid on the same Brownian paths.
         batch: How many trajectories to hold in memory at once.
         grad: ``"full"``, or ``"checkpoint"`` to keep the memory of one evaluation at the price of a second pass.
         dtype: Of the states, when a shape is given.
@@ -125,7 +127,8 @@ def fit(
         raise ValueError(f"`held_out` must leave trajectories on both sides of {len(x)}, got {n}; ask for more.")
     source = Noise(seed).fork(_STREAM + 1) if noise is None else noise
     truth, teacher_name = _truth(teacher, table, model, x, gaussian, source, cond)
-    drawn = [source.like(x, k) for k in range(table.start.z.shape[1])]
+    normals = PathNoise(source, table.plan.spans) if source.path and table.plan.stochastic else source
+    drawn = [normals.like(x, k) for k in range(table.start.z.shape[1])]
     rows = _Rows(model, x, truth, drawn, gaussian, cond, batch or len(x), grad)
     train, held = range(n, len(x)), range(n)
 

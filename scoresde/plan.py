@@ -223,7 +223,7 @@ class Plan:
             for row in table["rows"]
         ]
         spans = tuple(span and Span(*span) for span in table.get("spans", ()))
-        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans)
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
         return cls(tuple(rows), table["name"], table["order"], table["sde"], meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:

@@ -87,7 +87,9 @@ class Unrolled:
                     one=float(self.one[r]),
                 )
             )
-        return Plan(tuple(rows), **{"name": like.name, "order": like.order, "sde": like.sde, **changes})
+        return Plan(
+            tuple(rows), **{"name": like.name, "order": like.order, "sde": like.sde, "spans": like.spans, **changes}
+        )
 
 
 def unroll(plan: Plan) -> Unrolled:

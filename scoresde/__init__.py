@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, metrics, parallel, training, verify
+from scoresde import adapters, analysis, data, grids, metrics, optimal, parallel, training, verify
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
@@ -138,6 +138,7 @@ __all__ = [
     "UniPC",
     "VelocityAB",
     "adapters",
+    "analysis",
     "analytic_first_step",
     "betas",
     "check_denoiser",
@@ -149,8 +150,9 @@ __all__ = [
     "karras",
     "mean_squared_score",
     "metrics",
-    "parallel",
     "nn",
+    "optimal",
+    "parallel",
     "sample",
     "sample_learned_variance",
     "solve",

@@ -411,8 +411,9 @@ class _Levels:
     def __call__(self) -> Tensor:
         if not self.knobs:
             return self.times
-        head = self.head.clamp(self.low, self.end - 0.1)
-        lam = torch.cat([head, head + (self.end - head) * self.gaps.softmax(0).cumsum(0)[:-1]])
+        head = self.head.clamp(max(self.low, self.end - 40.0), self.end - 1.0)
+        share = self.gaps.softmax(0) + 1e-4  # no two times fall together
+        lam = torch.cat([head, head + (self.end - head) * (share / share.sum()).cumsum(0)[:-1]])
         t = self.sde._t_of_lam(lam).clamp(0.0, self.sde.T)
         fixed = self.silent or not self.head.requires_grad
         return (

@@ -185,7 +185,6 @@ def _summary(errors: Tensor) -> dict[str, float]:
 
 def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int) -> int:
     """A round of L-BFGS; returns how many iterations it took."""
-    last: dict[str, Any] = {}
     optimiser = torch.optim.LBFGS(
         table.knobs, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
     )
@@ -204,7 +203,6 @@ def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int)
         good = math.isfinite(total) and all(bool(g.isfinite().all()) for g in gradients)
         for k, g in zip(table.knobs, gradients, strict=True):
             k.grad = g if good else torch.zeros_like(g)
-        last["loss"] = total
         return total if good else 1e6
 
     kept = [k.detach().clone() for k in table.knobs]
@@ -213,7 +211,7 @@ def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int)
         with torch.no_grad():
             for k, value in zip(table.knobs, kept, strict=True):
                 k.copy_(value)
-    state = next(iter(optimiser.state.values()), {})
+    state: dict[str, Any] = next(iter(optimiser.state.values()), {})
     return max(1, int(state.get("n_iter", 1)))
 
 

@@ -154,7 +154,7 @@ class Gaussian(AbstractDenoiser):
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""Posterior mean, :math:`m + \alpha C(\alpha^2 C + \sigma^2)^{-1}(x - \alpha m)`."""
         alpha, sigma = self._scales(t, x)
-        return self._apply(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
+        return self._affine(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
 
     def flow(self, x: Tensor, s: float | Tensor, t: float | Tensor) -> Tensor:
         """Exact probability flow from time s to t, in either direction; differentiable in the times.
@@ -165,7 +165,7 @@ class Gaussian(AbstractDenoiser):
             t: To when.
         """
         (a, b), (e, f) = self._scales(s, x), self._scales(t, x)
-        return self._apply(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
+        return self._affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
 
     def carry(self, z: Tensor, t: float | Tensor) -> Tensor:
         r"""Normals to the marginal at time `t`, :math:`\alpha m + (\alpha^2 C + \sigma^2)^{1/2} z`.
@@ -173,7 +173,7 @@ class Gaussian(AbstractDenoiser):
         Equal normals at different times lie on one trajectory of the flow.
         """
         alpha, sigma = self._scales(t, z)
-        return self._apply(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
+        return self._affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
 
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
@@ -229,7 +229,7 @@ class Gaussian(AbstractDenoiser):
             for t, rho in zip(sde.t_of_lam(lam).tolist(), (-lam).exp().tolist(), strict=True):
                 x = self.carry(z, t)
                 gap = model.x0(x, t, **cond) - self.x0(x, t)
-                now = self._gain(gap, lambda c, rho=rho: (c / _positive(c + rho**2)).sqrt())
+                now = self._gain(gap, _carried(rho))
                 if before is not None:
                     total = total + (now + before) * float(lam[1] - lam[0]) / 2
                     times.append(t)
@@ -255,17 +255,17 @@ class Gaussian(AbstractDenoiser):
         check.state("x", x)
         if tuple(x.shape[1:]) != self.event:
             raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}.")
-        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         if not isinstance(t, Tensor):
-            return alpha, sigma
-        like = x.flatten(1) if self._flat else x
-        return tuple(check.expand(v.to(self._mean), like.to(self._mean)) for v in (alpha, sigma))
+            return self.sde.alpha(t), self.sde.sigma(t)
+        like = (x.flatten(1) if self._flat else x).to(self._mean)
+        alpha, sigma = (check.expand(v.to(self._mean), like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
+        return alpha, sigma
 
-    def _apply(self, x: Tensor, before: Any, gain: Callable[[Tensor], Tensor], after: Any) -> Tensor:
+    def _affine(self, x: Tensor, before: Any, gain: Callable[[Tensor], Tensor], after: Any) -> Tensor:
         """after · m + gain(C) (x − before · m)."""
         m = self._mean.flatten() if self._flat else self._mean
         y = x.to(self._mean).flatten(1) if self._flat else x.to(self._mean)
-        out = after * m + self._gain_flat(y - before * m, gain)
+        out: Tensor = after * m + self._gain_flat(y - before * m, gain)
         return out.reshape(x.shape).to(x.dtype)
 
     def _gain(self, x: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
@@ -274,11 +274,11 @@ class Gaussian(AbstractDenoiser):
         return self._gain_flat(y.flatten(1) if self._flat else y, gain).reshape(x.shape).to(x.dtype)
 
     def _gain_flat(self, y: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        axes = [getattr(self, f"_axes{i}") for i in range(self._matrices)]
+        axes: list[Tensor] = [getattr(self, f"_axes{i}") for i in range(self._matrices)]
         if not self._flat:
             y = _product(y, [a.mT for a in axes])
             return _product(gain(self._spectrum) * y, axes)
-        (u,) = axes
+        u: Tensor = axes[0]
         inner = y @ u
         if u.shape[0] == u.shape[1]:
             return (gain(self._spectrum) * inner) @ u.mT
@@ -291,6 +291,11 @@ def _product(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for i, a in enumerate(matrices):
         x = (x.movedim(i + 1, -1) @ a.mT).movedim(-1, i + 1)
     return x
+
+
+def _carried(rho: float) -> Callable[[Tensor], Tensor]:
+    """What becomes of a difference in x/α at noise level ρ when the flow brings it to data of variance c."""
+    return lambda c: (c / _positive(c + rho**2)).sqrt()
 
 
 def _positive(v: Tensor) -> Tensor:

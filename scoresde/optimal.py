@@ -82,7 +82,7 @@ def gaussian_grid(
     def closure() -> float:
         optimiser.zero_grad()
         value = loss(levels())
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return float(value.detach())
 
     optimiser.step(closure)

@@ -11,7 +11,6 @@ the number of sweeps. Any plan can be run so, deterministic or with its fixed no
 
 References:
     | Parallel Sampling of Diffusion Models (Shih et al., 2023), arXiv:2305.16317
-    | Accelerating Parallel Sampling of Diffusion Models (Tang et al., 2024), arXiv:2402.09970
 """
 
 from __future__ import annotations
@@ -60,7 +59,6 @@ def solve(
     *,
     tol: float = 1e-3,
     window: int | None = None,
-    anderson: int = 0,
     seed: int | Sequence[int] | Noise | None = None,
     data_std: float = 1.0,
     start: Gaussian | None = None,
@@ -77,7 +75,6 @@ def solve(
         tol: A row is settled once its denoised state and all before it move less than this, root mean square over the
             numbers of a sample, in every sample. 0 goes on until nothing moves.
         window: How many rows to hold at once, all by default; memory and the size of the batch grow with it.
-        anderson: How many earlier sweeps to extrapolate from: 0 is plain Picard iteration, 2 to 4 may save sweeps.
         seed: As for :func:`scoresde.solve`.
         data_std: As for :func:`scoresde.solve`.
         start: As for :func:`scoresde.solve`.
@@ -98,7 +95,6 @@ def solve(
     if not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a Plan, as solver.plan(sde, grid) gives, got {type(plan).__name__}.")
     check.number("tol", tol, least=0)
-    check.integer("anderson", anderson)
     table = unroll(plan)
     n = table.nfe
     width = n if window is None else min(n, check.integer("window", window, least=1))
@@ -110,7 +106,6 @@ def solve(
         times = torch.tensor([float(t) for t in table.t[:n]], dtype=torch.float64).to(x)
         said = torch.zeros((n, *x.shape), dtype=x.dtype, device=x.device)
         known, first, sweeps, asked = 0, 0, 0, 0
-        memory = _Anderson(anderson)
         while first < n:
             rows = slice(first, min(first + width, n))
             if rows.stop > known:  # new rows are guessed to be told what the last known one was
@@ -124,8 +119,7 @@ def solve(
             moved = (new - said[rows]).flatten(2).square().mean(2).sqrt().amax(1)
             # what the first row is told depends on settled rows alone
             still = int((moved[1:] <= tol).cumprod(0).sum()) + 1
-            said[rows] = memory.mix(said[rows].clone(), new, first) if still < len(new) else new
-            said[rows][:still] = new[:still]
+            said[rows] = new
             first += still
         result = given[n] + torch.tensordot(B[n], said, dims=1)
     return Parallel(result, sweeps, asked, replace(plan), noise.seed)
@@ -153,40 +147,6 @@ def _ask(model: AbstractDenoiser, states: Tensor, times: Tensor, cond: dict[str,
     flat = states.reshape(rows * size, *states.shape[2:])
     out = model.x0(flat, times.repeat_interleave(size), **tree_map(repeated, cond))
     return out.reshape(states.shape)
-
-
-class _Anderson:
-    """Extrapolation from earlier sweeps of the rows that are still moving, each sample for itself.
-
-    Of the last m + 1 pairs of a guess and its answer, that affine combination of the answers whose guesses moved least.
-    """
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self._past: list[tuple[int, Tensor, Tensor]] = []
-
-    def mix(self, guess: Tensor, answer: Tensor, first: int) -> Tensor:
-        """The next guess for the rows from `first` on."""
-        if not self.depth:
-            return answer
-        self._past.append((first, guess, answer))
-        last = first + len(guess)
-        overlap = [(f, g, a) for f, g, a in self._past if f <= first and f + len(g) >= last][-self.depth - 1 :]
-        self._past = overlap
-        if len(overlap) < 2:
-            return answer
-        guesses, answers = (
-            torch.stack([p[i][first - p[0] : last - p[0]] for p in overlap])  # type: ignore[misc]
-            for i in (1, 2)
-        )
-        gaps = (answers - guesses).movedim(2, 0).flatten(2)  # (B, m + 1, rows · numbers)
-        steps = gaps[:, 1:] - gaps[:, :-1]
-        gram = steps @ steps.mT
-        scale = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(gram.dtype).tiny)
-        gram = gram + 1e-4 * scale[:, None, None] * torch.eye(len(overlap) - 1).to(gram)
-        weight = torch.linalg.solve(gram, steps @ gaps[:, -1:].mT)[..., 0]  # (B, m)
-        moves = (answers[1:] - answers[:-1]).movedim(2, 0)  # (B, m, rows, *event)
-        return answer - torch.einsum("bm,bm...->b...", weight, moves).movedim(0, 1)
 
 
 __all__ = ["Parallel", "solve"]

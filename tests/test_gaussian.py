@@ -84,6 +84,13 @@ def test_estimates_recover_the_covariance(kind: str) -> None:
     assert torch.allclose(found.spectrum, truth.spectrum, rtol=0.12)
 
 
+def test_it_is_cast_and_moved_like_any_module() -> None:
+    half = Gaussian.of(ss.VP(), MEAN, COV).float()
+    assert half.mean.dtype == torch.float32
+    x = normals(3, D).float()
+    assert torch.allclose(half.flow(x, 1.0, 0.2), Gaussian.of(ss.VP(), MEAN, COV).flow(x, 1.0, 0.2), atol=1e-4)
+
+
 def test_the_kind_is_chosen_by_what_the_data_can_tell() -> None:
     sde = ss.VP()
     assert Gaussian.estimate(sde, normals(100, 5)).spectrum.shape == (5,)

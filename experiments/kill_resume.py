@@ -7,8 +7,8 @@ Each run is a process of its own, forked from this one, that saves after every s
 fall into the writing of a checkpoint. After each kill whatever lies under a checkpoint's name must load; at the end
 weights, average, optimiser, times and generators must equal those of the run that was left alone, to the bit.
 
-Measured on 2 cores: 20 kills, of which 20 found a checkpoint to resume from and 9 left a temporary file of a write that
-was cut off; none was torn, none differed.
+Measured on two busy cores, 24 s: of 20 kills 19 found a checkpoint to resume from (the first had nothing) and 7 cut off
+a write; none was torn, and the end was equal in every part.
 """
 
 from __future__ import annotations

@@ -113,22 +113,28 @@ class BrownianPath:
         of_s, of_t = (check.expand((c / (b - a)).abs().sqrt().to(unit_s), unit_s) for c in (a, b))
         return of_t * unit_t - of_s * unit_s
 
-    def unit(self, t: float | Tensor) -> Tensor:
-        r"""W(t)/√\|t\|, standard normal, at a number or (B,) times; 0 at 0."""
+    def unit(self, t: float | Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        r"""W(t)/√\|t\|, standard normal; 0 at 0.
+
+        Arguments:
+            t: A number, or one time for each row.
+            rows: Which rows, if `t` has times for some of them only.
+        """
         if isinstance(t, Tensor):
-            return self._by_rows(t.detach().cpu().expand(self.shape[0]))
+            some = range(self.shape[0]) if rows is None else rows
+            return self._by_rows(t.detach().cpu().expand(len(some)), some)
         if t not in self._recent:  # the next leg starts where this one ends: two values are kept
             if len(self._recent) == 2:
                 del self._recent[next(iter(self._recent))]
             self._recent[t] = self._unit(t)
         return self._recent[t]
 
-    def _by_rows(self, t: Tensor) -> Tensor:
-        out = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+    def _by_rows(self, t: Tensor, some: Sequence[int]) -> Tensor:
+        out = torch.zeros((len(some), *self.shape[1:]), dtype=self.dtype, device=self.device)
         homes = [_home(c) for c in t.tolist()]
         for sign, cell in sorted({(sign, cell) for sign, cell, _ in homes if sign}):
-            rows = [r for r, home in enumerate(homes) if home[:2] == (sign, cell)]
-            out[rows] = self._inside(sign, cell, [homes[r][2] for r in rows], rows)
+            at = [i for i, home in enumerate(homes) if home[:2] == (sign, cell)]
+            out[at] = self._inside(sign, cell, [homes[i][2] for i in at], [some[i] for i in at])
         return out
 
     def _unit(self, t: float) -> Tensor:

@@ -221,10 +221,24 @@ class Tape:
         """Time of a row."""
         return self._rows[row].t
 
+    def paste(self, source: int, rows: Sequence[Row], *, evaluates: bool, node: int) -> int:
+        """Lay rows that are complete, and count from a start that is `source`; the last settles `node`."""
+        first = len(self._rows) - 1
+        for row in rows:
+            x, d = (tuple((first + k if k else source, w) for k, w in terms) for terms in (row.x, row.d))
+            self._rows.append(replace(row, x=x, d=d, node=None))
+        self._rows[-1] = replace(self._rows[-1], evaluates=evaluates, node=node)
+        return len(self._rows) - 1
+
     def plan(self, name: str = "", order: int | None = None) -> Plan:
         """Compute all weights and return the table, folded."""
-        rows = list(self._rows)
         points = self._points()
+        return Plan(tuple(self.rows(points)), name, order, repr(self.sde), self._spans(points)).folded()
+
+    def rows(self, points: Point | None = None) -> list[Row]:
+        """The rows as they were laid, with their weights."""
+        rows = list(self._rows)
+        points = self._points() if points is None else points
         finite = _finite(points.lam)
         seen = {v: _finite(v.of(points.lam, points.t)) for v in {move.variable for move in self._moves}}
         groups: dict[Any, list[_Move]] = {}
@@ -239,7 +253,7 @@ class Tape:
         for moves in groups.values():
             for move, row in zip(moves, self._fill(moves, points), strict=True):
                 rows[move.row] = row
-        return Plan(tuple(rows), name, order, repr(self.sde), self._spans(points)).folded()
+        return rows
 
     def _points(self) -> Point:
         """Time, λ, α and σ of every row, (R,) or (R, B)."""

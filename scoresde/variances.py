@@ -25,7 +25,7 @@ def sample_learned_variance(
     *,
     seed: int | Sequence[int] | Noise | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     **cond: Any,
 ) -> Tensor:
     r"""DDPM's sampler with the network's own variance, a geometric mean of the small and the large one.
@@ -42,7 +42,7 @@ def sample_learned_variance(
         times: From noise to data, (N + 1,).
         seed: An integer, one for each sample, or a :class:`Noise`.
         dtype: Of the state, when a shape is given.
-        device: Of the state, when a shape is given.
+        device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
 
     References:
@@ -53,8 +53,9 @@ def sample_learned_variance(
     if isinstance(shape_or_x, Tensor):
         x = check.state("x", shape_or_x)
     else:
-        prior = sde.prior(float(grid[0]))
-        x = prior.sample(tuple(shape_or_x), noise.fork(_START), dtype=dtype, device=device)
+        first = next(model.parameters(), None)
+        where = device or (first.device if first is not None else "cpu")
+        x = sde.prior(float(grid[0])).sample(tuple(shape_or_x), noise.fork(_START), dtype=dtype, device=where)
     noise = noise.fork(_ROWS)
     with torch.no_grad():
         for i, (s, t) in enumerate(pairwise(grid)):
@@ -84,7 +85,7 @@ def mean_squared_score(
         (N,), float64.
 
     References:
-        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, eq. 8
+        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     noise, grid = Noise(seed), check_grid(model.sde, times)
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from processes import SDES
+from test_package import NoFloat64
 from torch import Tensor, nn
 
 import scoresde as ss
@@ -312,6 +314,26 @@ def test_under_autocast_only_the_network_is_rounded(half: torch.dtype) -> None:
         assert not torch.equal(mixed.loss, full.loss), "autocast was on"
 
 
+@pytest.mark.parametrize("process", ["VP", "EDM", "Flow", "Discrete", "two functions"])
+def test_a_step_needs_no_float64_on_the_device_and_never_waits(process: str) -> None:
+    sde = SDES[process]
+    x, label = torch.ones(4, 3, device="meta"), torch.zeros(4, dtype=torch.long, device="meta")
+    net = nn.Linear(3, 3, device="meta")
+
+    def called(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return net(x)
+
+    cases = [(weighting, None) for weighting in (*NAMES, W.Uncertainty())]
+    cases += [("min_snr", proposal) for proposal in PROPOSALS.values() if not isinstance(sde, ss.Discrete)]
+    for k, (weighting, proposal) in enumerate(cases):
+        loss = ss.DSM(denoiser(sde, "v", called), weighting, proposal=proposal, drop=0.5, null={"label": 3})
+        loss = copy.deepcopy(loss).to("meta")
+        with NoFloat64():
+            value = loss(x, 3 if k % 4 == 0 else None, label=label)
+            assert value.device.type == "meta" and value.dtype == torch.float32
+            value.backward()
+
+
 def test_the_loss_has_the_networks_parameters_and_compiles_to_no_surprise() -> None:
     net = nn.Linear(2, 2)
     model = ss.Denoiser(Told(net), ss.VP(), predicts="eps")
@@ -360,6 +382,27 @@ def test_learned_uncertainty_settles_at_the_loss() -> None:
     loss = ss.DSM(denoiser(sde, "eps", lambda x, t: 0.1 * x), W.Uncertainty("simple"))
     plain = ss.DSM(denoiser(sde, "eps", lambda x, t: 0.1 * x), "simple")
     assert torch.allclose(loss(torch.ones(4, 2), 0), plain(torch.ones(4, 2), 0)), "u = 0 at first"
+
+
+def test_a_proposal_weighs_the_whole_of_a_balanced_loss() -> None:
+    balance, q = W.Uncertainty("simple"), T.Mode(0.8)
+    nn.init.constant_(balance.linear.bias, 0.7)
+    terms = ss.DSM(denoiser(ss.VP(), "eps", lambda x, t: 0.1 * x), balance, proposal=q).terms(torch.ones(64, 2), 0)
+    ratio = T.Uniform().density(ss.VP(), terms.t) / q.density(ss.VP(), terms.t)
+    assert torch.allclose(terms.loss, ratio * (terms.error * math.exp(-0.7) + 0.7), rtol=1e-5)
+
+
+def test_learned_times_hear_the_loss_that_does_not_depend_on_them() -> None:
+    """Data 1, a network that says 0, weight t: where losses are t, draws must tend to √E[t² | bin]."""
+    q = T.LossAware(bins=8, mix=0.1)
+    loss = ss.DSM(denoiser(ss.Flow(), "x0", lambda x, t: torch.zeros_like(x)), lambda sde, t: t, proposal=q)
+    for step in range(100):
+        loss(torch.ones(256, 1), step)
+    root = (((torch.arange(8) + 0.5) / 8) ** 2 + 1 / (12 * 8**2)).sqrt()
+    assert torch.allclose(q.shares(), 0.9 * root / root.sum() + 0.1 / 8, rtol=0.05)
+    count = q.count.clone()
+    loss.eval()(torch.ones(256, 1))
+    assert torch.equal(q.count, count), "an evaluation teaches nothing"
 
 
 @pytest.mark.parametrize("process", ["Discrete", "VP"])
@@ -411,6 +454,11 @@ def test_the_bound_trains_the_variance_and_leaves_the_mean() -> None:
         loss = HybridVLB(model, vlb=vlb)(x, 0)
         grads[vlb] = torch.autograd.grad(loss, (mean, variance), allow_unused=True)
     assert torch.equal(grads[0.0][0], grads[1e-3][0]) and float(grads[1e-3][1]) != 0
+    t, eps = torch.full((32,), 7.0), torch.randn(32, 2)
+    none, some = (HybridVLB(model, vlb=vlb).at(x, t, eps).loss.detach() for vlb in (0.0, 1e-3))
+    x0 = model.x0(model.sde.perturb(x, t, eps), t).detach()
+    bound = HybridVLB(model).bound(x, t, x0, torch.full_like(x, 0.1))
+    assert torch.allclose(some - none, 1e-3 * 20 * bound, rtol=1e-3, atol=1e-6), "λ N times a step's term"
     with pytest.raises(ValueError, match="HybridVLB"):
         ss.DSM(model)
     with pytest.raises(ValueError, match="learned_variance=True"):
@@ -482,6 +530,7 @@ def test_what_cannot_be_is_said() -> None:
         (ValueError, "did you mean 'min_snr'", lambda: ss.DSM(model, "min-snr")),
         (TypeError, "`times` must be a density", lambda: ss.DSM(model, times=0.5)),
         (ValueError, "as `proposal`", lambda: ss.DSM(model, times=T.LossAware())),
+        (ValueError, "as `proposal`", lambda: ss.DSM(model, times=T.Stratified(T.LossAware()))),
         (ValueError, "needs `null`", lambda: ss.DSM(model, drop=0.1)),
         (ValueError, "names label", lambda: ss.DSM(model, drop=0.1, null={"label": 1})(torch.ones(2, 2))),
         (TypeError, "float32 or float64", lambda: ss.DSM(model)(torch.ones(2, 2).half())),

@@ -239,7 +239,14 @@ def test_no_label_is_the_class_beyond_the_last(name: str) -> None:
     for label in (None, 5, torch.tensor(5), torch.tensor([5]), torch.full((B,), 5, dtype=torch.int32)):
         assert torch.equal(net(x, TIME, label=label, **rest), none), label
     assert not torch.allclose(net(x, TIME, label=4, **rest), none, atol=1e-4)
-    for bad in (6, -1, torch.tensor([0, 1, 6]), torch.zeros(2, dtype=torch.long), torch.zeros(B, 1, dtype=torch.long)):
+    for bad in (
+        6,
+        -1,
+        torch.tensor([0, 1, 6]),
+        torch.tensor([0, -1, 1]),
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(B, 1, dtype=torch.long),
+    ):
         with pytest.raises(ValueError, match="`label` must"):
             net(x, TIME, label=bad, **rest)
     for bad in (0.0, torch.zeros(B), torch.zeros(B, dtype=torch.bool), "cat"):

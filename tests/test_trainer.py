@@ -393,6 +393,12 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(error, match=match):
             make(**options)
+    from accelerate import Accelerator
+
+    with pytest.raises(ValueError, match="give it `accumulate`=4 instead"):
+        make(accelerator=Accelerator(gradient_accumulation_steps=4))
+    with pytest.raises(ValueError, match="precision of its own"):
+        make(accelerator=Accelerator(), precision="bf16")
     make()  # after which accelerate's state is that of one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were launched and accelerate sees 1"):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser, Reverse
+from scoresde.denoiser import AbstractDenoiser, _Form
 from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
 from scoresde.sampling import _device_of
@@ -147,7 +147,6 @@ class ReverseSDE(nn.Module):
         super().__init__()
         check.number("eta", eta, above=0)
         check.choice("variable", variable, ("t", "lam"))
-        self.reverse = Reverse(model, eta)
         self.model = model
         sde = model.sde
         self.t_start = sde.T if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
@@ -160,49 +159,62 @@ class ReverseSDE(nn.Module):
         if self.noise_type == "diagonal":  # it alone asks for g itself
             self.g = self._diagonal
         self._lam = sde.lam(self.t_start), sde.lam(self.t_end)
+        self._table: dict[float, tuple[float, float, float, float]] = {}
         self._last: tuple[float, Tensor, bool, Tensor] | None = None
 
     def time(self, s: float) -> float:
         """Diffusion time at torchsde's time s."""
-        r = s / self.steps
-        if r in (0.0, 1.0):
-            return self.t_end if r else self.t_start
-        if self.variable == "t":
-            return self.t_start + r * (self.t_end - self.t_start)
-        a, b = self._lam
-        return self.model.sde.t_of_lam(a + r * (b - a))
+        return float(self._times(torch.tensor([s], dtype=torch.float64)))
+
+    def _times(self, s: Tensor) -> Tensor:
+        start, end = (self.t_start, self.t_end) if self.variable == "t" else self._lam
+        u = start + s / self.steps * (end - start)
+        t = u if self.variable == "t" else self.model.sde.t_of_lam(u)
+        return torch.where(s == 0, self.t_start, torch.where(s == self.steps, self.t_end, t))
 
     def clock(self, s: float) -> float:
         """What is linear in torchsde's time: the time of a Brownian path that all numbers of steps share."""
         return self.time(s) if self.variable == "t" else self.model.sde.lam(self.time(s))
 
-    def _speed(self, t: float) -> float:
+    def _speed(self, t: Tensor, sigma: Tensor, g2: Tensor) -> Tensor:
         """|dt/ds|."""
         if self.variable == "t":
-            return (self.t_start - self.t_end) / self.steps
-        sde = self.model.sde
-        return (self._lam[1] - self._lam[0]) / self.steps * 2 * sde.sigma(t) ** 2 / sde.g2(t)
+            return torch.full_like(t, (self.t_start - self.t_end) / self.steps)
+        return (self._lam[1] - self._lam[0]) / self.steps * 2 * sigma**2 / g2
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
         """Drift. torchsde asks twice at the same place, to check shapes and within a step: it is computed once."""
         grad = torch.is_grad_enabled()
         if self._last is not None and self._last[1] is y and (self._last[0], self._last[2]) == (float(s), grad):
             return self._last[3]
-        t = self.time(float(s))
-        drift = self.reverse.drift(y.reshape(self.shape), t, **self.cond).reshape(y.shape).mul(-self._speed(t))
+        t, of_x0, of_eps, _ = self._at(float(s))
+        form = _Form(of_x0, of_eps)
+        drift = self.model._predict(lambda *_: form, y.reshape(self.shape), t, self.cond).reshape(y.shape)
         self._last = float(s), y, grad, drift
         return drift
 
     def g_prod(self, s: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Diffusion times `v`."""
-        return v * self._diffusion(s)
+        return v * self._at(float(s))[3]
 
     def _diagonal(self, s: Tensor, y: Tensor) -> Tensor:
-        return torch.full_like(y, self._diffusion(s))
+        return torch.full_like(y, self._at(float(s))[3])
 
-    def _diffusion(self, s: Tensor) -> float:
-        t = self.time(float(s))
-        return self.eta * math.sqrt(self.model.sde.g2(t) * self._speed(t))
+    def _at(self, s: float) -> tuple[float, float, float, float]:
+        """Time, coefficients of x0 and ε in the drift, and diffusion; those of all steps at once."""
+        if s not in self._table:
+            at = torch.arange(self.steps + 1, dtype=torch.float64) + (s - math.floor(s))
+            at = at[at <= self.steps]
+            t = self._times(at)
+            sde = self.model.sde
+            sigma, g2 = sde.sigma(t), sde.g2(t)
+            speed = self._speed(t, sigma, g2)
+            of_eps = sde.sigma_dot(t) + self.eta**2 * g2 / (2 * sigma)
+            columns = (-speed * sde.alpha_dot(t), -speed * of_eps, self.eta * (g2 * speed).sqrt())
+            rows = zip(*(c.tolist() for c in (t, *columns)), strict=True)
+            self._table.update(zip(at.tolist(), rows, strict=True))
+            self._table[s] = self._table[s] if s in self._table else self._table[at.tolist()[math.floor(s)]]
+        return self._table[s]
 
     def forget(self) -> None:
         """Drop the last drift, and the state that it was computed at."""
@@ -228,6 +240,7 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
 
     if noise.path and method == "srk":
         raise ValueError("`method`='srk' needs the time integral of its noise, which a path has not; take 'euler'.")
+    each = 2 if method == "srk" else 1  # normals a step: W, and what U has besides
     path = BrownianPath(noise, y.shape, dtype=y.dtype, device=y.device)
 
     class Increments(torchsde.BaseBrownian):  # type: ignore[misc]
@@ -237,7 +250,7 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
         levy_area_approximation = "space-time" if method == "srk" else "none"
 
         def __init__(self) -> None:
-            self._ahead = max(1, _AHEAD // (2 * max(1, y.numel())))
+            self._ahead = max(1, _AHEAD // (each * max(1, y.numel())))
             self._chunk: tuple[int, Tensor] | None = None
 
         def __repr__(self) -> str:
@@ -251,16 +264,16 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
                 return path(a, b)
             if b - a != 1 or not a.is_integer():
                 raise ValueError(f"stretch [{a:g}, {b:g}] of torchsde's time is not one of its steps.")
-            w, h = self._pair(int(a))
-            return (w, w / 2 + h * 12**-0.5) if return_U else w
+            w, *h = self._normals(int(a))
+            return (w, w / 2 + h[0] * 12**-0.5) if return_U else w
 
-        def _pair(self, k: int) -> Tensor:
+        def _normals(self, k: int) -> Tensor:
             first = k - k % self._ahead
             if self._chunk is None or self._chunk[0] != first:
-                draws = 2 * first + torch.arange(2 * self._ahead)
+                draws = each * first + torch.arange(each * self._ahead)
                 self._chunk = first, noise.normals(y.shape, draws, dtype=y.dtype, device=y.device)
-            at = 2 * (k - first)
-            return self._chunk[1][at : at + 2]
+            at = each * (k - first)
+            return self._chunk[1][at : at + each]
 
     if adaptive and method == "srk":
         entropy = [*noise.seed] if isinstance(noise.seed, tuple) else [noise.seed, noise.offset]

@@ -23,7 +23,7 @@ from scoresde import _checks as check
 from scoresde import grids
 from scoresde.plan import Plan, Weight
 from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg
+from scoresde.solvers.base import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg, said
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.singlestep import finite_leg
 from scoresde.tape import Tape
@@ -96,6 +96,8 @@ class Posterior(Solver):
             std = sde.sigma(s) * (-torch.expm1(2 * (sde.lam(s) - sde.lam(t)))).sqrt()
         if self.score_square is not None:
             given = self.score_square
+            if not callable(given) and node > len(given):
+                raise ValueError(f"`score_square` must have a number for each leg, got {len(given)} for leg {node}.")
             square = given(s) if callable(given) else given[node - 1]
             left = (sde.sigma(s) / sde.alpha(s)) ** 2 * (1 - sde.sigma(s) ** 2 * square)
             std = (std**2 + gain**2 * left.clamp(min=0.0)).sqrt()
@@ -139,6 +141,17 @@ class Ancestral(Solver):
     def stages(self) -> int:
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
+
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """As many legs as the rule makes of it."""
+        rule, legs = self.rule.for_nfe(nfe, clean=clean)
+        return replace(self, rule=rule), legs
+
+    def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
+        """Write the table for a grid, see :meth:`Solver.plan`; without noise the rule's own."""
+        if self.eta == 0:
+            return replace(self.rule.plan(sde, times, up=up), name=self.name)
+        return super().plan(sde, times, up=up)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         eta, sde = eta_at(self.eta, t), tape.sde
@@ -206,8 +219,15 @@ class Churn(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
 
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """As many legs as the rule makes of it."""
+        rule, legs = self.rule.for_nfe(nfe, clean=clean)
+        return replace(self, rule=rule), legs
+
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table for a grid, see :meth:`Solver.plan`."""
+        """Write the table for a grid, see :meth:`Solver.plan`; without noise the rule's own."""
+        if self.s_churn == 0:
+            return replace(self.rule.plan(sde, times, up=up), name=self.name)
         legs = len(times) - 1 if self.legs is None else self.legs
         return super(Churn, replace(self, legs=legs)).plan(sde, times, up=up)
 
@@ -259,6 +279,10 @@ class Restart(Solver):
     def stages(self) -> int:
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
+
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """Refused: how many legs are repeated depends on the grid."""
+        raise ValueError(f"`nfe` = {nfe} cannot be turned into legs for {self!r}, which repeats some; give `steps`.")
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         """Write the table for a grid that goes down; the legs between `high` and `low` are repeated."""
@@ -350,14 +374,15 @@ def _share(sde: SDE, s: Tensor, t: Tensor, r: float) -> Tensor:
 
 
 def _remembers(rule: Solver) -> bool:
-    return isinstance(rule, Multistep) and rule.order > 1
+    """Whether a rule owes its order to evaluations of earlier legs."""
+    return isinstance(rule, Multistep) or rule.stages == 1
 
 
 def _named(rule: Any, name: str, **defaults: Any) -> str:
     """The rule as one writes it, with the arguments that are not the default."""
-    values = {name: getattr(rule, name) for name in defaults}
-    said = [(name, v) for name, v in values.items() if callable(v) or v != defaults[name]]
+    values = {key: getattr(rule, key) for key in defaults}
+    changed = [(key, v) for key, v in values.items() if callable(v) or v != defaults[key]]
     label = getattr(rule, "label", "")
     parts = [] if label or not hasattr(rule, "rule") else [repr(rule.rule)]
-    parts += [f"{name}={v:g}" if isinstance(v, float) else f"{name}={v!r}" for name, v in said]
+    parts += [f"{key}={said(v)}" for key, v in changed]
     return f"{label or name}({', '.join(parts)})"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan import Plan, Weight
+from scoresde.plan import Plan, Row, Weight
 from scoresde.sde import SDE
 from scoresde.tape import Tape
 
@@ -65,10 +65,14 @@ class Solver:
         tape = Tape(sde, grid[0], evaluates=legs[0])
         history: list[int] = [0]
         now = 0
+        ready = self._side_by_side(sde, grid, legs) if self._forgets and not isinstance(grid[0], Tensor) else {}
         for i, t in enumerate(grid[1:]):
             last = i == len(legs) - 1
-            if legs[i]:
-                asks = not last and legs[i + 1]
+            asks = not last and legs[i + 1]
+            if i in ready:
+                now = tape.paste(now, ready[i], evaluates=asks, node=i + 1)
+                history = [now]
+            elif legs[i]:
                 now, history = self._leg(tape, now, history, t, asks, i + 1)
             else:
                 now = tape.diffuse(now, t, evaluates=not last and legs[i + 1], node=i + 1)
@@ -90,6 +94,23 @@ class Solver:
             The new state's row and the new history.
         """
         raise NotImplementedError
+
+    @property
+    def _forgets(self) -> bool:
+        """Whether each leg is laid without noise and by itself, so that all can be laid at once."""
+        return False
+
+    def _side_by_side(self, sde: SDE, grid: list[Any], legs: list[bool]) -> dict[int, list[Row]]:
+        """The rows of all legs between finite λ, by number of the leg: one leg is laid, with a leg for each sample."""
+        t = torch.tensor(grid, dtype=torch.float64)
+        finite = sde.lam(t).isfinite().tolist()
+        which = [i for i, solved in enumerate(legs) if solved and finite[i] and finite[i + 1]]
+        if len(which) < 2:
+            return {}
+        tape = Tape(sde, t[which])
+        self._leg(tape, 0, [0], t[[i + 1 for i in which]], True, 1)
+        columns = [_columns(row, len(which)) for row in tape.rows()[1:]]
+        return {i: list(rows) for i, rows in zip(which, zip(*columns, strict=True), strict=True)}
 
     def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
         """What is remembered across fresh noise: nothing, unless a rule knows better."""
@@ -124,9 +145,36 @@ def _legs(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
     return grid.tolist(), solved
 
 
+def _columns(row: Row, n: int) -> list[Row]:
+    """A row with a weight a sample as a row for each."""
+
+    def numbers(w: Weight) -> list[float]:
+        return w.tolist() if isinstance(w, Tensor) and w.ndim else [float(w)] * n
+
+    t, one = numbers(row.t), numbers(row.one)
+    x, d = ([(k, numbers(w)) for k, w in terms] for terms in (row.x, row.d))
+    return [
+        replace(
+            row,
+            t=t[i],
+            x=tuple((k, w[i]) for k, w in x if w[i]),
+            d=tuple((k, w[i]) for k, w in d),
+            one=one[i],
+        )
+        for i in range(n)
+    ]
+
+
 def check_eta(name: str, eta: Eta) -> Eta:
     """Refuse what is neither a function nor a number of at least 0."""
     return eta if callable(eta) else check.number(name, eta, least=0)
+
+
+def said(value: Any) -> str:
+    """A number, a function's name, or anything else, as a rule's name shows it."""
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:

@@ -112,6 +112,10 @@ class ExponentialRungeKutta(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 1 + len(self.tableau.c)
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s, sde = tape.time(now), tape.sde
         if not finite_leg(sde, s, t):

@@ -10,7 +10,7 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, Prediction, Variable
-from scoresde.solvers.base import Eta, Solver, check_eta, eta_at
+from scoresde.solvers.base import Eta, Solver, check_eta, eta_at, said
 from scoresde.solvers.singlestep import SingleStep
 from scoresde.tape import Tape
 
@@ -57,7 +57,7 @@ class Multistep(Solver):
     def __repr__(self) -> str:
         parts = [f"order={self.order}", f"{self.prediction} in {self.variable}"]
         parts += [f"corrector={self.corrector}"] if self.corrector else []
-        parts += [f"eta={self.eta if callable(self.eta) else format(self.eta, 'g')}"] if self.eta else []
+        parts += [f"eta={said(self.eta)}"] if self.eta else []
         return f"{self.label or 'Multistep'}({', '.join(parts)})"
 
     @property

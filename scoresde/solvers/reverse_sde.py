@@ -17,7 +17,7 @@ from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import legendre
 from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, starts_silent
+from scoresde.solvers.base import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, said, starts_silent
 from scoresde.tape import Tape
 
 
@@ -42,8 +42,8 @@ class ReverseSDE(Solver):
         check.choice("clock", self.clock, ("t", "lam"))
 
     def __repr__(self) -> str:
-        eta = self.eta if callable(self.eta) else format(self.eta, "g")
-        return f"{'StochasticHeun' if self.heun else 'EulerMaruyama'}(eta={eta}, clock={self.clock!r})"
+        name = "StochasticHeun" if self.heun else "EulerMaruyama"
+        return f"{name}(eta={said(self.eta)}, clock={self.clock!r})"
 
     @property
     def declared_order(self) -> int:
@@ -138,7 +138,8 @@ class ExtendedReverse(Solver):
             raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
 
     def __repr__(self) -> str:
-        return f"ERSDE(order={self.order}{', published' if self.published else ''})"
+        form = ", form='published'" if self.published else ""
+        return f"ERSDE(order={self.order}, phi={said(self.phi)}{form})"
 
     @property
     def declared_order(self) -> int:

@@ -13,7 +13,7 @@ from scoresde import _checks as check
 from scoresde.plan import Weight
 from scoresde.quadrature import DATA, LAM, NOISE, Prediction, Variable
 from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at
+from scoresde.solvers.base import Eta, Solver, between, check_eta, eta_at, said
 from scoresde.tape import Tape
 
 
@@ -32,6 +32,8 @@ class SingleStep(Solver):
         reads: Which of i (0), s (1), s₂ (2) the last row interpolates; all three make the Taylor form of order 3, s
             alone is DPM-2.
         moments: Of the last row, see :func:`scoresde.quadrature.weights`; None is exact.
+        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends. Each
+            stage draws the noise of its own part of the leg, which the later ones carry on: SEEDS.
         label: Name of the plans.
     """
 
@@ -57,7 +59,7 @@ class SingleStep(Solver):
             raise ValueError(f"`r` must be {self.order - 1} increasing fractions inside (0, 1), got {self.r}.")
 
     def __repr__(self) -> str:
-        eta = f", eta={self.eta if callable(self.eta) else format(self.eta, 'g')}" if self.eta else ""
+        eta = f", eta={said(self.eta)}" if self.eta else ""
         return f"{self.label or 'SingleStep'}(order={self.order}, {self.prediction} in {self.variable}{eta})"
 
     @property
@@ -74,6 +76,10 @@ class SingleStep(Solver):
     def stages(self) -> int:
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.order
+
+    @property
+    def _forgets(self) -> bool:
+        return not self.eta
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]
@@ -185,6 +191,10 @@ class RungeKutta(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return len(self.tableau.b)
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s = tape.time(now)
         if not self._defined(tape.sde, s, t):
@@ -192,7 +202,7 @@ class RungeKutta(Solver):
             plain: dict[str, Any] = {} if self.prediction is None else {"prediction": self.prediction}
             new = tape.move(now, t, history[:1], **plain, evaluates=asks, node=node, note="one stage")
             return new, [new]
-        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau.c)
+        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau)
         stages = [history[0]]
         for i, row in enumerate(self.tableau.a, start=1):
             x, d = legs.combine(now, stages, row, i)
@@ -212,11 +222,13 @@ class _Legs:
     """One leg of a tableau: where the stages are and what a slope is, as combinations of x and d."""
 
     def __init__(
-        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, c: tuple[float, ...]
+        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, tableau: Tableau
     ) -> None:
+        lone = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
+        self.seen = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(lone) if len(terms) == 1}
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         self.plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
-        fraction = torch.tensor([*c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
+        fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
         if prediction is None and clock == "t":
             time, h = a + fraction * (b - a), b - a
         else:
@@ -246,15 +258,26 @@ class _Legs:
         return v.tolist() if self.plain else v
 
     def combine(self, now: int, stages: list[int], row: tuple[float, ...], at: int) -> tuple[Any, Any]:
-        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d."""
+        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d.
+
+        A slope that alone made a stage, N_i (x_now/N_0 + h a_ij f_j), is read off that stage's state where this costs
+        no accuracy: one term less, and d_j need not be kept.
+        """
         n = self.scale[at]
         x: dict[int, Any] = {now: n / self.scale[0]}
         d: dict[int, Any] = {}
         for j, (stage, a) in enumerate(zip(stages, row, strict=True)):
-            if a:
+            i, lone = self.seen.get(j, (at, 0.0))
+            if a and i < len(stages) and abs(a) <= abs(lone):
+                terms = [(now, -n / self.scale[0] * (a / lone)), (stages[i], n / self.scale[i] * (a / lone))]
+            elif a:
                 w = n * self.h * a
-                x[stage] = x[stage] + w * self.p[j] if stage in x else w * self.p[j]
+                terms = [(stage, w * self.p[j])]
                 d[stage] = w * self.q[j]
+            else:
+                continue
+            for k, v in terms:
+                x[k] = x[k] + v if k in x else v
         return list(x.items()), list(d.items())
 
 

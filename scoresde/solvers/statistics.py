@@ -20,7 +20,6 @@ from scoresde.noise import Noise
 from scoresde.quadrature import Prediction
 from scoresde.sde import SDE
 
-
 _RIDGE = 1e-3  # of the variance of the data
 
 

@@ -5,8 +5,8 @@ restart solve further than the end of a leg and go back up by the exact forward 
 asked for it is a number, or a function of the time where a leg ends; at 0 the rule is the deterministic one, to the
 bit. No rule adds noise at σ = 0.
 
-Two orders are claimed for each and measured by the tests: `declared_order` of the mean on linear models, which is the
-order without noise, and `weak_order` of the law.
+Two orders are claimed for each and measured by the tests: `declared_order`, the one without noise, and `weak_order`, of
+the law of the result on Gaussian data (:func:`scoresde.verify.weak_order`).
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
               + \sqrt v\,z, \qquad \beta = \sigma_s^2 - \frac{\alpha_s^2}{\alpha_t^2}\sigma_t^2
 
     Variances that the network predicts depend on the state and are no table:
-    :func:`scoresde.sampling.sample_learned_variance`. Order 1, weak order 1.
+    :func:`scoresde.variances.sample_learned_variance`. Order 1, weak order 1.
 
     Arguments:
-        variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for one step of data that is normal already.
+        variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for data that is N(0, I).
             ``"optimal"``: that of the reverse transition's best Gaussian, exact for isotropic Gaussian data.
         score_square: For ``"optimal"``: E|∇log p_t|²/D as a function of time, or a number for each leg of the grid; see
-            :func:`mean_squared_score`.
+            :func:`scoresde.variances.mean_squared_score`.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, eqs. 6 and 7, algorithm 2
-        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, eqs. 7 and 10
+        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     if variance == "learned":
         raise ValueError(
@@ -308,7 +308,7 @@ def SEEDS(
 
     References:
         | SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (Gonzalez et al., 2023),
-          arXiv:2305.14267, algorithms 1 to 3
+          arXiv:2305.14267
     """
     _order(order, 1, 2, 3)
     check.choice("form", form, ("mid", "exact"))
@@ -339,7 +339,7 @@ def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: 
 
     References:
         | Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models (Cui et al., 2023),
-          arXiv:2309.06169, algorithms 1 to 3
+          arXiv:2309.06169
     """
     check.choice("form", form, ("exact", "published"))
     return ExtendedReverse(order, phi, form == "published")

@@ -52,7 +52,7 @@ class DSM(nn.Module):
     .. math:: L = \frac1B\sum_i \frac{p(t_i)}{q(t_i)}\,w(t_i)\,\tfrac1D|\hat x_0(x_{t_i}, t_i) - x_0|^2, \; t_i \sim q
 
     By default the weight is 1 on the error of what the network predicts, and times are even: for ``eps`` the loss of
-    DDPM, for ``velocity`` on :class:`Flow` flow matching, E|net − (ε − x0)|². A network that predicts the score is
+    DDPM, for ``velocity`` on :class:`Flow` flow matching, E‖net − (ε − x0)‖². A network that predicts the score is
     weighted as its ε. EDM's loss is ``DSM(model, "edm", LogNormalSigma())`` with ``predicts="F"``.
 
     The loss has the network's parameters, and those of a learned weighting. Everything but the network is computed in
@@ -60,7 +60,8 @@ class DSM(nn.Module):
 
     Arguments:
         model: A denoiser.
-        weighting: A name or a function of (sde, t), see :mod:`scoresde.training.weightings`.
+        weighting: A name or a function of (sde, t), see :mod:`scoresde.training.weightings`; ``"edm"`` takes its
+            `sigma_data` from the model's preconditioning, 1 without.
         times: The density p of the times that count. By default even; for a :class:`Discrete` process even on its
             steps.
         proposal: The density q to draw from instead: :class:`LikelihoodImportance`, :class:`LossAware` or any other.
@@ -104,7 +105,7 @@ class DSM(nn.Module):
         for name, value in (("times", times), ("proposal", proposal)):
             if not (value is None or isinstance(value, Times)):
                 raise TypeError(f"`{name}` must be a density such as Uniform(), got {type(value).__name__}.")
-        if isinstance(times, LossAware):
+        if isinstance(times, LossAware) or isinstance(getattr(times, "base", None), LossAware):
             raise ValueError(
                 "`times` says what counts, which must not move with the loss; give LossAware as `proposal`."
             )

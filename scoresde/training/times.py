@@ -53,7 +53,7 @@ class Times:
             device: Where.
         """
         u = self.uniforms(n, source_of(noise), dtype, device)
-        return self.icdf(sde, u).clamp(sde.t_min, sde.T)
+        return self.icdf(sde, u)
 
     def uniforms(self, n: int, source: Source, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """The n uniform numbers that draws are made of; independent here."""
@@ -77,7 +77,7 @@ class _OfTime(Times):
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         """Quantile."""
-        return sde.t_min + (sde.T - sde.t_min) * self._icdf(u)
+        return (sde.t_min + (sde.T - sde.t_min) * self._icdf(u)).clamp(sde.t_min, sde.T)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         """Share of the draws below t."""
@@ -188,7 +188,7 @@ class Mode(_OfTime):
 
     def _cdf(self, tau: Tensor) -> Tensor:
         lo, hi = torch.zeros_like(tau), torch.ones_like(tau)
-        for _ in range(60):
+        for _ in range(26 if tau.dtype == torch.float32 else 55):
             mid = (lo + hi) / 2
             late = self._icdf(mid) > tau
             lo, hi = torch.where(late, lo, mid), torch.where(late, mid, hi)
@@ -248,7 +248,7 @@ class LogNormalSigma(Times):
         low, high = self._ends(sde)
         share = low + u * (high - low)
         lam = -(self.P_mean + self.P_std * _ndtri(share))
-        return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min)))
+        return _at(sde, lam)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         """Share of the draws below t."""
@@ -307,7 +307,7 @@ class LikelihoodImportance(Times):
             lam = area
         else:
             lam = (area + torch.log(-torch.expm1(-area))) / 2 - math.log(self.data_std)
-        return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min)))
+        return _at(sde, lam)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         """Share of the draws below t."""
@@ -476,6 +476,11 @@ def _ndtri(u: Tensor) -> Tensor:
 
 def _normal_pdf(z: Tensor) -> Tensor:
     return (-(z**2) / 2).exp() / math.sqrt(2 * math.pi)
+
+
+def _at(sde: SDE, lam: Tensor) -> Tensor:
+    """Times of λ, whose rounding stays inside [t_min, T]."""
+    return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min))).clamp(sde.t_min, sde.T)
 
 
 def _speed(sde: SDE, t: Tensor) -> Tensor:

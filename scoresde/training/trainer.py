@@ -327,6 +327,11 @@ def _accelerator(precision: str, given: Accelerator | None) -> Accelerator:
     if given is not None:
         if precision != "no":
             raise ValueError(f"`accelerator` has a precision of its own; drop `precision`={precision!r}.")
+        if given.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"`accelerator` accumulates {given.gradient_accumulation_steps} steps, which this trainer does itself; "
+                f"give it `accumulate`={given.gradient_accumulation_steps} instead."
+            )
         return given
     try:
         from accelerate import Accelerator

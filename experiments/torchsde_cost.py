@@ -1,0 +1,164 @@
+"""What does our torchsde backend cost beside torchsde called by hand, and our own loop beside both?
+
+    python experiments/torchsde_cost.py
+    python experiments/torchsde_cost.py --quick    # seconds, for CI
+
+A network that costs nothing predicts the data of VP; a run is 100 steps of the reverse SDE. "By hand" is torchsde
+called in the best way we know: flat states, float64 times, an interval made with `dt`, drift and diffusion written out
+with all coefficients in Python floats. Rounds are interleaved; ratios of CPU times are taken within a round and
+summarised by their median. Beside them: the same number of legs of the first-order SDE rule in our own loop, with fresh
+noise and on one Brownian path, and one keyed draw against ``torch.randn``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import scoresde as ss
+from scoresde.backends.torchsde import torchsde_sample
+from scoresde.plan import run
+from scoresde.solvers.multistep import Multistep
+
+VP = ss.VP()
+STATES = ((32, 64), (16, 3, 32, 32))
+
+
+@dataclass
+class Options:
+    """What can be set from the command line."""
+
+    steps: int = 100
+    rounds: int = 15
+    threads: int = 1
+    out: Path = Path(__file__).parent / "out"
+
+
+class Free(ss.AbstractDenoiser):
+    """A denoiser that costs nothing."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sde, self.d = VP, torch.zeros(shape)
+
+    def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
+        return self.d
+
+
+def by_hand(x: Tensor, method: str, steps: int) -> Callable[[], Tensor]:
+    """torchsde on s = T − t: dx = (β/2 x + β score) ds + √β dw with score = (α d − x)/σ²."""
+    import torchsde
+
+    T, end = VP.T, VP.t_min
+    beta0, slope = VP.beta_min, VP.beta_max - VP.beta_min
+    d = torch.zeros_like(x).flatten(1)
+
+    class Problem:
+        sde_type, noise_type = "ito", "additive"
+
+        def f(self, s: Tensor, y: Tensor) -> Tensor:
+            t = T - float(s)
+            beta, B = beta0 + slope * t, beta0 * t + slope * t * t / 2
+            alpha, var = math.exp(-B / 2), -math.expm1(-B)
+            return (y * (beta / 2 - beta / var)).add_(d, alpha=beta * alpha / var)
+
+        def g_prod(self, s: Tensor, y: Tensor, v: Tensor) -> Tensor:
+            return v * math.sqrt(beta0 + slope * (T - float(s)))
+
+    def go() -> Tensor:
+        span, y = T - end, x.flatten(1)
+        bm = torchsde.BrownianInterval(
+            0.0,
+            span,
+            size=tuple(y.shape),
+            dtype=y.dtype,
+            device=y.device,
+            dt=span / steps,
+            levy_area_approximation="space-time" if method == "srk" else "none",
+            entropy=0,
+        )
+        ts = torch.tensor([0.0, span], dtype=torch.float64)
+        out: Tensor = torchsde.sdeint(Problem(), y, ts, bm=bm, method=method, dt=span / steps * (1 + 1e-12))
+        return out[-1].reshape(x.shape)
+
+    return go
+
+
+def race(loops: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median CPU milliseconds of each, and median ratio to the first within rounds."""
+    spent: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop()
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            start = time.process_time()
+            loop()
+            spent[name].append(time.process_time() - start)
+    first = next(iter(loops))
+    return {
+        name: (
+            1e3 * statistics.median(spent[name]),
+            statistics.median(a / b for a, b in zip(spent[name], spent[first], strict=True)),
+        )
+        for name in loops
+    }
+
+
+def main(options: Options) -> Path:
+    torch.set_num_threads(options.threads)
+    torch.set_grad_enabled(False)
+    lines = [f"{options.steps} steps, {options.threads} thread(s); CPU ms of a run, ratio to the first of its block"]
+    for shape in STATES:
+        x, model, steps = ss.Noise(0).normal(shape, 0), Free(shape), options.steps
+        grid = ss.uniform_t(VP, steps, t_end=VP.t_min)
+        plan = Multistep(1, eta=1.0).plan(VP, grid)
+        for method in ("euler", "srk"):
+            loops: dict[str, Callable[[], Any]] = {
+                "torchsde by hand": by_hand(x, method, steps),
+                "torchsde_sample": lambda x=x, model=model, method=method: torchsde_sample(
+                    model, x, method, steps=options.steps, seed=0, denoise=False
+                ),
+            }
+            if method == "euler":
+                loops["our loop"] = lambda x=x, model=model, plan=plan: run(plan, model.x0, x, ss.Noise(0))
+                loops["our loop, one path"] = lambda x=x, model=model, plan=plan: run(
+                    plan, model.x0, x, ss.Noise(0, path=True)
+                )
+            lines += ["", f"state {shape}, {method}"]
+            lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(loops, options.rounds).items()]
+        draws = {
+            "torch.randn": lambda shape=shape: [torch.randn(shape) for _ in range(20)],
+            "Noise.normal": lambda shape=shape: [ss.Noise(0).normal(shape, k) for k in range(20)],
+        }
+        lines += ["", f"state {shape}, 20 draws"]
+        lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(draws, options.rounds).items()]
+    text = "\n".join(lines)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = options.out / "torchsde_cost.txt"
+    page.write_text(text + "\n")
+    return page
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in vars(Options()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--quick", action="store_true", help="few rounds, for CI")
+    given = vars(parser.parse_args())
+    if given.pop("quick"):
+        given.update(rounds=3, steps=25)
+    return Options(**given)
+
+
+if __name__ == "__main__":
+    main(parse())

@@ -75,7 +75,7 @@ def test_a_fit_holds_on_fresh_samples() -> None:
     x, truth = ends(96)
     fresh, target = ends(256, seed=1)
     begun = ss.VelocityAB(3).plan(SDE, ss.grids.quadratic_vp(SDE, 5))
-    plan = fit(begun, MODEL, x, teacher=truth, steps=100)
+    plan = fit(begun, MODEL, x, teacher=truth, steps=50)
     gain = median(ss.sample(MODEL, fresh, plan), target) / median(ss.sample(MODEL, fresh, begun), target)
     assert plan.nfe == 5 and gain < 1 / 8
     errors = plan.meta["held_out"]
@@ -153,8 +153,8 @@ def test_a_fit_may_end_early_and_go_up() -> None:
 def test_it_is_never_worse_and_seeded() -> None:
     x, truth = ends(96)
     begun = ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 4))
-    best = fit(begun, MODEL, x, teacher=truth, steps=60)
-    assert unroll(best).d.equal(unroll(fit(begun, MODEL, x, teacher=truth, steps=60)).d)
+    best = fit(begun, MODEL, x, teacher=truth, steps=25)
+    assert unroll(best).d.equal(unroll(fit(begun, MODEL, x, teacher=truth, steps=25)).d)
     done = ss.sample(MODEL, x, best)  # a teacher that the plan already is
     same = fit(best, MODEL, x, teacher=done, what=("weights",), steps=5)
     assert same.rows == best.rows, "nothing to gain, nothing lost"
@@ -182,6 +182,14 @@ def test_stochastic_plans_keep_their_noise() -> None:
     errors = plan.meta["held_out"]
     assert errors["after"]["mean_log"] < 0.5 * errors["before"]["mean_log"]
     assert torch.allclose(unroll(plan).z, unroll(begun).z) and point_mass_defect(plan, SDE) < 1e-12
+
+
+def test_stochastic_plans_follow_their_paths() -> None:
+    rule, noise = ss.SDEDPMSolverPP(2), ss.Noise(3, path=True)
+    begun, teacher = (rule.plan(SDE, ss.karras(SDE, n)) for n in (8, 80))
+    plan = fit(begun, MODEL, (96, 8), teacher=teacher, noise=noise, dtype=torch.float64, steps=25)
+    errors = plan.meta["held_out"]
+    assert errors["after"]["mean_log"] < 0.8 * errors["before"]["mean_log"] and plan.spans == begun.spans
 
 
 # Networks.

@@ -134,7 +134,7 @@ def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
     u, (c, _) = unroll(plan), _directions(spectrum)
     gain, sensitivity, _, states = _solve(u, sde, c)
     times = torch.tensor([float(t) for t in u.t], dtype=torch.float64)
-    exact = _flow_gain(sde, times[0], times, c)  # (K, n + 1)
+    exact = _flow_gain(sde, torch.as_tensor(u.start, dtype=torch.float64), times, c)  # (K, n + 1)
     whole = torch.cat([states, gain[:, None]], dim=1)
     return Stability(gain / exact[:, -1], sensitivity, (whole / exact).abs().amax(1))
 
@@ -169,7 +169,7 @@ def _flow_gain(sde: SDE, s: Tensor, t: Tensor, c: Tensor) -> Tensor:
 
 def _flow_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
     """Root-mean-square distance from the flow in each direction, (K,); differentiable."""
-    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.t[0], u.t[-1]))
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.start, u.t[-1]))
     start = (sde.alpha(s) ** 2 * c + sde.sigma(s) ** 2).sqrt()
     return (_solve(u, sde, c)[0] - _flow_gain(sde, s, t[None], c)[:, 0]) * start
 

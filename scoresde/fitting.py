@@ -249,9 +249,8 @@ class _Rows:
             lambda c: c[part] if isinstance(c, Tensor) and c.ndim and len(c) == len(self.x) else c, self.cond
         )
         x, sde = self.x[part], self.model.sde
-        level = table.first if isinstance(table, _Moving) else table.t[0]
         if self.gaussian is not None:
-            x = self.gaussian.flow(x, sde.T, level)
+            x = self.gaussian.flow(x, sde.T, table.start)
 
         def ask(y: Tensor, t: Any) -> Tensor:
             return self.model.x0(y, t, **cond)
@@ -278,11 +277,6 @@ class _Moving(Unrolled):
 
     levels: Tensor
 
-    @property
-    def first(self) -> Any:
-        """Time of the first state."""
-        return self.levels[0] if self.levels.requires_grad else float(self.levels[0])
-
 
 class _Table:
     """A plan as a function of its knobs."""
@@ -305,7 +299,10 @@ class _Table:
         self.start = unroll(self.plan)
         if self.start.nfe == 0:
             raise ValueError("`rule` must evaluate the network: there is nothing to fit.")
-        times = [float(t) for t in self.start.t]
+        times = [float(self.start.start), *(float(t) for t in self.start.t[1:])]
+        known = self.plan.meta.get("levels", ())
+        if len(known) == len(times):  # fitted before
+            times = [*known]
         self.what = self._wanted(what)
         for word in self.what:
             check.choice("what", word, WHAT)
@@ -318,7 +315,8 @@ class _Table:
             raise ValueError("`what` must not hold 'times' for a stochastic plan: its noise belongs to its times.")
         n = self.start.nfe
         self.base = torch.tensor(times, dtype=torch.float64)
-        self.asked = torch.zeros(n, dtype=torch.float64)
+        gaps = sde.lam(torch.tensor([float(t) for t in self.start.t[:-1]], dtype=torch.float64)) - lam
+        self.asked = torch.where(gaps.isfinite(), gaps, 0.0)
         self.weights = torch.zeros(n + 1, n, dtype=torch.float64)
         self.mask = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)
         self.knobs = list(self.levels.knobs)
@@ -358,7 +356,8 @@ class _Table:
         size = self.sde.alpha(levels) - x * self.sde.alpha(levels[:1])
         w = self.weights * self.mask
         w = (w - w.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp_min(1)) * self.mask
-        return _Moving(self._asked(levels), x, d + size[:, None] * w, self.start.z, self.start.one, levels)
+        first = levels[0] if levels.requires_grad else float(levels[0])
+        return _Moving(self._asked(levels), x, d + size[:, None] * w, self.start.z, self.start.one, first, levels)
 
     def _moved(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """The start's weights at other times: each row stays exact for data that is one point."""
@@ -369,10 +368,10 @@ class _Table:
         return x, self.start.d * torch.where(old != 0, new / torch.where(old != 0, old, 1.0), 1.0)[:, None]
 
     def _asked(self, levels: Tensor) -> tuple[Any, ...]:
-        if "asked" not in self.what:
+        if "asked" not in self.what and not bool(self.asked.any()):
             return tuple(levels)
         lam = self.sde.lam(levels[:-1])
-        moves = lam.detach().isfinite() & (torch.arange(len(lam)) > 0)  # a run starts where its first row says
+        moves = lam.detach().isfinite()
         shifted = torch.where(moves, lam, 0.0) + self.asked
         t = self.sde._t_of_lam(shifted.clamp(self.sde.lam(self.sde.T), self.most)).clamp(0.0, self.sde.T)
         return (*torch.where(moves, t, levels[:-1]), levels[-1])
@@ -437,7 +436,7 @@ def _starts(
     where = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
     if gaussian is not None:
         return gaussian.carry(noise.normal(shape, 0, dtype=dtype, device=where), model.sde.T)
-    prior = model.sde.prior(float(table.start.t[0]))
+    prior = model.sde.prior(float(table.start.start))
     return prior.sample(shape, noise, dtype=dtype, device=where)
 
 
@@ -452,7 +451,7 @@ def _truth(
 ) -> tuple[Tensor, str]:
     if isinstance(teacher, Tensor):
         return check.match("teacher", teacher, "x", x).detach().double(), "given"
-    sde, start, end = model.sde, float(table.start.t[0]), float(table.start.t[-1])
+    sde, start, end = model.sde, float(table.start.start), float(table.start.t[-1])
     if teacher is None:
         if table.plan.stochastic:
             raise ValueError("`teacher` must be given for a stochastic plan: a fine one that draws the same normals.")

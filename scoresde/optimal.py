@@ -93,7 +93,7 @@ def gaussian_grid(
 
 def _law_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
     """Difference of the standard deviations, (K,); differentiable."""
-    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.t[0], u.t[-1]))
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.start, u.t[-1]))
     gain, _, noise, _ = _solve(u, sde, c)
     start = (sde.alpha(s) ** 2 * c + sde.sigma(s) ** 2).sqrt()
     deviation = ((gain * start).square() + noise.square().sum(1)).sqrt()

@@ -30,6 +30,7 @@ class Unrolled:
         d: B, (n + 1, n), strictly lower triangular.
         z: C, (n + 1, draws).
         one: e, (n + 1,).
+        start: Time of the start, which may be another than the one at which the network is asked first.
     """
 
     t: tuple[Weight, ...]
@@ -37,6 +38,7 @@ class Unrolled:
     d: Tensor
     z: Tensor
     one: Tensor
+    start: Weight
 
     @property
     def nfe(self) -> int:
@@ -70,16 +72,18 @@ class Unrolled:
             on_path: Whether every state is one of its time, a node; otherwise only the first and the last are.
             **changes: Other fields.
         """
-        rows = []
+        begins = float(self.start)
+        apart = int(begins != float(self.t[0]))  # asked first at another time: a row that repeats the start
+        rows = [Row(begins, node=0, note="start")] if apart else []
         for r, t in enumerate(self.t):
-            first, last = r == 0, r == self.nfe
+            first, last = r == 0 and not apart, r == self.nfe
             x, *d = (w if abs(w) > _ROUNDING else 0.0 for w in (float(self.x[r]), *self.d[r].tolist()))
             draws = [(k, w) for k, w in enumerate(self.z[r].tolist()) if w]
             rows.append(
                 Row(
                     float(t),
                     x=() if first or not x else ((0, x),),
-                    d=tuple((k, w) for k, w in enumerate(d) if w),
+                    d=tuple((k + apart, w) for k, w in enumerate(d) if w),
                     z=tuple(draws),
                     evaluates=not last,
                     node=(r if on_path else min(r, 1)) if on_path or first or last else None,
@@ -110,4 +114,4 @@ def unroll(plan: Plan) -> Unrolled:
     table = torch.stack([states[r] for r in (*asks, len(plan.rows) - 1)])
     t = tuple(plan.rows[r].t for r in (*asks, len(plan.rows) - 1))
     x, d, z, one = table[:, 0], table[:, 1 : 1 + n], table[:, 1 + n : -1], table[:, -1]
-    return Unrolled(t, x, d, z, one)
+    return Unrolled(t, x, d, z, one, plan.rows[0].t)

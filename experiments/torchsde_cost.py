@@ -8,6 +8,10 @@ called in the best way we know: flat states, float64 times, an interval made wit
 with all coefficients in Python floats. Rounds are interleaved; ratios of CPU times are taken within a round and
 summarised by their median. Beside them: the same number of legs of the first-order SDE rule in our own loop, with fresh
 noise and on one Brownian path, and one keyed draw against ``torch.randn``.
+
+Measured with --rounds 3 --steps 15 on two busy cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our
+backend 1.9 (euler) and 1.8 (srk), our loop 1.4, on one path 96. State (32, 64): backend 2.3 and 1.9, our loop 3.2, on
+one path 34. A keyed draw is 6 times torch.randn for the first state, 49 times for the second.
 """
 
 from __future__ import annotations

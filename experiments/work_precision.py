@@ -149,10 +149,13 @@ def our_rules(quick: bool) -> dict[str, ss.solvers.base.Solver]:
     }
 
 
-def our_grids(quick: bool) -> dict[str, Callable[..., Tensor]]:
+def our_grids(process: str, quick: bool) -> dict[str, Callable[..., Tensor]]:
     makers = {"karras": grids.karras, "quadratic_vp": grids.quadratic_vp}
     if quick:
         return makers
+    if process == "EDM":  # whose σ/α ends at 0.002 by default; that of VP, and of the schedulers beside it, at 0.01
+        makers["uniform_lam to 0.01"] = partial(grids.uniform_lam, t_min=0.01)
+        makers["quadratic_vp to 0.01"] = partial(grids.quadratic_vp, t_min=0.01)
     return makers | {
         "uniform_lam": grids.uniform_lam,
         "karras ρ=3": partial(grids.karras, rho=3.0),
@@ -180,7 +183,7 @@ def ours(name: str, process: str, options: Options) -> Iterator[Result]:
     model, x, truth = problem(name, process, options.points, options.seed)
     size = math.sqrt(x[0].numel())
     nfes = [int(n) for n in options.nfes.split(",")]
-    for grid, maker in our_grids(options.quick).items():
+    for grid, maker in our_grids(process, options.quick).items():
         for rule, solver in our_rules(options.quick).items():
             for n in nfes:
                 maker.__name__ = grid  # type: ignore[attr-defined]
@@ -191,7 +194,7 @@ def ours(name: str, process: str, options: Options) -> Iterator[Result]:
         yield Result(name, process, "default", "default", "default", n, solution.nfe, *error(solution.x, truth))
     statistics = ss.Statistics.estimate(model, model.sample(256, seed=options.seed + 1))
     told = {f"DPM-Solver-v3 {p}": ss.DPMSolverV3(statistics, p) for p in ((3,) if options.quick else (2, 3))}
-    for grid, maker in our_grids(options.quick).items():
+    for grid, maker in our_grids(process, options.quick).items():
         for rule, solver in told.items():
             for work in work_precision([solver], model, [maker], nfes, x=x, truth=truth):
                 errors = work.median / size, work.rmse / size

@@ -13,9 +13,12 @@ from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.fitting import fit
 from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.langevin import AnnealedLangevin, LangevinCorrector
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
+from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
+from scoresde.policy import transitions
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -92,6 +95,8 @@ __all__ = [
     "AbstractDenoiser",
     "AcceleratedDDIM",
     "Ancestral",
+    "AnnealedLangevin",
+    "BrownianPath",
     "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
@@ -112,6 +117,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Heun",
+    "LangevinCorrector",
     "Midpoint",
     "Noise",
     "Plan",
@@ -157,6 +163,7 @@ __all__ = [
     "sample_learned_variance",
     "solve",
     "training",
+    "transitions",
     "uniform_lam",
     "uniform_t",
     "verify",

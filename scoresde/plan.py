@@ -152,7 +152,10 @@ class Plan:
         )
 
     def folded(self) -> Plan:
-        """The same plan without rows that are not evaluated and are read once: their reader reads what they read."""
+        """The same plan without rows that are not evaluated and are read once: their reader reads what they read.
+
+        A node stays unless what reads it adds noise to it and no more, as on a grid that goes up and down.
+        """
         rows: list[Row | None] = list(self.rows)
         readers: dict[int, list[int]] = {}
         for r, row in enumerate(self.rows):
@@ -164,6 +167,8 @@ class Plan:
                 continue
             outer = rows[by[0]]
             assert outer is not None
+            if inner.node is not None and outer.d:  # a corrected state, which hooks and trajectories ask for
+                continue
             w = dict(outer.x)[k]
             rows[by[0]] = replace(
                 outer,
@@ -454,7 +459,7 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
                 draws=row.z,
                 one=row.one,
                 plain=plain,
-                lerp=plain and len(terms) > 1 and abs(terms[0][1] + terms[1][1] - 1) < 1e-15,
+                lerp=plain and len(terms) > 1 and abs(_number(terms[0][1]) + _number(terms[1][1]) - 1) < 1e-15,
                 keep_x=of_x[r] > r,
                 keep_d=of_d[r] > r,
                 drop=tuple(drop[r]),
@@ -467,7 +472,8 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
 
 def _add_numbers(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
-    terms, out = line.terms, None
+    terms = line.terms
+    out: Any = None
     if terms:
         (k, w), terms = terms[0], terms[1:]
         out = kept[k]

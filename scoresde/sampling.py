@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde import policy
 from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.gaussian import Gaussian
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
+from scoresde.policy import Transition
 from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import DPMSolverPP, VelocityAB
 
@@ -39,6 +41,7 @@ class Solution:
         trajectory: States at the times that were asked for, on the device that was asked for, by time.
         plan: The table that was run.
         seed: The seed of its noise.
+        transitions: The Gaussian transition of every row after the start, if they were asked for.
     """
 
     x: Tensor
@@ -47,6 +50,7 @@ class Solution:
     trajectory: dict[float, Tensor] = field(repr=False)
     plan: Plan = field(repr=False)
     seed: int | tuple[int, ...] | None
+    transitions: tuple[Transition, ...] = field(default=(), repr=False)
 
 
 def sample(
@@ -96,6 +100,7 @@ def solve(
     save_device: torch.device | str = "cpu",
     grad: str = "off",
     overwrite: bool = False,
+    transitions: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **cond: Any,
@@ -124,6 +129,8 @@ def solve(
             of one, at the price of a second pass.
         overwrite: Make states in the memory of those they replace, see :func:`scoresde.plan.run`: for networks that
             keep no reference to their input.
+        transitions: Keep mean, standard deviation and log-density of every step, see
+            :func:`scoresde.policy.transitions`; with ``grad="full"`` they carry gradients to the network.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
@@ -143,27 +150,41 @@ def solve(
         bar.update(step)
 
     watched = wanted is not None or callback is not None or bool(progress)
+    if transitions and (watched or hook is not None or grad == "checkpoint"):
+        raise ValueError(
+            "`transitions` has every state of the run; drop `hook`, `callback`, `save_at` and `progress`, and "
+            "`grad`='checkpoint'."
+        )
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        x = run(
-            plan,
-            _denoise(model, cond, grad),
-            _start(model, shape_or_x, plan, noise, data_std, start, dtype, device),
-            noise.fork(_ROWS) if plan.stochastic else None,
-            hook=hook,
-            callback=seen if watched else None,
-            overwrite=overwrite,
-        )
+        begin = (model, shape_or_x, plan, noise, data_std, start, dtype, device)
+        draws = noise.fork(_ROWS) if plan.stochastic else None
+        made: tuple[Transition, ...] = ()
+        if transitions:
+            made = tuple(policy.transitions(plan, model, _start(*begin), draws, **cond))
+            x = made[-1].x
+        else:
+            x = run(
+                plan,
+                _denoise(model, cond, grad),
+                _start(*begin),  # here, so that nothing but the run holds it
+                draws,
+                hook=hook,
+                callback=seen if watched else None,
+                overwrite=overwrite,
+            )
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
-    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
+    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
 
 
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
     """The rule that is used when none is named.
 
-    Velocity Adams–Bashforth, unless a network predicts noise: its data prediction at high noise is its error divided by
-    α, which velocity rules weigh more than :func:`DPMSolverPP` of order 2 does.
+    Velocity Adams–Bashforth of an order that rises with the budget, on a grid quadratic in VP time: of all pairs of a
+    rule and a grid the nearest to the best of each case (see the page on work and precision). Unless a network predicts
+    noise: its data prediction at high noise is its error divided by α, which velocity rules weigh more than
+    :func:`DPMSolverPP` of order 2 does.
 
     Arguments:
         nfe: How many evaluations there are.
@@ -171,7 +192,7 @@ def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
     """
     if isinstance(model, Denoiser) and model.predicts in ("eps", "score"):
         return DPMSolverPP(order=1 if nfe < 3 else 2)
-    return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 5 else 3)
+    return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 7 else 3 if nfe < 12 else 4)
 
 
 def encode(

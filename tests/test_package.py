@@ -72,7 +72,7 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 
 ORDER = (
     "_checks noise paths sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan "
-    "unrolled tape solvers sampling backends langevin adaptive_sde policy variances verify analysis parallel fitting "
+    "unrolled tape solvers policy sampling backends langevin adaptive_sde variances verify analysis parallel fitting "
     "optimal training nn"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import scoresde as ss
 from scoresde.training import Draws, PowerEMA, Trainer, checkpoint, times, weightings
-from scoresde.training.order import Order, batches, parts, size, stream
+from scoresde.training.order import DataOrder, batches, parts, size, stream
 
 pytest.importorskip("accelerate")
 
@@ -193,18 +193,18 @@ def test_a_run_that_is_killed_again_and_again_ends_where_it_would_have() -> None
 
 
 def test_epochs_are_permutations_laid_end_to_end() -> None:
-    order = Order(10, 4, seed=3)
+    order = DataOrder(10, 4, seed=3)
     line = torch.cat([order.rows(step) for step in range(10)])
     for epoch in range(4):
         assert sorted(line[10 * epoch : 10 * epoch + 10].tolist()) == list(range(10))
     assert not torch.equal(line[:10], line[10:20])
-    assert torch.equal(Order(10, 4, seed=3).rows(7), order.rows(7)), "any step at once"
-    assert not torch.equal(Order(10, 4, seed=4).rows(7), order.rows(7))
-    assert Order(3, 8, seed=0).rows(0).bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+    assert torch.equal(DataOrder(10, 4, seed=3).rows(7), order.rows(7)), "any step at once"
+    assert not torch.equal(DataOrder(10, 4, seed=4).rows(7), order.rows(7))
+    assert DataOrder(3, 8, seed=0).rows(0).bincount().tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
 
 
 def test_parts_of_all_processes_make_up_the_batch() -> None:
-    order = Order(50, 12, seed=0)
+    order = DataOrder(50, 12, seed=0)
     took = [parts(order, 5, rank, 3, 2) for rank in range(3)]
     for step in (5, 6):
         rows = [[next(mine) for mine in took] for _ in range(2)]

@@ -149,16 +149,16 @@ def test_ranks_cover_the_strata_of_the_whole_batch(keyed: bool) -> None:
 
 
 def test_each_row_of_a_stratified_batch_alone_is_uniform() -> None:
-    first = torch.stack([T.Stratified().sample(ss.Flow(), 8, seed, dtype=torch.float64) for seed in range(2000)])
+    first = torch.stack([T.Stratified().sample(ss.Flow(), 8, seed, dtype=torch.float64) for seed in range(800)])
     share = T.Uniform().cdf(ss.Flow(), first)[:, [0, 5]].sort(0).values
-    ks = (share - (torch.arange(2000, dtype=torch.float64)[:, None] + 0.5) / 2000).abs().max() * math.sqrt(2000)
+    ks = (share - (torch.arange(800, dtype=torch.float64)[:, None] + 0.5) / 800).abs().max() * math.sqrt(800)
     assert float(ks) < 1.95
 
 
 def test_stratification_lowers_the_variance_of_a_mean() -> None:
     sde = ss.Flow()
     means = {
-        name: torch.stack([density.sample(sde, 32, seed, dtype=torch.float64).square().mean() for seed in range(200)])
+        name: torch.stack([density.sample(sde, 32, seed, dtype=torch.float64).square().mean() for seed in range(100)])
         for name, density in {"even": T.Stratified(), "free": T.Uniform()}.items()
     }
     assert float(means["even"].var()) < 0.05 * float(means["free"].var())

@@ -1,6 +1,6 @@
 """Where a training step's random numbers come from, and dropping conditions with them.
 
-A source has two methods, ``uniform`` and ``normal``, as :class:`scoresde.Noise` has. By default it is torch's global
+A source has two methods, ``uniform`` and ``normal``, as :class:`Noise` has. By default it is torch's global
 generator, as in any training loop.
 """
 
@@ -73,7 +73,7 @@ class Draws:
 
 
 def source_of(noise: Noise | Source | int | None) -> Source:
-    """A source from what a user gives: None, a seed, a :class:`scoresde.Noise` or a source.
+    """A source from what a user gives: None, a seed, a :class:`Noise` or a source.
 
     Arguments:
         noise: None is torch's global generator; a seed is ``Noise(seed)``.

@@ -30,7 +30,7 @@ def stream(seed: int, name: str, k: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {name} {k}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-class Order:
+class DataOrder:
     """Rows of each step's batch.
 
     Arguments:
@@ -63,7 +63,7 @@ class Order:
         return self._permutation
 
 
-def parts(order: Order, step: int, part: int, of: int, count: int) -> Iterator[Tensor]:
+def parts(order: DataOrder, step: int, part: int, of: int, count: int) -> Iterator[Tensor]:
     """From a step on, without end: the rows of this process, in `count` parts a step.
 
     Arguments:

@@ -20,7 +20,7 @@ from scoresde.training.checkpoint import Checkpoints
 from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
 from scoresde.training.losses import DSM
-from scoresde.training.order import Order, batches, parts, size, stream
+from scoresde.training.order import DataOrder, batches, parts, size, stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -124,7 +124,7 @@ class Trainer:
             raise ValueError(
                 f"`batch`={batch} must be a multiple of {self.world} processes times `accumulate`={accumulate}."
             )
-        self.data, self.order = data, Order(size(data), batch, check.integer("seed", seed))
+        self.data, self.order = data, DataOrder(size(data), batch, check.integer("seed", seed))
         self.clip = math.inf if clip is None else check.number("clip", clip, above=0)
         self.nonfinite = check.choice("nonfinite", nonfinite, ("raise", "skip"))
         self.warmup, self.schedule = check.integer("warmup", warmup), schedule

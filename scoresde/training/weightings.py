@@ -15,7 +15,7 @@ name               w on x0                                                is
 ``simple``, eps    SNR                                                    1 on ε
 ``x0``             1
 ``v``              (α² + σ²)²/σ²                                          1 on v
-``velocity``       (σ̇ − α̇ ρ)²/ρ²                                         1 on the velocity: flow matching
+``velocity``       (dσ/dt − ρ dα/dt)²/ρ²                                  1 on the velocity: flow matching
 ``edm``            (ρ² + s²)/(ρ s)²                                       1 on EDM's F
 ``likelihood``     g² α²/σ⁴                                               g² on the score
 ``min_snr``        min(SNR, γ)
@@ -45,7 +45,7 @@ def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -
     r"""Squared error of a prediction per squared error of x0, :math:`((a\sigma - b\alpha)/(\sigma c))^2`.
 
     Arguments:
-        prediction: One of :data:`scoresde.denoiser.PREDICTIONS`.
+        prediction: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
         sde: The process.
         t: Times, (B,), positive.
         sigma_data: Standard deviation s of the data, for ``"F"``.
@@ -61,7 +61,7 @@ class On:
     """Weight 1 on the squared error of a prediction, whatever the network predicts.
 
     Arguments:
-        prediction: One of :data:`scoresde.denoiser.PREDICTIONS`.
+        prediction: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
         sigma_data: Standard deviation of the data, for ``"F"``, EDM's weighting.
 
     References:

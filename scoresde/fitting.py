@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -150,10 +151,8 @@ def fit(
             if not math.isfinite(_mean_log(scale)):
                 break
     after = {"train": rows.errors(best, train), "held_out": best_held}
-    from scoresde import __version__
-
     meta = {
-        "scoresde": __version__,
+        "scoresde": importlib.metadata.version("scoresde"),
         "from": table.name,
         "sde": repr(sde),
         "teacher": teacher_name,

@@ -92,6 +92,18 @@ def test_the_gaussian_start_is_fitted_with_it() -> None:
     assert median(ss.sample(MODEL, fresh, plan, start=START), target) < without / 8
 
 
+def test_the_first_evaluation_may_be_asked_at_another_time() -> None:
+    x, truth = ends(96)
+    begun = ss.VelocityAB(2).plan(SDE, ss.grids.quadratic_vp(SDE, 4, t_start=0.5))
+    plan = fit(begun, MODEL, x, gaussian=START, teacher=truth, what=("asked",), steps=10)
+    assert plan.times[0] == 0.5 and not plan.rows[0].evaluates and plan.rows[1].t != 0.5
+    found = (ss.sample(MODEL, x[:32], plan, start=START) - truth[:32]).square().mean(1).sqrt()
+    assert float(found.median()) == pytest.approx(plan.meta["held_out"]["after"]["median"], rel=0.2)
+    again = fit(plan, MODEL, x, gaussian=START, teacher=truth, steps=25)
+    assert again.meta["held_out"]["before"] == pytest.approx(plan.meta["held_out"]["after"]), "taken up where it was"
+    assert again.meta["held_out"]["after"]["mean_log"] < 0.5 * again.meta["held_out"]["before"]["mean_log"]
+
+
 @pytest.mark.parametrize("what", [("times",), ("asked",), ("weights",), ("times", "weights")], ids=" ".join)
 @pytest.mark.parametrize("kind", ["plan", "rule"])
 def test_each_part_is_fitted_alone(kind: str, what: tuple[str, ...]) -> None:

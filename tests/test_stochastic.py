@@ -174,7 +174,7 @@ def pairs() -> Iterator[Pair]:
 
 
 def label(pair: Pair) -> str:
-    return f"{pair[0]!r}-{pair[1].__name__}-" + "-".join(str(v) for v in pair[2].values())
+    return f"{pair[0]!r}-{pair[1].__name__}-" + "-".join(getattr(v, "__name__", str(v)) for v in pair[2].values())
 
 
 def has_no_last_leg(pair: Pair) -> bool:

@@ -64,30 +64,7 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-# The latent bound.
-
-
-@pytest.mark.parametrize("sde", [ss.VP(), ss.Cosine()], ids=["VP", "Cosine"])
-def test_the_latent_bound_is_one_and_tight_for_an_exact_model(sde: ss.SDE) -> None:
-    import latent
-
-    exact = ss.GaussianMixture(sde, [[-1.2, 0.5, 0.0], [1.0, 0.0, 0.7]], std=[0.5, 0.8])
-    z = exact.sample(8000, seed=0)
-    gap = exact.log_prob(z) - latent.latent_bound(exact, z, 24, ss.Noise(1))  # type: ignore[arg-type]
-    error = float(gap.std()) / len(gap) ** 0.5
-    assert error < 0.04
-    assert abs(float(gap.mean())) < 4 * error + 0.01  # 0.01: what the prior's mixture and the last step are not
-
-    class Worse(ss.AbstractDenoiser):
-        def __init__(self) -> None:
-            super().__init__()
-            self.sde = sde
-
-        def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-            return 0.9 * exact.x0(x, t)
-
-    worse = exact.log_prob(z) - latent.latent_bound(Worse(), z, 24, ss.Noise(1))  # type: ignore[arg-type]
-    assert float(worse.mean()) > 0.5
+# In latent spaces.
 
 
 def test_latent_bounds_of_images_are_in_one_scale() -> None:

@@ -5,20 +5,39 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, analysis, data, grids, metrics, optimal, parallel, training, verify
+from scoresde import (
+    adapters,
+    analysis,
+    data,
+    grids,
+    guidance,
+    inverse,
+    metrics,
+    optimal,
+    pairs,
+    parallel,
+    training,
+    verify,
+)
+from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.fitting import fit
 from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
+from scoresde.guidance import ClassifierFree
 from scoresde.langevin import AnnealedLangevin, LangevinCorrector
+from scoresde.latent import interpolate, slerp
+from scoresde.likelihood import log_prob, sample_with_log_prob
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
 from scoresde.policy import transitions
+from scoresde.reversible import Reversible
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -94,9 +113,11 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Adaptive",
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",
+    "ClassifierFree",
     "ConsistencySampling",
     "Cosine",
     "DEISRungeKutta",
@@ -127,6 +148,7 @@ __all__ = [
     "Restart",
     "Reverse",
     "ReverseDiffusion",
+    "Reversible",
     "Row",
     "RungeKutta4",
     "SASolver",
@@ -134,6 +156,7 @@ __all__ = [
     "SDEDPMSolverPP",
     "Shifted",
     "Solution",
+    "SolverError",
     "Standardize",
     "Statistics",
     "StochasticHeun",
@@ -147,20 +170,33 @@ __all__ = [
     "analysis",
     "analytic_first_step",
     "betas",
+    "bits_per_dim",
     "check_denoiser",
     "data",
     "decode",
+    "denoiser_error",
+    "dequantize",
+    "dequantized_bits",
+    "elbo",
     "encode",
     "fit",
     "grids",
+    "guidance",
+    "interpolate",
+    "inverse",
     "karras",
+    "log_prob",
     "mean_squared_score",
     "metrics",
     "nn",
     "optimal",
+    "pairs",
     "parallel",
+    "path_kl",
     "sample",
     "sample_learned_variance",
+    "sample_with_log_prob",
+    "slerp",
     "solve",
     "training",
     "transitions",

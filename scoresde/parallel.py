@@ -100,7 +100,7 @@ def solve(
     width = n if window is None else min(n, check.integer("window", window, least=1))
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     with torch.no_grad():
-        x = _start(model, shape_or_x, plan, noise, data_std, start, dtype, device)
+        x = _start(model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
         given = _given(plan, table.x, table.z, table.one, x, noise)
         B = table.d.to(x)
         times = torch.tensor([float(t) for t in table.t[:n]], dtype=torch.float64).to(x)

@@ -1,0 +1,45 @@
+"""Inverse problems: measurements, exact posteriors, and the methods that approximate them."""
+
+from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale, renoised
+from scoresde.inverse.exact import log_evidence, posterior
+from scoresde.inverse.operators import (
+    Blur,
+    Downsample,
+    FourierMask,
+    Grey,
+    Linear,
+    Mask,
+    Matrix,
+    Measurement,
+    Operator,
+)
+from scoresde.inverse.samplers import Particles, Replacement, daps, ddrm, red_diff, repaint, twisted_smc
+
+__all__ = [
+    "DDNM",
+    "DPS",
+    "MMPS",
+    "TMPD",
+    "Blur",
+    "DiffPIR",
+    "Downsample",
+    "FourierMask",
+    "Grey",
+    "Linear",
+    "Mask",
+    "Matrix",
+    "Measurement",
+    "Operator",
+    "Particles",
+    "PiGDM",
+    "Replacement",
+    "daps",
+    "ddrm",
+    "dps_scale",
+    "log_evidence",
+    "posterior",
+    "red_diff",
+    "renoised",
+    "repaint",
+    "twisted_smc",
+]

@@ -1,0 +1,94 @@
+r"""The truth: a Gaussian mixture seen through a linear map with Gaussian noise is a Gaussian mixture again.
+
+.. math::
+    p(x_0 \mid y) = \sum_k w_k' N(\mu_k + K_k(y - A\mu_k),\; (I - K_k A) C_k), \qquad
+    K_k = C_k A^T S_k^{-1}, \quad S_k = A C_k A^T + \mathrm{std}^2 I, \quad
+    w_k' \propto w_k N(y; A\mu_k, S_k)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scoresde.inverse.operators import Measurement
+from scoresde.mixture import GaussianMixture
+
+
+def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMixture:
+    r"""The exact posterior, on the mixture's process: what every method here is an approximation of.
+
+    As a denoiser it answers :math:`E[x_0 \mid x_t, y]`, so sampling it with any solver is Doob's h-transform of the
+    reverse process with :math:`h = p(y \mid x_t)`, exactly.
+
+    Arguments:
+        mixture: The prior.
+        measurement: With a linear operator and one y, (1, *out).
+
+    References:
+        | DEFT: Efficient Fine-tuning of Diffusion Models by Learning the Generalised h-transform (Denker et al., 2024),
+          arXiv:2406.01781
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> prior = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), std=0.5)
+        >>> first = ss.inverse.Mask(torch.tensor([True, False]))
+        >>> seen = ss.inverse.Measurement(first, torch.tensor([[1.0]]), std=0.5)
+        >>> ss.inverse.posterior(prior, seen).mean()
+        tensor([0.9820, 0.0000], dtype=torch.float64)
+    """
+    A, S, residual, logs = _joint(mixture, measurement)
+    if len(logs) != 1:
+        raise ValueError(f"`y` must be one measurement, (1, *out), for one posterior; got {len(logs)} rows.")
+    C = mixture.component_covariances()
+    gain = torch.linalg.solve(S, A @ C).mT  # C Aᵀ S⁻¹, S and C being symmetric
+    means = mixture.means.flatten(1) + (gain @ residual[0, ..., None])[..., 0]
+    # Joseph's form: a sum of squares, so that it stays positive where the measurement is sharp.
+    left = torch.eye(C.shape[-1]).to(C) - gain @ A
+    cov = left @ C @ left.mT + measurement.std**2 * gain @ gain.mT
+    weights = logs[0].softmax(0)
+    kept = weights > torch.finfo(weights.dtype).tiny
+    return GaussianMixture(
+        mixture.sde,
+        means[kept].reshape(-1, *mixture.event),
+        weights=weights[kept],
+        cov=0.5 * (cov + cov.mT)[kept],
+    )
+
+
+def log_evidence(mixture: GaussianMixture, measurement: Measurement) -> Tensor:
+    """Log-density of what was seen, log p(y) in nats, (B,): one for each row of y.
+
+    Arguments:
+        mixture: The prior.
+        measurement: With a linear operator.
+    """
+    return _joint(mixture, measurement)[3].logsumexp(1)
+
+
+def _joint(mixture: GaussianMixture, measurement: Measurement) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A, S (K, M, M), y − Aμ (B, K, M) and log w N(y; Aμ, S) (B, K)."""
+    if not isinstance(mixture, GaussianMixture):
+        raise TypeError(
+            f"`mixture` must be a GaussianMixture, whose posterior is known, got {type(mixture).__name__}; for a "
+            f"network there are DPS, PiGDM, MMPS and the other methods of scoresde.inverse."
+        )
+    operator = measurement.linear
+    if operator.event != mixture.event:
+        raise ValueError(f"the operator is for states of shape {operator.event}, the mixture has {mixture.event}.")
+    means = mixture.means.flatten(1)
+    A = operator.matrix().to(means)
+    S = A @ mixture.component_covariances() @ A.mT + measurement.std**2 * torch.eye(len(A)).to(A)
+    residual = measurement.y.flatten(1).to(A)[:, None] - means @ A.mT
+    root, info = torch.linalg.cholesky_ex(S)
+    if bool((info > 0).any()):
+        raise ValueError(
+            "`std` = 0 leaves a measurement that the prior says nothing of without noise: A C Aᵀ is singular for a "
+            "component; give a positive `std`."
+        )
+    z = torch.linalg.solve_triangular(root, residual.permute(1, 2, 0), upper=False)  # (K, M, B)
+    log_det = 2 * root.diagonal(dim1=1, dim2=2).log().sum(1)
+    energy = z.square().sum(1).mT + log_det + len(A) * math.log(2 * math.pi)
+    return A, S, residual, mixture.weights.log() - 0.5 * energy

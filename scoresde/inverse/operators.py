@@ -1,0 +1,525 @@
+r"""What was measured: operators, and measurements :math:`y = A x_0 + \mathrm{std}\cdot n` made with them.
+
+An operator is a function of states with a known shape; a linear one has an adjoint, :math:`\langle Ax, y\rangle =
+\langle x, A^T y\rangle`, by automatic differentiation unless it is given, and solves
+:math:`(a A A^T + b) u = y`, in closed form where it has one. Knows no diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+
+_DENSE = 1 << 26  # numbers in a matrix that is still made
+
+
+class Operator(nn.Module):
+    """Any function of a state, linear or not; the methods that differentiate take it.
+
+    Arguments:
+        forward: ``forward(x)``, (B, *event) to (B, *out), each row by itself.
+        event: Shape of a state.
+        out: Shape of what it returns; by default it is asked once, with a state of zeros on the CPU.
+    """
+
+    event: tuple[int, ...]
+    out: tuple[int, ...]
+    __call__: Callable[..., Tensor]
+
+    def __init__(
+        self, forward: Callable[[Tensor], Tensor], event: Sequence[int], *, out: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        if not callable(forward):
+            raise TypeError(f"`forward` must be a function of states, got {type(forward).__name__}.")
+        self._function = forward
+        self.event = tuple(check.integer("event", n, least=1) for n in event)
+        self.out = self._ask() if out is None else tuple(check.integer("out", n, least=1) for n in out)
+
+    def _ask(self) -> tuple[int, ...]:
+        try:
+            with torch.no_grad():
+                seen = self._apply_to(torch.zeros(1, *self.event))
+        except RuntimeError as error:
+            raise ValueError(
+                f"`forward` failed on a float32 state of zeros on the CPU ({error}); let it follow its input, as in "
+                f"x @ M.to(x), or give `out`, the shape of what it returns."
+            ) from error
+        if not isinstance(seen, Tensor) or seen.ndim == 0 or len(seen) != 1:
+            raise ValueError(
+                "`forward` must map (B, *event) to (B, *out); of one zero state it did not return one row."
+            )
+        return tuple(seen.shape[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A x, (B, *event) to (B, *out)."""
+        check.state("x", x)
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(
+                f"`x` must have shape (B, {', '.join(map(str, self.event))}), the operator's, got {tuple(x.shape)}."
+            )
+        return self._apply_to(x)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return self._function(x)
+
+    def _check_y(self, y: Tensor) -> Tensor:
+        check.state("y", y)
+        if tuple(y.shape[1:]) != self.out:
+            raise ValueError(
+                f"`y` must have shape (B, {', '.join(map(str, self.out))}), what the operator returns, got "
+                f"{tuple(y.shape)}."
+            )
+        return y
+
+
+class Spectrum(NamedTuple):
+    """A = U diag(s) Vᵀ as three functions; r is the rank.
+
+    Arguments:
+        s: Singular values, (r,), positive.
+        of_state: Vᵀx, (B, *event) to (B, r).
+        to_state: V c, (B, r) to (B, *event).
+        of_data: Uᵀy, (B, *out) to (B, r).
+    """
+
+    s: Tensor
+    of_state: Callable[[Tensor], Tensor]
+    to_state: Callable[[Tensor], Tensor]
+    of_data: Callable[[Tensor], Tensor]
+
+
+class Linear(Operator):
+    """Any linear map that can be computed: a function, with its adjoint by automatic differentiation.
+
+    Arguments:
+        forward: ``forward(x)``, (B, *event) to (B, *out).
+        event: Shape of a state.
+        adjoint: ``adjoint(y)``, (B, *out) to (B, *event), where there is a cheaper one.
+        out: Shape of what it returns, see :class:`Operator`.
+
+    Example:
+        >>> import torch
+        >>> radon = Linear(lambda x: torch.stack([x.sum(-1), x.sum(-2)], 1), (8, 8))  # projections at two angles
+        >>> radon.out, radon.adjoint(torch.ones(1, 2, 8)).shape
+        ((2, 8), torch.Size([1, 8, 8]))
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor], Tensor],
+        event: Sequence[int],
+        adjoint: Callable[[Tensor], Tensor] | None = None,
+        *,
+        out: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(forward, event, out=out)
+        self._own_adjoint = adjoint
+        if out is None:
+            self._check_linear()
+
+    def _check_linear(self) -> None:
+        x = torch.linspace(-1, 1, 2 * math.prod(self.event), dtype=torch.float64).cos().reshape(2, *self.event)
+        with torch.no_grad():
+            x = x.float()
+            whole, parts = self(2 * x[:1] - x[1:]), 2 * self(x[:1]) - self(x[1:])
+        if not torch.allclose(whole, parts, rtol=1e-4, atol=1e-4 * float(parts.abs().max()) + 1e-30):
+            raise ValueError(
+                "`forward` is not linear: A(2x − z) differs from 2Ax − Az; `Operator` takes any function, for the "
+                "methods that need no adjoint."
+            )
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Aᵀ y, (B, *out) to (B, *event)."""
+        return self._adjoint(self._check_y(y))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        if self._own_adjoint is not None:
+            return self._own_adjoint(y)
+        differentiable = torch.is_grad_enabled() and y.requires_grad
+        with torch.enable_grad():
+            x = torch.zeros(len(y), *self.event, dtype=y.dtype, device=y.device, requires_grad=True)
+            return torch.autograd.grad(self._apply_to(x), x, y, create_graph=differentiable)[0]
+
+    def matrix(self) -> Tensor:
+        """A as a dense matrix, (M, D), float64."""
+        D, M = math.prod(self.event), math.prod(self.out)
+        if D * M > _DENSE:
+            raise ValueError(f"a dense matrix of {M} × {D} numbers is too large here; use `forward` and `adjoint`.")
+        with torch.no_grad():
+            eye = torch.eye(D, dtype=torch.float64, device=self._device()).reshape(D, *self.event)
+            return self._apply_to(eye).reshape(D, M).mT.contiguous()
+
+    def spectrum(self) -> Spectrum:
+        """The singular value decomposition; by way of the dense matrix unless the operator knows better."""
+        if "_svd" not in self.__dict__:
+            A = self.matrix()
+            U, s, Vh = torch.linalg.svd(A, full_matrices=False)
+            rank = int((s > s[0] * max(A.shape) * torch.finfo(A.dtype).eps).sum())
+            self.__dict__["_svd"] = U[:, :rank], s[:rank], Vh[:rank]
+        U, s, Vh = self.__dict__["_svd"]
+        return Spectrum(
+            s,
+            lambda x: x.flatten(1) @ Vh.mT.to(x),
+            lambda c: (c @ Vh.to(c)).reshape(-1, *self.event),
+            lambda y: y.flatten(1) @ U.to(y),
+        )
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A⁺ y, the least-squares state of least norm, (B, *out) to (B, *event)."""
+        s, _, to_state, of_data = self.spectrum()
+        return to_state(of_data(self._check_y(y)) / s.to(y))
+
+    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
+        """(a A Aᵀ + b)⁻¹ y for numbers or tensors (B, 1, …), by conjugate gradients unless there is a closed form."""
+        return conjugate_gradients(lambda u: a * self._apply_to(self._adjoint(u)) + b * u, self._check_y(y))
+
+    def _device(self) -> torch.device:
+        first = next(self.buffers(), None)
+        return torch.device("cpu") if first is None else first.device
+
+
+def conjugate_gradients(
+    matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int | None = None, tolerance: float | None = None
+) -> Tensor:
+    """Solve S u = y for each row, S symmetric positive; rows that are solved stand still.
+
+    Arguments:
+        matvec: S u, (B, *out) to the same.
+        y: (B, *out).
+        iterations: At most this many; by default four times the size of a row, and no more than 1000.
+        tolerance: Norm of the residual, relative to y's; by default what the dtype allows.
+    """
+    rows = (len(y), *[1] * (y.ndim - 1))
+    norm = y.flatten(1).norm(dim=1).reshape(rows)
+    small = (torch.finfo(y.dtype).eps ** 0.8 if tolerance is None else tolerance) * norm
+    u, r = torch.zeros_like(y), y
+    p, rr = r, r.flatten(1).square().sum(1).reshape(rows)
+    for _ in range(min(1000, 4 * math.prod(y.shape[1:])) if iterations is None else iterations):
+        live = rr.sqrt() > small
+        if iterations is None and not bool(live.any()):
+            break
+        q = matvec(p)
+        pq = (p * q).flatten(1).sum(1).reshape(rows)
+        live = live & (pq > 0)
+        step = torch.where(live, rr / torch.where(live, pq, 1.0), 0.0)
+        u, r = u + step * p, r - step * q
+        new = r.flatten(1).square().sum(1).reshape(rows)
+        p = r + torch.where(live, new / torch.where(live, rr, 1.0), 0.0) * p
+        rr = torch.where(live, new, rr)
+    return u
+
+
+class _Even(Linear):
+    """A linear map with A Aᵀ = g I: all its singular values are √g."""
+
+    gram: float
+
+    def spectrum(self) -> Spectrum:
+        """The singular value decomposition: U = 1, V = Aᵀ/√g."""
+        root = math.sqrt(self.gram)
+        s = torch.full((math.prod(self.out),), root, dtype=torch.float64, device=self._device())
+        return Spectrum(
+            s,
+            lambda x: self._apply_to(x).flatten(1) / root,
+            lambda c: self._adjoint(c.reshape(-1, *self.out)) / root,
+            lambda y: y.flatten(1),
+        )
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A⁺ y = Aᵀ y / g."""
+        return self.adjoint(y) / self.gram
+
+    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
+        """(a A Aᵀ + b)⁻¹ y = y / (a g + b)."""
+        gain: Any = a * self.gram + b
+        return self._check_y(y).div(gain)
+
+
+class Mask(_Even):
+    """Inpainting: the numbers of a state where the mask is true, (B, m).
+
+    Arguments:
+        mask: Of dtype bool, True where the state is known.
+        event: Shape of a state, to which the mask broadcasts; by default the mask's.
+    """
+
+    mask: Tensor
+    gram = 1.0
+
+    def __init__(self, mask: Tensor, event: Sequence[int] | None = None) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = str(mask.dtype)[6:] if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"`mask` must be a bool tensor, True where the state is known, got {got}; use mask > 0.5.")
+        shape = tuple(mask.shape if event is None else event)
+        try:
+            whole = mask.expand(shape)
+        except RuntimeError:
+            raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not broadcast to the event {shape}.") from None
+        if not bool(whole.any()):
+            raise ValueError("`mask` knows nothing: no entry is True.")
+        nn.Module.__init__(self)
+        self.register_buffer("mask", whole.contiguous())
+        index = whole.flatten().nonzero()[:, 0]
+        self.register_buffer("_index", index)
+        self.event, self.out = shape, (len(index),)
+
+    _index: Tensor
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, self._index]
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        x = y.new_zeros(len(y), math.prod(self.event))
+        return x.index_copy(1, self._index, y).reshape(-1, *self.event)
+
+
+class Downsample(_Even):
+    """Super-resolution: means over blocks of k along the last axes.
+
+    Arguments:
+        k: Size of a block.
+        event: Shape of a state.
+        dims: How many of its last axes are blocked: 2 for pictures, 1 for signals.
+    """
+
+    def __init__(self, k: int, event: Sequence[int], dims: int = 2) -> None:
+        check.integer("k", k, least=1)
+        check.integer("dims", dims, least=1)
+        shape = tuple(event)
+        if len(shape) < dims or any(n % k for n in shape[-dims:]):
+            raise ValueError(f"`k` = {k} must divide the last {dims} axes of the event {shape}; crop or pad the data.")
+        nn.Module.__init__(self)
+        self.k, self.dims, self.gram = k, dims, float(k) ** -dims
+        self.event, self.out = shape, (*shape[:-dims], *(n // k for n in shape[-dims:]))
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        lead = x.shape[: x.ndim - self.dims]
+        blocks = [m for n in x.shape[x.ndim - self.dims :] for m in (n // self.k, self.k)]
+        return x.reshape(*lead, *blocks).mean(tuple(range(-2 * self.dims + 1, 0, 2)))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        for axis in range(-self.dims, 0):
+            y = y.repeat_interleave(self.k, dim=axis)
+        return y * self.gram
+
+
+class Grey(_Even):
+    """Colourisation: a weighted sum of the channels, the first axis of an event.
+
+    Arguments:
+        event: Shape of a state, (C, ...).
+        weights: One for each channel; by default those of luma for three channels, else equal ones.
+    """
+
+    weights: Tensor
+
+    def __init__(self, event: Sequence[int], weights: Sequence[float] | None = None) -> None:
+        if weights is None:
+            weights = (0.299, 0.587, 0.114) if event[0] == 3 else [1 / event[0]] * event[0]
+        if len(weights) != event[0]:
+            raise ValueError(f"`weights` must be one for each of {event[0]} channels, got {len(weights)}.")
+        nn.Module.__init__(self)
+        self.register_buffer("weights", torch.tensor(list(weights), dtype=torch.float64))
+        self.gram = sum(float(w) ** 2 for w in weights)
+        self.event, self.out = tuple(event), (1, *event[1:])
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return (x * self._columns(x)).sum(1, keepdim=True)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return y * self._columns(y)
+
+    def _columns(self, x: Tensor) -> Tensor:
+        return self.weights.to(x).reshape(1, -1, *[1] * (x.ndim - 2))
+
+
+class Blur(Linear):
+    """Convolution with a kernel along the last axes, periodic.
+
+    Arguments:
+        kernel: Centred, with one axis for each axis that is blurred; sizes are odd.
+        event: Shape of a state.
+    """
+
+    kernel: Tensor
+
+    def __init__(self, kernel: Tensor, event: Sequence[int]) -> None:
+        nn.Module.__init__(self)
+        n, shape = kernel.ndim, tuple(event)
+        if n > len(shape) or any(k % 2 == 0 or k > m for k, m in zip(kernel.shape, shape[-n:], strict=False)):
+            raise ValueError(f"`kernel` of shape {tuple(kernel.shape)} must have odd sizes within the event {shape}.")
+        centred = torch.zeros(shape[-n:], dtype=torch.float64)
+        centred[tuple(slice(0, k) for k in kernel.shape)] = kernel.double()
+        self._axes = tuple(range(-n, 0))
+        centred = centred.roll([-(k // 2) for k in kernel.shape], self._axes)
+        # As two real parts: modules cast their floating buffers, and complex ones with a warning.
+        self.register_buffer("kernel", torch.view_as_real(torch.fft.rfftn(centred)))
+        self.event = self.out = shape
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return self._filter(x, self._kernel(x))
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return self._filter(y, self._kernel(y).conj())
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """A⁺ y; frequencies that the kernel takes away stay away."""
+        k = self._kernel(self._check_y(y))
+        power = k.abs().square()
+        seen = power > power.max() * torch.finfo(y.dtype).eps
+        return self._filter(y, torch.where(seen, k.conj() / torch.where(seen, power, 1.0), 0.0))
+
+    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
+        """(a A Aᵀ + b)⁻¹ y, a division of frequencies."""
+        self._check_y(y)
+        return self._filter(y, 1 / (a * self._kernel(y).abs().square() + b))
+
+    def _kernel(self, x: Tensor) -> Tensor:
+        return torch.view_as_complex(self.kernel.to(x))
+
+    def _filter(self, x: Tensor, gain: Tensor) -> Tensor:
+        sizes = self.event[-len(self._axes) :]
+        out: Tensor = torch.fft.irfftn(torch.fft.rfftn(x, dim=self._axes) * gain, s=sizes, dim=self._axes)
+        return out
+
+
+class FourierMask(Linear):
+    """Some frequencies of a state, as in magnetic resonance: orthonormal, (B, *lead, m, 2), real and imaginary part.
+
+    Arguments:
+        mask: Of dtype bool, over the last axes of a state, frequency 0 first as ``torch.fft.fftn`` has it.
+        event: Shape of a state.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, event: Sequence[int]) -> None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = str(mask.dtype)[6:] if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(
+                f"`mask` must be a bool tensor, True where a frequency is known, got {got}; use mask > 0.5."
+            )
+        shape, n = tuple(event), mask.ndim
+        if n > len(shape) or tuple(mask.shape) != shape[-n:]:
+            raise ValueError(
+                f"`mask` must have the shape of the last axes of the event {shape}, got {tuple(mask.shape)}."
+            )
+        nn.Module.__init__(self)
+        self.register_buffer("mask", mask)
+        self.event, self.out = shape, (*shape[:-n], int(mask.sum()), 2)
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        z = torch.fft.fftn(x, dim=tuple(range(-self.mask.ndim, 0)), norm="ortho")
+        return torch.view_as_real(z[..., self.mask])
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        z = torch.view_as_complex(y.contiguous())
+        whole = z.new_zeros(len(y), *self.event)
+        whole[..., self.mask] = z
+        out: Tensor = torch.fft.ifftn(whole, dim=tuple(range(-self.mask.ndim, 0)), norm="ortho").real
+        return out
+
+
+class Matrix(Linear):
+    """A matrix on the numbers of a state.
+
+    Arguments:
+        A: (M, D).
+        event: Shape of a state, with D numbers; (D,) by default.
+    """
+
+    A: Tensor
+
+    def __init__(self, A: Tensor, event: Sequence[int] | None = None) -> None:
+        check.state("A", A)
+        shape = (A.shape[-1],) if event is None else tuple(event)
+        if A.ndim != 2 or A.shape[1] != math.prod(shape):
+            raise ValueError(f"`A` must have shape (M, D) with D the size of an event {shape}, got {tuple(A.shape)}.")
+        nn.Module.__init__(self)
+        values, vectors = torch.linalg.eigh((A @ A.mT).double())
+        self.register_buffer("A", A)
+        self.register_buffer("_values", values.clamp_min(0))
+        self.register_buffer("_vectors", vectors)
+        self.event, self.out = shape, (len(A),)
+
+    _values: Tensor
+    _vectors: Tensor
+
+    def _apply_to(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.A.mT.to(x)
+
+    def _adjoint(self, y: Tensor) -> Tensor:
+        return (y @ self.A.to(y)).reshape(-1, *self.event)
+
+    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
+        """(a A Aᵀ + b)⁻¹ y, by the eigenvectors of A Aᵀ."""
+        u = self._vectors.to(self._check_y(y))
+        gain: Tensor = a * self._values.to(y) + b
+        return ((y @ u) / gain) @ u.mT
+
+
+class Measurement(nn.Module):
+    r"""What was seen: :math:`y = A x_0 + \mathrm{std}\cdot n`, n standard normal.
+
+    Arguments:
+        operator: A, an :class:`Operator`; most methods need a :class:`Linear` one.
+        y: (1, *out), one measurement for all samples, or (B, *out), one for each.
+        std: Standard deviation of the noise; 0 for an exact measurement, which some methods do not take.
+    """
+
+    y: Tensor
+
+    def __init__(self, operator: Operator, y: Tensor, std: float) -> None:
+        super().__init__()
+        if not isinstance(operator, Operator):
+            raise TypeError(
+                f"`operator` must be an operator such as Mask(mask), or Linear(forward, event) for a function of "
+                f"yours, got {type(operator).__name__}."
+            )
+        self.operator = operator
+        self.register_buffer("y", operator._check_y(y))
+        self.std = check.number("std", std, least=0)
+
+    @property
+    def linear(self) -> Linear:
+        """The operator, if it is linear."""
+        if not isinstance(self.operator, Linear):
+            raise TypeError(
+                "this method needs a linear operator, with an adjoint; DPS and ClassifierGuidance take any function."
+            )
+        return self.operator
+
+    def residual(self, x0: Tensor) -> Tensor:
+        """y − A x0, (B, *out)."""
+        return self.data(x0) - self.operator(x0)
+
+    def data(self, x: Tensor) -> Tensor:
+        """y beside a state: (1, *out) or (B, *out), in its dtype."""
+        if len(self.y) not in (1, len(x)):
+            raise ValueError(
+                f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples, or one "
+                f"for each: a part of a batch needs its part of `y`."
+            )
+        return self.y.to(x)
+
+    def log_prob(self, x0: Tensor) -> Tensor:
+        r"""log N(y; A x0, std² I) in nats, (B, *event) to (B,); needs std > 0."""
+        std = self.noisy("log_prob")
+        z = (self.residual(x0) / std).flatten(1)
+        return -0.5 * z.square().sum(1) - z.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
+
+    def noisy(self, who: str) -> float:
+        """The standard deviation, which must be positive."""
+        if self.std == 0:
+            raise ValueError(
+                f"`std` must be greater than 0 for {who}, which divides by it, got 0: say how well y is known, such as "
+                f"1e-3; for an exact measurement there are DDNM, DDRM and Replacement."
+            )
+        return self.std

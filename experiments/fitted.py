@@ -91,7 +91,7 @@ class Case:
         sde = self.model.sde
         with torch.no_grad():
             for rule, solver in our_rules(self.options.quick).items():
-                for grid, maker in our_grids(self.options.quick).items():
+                for grid, maker in our_grids("VP", self.options.quick).items():
                     it, legs = solver.for_nfe(n)
                     plan = it.plan(sde, maker(sde, legs))
                     if plan.nfe <= n:

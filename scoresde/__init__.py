@@ -5,19 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, guidance, inverse, metrics, training, verify
+from scoresde import adapters, data, grids, guidance, inverse, metrics, pairs, training, verify
+from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
+from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.guidance import ClassifierFree
 from scoresde.langevin import AnnealedLangevin, LangevinCorrector
+from scoresde.latent import interpolate, slerp
+from scoresde.likelihood import log_prob, sample_with_log_prob
 from scoresde.mixture import Empirical, GaussianMixture
 from scoresde.noise import Noise
 from scoresde.paths import BrownianPath
 from scoresde.plan import Plan, Row
 from scoresde.policy import transitions
+from scoresde.reversible import Reversible
 from scoresde.sampling import Solution, decode, encode, sample, solve
 from scoresde.sde import EDM, SDE, VE, VP, Cosine, Flow, Polynomial, Shifted, SubVP, Trig
 from scoresde.solvers.ancestral import Ancestral, Restart
@@ -93,6 +98,7 @@ __all__ = [
     "VP",
     "AbstractDenoiser",
     "AcceleratedDDIM",
+    "Adaptive",
     "Ancestral",
     "AnnealedLangevin",
     "BrownianPath",
@@ -126,6 +132,7 @@ __all__ = [
     "Restart",
     "Reverse",
     "ReverseDiffusion",
+    "Reversible",
     "Row",
     "RungeKutta4",
     "SASolver",
@@ -133,6 +140,7 @@ __all__ = [
     "SDEDPMSolverPP",
     "Shifted",
     "Solution",
+    "SolverError",
     "Standardize",
     "Statistics",
     "StochasticHeun",
@@ -145,19 +153,30 @@ __all__ = [
     "adapters",
     "analytic_first_step",
     "betas",
+    "bits_per_dim",
     "check_denoiser",
     "data",
     "decode",
+    "denoiser_error",
+    "dequantize",
+    "dequantized_bits",
+    "elbo",
     "encode",
     "grids",
     "guidance",
+    "interpolate",
     "inverse",
     "karras",
+    "log_prob",
     "mean_squared_score",
     "metrics",
     "nn",
+    "pairs",
+    "path_kl",
     "sample",
     "sample_learned_variance",
+    "sample_with_log_prob",
+    "slerp",
     "solve",
     "training",
     "transitions",

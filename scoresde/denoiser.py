@@ -130,17 +130,18 @@ class AbstractDenoiser(nn.Module):
         if want == kind:
             return out
         if not isinstance(t, Tensor):
-            of_x, of_out = self._numbers(kind, want, t, s)
-            if of_x == 0:
-                return out if of_out == 1 else of_out * out
-            return torch.add(x * of_x, out, alpha=of_out)  # not in place: under vmap one of the two may be shared
+            a, b = self._numbers(kind, want, t, s)
+            if a == 0:
+                return out if b == 1 else b * out
+            return torch.add(x * a, out, alpha=b)  # not in place: under vmap one of the two may be shared
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         have, wanted = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
         of_x, of_out = _mix(have, wanted, alpha, sigma)
         of_out = check.expand(of_out, x)
         if isinstance(of_x, float) and of_x == 0:
             return out if isinstance(of_out, float) and of_out == 1 else of_out * out
-        return check.expand(of_x, x) * x + of_out * out
+        result: Tensor = check.expand(of_x, x) * x + of_out * out
+        return result
 
     def _numbers(self, kind: str, want: _Want, t: float, s: float) -> tuple[float, float]:
         """The coefficients at a time that is a number."""

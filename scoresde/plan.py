@@ -455,7 +455,7 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
                 draws=row.z,
                 one=row.one,
                 plain=plain,
-                lerp=plain and len(terms) > 1 and abs(terms[0][1] + terms[1][1] - 1) < 1e-15,
+                lerp=plain and len(terms) > 1 and abs(_number(terms[0][1]) + _number(terms[1][1]) - 1) < 1e-15,
                 keep_x=of_x[r] > r,
                 keep_d=of_d[r] > r,
                 drop=tuple(drop[r]),
@@ -468,7 +468,8 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
 
 def _add_numbers(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
-    terms, out = line.terms, None
+    terms = line.terms
+    out: Any = None
     if terms:
         (k, w), terms = terms[0], terms[1:]
         out = kept[k]

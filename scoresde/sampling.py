@@ -7,18 +7,21 @@ import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde import policy
+from scoresde.adaptive import Adaptive, AdaptiveSolution, flow
 from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
+from scoresde.policy import Transition
 from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import DPMSolverPP, VelocityAB
 
@@ -38,6 +41,7 @@ class Solution:
         trajectory: States at the times that were asked for, on the device that was asked for, by time.
         plan: The table that was run.
         seed: The seed of its noise.
+        transitions: The Gaussian transition of every row after the start, if they were asked for.
     """
 
     x: Tensor
@@ -46,12 +50,13 @@ class Solution:
     trajectory: dict[float, Tensor] = field(repr=False)
     plan: Plan = field(repr=False)
     seed: int | tuple[int, ...] | None
+    transitions: tuple[Transition, ...] = field(default=(), repr=False)
 
 
 def sample(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
-    solver: Solver | Plan | None = None,
+    solver: Solver | Plan | Adaptive | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw samples.
@@ -59,7 +64,7 @@ def sample(
     Arguments:
         model: A denoiser.
         shape_or_x: Shape (B, *event) to start from the prior, or a state to start from at `t_start`.
-        solver: A rule, a plan, or None for the default.
+        solver: A rule, a plan, :class:`Adaptive`, or None for the default.
         **options: Those of :func:`solve`.
 
     Returns:
@@ -75,10 +80,25 @@ def sample(
     return solve(model, shape_or_x, solver, **options).x
 
 
+@overload
+def solve(
+    model: AbstractDenoiser, shape_or_x: Sequence[int] | Tensor, solver: Adaptive, **options: Any
+) -> AdaptiveSolution: ...
+
+
+@overload
 def solve(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
     solver: Solver | Plan | None = None,
+    **options: Any,
+) -> Solution: ...
+
+
+def solve(
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    solver: Solver | Plan | Adaptive | None = None,
     *,
     steps: int | None = None,
     nfe: int | None = None,
@@ -94,16 +114,20 @@ def solve(
     save_device: torch.device | str = "cpu",
     grad: str = "off",
     overwrite: bool = False,
+    transitions: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     **cond: Any,
-) -> Solution:
+) -> Solution | AdaptiveSolution:
     """Solve from noise to data, with everything that can be said about it.
 
     Arguments:
         model: A denoiser.
         shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state at `t_start`.
-        solver: A rule, a :class:`Plan` (whose grid is its own), or None for :func:`default_solver`.
+        solver: A rule, a :class:`Plan` (whose grid is its own), None for :func:`default_solver`, or
+            :class:`scoresde.adaptive.Adaptive`, which chooses its own steps: it takes no `steps`, `nfe`, `grid`,
+            `hook`, `callback`, `progress`, `overwrite` or `transitions`, any times in `save_at`, and returns an
+            :class:`scoresde.adaptive.AdaptiveSolution`.
         steps: Number of legs of the grid; a rule with k stages spends about k evaluations on each. By default 20.
         nfe: Instead: a budget of evaluations, which the rule turns into legs and never exceeds.
         grid: Times, or a grid maker such as ``ss.karras``; by default :func:`scoresde.grids.quadratic_vp`.
@@ -120,12 +144,26 @@ def solve(
             of one, at the price of a second pass.
         overwrite: Make states in the memory of those they replace, see :func:`scoresde.plan.run`: for networks that
             keep no reference to their input.
+        transitions: Keep mean, standard deviation and log-density of every step, see
+            :func:`scoresde.policy.transitions`; with ``grad="full"`` they carry gradients to the network.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, handed to the network.
     """
     check.choice("grad", grad, ("off", "full", "checkpoint"))
     _check_options(cond)
+    if isinstance(solver, Adaptive):
+        given: dict[str, Any] = {"steps": steps, "nfe": nfe, "grid": grid, "hook": hook, "callback": callback}
+        given |= {"progress": progress or None, "overwrite": overwrite or None, "transitions": transitions or None}
+        refused = [name for name, value in given.items() if value is not None]
+        if refused:
+            raise TypeError(f"`{refused[0]}` has no meaning with Adaptive, which chooses its own steps; drop it.")
+        source = seed if isinstance(seed, Noise) else Noise(seed)
+        first = model.sde.T if t_start is None else t_start
+        with torch.set_grad_enabled(grad != "off"):
+            x = _start(model, shape_or_x, first, source, data_std, dtype, device)
+            found = _controlled(model, x, solver, first, t_end, save_at, save_device, _denoise(model, {}, grad), cond)
+        return replace(found, seed=source.seed)
     plan = _plan(model, solver, steps, nfe, grid, t_start, t_end)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     kept: dict[float, Tensor] = {}
@@ -139,20 +177,32 @@ def solve(
         bar.update(step)
 
     watched = wanted is not None or callback is not None or bool(progress)
+    if transitions and (watched or hook is not None or grad == "checkpoint"):
+        raise ValueError(
+            "`transitions` has every state of the run; drop `hook`, `callback`, `save_at` and `progress`, and "
+            "`grad`='checkpoint'."
+        )
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        x = run(
-            plan,
-            _denoise(model, cond, grad),
-            _start(model, shape_or_x, plan, noise, data_std, dtype, device),
-            noise.fork(_ROWS) if plan.stochastic else None,
-            hook=hook,
-            callback=seen if watched else None,
-            overwrite=overwrite,
-        )
+        begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device)
+        draws = noise.fork(_ROWS) if plan.stochastic else None
+        made: tuple[Transition, ...] = ()
+        if transitions:
+            made = tuple(policy.transitions(plan, model, _start(*begin), draws, **cond))
+            x = made[-1].x
+        else:
+            x = run(
+                plan,
+                _denoise(model, cond, grad),
+                _start(*begin),  # here, so that nothing but the run holds it
+                draws,
+                hook=hook,
+                callback=seen if watched else None,
+                overwrite=overwrite,
+            )
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
-    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed)
+    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
 
 
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
@@ -175,9 +225,9 @@ def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
 def encode(
     model: AbstractDenoiser,
     x: Tensor,
-    solver: Solver | None = None,
+    solver: Solver | Adaptive | None = None,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
@@ -188,14 +238,18 @@ def encode(
     Arguments:
         model: A denoiser.
         x: Data, (B, *event).
-        solver: A deterministic rule; by default DPM-Solver++ with exact single steps of order 3.
-        steps: Number of legs.
+        solver: A deterministic rule, by default DPM-Solver++ with exact single steps of order 3, or :class:`Adaptive`.
+        steps: Number of legs, by default 50; :class:`Adaptive` chooses its own.
         grid: Times from noise to data, ending at a positive time, or a grid maker; used the other way round.
         t_start: Time of the data, by default ``sde.t_min``.
         t_end: Time of the code, by default T.
         **options: Those of :func:`solve` that say nothing about grids.
     """
     _no_budget(options)
+    if isinstance(solver, Adaptive):
+        clean, noisy = _ends(model, t_start, t_end)
+        options |= {"steps": steps, "grid": grid, "t_start": clean, "t_end": noisy}
+        return solve(model, check.state("x", x), solver, **options).x
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     plan = rule.plan(model.sde, times.flip(0), up="solve")
     return solve(model, check.state("x", x), plan, **options).x
@@ -204,9 +258,9 @@ def encode(
 def decode(
     model: AbstractDenoiser,
     z: Tensor,
-    solver: Solver | None = None,
+    solver: Solver | Adaptive | None = None,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
@@ -214,6 +268,10 @@ def decode(
 ) -> Tensor:
     """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments."""
     _no_budget(options)
+    if isinstance(solver, Adaptive):
+        clean, noisy = _ends(model, t_start, t_end)
+        options |= {"steps": steps, "grid": grid, "t_start": noisy, "t_end": clean}
+        return solve(model, check.state("z", z), solver, **options).x
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     return solve(model, check.state("z", z), rule.plan(model.sde, times), **options).x
 
@@ -223,16 +281,28 @@ def _no_budget(options: dict[str, Any]) -> None:
         raise TypeError("`nfe` is a budget for sampling; encode and decode count `steps`, the same number both ways.")
 
 
-def _both_ways(
-    model: AbstractDenoiser, solver: Solver | None, steps: int, grid: Any, t_start: float | None, t_end: float | None
-) -> tuple[Solver, Tensor]:
+def _ends(model: AbstractDenoiser, t_start: float | None, t_end: float | None) -> tuple[float, float]:
+    """Times of data and of its code."""
     if not isinstance(model, AbstractDenoiser):
         raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
+    sde = model.sde
+    noisy = t_end if t_end is not None else sde.T if sde.alpha(sde.T) > 0 else sde.T * (1 - 1e-3)
+    return sde.t_min if t_start is None else t_start, noisy
+
+
+def _both_ways(
+    model: AbstractDenoiser,
+    solver: Solver | None,
+    steps: int | None,
+    grid: Any,
+    t_start: float | None,
+    t_end: float | None,
+) -> tuple[Solver, Tensor]:
+    clean, noisy = _ends(model, t_start, t_end)
     if not (solver is None or isinstance(solver, Solver)):
         raise TypeError(f"`solver` must be a rule such as DPMSolverPP(), which can run both ways, got {solver!r:.80}.")
     sde = model.sde
-    clean = sde.t_min if t_start is None else t_start
-    noisy = t_end if t_end is not None else sde.T if sde.alpha(sde.T) > 0 else sde.T * (1 - 1e-3)
+    steps = 50 if steps is None else steps
     if grid is None or callable(grid):
         maker = quadratic_vp if grid is None else grid
         times = maker(sde, steps, t_start=noisy, t_end=clean)
@@ -311,7 +381,7 @@ def _plan(
 def _start(
     model: AbstractDenoiser,
     shape_or_x: Any,
-    plan: Plan,
+    t: Any,
     noise: Noise,
     std: float,
     dtype: torch.dtype,
@@ -322,7 +392,6 @@ def _start(
     if not isinstance(shape_or_x, Sequence) or not len(shape_or_x):
         raise ValueError(f"`shape_or_x` must be a state or a shape (B, *event), got {shape_or_x!r}.")
     shape = tuple(check.integer("shape", n) for n in shape_or_x)
-    t = plan.rows[0].t
     if isinstance(t, Tensor):
         if bool((t != t.reshape(-1)[0]).any()):
             raise ValueError("samples that start at different times have no common prior; give a state, not a shape.")
@@ -331,9 +400,30 @@ def _start(
     return model.sde.prior(t, std=std).sample(shape, noise.fork(_START), dtype=dtype, device=where)
 
 
-def _denoise(model: AbstractDenoiser, cond: dict[str, Any], grad: str) -> Callable[[Tensor, Any], Tensor]:
+def _controlled(
+    model: AbstractDenoiser,
+    x: Tensor,
+    rule: Adaptive,
+    t_start: float,
+    t_end: float,
+    save_at: str | Sequence[float],
+    save_device: torch.device | str,
+    denoise: Callable[..., Tensor],
+    cond: dict[str, Any],
+) -> AdaptiveSolution:
+    if isinstance(save_at, str):
+        raise ValueError("`save_at` must be times with Adaptive: each sample has steps of its own.")
+    found = flow(model, x, t_start, t_end, replace(rule, dense=True) if save_at else rule, denoise=denoise, **cond)
+    if not save_at:
+        return found
+    assert found.path is not None
+    kept = {float(t): found.path(float(t)).to(save_device) for t in save_at}
+    return replace(found, trajectory=kept, path=found.path if rule.dense else None)
+
+
+def _denoise(model: AbstractDenoiser, cond: dict[str, Any], grad: str) -> Callable[..., Tensor]:
     if grad == "checkpoint":
-        return lambda x, t: checkpoint(lambda y: model.x0(y, t, **cond), x, use_reentrant=False)
+        return lambda x, t, **more: checkpoint(lambda y: model.x0(y, t, **cond, **more), x, use_reentrant=False)
     if not cond:
         return model.x0
     return lambda x, t: model.x0(x, t, **cond)

@@ -585,6 +585,13 @@ class Cosine(SDE):
     def _g2(self, t: Tensor) -> Tensor:
         return 2 * self._rate / (self._rate * (1 - t)).tan()
 
+    def _t_of_lam(self, lam: Tensor) -> Tensor:
+        # θ by its sine and cosine, then θ − θ_0 by its own, neither of which cancels.
+        sin0, cos0 = math.sin(self._rate * self.s), math.cos(self._rate * self.s)
+        signal, noise = (2 * lam).sigmoid(), (-2 * lam).sigmoid()
+        cos, sin = cos0 * signal.sqrt(), (sin0**2 + cos0**2 * noise).sqrt()
+        return torch.atan2(cos0**2 * noise / (sin * cos0 + cos * sin0), cos * cos0 + sin * sin0) / self._rate
+
 
 @dataclass(frozen=True)
 class EDM(SDE):

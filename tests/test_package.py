@@ -72,7 +72,8 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 
 ORDER = (
     "_checks noise paths sde discrete denoiser mixture diagnose grids data adapters metrics quadrature plan tape "
-    "solvers sampling guidance inverse backends langevin adaptive_sde policy variances verify training nn"
+    "solvers pairs adaptive reversible policy sampling guidance inverse backends langevin adaptive_sde variances "
+    "verify training nn divergence likelihood elbo latent"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "noise"},

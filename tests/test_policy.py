@@ -124,3 +124,17 @@ def test_plans_without_densities_are_refused() -> None:
         list(transitions(plan, MODEL, X))
     with pytest.raises(ValueError, match="must hold the 6 states"):
         list(transitions(plan, MODEL, X, states=[X]))
+
+
+def test_a_solution_keeps_its_transitions_when_asked() -> None:
+    model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), std=0.2)
+    found = ss.solve(model, (5, 2), ss.DDPM(), steps=6, seed=3, transitions=True)
+    plain = ss.solve(model, (5, 2), ss.DDPM(), steps=6, seed=3)
+    torch.testing.assert_close(found.x, plain.x, rtol=1e-6, atol=1e-6)
+    assert plain.transitions == () and torch.equal(found.transitions[-1].x, found.x)
+    for step in found.transitions:
+        if step.log_prob is not None:
+            normal = torch.distributions.Normal(step.mean, torch.as_tensor(step.std))
+            torch.testing.assert_close(step.log_prob, normal.log_prob(step.x).sum(1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="drop `hook`"):
+        ss.solve(model, (5, 2), ss.DDPM(), steps=6, transitions=True, save_at="all")

@@ -1,0 +1,238 @@
+"""How near do stochastic samplers come to the distribution? Distances to exact samples against evaluations.
+
+    python experiments/stochastic.py
+    python experiments/stochastic.py --quick    # seconds, for CI
+
+On two mixtures whose samples are exact (a ring of eight modes in 2-D, ten anisotropic Gaussians in 32-D), under VP and
+from the same seeds: sliced Wasserstein-2 and energy distance between samples and exact ones at each budget, for every
+stochastic rule and two deterministic ones, with diffusers' schedulers beside them on the list of a thousand β. The
+floor is the distance between two sets of exact samples of that size: the mean over pairs, and the largest. What lies
+within the floor cannot be told from exact with so many samples.
+
+Writes a CSV, a table and a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from work_precision import anisotropic, beta_list, ring
+
+import scoresde as ss
+from scoresde import metrics
+from scoresde.quadrature import DATA
+
+PROBLEMS: dict[str, Callable[[ss.SDE], ss.GaussianMixture]] = {"ring 2-D": ring, "anisotropic 32-D": anisotropic}
+SDE = ss.VP()
+
+
+@dataclass
+class Options:
+    """What can be set from the command line."""
+
+    samples: int = 2000
+    nfes: str = "10,20,50,100"
+    floors: int = 4  # sets of exact samples
+    seed: int = 0
+    out: Path = Path(__file__).parent / "out"
+    quick: bool = False
+
+
+def rules(quick: bool) -> dict[str, ss.verify.Solver]:
+    some = {
+        "DDIM (no noise)": ss.DDIM(),
+        "VelocityAB-3 (no noise)": ss.VelocityAB(3),
+        "DDPM": ss.DDPM(),
+        "SDE-DPM-Solver++ 2M": ss.SDEDPMSolverPP(2),
+    }
+    if quick:
+        return some
+    return some | {
+        "DDPM, large variance": ss.DDPM("large"),
+        "DDIM(η = 0.5)": ss.DDIM(0.5),
+        "Euler–Maruyama in t": ss.EulerMaruyama(),
+        "Euler–Maruyama in λ": ss.EulerMaruyama(clock="lam"),
+        "reverse diffusion": ss.ReverseDiffusion(),
+        "stochastic Heun in λ": ss.StochasticHeun(clock="lam"),
+        "Euler ancestral": ss.EulerAncestral(),
+        "DPM2 ancestral": ss.DPM2Ancestral(),
+        "DPM++ 2S ancestral": ss.DPMPP2SAncestral(),
+        "DPM++ SDE": ss.DPMPPSDE(),
+        "EDM churn": ss.EDMStochastic(),
+        "SDE-DPM-Solver 2M": ss.SDEDPMSolver(2),
+        "SDE-DPM-Solver++ 1": ss.SDEDPMSolverPP(1),
+        "SDE-DPM-Solver++ 3M": ss.SDEDPMSolverPP(3),
+        "SDE-DPM-Solver++ 2M, η = 0.5": ss.SDEDPMSolverPP(2, eta=0.5),
+        "SA-Solver 3-4": ss.SASolver(),
+        "SEEDS-2, data": ss.SEEDS(2, DATA),
+        "SEEDS-3": ss.SEEDS(3),
+        "ER-SDE 2": ss.ERSDE(2),
+        "ER-SDE 3": ss.ERSDE(3),
+    }
+
+
+def ours(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tuple[str, int, Tensor]]:
+    shape = (options.samples, *model.event)
+    std = float(model.covariance().diagonal().mean().sqrt())
+    for name, rule in rules(options.quick).items():
+        solution = ss.solve(model, shape, rule, nfe=n, seed=options.seed, data_std=std, dtype=torch.float64)
+        yield name, solution.nfe, solution.x
+
+
+def theirs(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tuple[str, int, Tensor]]:
+    try:
+        import diffusers as d
+    except ImportError:
+        return
+    d.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="diffusers")
+    karras = {"use_karras_sigmas": True}
+    table: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "DDPM": (d.DDPMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}, {}),
+        "DDIM(η = 1)": (d.DDIMScheduler, {"clip_sample": False, "timestep_spacing": "trailing"}, {"eta": 1.0}),
+        "Euler ancestral": (d.EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, {}),
+        "DPM2 ancestral": (d.KDPM2AncestralDiscreteScheduler, karras, {}),
+        "DPM++ SDE": (d.DPMSolverSDEScheduler, {**karras, "noise_sampler_seed": options.seed}, {}),
+        "SDE-DPM-Solver++ 2M": (d.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", **karras}, {}),
+        "SA-Solver": (d.SASolverScheduler, karras, {}),
+    }
+    if options.quick:
+        table = {name: table[name] for name in ("DDPM", "SDE-DPM-Solver++ 2M")}
+    sde = model.sde
+    start = sde.prior(std=float(model.covariance().diagonal().mean().sqrt()))
+    for name, (cls, settings, how) in table.items():
+        scheduler = cls(trained_betas=beta_list(sde), **settings)
+        scheduler.set_timesteps((n + 1) // 2 if name in ("DPM2 ancestral", "DPM++ SDE") else n)
+        x = start.sample((options.samples, *model.event), ss.Noise(options.seed), dtype=torch.float64)
+        counts_in_rho = name in ("Euler ancestral", "DPM2 ancestral", "DPM++ SDE")
+        if counts_in_rho:
+            x = x / sde.alpha(sde.T)
+        if "SDE" not in cls.__name__ or name == "SDE-DPM-Solver++ 2M":
+            how = {**how, "generator": torch.Generator().manual_seed(options.seed)}
+        sigmas = getattr(scheduler, "sigmas", None)
+        spent = 0
+        for i, label in enumerate(scheduler.timesteps):
+            if sigmas is None:
+                t = (float(label) + 1) * (sde.T / len(scheduler.betas))
+            else:
+                lam = -math.log(_level(scheduler, i, label))
+                t = sde.t_of_lam(min(sde.lam(1e-6), max(sde.lam(sde.T), lam)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                x = scheduler.step(model.eps(scheduler.scale_model_input(x, label), t), label, x, **how).prev_sample
+            spent += 1
+        yield f"diffusers {name}", spent, x.double()
+
+
+def _level(scheduler: Any, i: int, label: Tensor) -> float:
+    """σ/α at which a scheduler wants the network at its call number i; two-stage ones tell it by a fractional label."""
+    if type(scheduler).__name__ not in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
+        return float(scheduler.sigmas[i])
+    log_rho = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().log() / 2
+    low = min(int(label), len(log_rho) - 2)
+    return float((log_rho[low] + (label - low) * (log_rho[low + 1] - log_rho[low])).exp())
+
+
+DISTANCES = {"sliced W2": partial(metrics.sliced_w2, n_projections=256), "energy": metrics.energy_distance}
+
+
+def main(options: Options) -> Path:
+    torch.set_grad_enabled(False)
+    budgets = [int(n) for n in options.nfes.split(",")]
+    rows: list[dict[str, Any]] = []
+    lines = ["# Stochastic samplers against exact samples", "", f"{options.samples} samples; VP.", ""]
+    for problem, make in PROBLEMS.items():
+        model = make(SDE)
+        sets = [model.sample(options.samples, seed=100 + k) for k in range(options.floors)]
+        pairs = list(combinations(sets, 2))
+        floor = {}
+        for word, distance in DISTANCES.items():
+            values = [distance(x, y) for x, y in pairs]
+            floor[word] = (sum(values) / len(values), max(values))
+        for n in tqdm(budgets, desc=problem, disable=None):
+            for side in (ours, theirs):
+                for name, spent, x in side(model, n, options):
+                    values = {word: distance(x, sets[0]) for word, distance in DISTANCES.items()}
+                    rows.append({"problem": problem, "rule": name, "budget": n, "spent": spent, **values})
+        lines += [f"## {problem}", ""]
+        for word, (mean, most) in floor.items():
+            lines += [f"{word}; floor {mean:.4f}, at most {most:.4f}", ""]
+            lines += ["| rule |" + "".join(f" {n} |" for n in budgets), "|:--|" + "--:|" * len(budgets)]
+            names = dict.fromkeys(row["rule"] for row in rows if row["problem"] == problem)
+            for name in names:
+                found = {r["budget"]: r[word] for r in rows if r["problem"] == problem and r["rule"] == name}
+                cells = "".join(f" {found[n]:.4f} |" if n in found else " – |" for n in budgets)
+                lines.append(f"| {name} |{cells}")
+            lines.append("")
+    text = "\n".join(lines)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "stochastic.md").write_text(text + "\n")
+    with (options.out / "stochastic.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    page = options.out / "stochastic.png"
+    draw(rows, page)
+    print(f"\nfigure: {page}")
+    return page
+
+
+def draw(rows: list[dict[str, Any]], page: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PROBLEMS), figsize=(12, 4.5), squeeze=False)
+    shown = (
+        "DDPM",
+        "Euler–Maruyama in t",
+        "DPM++ SDE",
+        "EDM churn",
+        "SDE-DPM-Solver++ 2M",
+        "SEEDS-2, data",
+        "ER-SDE 3",
+    )
+    for ax, problem in zip(axes.flat, PROBLEMS, strict=True):
+        for name in dict.fromkeys(row["rule"] for row in rows):
+            points = [(r["budget"], r["sliced W2"]) for r in rows if r["problem"] == problem and r["rule"] == name]
+            peer, told = name.startswith("diffusers"), name in shown
+            style: dict[str, Any] = (
+                {"label": name, "marker": "."} if told else {"color": "C3" if peer else "0.8", "lw": 0.7}
+            )
+            ax.plot(*zip(*points, strict=True), ls="--" if peer else "-", **style)
+        ax.set(xscale="log", yscale="log", title=problem, xlabel="evaluations")
+    axes[0, 0].set_ylabel("sliced W2 to exact samples")
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(page, dpi=110)
+    plt.close(figure)
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in vars(Options()).items():
+        if name != "quick":
+            parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--quick", action="store_true", help="few rules, budgets and samples, for CI")
+    given = vars(parser.parse_args())
+    if given["quick"]:
+        given.update(samples=300, nfes="10", floors=2)
+    return Options(**given)
+
+
+if __name__ == "__main__":
+    main(parse())

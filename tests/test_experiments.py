@@ -1,0 +1,229 @@
+"""The experiments' own parts, on tiny sizes; that the scripts run at all is seen by running them with --quick."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import scoresde as ss
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+
+
+# The classic.
+
+
+def test_ddpm_is_short_and_needs_public_names_only() -> None:
+    source = (FOLDER / "ddpm.py").read_text()
+    assert len(source.splitlines()) < 80
+    tree = ast.parse(source)
+    modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not [m for m in modules if m and m.startswith("scoresde")]
+    attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not {a for a in attributes if a.startswith("_")}
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "ss"}
+    assert used <= set(ss.__all__)
+
+
+def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ddpm
+
+    sde = ss.Discrete(ss.betas("linear", 30, beta_end=0.2))
+    exact = ss.GaussianMixture(sde, [[-1.0, 0.5], [1.0, 0.0]], std=[0.2, 0.4])
+    normals = torch.randn(30, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    class Recorded:
+        """The same normals for both."""
+
+        path = False
+
+        def __init__(self) -> None:
+            self.next = iter(normals)
+
+        def like(self, x: Tensor, draw: int) -> Tensor:
+            return next(self.next)
+
+    drawn = iter(normals)
+    monkeypatch.setattr(ddpm.torch, "randn", lambda shape: next(drawn))
+    mine = ddpm.sample(exact, (100, 2))
+    noise: Any = Recorded()
+    plan = ss.DDPM().plan(sde, ss.grids.index_grid(sde, sde.N))
+    theirs = ss.plan.run(plan, exact.x0, noise.like(mine, 0), noise)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+# The latent bound.
+
+
+@pytest.mark.parametrize("sde", [ss.VP(), ss.Cosine()], ids=["VP", "Cosine"])
+def test_the_latent_bound_is_one_and_tight_for_an_exact_model(sde: ss.SDE) -> None:
+    import latent
+
+    exact = ss.GaussianMixture(sde, [[-1.2, 0.5, 0.0], [1.0, 0.0, 0.7]], std=[0.5, 0.8])
+    z = exact.sample(8000, seed=0)
+    gap = exact.log_prob(z) - latent.latent_bound(exact, z, 24, ss.Noise(1))  # type: ignore[arg-type]
+    error = float(gap.std()) / len(gap) ** 0.5
+    assert error < 0.04
+    assert abs(float(gap.mean())) < 4 * error + 0.01  # 0.01: what the prior's mixture and the last step are not
+
+    class Worse(ss.AbstractDenoiser):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sde = sde
+
+        def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+            return 0.9 * exact.x0(x, t)
+
+    worse = exact.log_prob(z) - latent.latent_bound(Worse(), z, 24, ss.Noise(1))  # type: ignore[arg-type]
+    assert float(worse.mean()) > 0.5
+
+
+def test_latent_bounds_of_images_are_in_one_scale() -> None:
+    import latent
+
+    x = (torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).repeat(150, 1, 1, 1)
+    vae = ss.nn.VAE(1, 2, width=8, std=0.25, seed=0)
+    exact = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2, 4, 4), std=1.0)  # the VAE's own prior, as a diffusion model
+    identity = ss.Standardize(torch.zeros(1), torch.ones(1))
+    found = latent.bounds(vae, identity, exact, x, latent.Options(draws=32, latents=2))  # type: ignore[arg-type]
+    # log p(z) − log q(z | x) of one z instead of −KL(q ‖ p): equal in the mean over z.
+    gap = found["VAE + diffusion"] - found["VAE"]
+    error = float(gap.std()) / len(gap) ** 0.5
+    assert error < 0.6 and abs(float(gap.mean())) < 4 * error
+    assert float((found["VAE, 2 latents"] - found["VAE"]).mean()) > 0
+
+
+# From loss to truth.
+
+
+def test_the_excess_of_the_loss_is_the_error_to_the_truth() -> None:
+    import loss_to_truth
+
+    exact = loss_to_truth.anisotropic(ss.VP())
+    model = ss.Denoiser(ss.nn.MLP(32, hidden=16, depth=1, seed=0), ss.VP(), predicts="v")
+    for level in loss_to_truth.errors(model, exact, 2000, seed=0):
+        assert level.loss - level.least == pytest.approx(level.error, abs=0.02 * level.loss)
+    for level in loss_to_truth.errors(exact, exact, 100, seed=0):
+        assert level.error == 0 and level.loss == level.least
+
+
+# Points in the plane.
+
+
+def test_points_in_the_plane_have_their_shapes() -> None:
+    pytest.importorskip("sklearn")
+    import toy2d
+
+    for make in toy2d.DATA.values():
+        x = make(200, np.random.RandomState(0))
+        assert x.shape == (200, 2) and np.isfinite(x).all()
+    board = toy2d.checkerboard(500, np.random.RandomState(0))
+    assert ((np.floor(board).sum(1) % 2) == 0).all() and board.min() >= 0 and board.max() <= 4
+
+
+def test_a_toy_model_learns() -> None:
+    import toy2d
+
+    data = torch.tensor([[1.5, -0.5]]).expand(64, 2)
+    options = toy2d.Options(steps=60, batch=32, rate=1e-2)
+    model = toy2d.train(data, ss.Flow(), "velocity", options)
+    x = ss.sample(model, (50, 2), nfe=8, seed=0)
+    assert float((x - data[0]).norm(dim=1).mean()) < 0.4
+
+
+# The general script.
+
+
+def small(train: Any, **options: Any) -> Any:
+    size = {
+        "width": 8,
+        "multipliers": "1",
+        "attention": "",
+        "blocks": 1,
+        "batch": 4,
+        "samples": 4,
+        "calls": 2,
+        "warmup": 0,
+        "ema": 0.9,
+    }
+    return train.Options(**{**size, "workers": 0, "steps": 2, "preview_every": 2, **options})
+
+
+def run(train: Any, options: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return load_file(train.main(options))
+
+
+def test_training_on_a_folder_with_classes_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("accelerate")
+    image = pytest.importorskip("PIL.Image")
+    import train
+
+    rng = np.random.default_rng(0)
+    for k in range(6):
+        place = tmp_path / "images" / ("ants" if k % 2 else "bees") / "more"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(255 * rng.integers(0, 2, (3, 3, 3)), np.ones((3, 4 + k, 1)))
+        image.fromarray(pixels.astype(np.uint8)).save(place / f"{k}.png")
+    folder = train.Folder(tmp_path / "images", 8, 3, labels=True)
+    assert folder.classes == ["ants", "bees"] and len(folder) == 6
+    assert folder[0]["x"].shape == (3, 8, 8) and folder[0]["label"] == 0 and folder[5]["label"] == 1
+    assert float(folder[0]["x"].abs().max()) <= 1
+
+    base = {"data": tmp_path / "images", "size": 8, "conditional": True}
+    once = run(train, small(train, out=tmp_path / "a", steps=4, **base), monkeypatch)
+    run(train, small(train, out=tmp_path / "b", steps=2, **base), monkeypatch)
+    twice = run(train, small(train, out=tmp_path / "b", steps=4, **base), monkeypatch)
+    assert once.keys() == twice.keys() and all(torch.equal(once[name], twice[name]) for name in once)
+    with image.open(tmp_path / "b" / "step-000000004.png") as page:
+        assert page.size == (4 * 8, 8)
+
+
+@pytest.mark.parametrize("recipe", ["vp", "cosine", "ddpm", "edm", "flow"])
+def test_every_recipe_trains_on_a_file(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    import train
+
+    x = torch.randint(0, 256, (12, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.numpy())
+    found = run(train, small(train, recipe=recipe, data=tmp_path / "x.npy", out=tmp_path / "run"), monkeypatch)
+    assert all(bool(w.isfinite().all()) for w in found.values())
+    assert (tmp_path / "run" / "step-000000002.png").is_file()
+
+
+def test_files_are_read_as_what_they_say(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    import train
+
+    x, label = 3 * torch.rand(5, 3), torch.tensor([0, 2, 1, 2, 0])
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "label.npy", label.numpy())
+    torch.save({"x": x, "label": label}, tmp_path / "x.pt")
+    save_file({"x": x, "label": label}, tmp_path / "x.safetensors")
+    for name in ("x.npy", "x.pt", "x.safetensors"):
+        options = small(train, data=tmp_path / name, labels=tmp_path / "label.npy", conditional=True)
+        data, event, std, classes = train.load(options)
+        assert torch.equal(data["x"], x) and torch.equal(data["label"], label) and event == (3,) and classes == 3
+    with pytest.raises(ValueError, match="needs labels"):
+        train.load(small(train, data=tmp_path / "x.npy", conditional=True))
+    with pytest.raises(ValueError, match="must be a folder"):
+        train.read(tmp_path / "x.txt")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        train.load(small(train, data=tmp_path / "none"))

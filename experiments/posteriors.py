@@ -88,7 +88,7 @@ METHODS: dict[str, Sampler] = {
     "DDNM": plain(DDNM),
     "DDRM": lambda prior, seen, n, nfe: inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1),
     "DAPS": lambda prior, seen, n, nfe: inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1),
-    "RED-diff": lambda prior, seen, n, nfe: inverse.red_diff(prior, seen, start(prior, n), nfe, seed=1),
+    "RED-diff": lambda prior, seen, n, nfe: inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).double(),
     "twisted SMC": lambda prior, seen, n, nfe: inverse.twisted_smc(prior, seen, start(prior, n), nfe, seed=1).resampled(
         1
     ),

@@ -5,13 +5,28 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from scoresde import adapters, data, grids, guidance, inverse, metrics, pairs, training, verify
+from scoresde import (
+    adapters,
+    analysis,
+    data,
+    grids,
+    guidance,
+    inverse,
+    metrics,
+    optimal,
+    pairs,
+    parallel,
+    training,
+    verify,
+)
 from scoresde.adaptive import Adaptive, SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
+from scoresde.fitting import fit
+from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t
 from scoresde.guidance import ClassifierFree
 from scoresde.langevin import AnnealedLangevin, LangevinCorrector
@@ -120,6 +135,7 @@ __all__ = [
     "EulerAncestral",
     "EulerMaruyama",
     "Flow",
+    "Gaussian",
     "GaussianMixture",
     "Heun",
     "LangevinCorrector",
@@ -151,6 +167,7 @@ __all__ = [
     "UniPC",
     "VelocityAB",
     "adapters",
+    "analysis",
     "analytic_first_step",
     "betas",
     "bits_per_dim",
@@ -162,6 +179,7 @@ __all__ = [
     "dequantized_bits",
     "elbo",
     "encode",
+    "fit",
     "grids",
     "guidance",
     "interpolate",
@@ -171,7 +189,9 @@ __all__ = [
     "mean_squared_score",
     "metrics",
     "nn",
+    "optimal",
     "pairs",
+    "parallel",
     "path_kl",
     "sample",
     "sample_learned_variance",

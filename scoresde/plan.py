@@ -64,6 +64,7 @@ class Plan:
         order: The order of convergence that rule declares.
         sde: ``repr`` of the process it was written for.
         spans: For each draw the stretch of a Brownian path that it stands for, or None where it is fresh noise.
+        meta: Where it comes from, if it was fitted: numbers and strings, saved with it.
     """
 
     rows: tuple[Row, ...]
@@ -71,6 +72,7 @@ class Plan:
     order: int | None = None
     sde: str = ""
     spans: tuple[Span | None, ...] = field(default=(), repr=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
     _last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
     _program: tuple[_Line, ...] = field(init=False, repr=False, compare=False)
 
@@ -206,6 +208,7 @@ class Plan:
                 for row in self.rows
             ],
             **({"spans": [span and span.to_list() for span in self.spans]} if any(self.spans) else {}),
+            **({"meta": dict(self.meta)} if self.meta else {}),
         }
 
     @classmethod
@@ -225,7 +228,8 @@ class Plan:
             for row in table["rows"]
         ]
         spans = tuple(span and Span(*span) for span in table.get("spans", ()))
-        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans)
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
         """Write the table to a small JSON file."""

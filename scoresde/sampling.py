@@ -18,6 +18,7 @@ from scoresde import _checks as check
 from scoresde import policy
 from scoresde.adaptive import Adaptive, AdaptiveSolution, flow
 from scoresde.denoiser import AbstractDenoiser, Denoiser
+from scoresde.gaussian import Gaussian
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
@@ -107,6 +108,7 @@ def solve(
     t_start: float | None = None,
     t_end: float = 0.0,
     data_std: float = 1.0,
+    start: Gaussian | None = None,
     hook: Hook | None = None,
     callback: Callable[[Step], None] | None = None,
     progress: bool | str = False,
@@ -135,6 +137,8 @@ def solve(
         t_start: Where to start, by default T.
         t_end: Where to end; 0 returns the denoised state.
         data_std: Standard deviation of the data, for the prior.
+        start: A :class:`Gaussian` whose flow goes from T to `t_start`, or to where the plan starts, without an
+            evaluation; a state is then one at T.
         hook: ``(node, t, x) -> x`` at every node, before the network is asked there.
         callback: Called with a :class:`Step` at every node.
         progress: Show a bar if the terminal is interactive; ``"always"`` shows it wherever it is.
@@ -161,7 +165,7 @@ def solve(
         source = seed if isinstance(seed, Noise) else Noise(seed)
         first = model.sde.T if t_start is None else t_start
         with torch.set_grad_enabled(grad != "off"):
-            x = _start(model, shape_or_x, first, source, data_std, dtype, device)
+            x = _start(model, shape_or_x, first, source, data_std, dtype, device, start)
             found = _controlled(model, x, solver, first, t_end, save_at, save_device, _denoise(model, {}, grad), cond)
         return replace(found, seed=source.seed)
     plan = _plan(model, solver, steps, nfe, grid, t_start, t_end)
@@ -184,7 +188,7 @@ def solve(
         )
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device)
+        begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
         draws = noise.fork(_ROWS) if plan.stochastic else None
         made: tuple[Transition, ...] = ()
         if transitions:
@@ -231,6 +235,7 @@ def encode(
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
+    start: Gaussian | None = None,
     **options: Any,
 ) -> Tensor:
     """Run the probability flow from data to noise, with the same rules: :func:`decode` takes it back at their order.
@@ -243,6 +248,7 @@ def encode(
         grid: Times from noise to data, ending at a positive time, or a grid maker; used the other way round.
         t_start: Time of the data, by default ``sde.t_min``.
         t_end: Time of the code, by default T.
+        start: A :class:`Gaussian` whose flow carries the code from `t_end` on to T.
         **options: Those of :func:`solve` that say nothing about grids.
     """
     _no_budget(options)
@@ -252,7 +258,8 @@ def encode(
         return solve(model, check.state("x", x), solver, **options).x
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     plan = rule.plan(model.sde, times.flip(0), up="solve")
-    return solve(model, check.state("x", x), plan, **options).x
+    z = solve(model, check.state("x", x), plan, **options).x
+    return z if start is None else start.flow(z, float(times[0]), model.sde.T)
 
 
 def decode(
@@ -386,9 +393,13 @@ def _start(
     std: float,
     dtype: torch.dtype,
     device: torch.device | str | None,
+    gaussian: Gaussian | None = None,
 ) -> Tensor:
+    if not (gaussian is None or isinstance(gaussian, Gaussian)):
+        raise TypeError(f"`start` must be a Gaussian, as Gaussian.estimate gives, got {type(gaussian).__name__}.")
     if isinstance(shape_or_x, Tensor):
-        return check.state("x", shape_or_x)
+        x = check.state("x", shape_or_x)
+        return x if gaussian is None else gaussian.flow(x, model.sde.T, t)
     if not isinstance(shape_or_x, Sequence) or not len(shape_or_x):
         raise ValueError(f"`shape_or_x` must be a state or a shape (B, *event), got {shape_or_x!r}.")
     shape = tuple(check.integer("shape", n) for n in shape_or_x)
@@ -397,6 +408,8 @@ def _start(
             raise ValueError("samples that start at different times have no common prior; give a state, not a shape.")
         t = float(t.detach().reshape(-1)[0])
     where = _device_of(model) if device is None else device
+    if gaussian is not None:
+        return gaussian.carry(noise.fork(_START).normal(shape, 0, dtype=dtype, device=where), t)
     return model.sde.prior(t, std=std).sample(shape, noise.fork(_START), dtype=dtype, device=where)
 
 

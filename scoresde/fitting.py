@@ -1,0 +1,491 @@
+r"""Plans fitted to a model: the numbers of a table, moved along their gradient towards a fine solve.
+
+A plan of n evaluations that is exact where the data is one point is three things: the times of its states, the times at
+which the network is asked there, and in each row r weights that sum to one,
+
+.. math:: x_r = \frac{\sigma_r}{\sigma_0} x_0 + \Big(\alpha_r - \frac{\sigma_r\alpha_0}{\sigma_0}\Big)
+          \sum_{k<r} w_{rk}\, D(x_k, \tau_k), \qquad \sum_k w_{rk} = 1.
+
+All are fitted together by L-BFGS on a fixed set of trajectories and keep that form whatever they become: some
+n(n + 3)/2 numbers, which some dozens of trajectories tell. Others that were held out decide when to stop.
+
+The loss is robust. With e the distance of a sample from where the teacher brings it,
+
+.. math:: \tfrac12 \operatorname{mean} \log(e^2 + \delta^2), \qquad
+          \delta = \mathrm{robust}\cdot\operatorname{median} e,
+
+δ being renewed from round to round: samples that two basins tear apart do not rule the others, and samples that happen
+to be right do not make it rough.
+
+References:
+    | Bespoke Non-Stationary Solvers (Shaul et al., 2024), arXiv:2403.01329
+    | Learning to Discretize Denoising Diffusion ODEs (Tong et al., 2024), arXiv:2405.15506
+    | S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025), arXiv:2502.17423
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser, _check_denoiser
+from scoresde.gaussian import Gaussian
+from scoresde.grids import check_grid, quadratic_vp
+from scoresde.noise import Noise
+from scoresde.paths import PathNoise
+from scoresde.plan import Plan, run
+from scoresde.sampling import default_solver
+from scoresde.sde import SDE
+from scoresde.solvers.base import Solver
+from scoresde.unrolled import Unrolled, unroll
+
+WHAT = ("times", "asked", "weights")
+_STREAM = 0x666974
+_ROUND = 25  # iterations between two looks at what was held out
+_PATIENCE = 3  # rounds without gain
+
+
+def fit(
+    rule: Plan | Solver,
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    *,
+    grid: Tensor | Sequence[float] | None = None,
+    what: Sequence[str] | None = None,
+    gaussian: Gaussian | None = None,
+    teacher: Plan | Tensor | None = None,
+    held_out: int | None = None,
+    steps: int = 300,
+    robust: float = 1.0,
+    seed: int = 0,
+    noise: Noise | None = None,
+    batch: int | None = None,
+    grad: str = "full",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    progress: bool | str = False,
+    **cond: Any,
+) -> Plan:
+    """Fit a plan to a model.
+
+    Arguments:
+        rule: A plan; or a rule, whose weights then follow the times and are fitted from there.
+        model: The denoiser. Its parameters are left alone.
+        shape_or_x: Shape (B, *event) of the trajectories to fit on, held-out ones included, or their starts: at T with
+            a `gaussian`, otherwise where the plan starts.
+        grid: Times from noise to data, for a rule.
+        what: Of ``"times"`` (of the states), ``"asked"`` (the times that the network is told) and ``"weights"``; by
+            default all, for stochastic plans the last two, their noise being kept as it is.
+        gaussian: Start where the plan starts by the flow of this Gaussian from T, and fit where that is. The plan is
+            then run with ``start=gaussian``.
+        teacher: A fine plan from T, or from the plan's start without `gaussian`; it must draw the same normals if the
+            plan is stochastic. Or where it ends, (B, *event). By default the default rule with 200 evaluations.
+        held_out: How many of the trajectories decide when to stop instead; by default a third.
+        steps: Iterations at most.
+        robust: Errors below this many medians count as squares, those above as logarithms: small to fit the median,
+            large to fit the mean square.
+        seed: Of the starts.
+        noise: Normals of a stochastic plan, by default of `seed`; ``Noise(seed, path=True)`` to follow a teacher with
+            another grid on the same Brownian paths.
+        batch: How many trajectories to hold in memory at once.
+        grad: ``"full"``, or ``"checkpoint"`` to keep the memory of one evaluation at the price of a second pass.
+        dtype: Of the states, when a shape is given.
+        device: Of the states, when a shape is given; by default the model's.
+        progress: Show a bar with the errors if the terminal is interactive; ``"always"`` shows it wherever it is.
+        **cond: Conditions, handed to the network; tensors with a row for each trajectory.
+
+    Returns:
+        A plan like any other, with where it comes from in ``plan.meta``. Its error on the held-out trajectories, in the
+        geometric mean, is at most that of the plan it started from.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [0.2], [1.0]]), std=0.2)
+        >>> start = ss.VelocityAB(2).plan(model.sde, ss.karras(model.sde, 4))
+        >>> plan = fit(start, model, (96, 1), dtype=torch.float64, steps=50)
+        >>> errors = plan.meta["held_out"]
+        >>> plan.nfe, errors["after"]["mean_log"] < 0.2 * errors["before"]["mean_log"]
+        (4, True)
+    """
+    _check_denoiser(model)
+    check.choice("grad", grad, ("full", "checkpoint"))
+    check.integer("steps", steps, least=1)
+    check.number("robust", robust, above=0)
+    sde = model.sde
+    table = _Table(rule, sde, grid, what, gaussian is not None)
+    x = _starts(shape_or_x, table, model, gaussian, seed, dtype, device)
+    n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, least=1)
+    if not 0 < n < len(x):
+        raise ValueError(f"`held_out` must leave trajectories on both sides of {len(x)}, got {n}; ask for more.")
+    source = Noise(seed).fork(_STREAM + 1) if noise is None else noise
+    truth, teacher_name = _truth(teacher, table, model, x, gaussian, source, cond)
+    normals = PathNoise(source, table.plan.spans) if source.path and table.plan.stochastic else source
+    drawn = [normals.like(x, k) for k in range(table.start.z.shape[1])]
+    rows = _Rows(model, x, truth, drawn, gaussian, cond, batch or len(x), grad)
+    train, held = range(n, len(x)), range(n)
+
+    before = {"train": rows.errors(table.start, train), "held_out": rows.errors(table.start, held)}
+    best, best_held, stale = table.start, before["held_out"], 0
+    with _Bar(table.name, steps, progress) as bar:
+        spent = 0
+        scale = before["train"]
+        while spent < steps and stale < _PATIENCE:
+            delta = robust * float(scale.median())
+            spent += _descend(table, rows, train, max(delta, 1e-12), min(_ROUND, steps - spent))
+            now = table.now(detach=True)
+            scale, error = rows.errors(now, train), rows.errors(now, held)
+            gained = _mean_log(error) < 0.998 * _mean_log(best_held)
+            if _mean_log(error) < _mean_log(best_held):
+                best, best_held = now, error
+            stale = 0 if gained else stale + 1
+            bar.update(spent, train=_mean_log(scale), held=_mean_log(error))
+            if not math.isfinite(_mean_log(scale)):
+                break
+    after = {"train": rows.errors(best, train), "held_out": best_held}
+    meta = {
+        "scoresde": importlib.metadata.version("scoresde"),
+        "from": table.name,
+        "sde": repr(sde),
+        "teacher": teacher_name,
+        "what": list(table.what),
+        "gaussian start": gaussian is not None,
+        "iterations": spent,
+        "robust": robust,
+        "seed": seed,
+        "trajectories": {"train": len(train), "held_out": len(held)},
+        "levels": [float(t) for t in table.levels_of(best)],
+        **{k: {"before": _summary(before[k]), "after": _summary(after[k])} for k in ("train", "held_out")},
+    }
+    if best is table.start:
+        return replace(table.plan, meta=meta)
+    on_path = "asked" not in table.what
+    return best.plan(table.plan, on_path=on_path, name=f"{table.plan.name}, fitted", order=None, meta=meta)
+
+
+def _mean_log(errors: Tensor) -> float:
+    """Geometric mean; infinite where one is not finite."""
+    return float(errors.clamp_min(1e-30).log().mean().exp()) if bool(errors.isfinite().all()) else math.inf
+
+
+def _summary(errors: Tensor) -> dict[str, float]:
+    q = errors.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=errors.dtype)).tolist()
+    rmse = float(errors.square().mean().sqrt())
+    return {"mean_log": _mean_log(errors), "median": q[0], "rmse": rmse, "q90": q[1], "q99": q[2]}
+
+
+def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int) -> int:
+    """A round of L-BFGS; returns how many iterations it took."""
+    optimiser = torch.optim.LBFGS(
+        table.knobs, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
+    )
+
+    def closure() -> float:
+        total = 0.0
+        gradients = [torch.zeros_like(k) for k in table.knobs]
+        for part in rows.parts(which):
+            with torch.enable_grad():
+                e = rows.error(table.now(), part)
+                loss = 0.5 * (e**2 + delta**2).log().sum() / len(which)
+                parts = torch.autograd.grad(loss, table.knobs, allow_unused=True)
+            total += float(loss.detach())
+            for g, p in zip(gradients, parts, strict=True):
+                g += 0 if p is None else p
+        good = math.isfinite(total) and all(bool(g.isfinite().all()) for g in gradients)
+        for k, g in zip(table.knobs, gradients, strict=True):
+            k.grad = g if good else torch.zeros_like(g)
+        return total if good else 1e6
+
+    kept = [k.detach().clone() for k in table.knobs]
+    optimiser.step(closure)
+    if not all(bool(k.isfinite().all()) for k in table.knobs):
+        with torch.no_grad():
+            for k, value in zip(table.knobs, kept, strict=True):
+                k.copy_(value)
+    state: dict[str, Any] = next(iter(optimiser.state.values()), {})
+    return max(1, int(state.get("n_iter", 1)))
+
+
+@dataclass
+class _Rows:
+    """The trajectories: where they start, where they should end, and what a table makes of them."""
+
+    model: AbstractDenoiser
+    x: Tensor
+    truth: Tensor
+    drawn: list[Tensor]
+    gaussian: Gaussian | None
+    cond: dict[str, Any]
+    batch: int
+    grad: str
+
+    def parts(self, which: range) -> Iterator[slice]:
+        """The rows, as many at once as memory is to hold."""
+        for a in range(which.start, which.stop, self.batch):
+            yield slice(a, min(a + self.batch, which.stop))
+
+    def errors(self, table: Unrolled, which: range) -> Tensor:
+        """Error of each sample, (B,), float64 on the CPU."""
+        with torch.no_grad():
+            return torch.cat([self.error(table, part) for part in self.parts(which)])
+
+    def error(self, table: Unrolled, part: slice) -> Tensor:
+        """Distance from the teacher per number of a state, root mean square over the numbers."""
+        gap = self.run(table, part).double() - self.truth[part]
+        return (gap.flatten(1).square().mean(1) + 1e-36).sqrt().to("cpu")
+
+    def run(self, table: Unrolled, part: slice) -> Tensor:
+        """The result of a table."""
+        cond = tree_map(
+            lambda c: c[part] if isinstance(c, Tensor) and c.ndim and len(c) == len(self.x) else c, self.cond
+        )
+        x, sde = self.x[part], self.model.sde
+        if self.gaussian is not None:
+            x = self.gaussian.flow(x, sde.T, table.start)
+
+        def ask(y: Tensor, t: Any) -> Tensor:
+            return self.model.x0(y, t, **cond)
+
+        said: list[Tensor] = []
+        drawn = [z[part] for z in self.drawn]
+        for r in range(table.nfe):
+            y = table.state(r, x, said, drawn)
+            t = table.t[r]
+            if isinstance(t, Tensor) and not t.requires_grad:
+                t = float(t)
+            grads = self.grad == "checkpoint" and torch.is_grad_enabled()
+            said.append(checkpoint(ask, y, t, use_reentrant=False) if grads else ask(y, t))
+        return table.state(table.nfe, x, said, drawn)
+
+
+@dataclass(frozen=True)
+class _Moving(Unrolled):
+    """A table whose network is asked beside the times of its states.
+
+    Arguments:
+        levels: Times of the states, (n + 1,).
+    """
+
+    levels: Tensor
+
+
+class _Table:
+    """A plan as a function of its knobs."""
+
+    def __init__(self, rule: Plan | Solver, sde: SDE, grid: Any, what: Sequence[str] | None, starts_free: bool) -> None:
+        self.sde = sde
+        self.rule: Solver | None = None
+        if isinstance(rule, Plan):
+            if grid is not None:
+                raise ValueError("a plan has its own grid; drop `grid`.")
+            self.plan = rule
+        elif isinstance(rule, Solver):
+            if grid is None:
+                raise ValueError("`grid` must be given for a rule, as in grid=ss.karras(sde, 5).")
+            self.rule, grid = rule, check_grid(sde, grid)
+            self.plan = rule.plan(sde, grid)
+        else:
+            raise TypeError(f"`rule` must be a Plan or a rule such as UniPC(), got {type(rule).__name__}.")
+        self.name = self.plan.name or "plan"
+        self.start = unroll(self.plan)
+        if self.start.nfe == 0:
+            raise ValueError("`rule` must evaluate the network: there is nothing to fit.")
+        times = [float(self.start.start), *(float(t) for t in self.start.t[1:])]
+        known = self.plan.meta.get("levels", ())
+        if len(known) == len(times):  # fitted before
+            times = [*known]
+        self.what = self._wanted(what)
+        for word in self.what:
+            check.choice("what", word, WHAT)
+        moved = grid.tolist() if self.rule is not None else times
+        lam = sde.lam(torch.tensor(times[:-1], dtype=torch.float64))
+        # the network is told no cleaner time than it was trained at, unless the plan does
+        self.most = max(sde.lam(sde.t_min), float(lam.max()))
+        self.levels = _Levels(sde, moved, "times" in self.what, starts_free, self.most)
+        if "times" in self.what and self.plan.stochastic:
+            raise ValueError("`what` must not hold 'times' for a stochastic plan: its noise belongs to its times.")
+        n = self.start.nfe
+        self.base = torch.tensor(times, dtype=torch.float64)
+        gaps = sde.lam(torch.tensor([float(t) for t in self.start.t[:-1]], dtype=torch.float64)) - lam
+        self.asked = torch.where(gaps.isfinite(), gaps, 0.0)
+        self.weights = torch.zeros(n + 1, n, dtype=torch.float64)
+        self.mask = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)
+        self.knobs = list(self.levels.knobs)
+        self.knobs += [self.asked] if "asked" in self.what else []
+        self.knobs += [self.weights] if "weights" in self.what and n > 1 else []
+        if not self.knobs:
+            raise ValueError(f"nothing is left to fit with `what` = {list(self.what)} and {n} evaluation.")
+        for knob in self.knobs:
+            knob.requires_grad_(True)
+
+    def _wanted(self, what: Sequence[str] | None) -> tuple[str, ...]:
+        if what is not None:
+            return tuple(what)
+        return WHAT[1:] if self.plan.stochastic else WHAT
+
+    def now(self, *, detach: bool = False) -> Unrolled:
+        """The table at the present knobs."""
+        if detach:
+            with torch.no_grad():
+                return self._now()
+        return self._now()
+
+    def levels_of(self, table: Unrolled) -> Any:
+        """Times of its states."""
+        return table.levels if isinstance(table, _Moving) else table.t
+
+    def _now(self) -> Unrolled:
+        times = self.levels()
+        if self.rule is not None and "times" in self.what:
+            u = unroll(self.rule.plan(self.sde, times))
+            levels = torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in u.t])
+            x, d = u.x, u.d
+        elif "times" in self.what:
+            levels, x, d = times, *self._moved(times)
+        else:
+            levels, x, d = self.base, self.start.x, self.start.d
+        size = self.sde.alpha(levels) - x * self.sde.alpha(levels[:1])
+        w = self.weights * self.mask
+        w = (w - w.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp_min(1)) * self.mask
+        first = levels[0] if levels.requires_grad else float(levels[0])
+        return _Moving(self._asked(levels), x, d + size[:, None] * w, self.start.z, self.start.one, first, levels)
+
+    def _moved(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The start's weights at other times: each row stays exact for data that is one point."""
+        (a, s), (a0, s0) = ((self.sde.alpha(t), self.sde.sigma(t)) for t in (times, self.base))
+        shrink = torch.where(s0 > 0, s / torch.where(s0 > 0, s0, 1.0), 1.0)
+        x = self.start.x * shrink * (s0[0] / s[0])
+        old, new = a0 - s0 / s0[0] * a0[0], a - s / s[0] * a[0]
+        return x, self.start.d * torch.where(old != 0, new / torch.where(old != 0, old, 1.0), 1.0)[:, None]
+
+    def _asked(self, levels: Tensor) -> tuple[Any, ...]:
+        if "asked" not in self.what and not bool(self.asked.any()):
+            return tuple(levels)
+        lam = self.sde.lam(levels[:-1])
+        moves = lam.detach().isfinite()
+        shifted = torch.where(moves, lam, 0.0) + self.asked
+        t = self.sde._t_of_lam(shifted.clamp(self.sde.lam(self.sde.T), self.most)).clamp(0.0, self.sde.T)
+        return (*torch.where(moves, t, levels[:-1]), levels[-1])
+
+
+class _Levels:
+    """Times that stay in order whatever their knobs are: the logarithms of gaps in λ."""
+
+    def __init__(self, sde: SDE, times: Sequence[float], free: bool, first: bool, most: float) -> None:
+        self.sde = sde
+        self.times = torch.tensor(times, dtype=torch.float64)
+        self.knobs: list[Tensor] = []
+        if not free:
+            return
+        if not bool((self.times.diff() < 0).all()):
+            raise ValueError(
+                "`what` must not hold 'times' for a plan whose times do not all fall, such as one with stages at the "
+                "time of the next node; give a rule and its `grid` instead, or leave the times."
+            )
+        lam = sde.lam(self.times)
+        self.silent = not bool(lam[0].isfinite())
+        if self.silent and first:
+            raise ValueError("with a `gaussian` the plan must start where α > 0, as with t_start=0.9 * sde.T.")
+        inner = lam[int(self.silent) :]
+        if not bool(inner[-1].isfinite()):  # the last time is σ = 0: stay where networks are trained
+            room = (inner[-2] - inner[0]) / max(1, len(inner) - 2)
+            inner = torch.cat([inner[:-1], torch.maximum(inner.new_tensor(most), inner[-2] + 0.05 * room)[None]])
+        self.low, self.end = sde.lam(sde.T), float(inner[-1])
+        self.head, self.gaps = inner[:1].clone(), inner.diff().log()
+        if first or self.silent:
+            self.knobs.append(self.head)
+        self.knobs += [self.gaps] if len(self.gaps) > 1 else []
+
+    def __call__(self) -> Tensor:
+        if not self.knobs:
+            return self.times
+        head = self.head.clamp(max(self.low, self.end - 40.0), self.end - 1.0)
+        share = self.gaps.softmax(0) + 1e-4  # no two times fall together
+        lam = torch.cat([head, head + (self.end - head) * (share / share.sum()).cumsum(0)[:-1]])
+        t = self.sde._t_of_lam(lam).clamp(0.0, self.sde.T)
+        fixed = self.silent or not self.head.requires_grad
+        return (
+            torch.cat([self.times[:1], t if self.silent else t[1:], self.times[-1:]])
+            if fixed
+            else torch.cat([t, self.times[-1:]])
+        )
+
+
+def _starts(
+    shape_or_x: Any,
+    table: _Table,
+    model: AbstractDenoiser,
+    gaussian: Gaussian | None,
+    seed: int,
+    dtype: Any,
+    device: Any,
+) -> Tensor:
+    if isinstance(shape_or_x, Tensor):
+        return check.state("x", shape_or_x).detach()
+    shape = tuple(check.integer("shape", k) for k in shape_or_x)
+    noise = Noise(seed).fork(_STREAM)
+    where = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
+    if gaussian is not None:
+        return gaussian.carry(noise.normal(shape, 0, dtype=dtype, device=where), model.sde.T)
+    prior = model.sde.prior(float(table.start.start))
+    return prior.sample(shape, noise, dtype=dtype, device=where)
+
+
+def _truth(
+    teacher: Plan | Tensor | None,
+    table: _Table,
+    model: AbstractDenoiser,
+    x: Tensor,
+    gaussian: Gaussian | None,
+    noise: Noise,
+    cond: dict[str, Any],
+) -> tuple[Tensor, str]:
+    if isinstance(teacher, Tensor):
+        return check.match("teacher", teacher, "x", x).detach().double(), "given"
+    sde, start, end = model.sde, float(table.start.start), float(table.start.t[-1])
+    if teacher is None:
+        if table.plan.stochastic:
+            raise ValueError("`teacher` must be given for a stochastic plan: a fine one that draws the same normals.")
+        times = quadratic_vp(sde, 200, t_start=sde.T if gaussian is not None else start, t_end=end)
+        teacher = default_solver(200, model).plan(sde, times)
+    if float(teacher.rows[-1].t) != end:
+        raise ValueError(f"`teacher` must end where the plan does, at {end:g}, not at {float(teacher.rows[-1].t):g}.")
+    with torch.no_grad():
+        out = run(teacher, lambda y, t: model.x0(y, t, **cond), x, noise if teacher.stochastic else None)
+    return out.double(), f"{teacher.name}, {teacher.nfe} evaluations"
+
+
+class _Bar:
+    """A progress bar over iterations, or nothing."""
+
+    def __init__(self, name: str, steps: int, progress: bool | str) -> None:
+        self._bar: Any = None
+        if not isinstance(progress, bool):
+            check.choice("progress", progress, ("always",))
+        if progress:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, desc=f"fit {name}", disable=False if progress == "always" else None)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def update(self, spent: int, **errors: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({k: f"{v:.2e}" for k, v in errors.items()}, refresh=False)
+            self._bar.update(spent - self._bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+__all__ = ["fit"]

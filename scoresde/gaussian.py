@@ -1,0 +1,305 @@
+r"""A Gaussian in place of the data: exact at high noise, and a start that costs no evaluation.
+
+At high noise the score of any data is that of the Gaussian with its mean m and covariance C, whose probability flow is
+known. In a direction in which the variance is c, with u = x/α centred and ρ = σ/α,
+
+.. math:: u_t = \sqrt{\frac{c + \varrho_t^2}{c + \varrho_s^2}}\; u_s.
+
+So a plan may start at some t* < T, all of its evaluations being spent where they matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser, _check_denoiser, _check_sde
+from scoresde.noise import Noise
+from scoresde.sde import SDE
+
+KINDS = ("full", "diagonal", "separable", "low rank")
+_FULL = 1024  # the largest covariance that is estimated whole, in numbers of an event
+_STREAM = 0x67617573
+
+
+class Gaussian(AbstractDenoiser):
+    r"""Gaussian data N(m, C): its exact denoiser, flow and samples.
+
+    The covariance is known by variances along orthonormal axes: those of `axes`, (D, r), with `rest` beside them; or
+    products of one basis for each axis of an event; or, with no axes, the numbers of an event themselves.
+
+    Arguments:
+        sde: The process.
+        mean: m, of shape event.
+        spectrum: Variances along the axes: (r,) with `axes` a matrix, otherwise of shape event.
+        axes: (D, r) with orthonormal columns, D the size of an event; a list of one orthogonal matrix for each axis of
+            an event; or None.
+        rest: Variance in all directions beside a matrix `axes`.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> sde = ss.VP()
+        >>> data = ss.GaussianMixture(sde, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), std=0.2).sample(1000, seed=0)
+        >>> start = Gaussian.estimate(sde, data)
+        >>> x = start.sample(4, sde.T, seed=1)
+        >>> start.flow(x, sde.T, 0.6).shape
+        torch.Size([4, 2])
+    """
+
+    _mean: Tensor
+    _spectrum: Tensor
+
+    def __init__(
+        self,
+        sde: SDE,
+        mean: Tensor,
+        spectrum: Tensor,
+        axes: Tensor | Sequence[Tensor] | None = None,
+        rest: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.sde = _check_sde(sde)
+        m, c = (torch.as_tensor(v, dtype=torch.float64).detach().clone() for v in (mean, spectrum))
+        self.event = tuple(m.shape)
+        self.rest = check.number("rest", rest, least=0)
+        if m.ndim == 0:
+            raise ValueError("`mean` must have the shape of an event, got a number; a single one is shape (1,).")
+        matrices = [axes] if isinstance(axes, Tensor) else list(axes or ())
+        sizes = [m.numel()] if isinstance(axes, Tensor) else [*self.event]
+        if isinstance(axes, Tensor):
+            if axes.ndim != 2 or len(axes) != m.numel() or c.shape != axes.shape[1:]:
+                raise ValueError(
+                    f"`axes` must have shape ({m.numel()}, r) beside a spectrum (r,), got {tuple(axes.shape)} beside "
+                    f"{tuple(c.shape)}."
+                )
+        elif c.shape != m.shape:
+            raise ValueError(f"`spectrum` must have the shape of `mean`, {self.event}, got {tuple(c.shape)}.")
+        if (
+            not isinstance(axes, Tensor)
+            and axes is not None
+            and [tuple(a.shape) for a in axes] != [(n, n) for n in sizes]
+        ):
+            raise ValueError(f"`axes` must be one square matrix for each of the axes {self.event} of an event.")
+        if bool((c < 0).any()) or not bool(c.isfinite().all()):
+            raise ValueError(f"`spectrum` must hold finite variances of at least 0, its least is {float(c.min()):g}.")
+        self._flat = isinstance(axes, Tensor)
+        self.register_buffer("_mean", m)
+        self.register_buffer("_spectrum", c)
+        for i, a in enumerate(matrices):
+            self.register_buffer(f"_axes{i}", torch.as_tensor(a, dtype=torch.float64).detach().clone())
+        self._matrices = len(matrices)
+
+    @classmethod
+    def of(cls, sde: SDE, mean: Tensor, cov: Tensor) -> Gaussian:
+        """From a mean of shape event and a covariance (D, D)."""
+        c, axes = torch.linalg.eigh(torch.as_tensor(cov, dtype=torch.float64))
+        return cls(sde, mean, c.clamp_min(0), axes)
+
+    @classmethod
+    def estimate(cls, sde: SDE, data: Tensor, kind: str | None = None, *, rank: int = 64) -> Gaussian:
+        """Mean and covariance of data.
+
+        ``"full"`` is the covariance itself. ``"separable"`` takes the eigenvectors of the covariance along each axis of
+        an event and measures variances in their products: for images near a cosine transform, with the channels
+        decorrelated. ``"low rank"`` keeps the first axes, and one variance beside them. By default full where there
+        are four data for each number, otherwise separable if an event has axes to separate, otherwise low rank.
+
+        Arguments:
+            sde: The process.
+            data: (N, *event).
+            kind: ``"full"``, ``"diagonal"``, ``"separable"``, ``"low rank"``, or None.
+            rank: Of ``"low rank"``, at most.
+        """
+        x = check.state("data", data).detach().double()
+        N, D = len(x), x[0].numel()
+        if N < 2:
+            raise ValueError(f"`data` must hold at least 2 rows to have a covariance, got {N}.")
+        if kind is None:
+            kind = "full" if D <= _FULL and N >= 4 * D else "separable" if x.ndim > 2 else "low rank"
+        check.choice("kind", kind, KINDS)
+        mean = x.mean(0)
+        x = x - mean
+        if kind == "full":
+            return cls.of(sde, mean, x.flatten(1).mT @ x.flatten(1) / (N - 1))
+        if kind == "low rank":
+            _, s, v = torch.linalg.svd(x.flatten(1), full_matrices=False)
+            variance = s**2 / (N - 1)
+            r = min(rank, D, N - 1)
+            left = float(variance[r:].sum()) / (D - r) if r < D else 0.0
+            return cls(sde, mean, variance[:r], v[:r].mT.contiguous(), left)
+        axes = None
+        if kind == "separable":
+            along = [x.movedim(i + 1, 0).flatten(1) for i in range(x.ndim - 1)]
+            axes = [torch.linalg.eigh(y @ y.mT)[1] for y in along]
+            x = _product(x, [a.mT for a in axes])
+        return cls(sde, mean, x.square().sum(0) / (N - 1), axes)
+
+    @property
+    def mean(self) -> Tensor:
+        """m, of shape event."""
+        return self._mean
+
+    @property
+    def spectrum(self) -> Tensor:
+        """Variances in all D directions, the largest first."""
+        c = self._spectrum.flatten()
+        beside = self._mean.numel() - len(c)
+        return torch.cat([c, c.new_full((beside,), self.rest)]).sort(descending=True).values
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        r"""Posterior mean, :math:`m + \alpha C(\alpha^2 C + \sigma^2)^{-1}(x - \alpha m)`."""
+        alpha, sigma = self._scales(t, x)
+        return self._affine(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
+
+    def flow(self, x: Tensor, s: float | Tensor, t: float | Tensor) -> Tensor:
+        """Exact probability flow from time s to t, in either direction; differentiable in the times.
+
+        Arguments:
+            x: State at time `s`, (B, *event).
+            s: From when: a number, () or (B,).
+            t: To when.
+        """
+        (a, b), (e, f) = self._scales(s, x), self._scales(t, x)
+        return self._affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
+
+    def carry(self, z: Tensor, t: float | Tensor) -> Tensor:
+        r"""Normals to the marginal at time `t`, :math:`\alpha m + (\alpha^2 C + \sigma^2)^{1/2} z`.
+
+        Equal normals at different times lie on one trajectory of the flow.
+        """
+        alpha, sigma = self._scales(t, z)
+        return self._affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
+
+    def sample(
+        self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
+    ) -> Tensor:
+        """Samples of the marginal at time `t`, (n, *event); sample i depends on the seed and on i alone.
+
+        Arguments:
+            n: How many.
+            t: When.
+            seed: A seed, a :class:`Noise`, or None for a fresh one.
+            dtype: float32 or float64.
+        """
+        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        return self.carry(noise.normal((n, *self.event), 0, dtype=dtype, device=self._mean.device), t)
+
+    def skip_errors(
+        self,
+        model: AbstractDenoiser,
+        *,
+        points: int = 48,
+        n: int = 64,
+        seed: int = 0,
+        most: float = math.inf,
+        **cond: Any,
+    ) -> tuple[Tensor, Tensor]:
+        r"""What a start at t instead of T costs, to first order, in the data.
+
+        .. math:: \delta_0(t) = \int_{\lambda_T}^{\lambda_t} \sqrt{\frac{C}{C + \varrho^2}}\,
+                  \big(D(x) - D_{Gauss}(x)\big)\, d\lambda
+
+        along trajectories of the Gaussian's flow: each error of the denoiser, carried to t = 0 by that flow.
+
+        Arguments:
+            model: The denoiser to compare with.
+            points: Times at which it is asked, even in λ.
+            n: Trajectories.
+            seed: Of their starts.
+            most: Stop once the error is larger.
+            **cond: Conditions, handed to the network.
+
+        Returns:
+            Times, from noise to data, and root-mean-square errors per number there.
+        """
+        _check_denoiser(model)
+        check.integer("points", points, least=2)
+        sde = self.sde
+        first = sde.lam(sde.T) if sde.alpha(sde.T) > 0 else sde.lam(sde.T * (1 - 1e-3))
+        lam = torch.linspace(first, sde.lam(sde.t_min), points, dtype=torch.float64)
+        z = Noise(seed).fork(_STREAM).normal((n, *self.event), 1, dtype=torch.float64, device=self._mean.device)
+        times, errors = [sde.T], [0.0]
+        total, before = torch.zeros_like(z), None
+        with torch.no_grad():
+            for t, rho in zip(sde.t_of_lam(lam).tolist(), (-lam).exp().tolist(), strict=True):
+                x = self.carry(z, t)
+                gap = model.x0(x, t, **cond) - self.x0(x, t)
+                now = self._gain(gap, _carried(rho))
+                if before is not None:
+                    total = total + (now + before) * float(lam[1] - lam[0]) / 2
+                    times.append(t)
+                    errors.append(float(total.square().mean().sqrt()))
+                before = now
+                if errors[-1] > most:
+                    break
+        return torch.tensor(times, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
+
+    def start_time(self, model: AbstractDenoiser, tol: float = 1e-2, **options: Any) -> float:
+        """The latest time to start from whose cost, by :meth:`skip_errors`, is at most `tol` per number of the data.
+
+        Arguments:
+            model: The denoiser that will be run.
+            tol: Root-mean-square error per number; a fraction of what the plan's own error may be.
+            **options: Those of :meth:`skip_errors`.
+        """
+        times, errors = self.skip_errors(model, most=check.number("tol", tol, above=0), **options)
+        return float(times[errors <= tol].min())
+
+    def _scales(self, t: float | Tensor, x: Tensor) -> tuple[Any, Any]:
+        """α and σ as numbers, (), or shaped to multiply the coordinates of states."""
+        check.state("x", x)
+        if tuple(x.shape[1:]) != self.event:
+            raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}.")
+        if not isinstance(t, Tensor):
+            return self.sde.alpha(t), self.sde.sigma(t)
+        like = (x.flatten(1) if self._flat else x).to(self._mean)
+        alpha, sigma = (check.expand(v.to(self._mean), like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
+        return alpha, sigma
+
+    def _affine(self, x: Tensor, before: Any, gain: Callable[[Tensor], Tensor], after: Any) -> Tensor:
+        """after · m + gain(C) (x − before · m)."""
+        m = self._mean.flatten() if self._flat else self._mean
+        y = x.to(self._mean).flatten(1) if self._flat else x.to(self._mean)
+        out: Tensor = after * m + self._gain_flat(y - before * m, gain)
+        return out.reshape(x.shape).to(x.dtype)
+
+    def _gain(self, x: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """gain(C) x."""
+        y = x.to(self._mean)
+        return self._gain_flat(y.flatten(1) if self._flat else y, gain).reshape(x.shape).to(x.dtype)
+
+    def _gain_flat(self, y: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        axes: list[Tensor] = [getattr(self, f"_axes{i}") for i in range(self._matrices)]
+        if not self._flat:
+            y = _product(y, [a.mT for a in axes])
+            return _product(gain(self._spectrum) * y, axes)
+        u: Tensor = axes[0]
+        inner = y @ u
+        if u.shape[0] == u.shape[1]:
+            return (gain(self._spectrum) * inner) @ u.mT
+        side = gain(self._spectrum.new_tensor(self.rest))
+        return side * y + ((gain(self._spectrum) - side) * inner) @ u.mT
+
+
+def _product(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """A matrix along each axis of an event: (B, *event) to the same."""
+    for i, a in enumerate(matrices):
+        x = (x.movedim(i + 1, -1) @ a.mT).movedim(-1, i + 1)
+    return x
+
+
+def _carried(rho: float) -> Callable[[Tensor], Tensor]:
+    """What becomes of a difference in x/α at noise level ρ when the flow brings it to data of variance c."""
+    return lambda c: (c / _positive(c + rho**2)).sqrt()
+
+
+def _positive(v: Tensor) -> Tensor:
+    return v.clamp_min(torch.finfo(v.dtype).tiny)
+
+
+__all__ = ["Gaussian"]

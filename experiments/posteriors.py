@@ -9,7 +9,10 @@ is what two exact sample sets of that size measure. Nothing is tuned for a case:
 published step with zeta = 0.3, twisted SMC as many particles as the others have samples. Writes a table as CSV and
 Markdown, and a figure.
 
-RESULT
+RESULT (--samples 500 --dims 2,32; five minutes on one core; all of it in docs/posteriors.md)
+    Median sliced W2 over 15 cases at 20 and 100 evaluations: floor 0.10; exact h-transform 0.11, 0.10; twisted SMC
+    0.30, 0.17; MMPS 0.50, 0.50; DiffPIR 0.84, 0.46; DDRM 0.66, 0.70; PiGDM 0.75, 0.78; DPS 1.66, 1.47. Only the
+    h-transform and twisted SMC approach the floor as evaluations and particles grow.
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ METHODS: dict[str, Sampler] = {
     "DDNM": plain(DDNM),
     "DDRM": lambda prior, seen, n, nfe: inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1),
     "DAPS": lambda prior, seen, n, nfe: inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1),
-    "RED-diff": lambda prior, seen, n, nfe: inverse.red_diff(prior, seen, start(prior, n), nfe, seed=1),
+    "RED-diff": lambda prior, seen, n, nfe: inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).double(),
     "twisted SMC": lambda prior, seen, n, nfe: inverse.twisted_smc(prior, seen, start(prior, n), nfe, seed=1).resampled(
         1
     ),
@@ -147,7 +150,7 @@ def main(options: Options) -> list[tuple[str, ...]]:
     summary = summarise(rows)
     print(summary)
     (options.out / "posteriors.md").write_text(summary + "\n")
-    draw(rows, options.out / "posteriors.png")
+    draw(rows, options.out / "posteriors.svg")
     return rows
 
 
@@ -189,7 +192,7 @@ def draw(rows: list[tuple[str, ...]], path: Path) -> None:
     axes.set_xlabel("sliced W2 to the exact posterior, over its spread; median over cases")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
 
 
 def parse() -> Options:

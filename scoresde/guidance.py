@@ -2,7 +2,7 @@ r"""Guidance: denoisers made from denoisers.
 
 A score that is tilted towards a condition, :math:`\nabla\log p(x) + s\,(\nabla\log p(x \mid c) - \nabla\log p(x))`,
 is one of data predictions with the same weights, because the score is an affine function of the data prediction. So
-every rule here answers :meth:`x0` and works under every solver, plan and backend unchanged. Knows no solver.
+every rule here answers ``x0`` and works under every solver, plan and backend unchanged. Knows no solver.
 """
 
 from __future__ import annotations

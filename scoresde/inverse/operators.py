@@ -391,7 +391,7 @@ class Blur(Linear):
 
 
 class FourierMask(Linear):
-    """Some frequencies of a state, as in magnetic resonance: orthonormal, (B, *lead, m, 2), real and imaginary part.
+    """Some frequencies of a state, as in magnetic resonance: orthonormal, (B, ..., m, 2), real and imaginary part.
 
     Arguments:
         mask: Of dtype bool, over the last axes of a state, frequency 0 first as ``torch.fft.fftn`` has it.

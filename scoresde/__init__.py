@@ -20,11 +20,11 @@ from scoresde import (
     verify,
 )
 from scoresde.adaptive import Adaptive, SolverError
+from scoresde.bounds import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser, Denoiser, Preconditioning, Rescheduled, Reverse
 from scoresde.diagnose import check_denoiser
 from scoresde.discrete import Discrete, betas, zero_terminal_snr
-from scoresde.elbo import bits_per_dim, denoiser_error, dequantize, dequantized_bits, elbo, path_kl
 from scoresde.fitting import fit
 from scoresde.gaussian import Gaussian
 from scoresde.grids import karras, uniform_lam, uniform_t

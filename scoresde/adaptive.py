@@ -139,8 +139,8 @@ class Path:
     Arguments:
         u: Nodes of each sample in the order they were reached, (n, B); NaN after its last.
         place: Where the node is in `y` and `f`, (n, B).
-        y: States at nodes, (N, *).
-        f: Slopes at nodes, (N, *).
+        y: States at nodes, (N, *event).
+        f: Slopes at nodes, (N, *event).
         nodes: How many to use.
         rate: dy/du in units of f, at u.
         frame: How x and t are made of y and u, if they are.
@@ -256,7 +256,7 @@ def integrate(
 
     Arguments:
         field: The slopes, see :data:`Field`: a tuple as long as the state.
-        y: A tensor (B, *), or several that go together, of which the first alone steers the steps.
+        y: A tensor (B, ...), or several that go together, of which the first alone steers the steps.
         start: Where to start, a number or (B,).
         end: Where to end, likewise.
         rule: Pair, tolerances and limits.

@@ -50,7 +50,7 @@ def gaussian_grid(
     Arguments:
         sde: The process.
         steps: How many steps; the grid has one more time.
-        spectrum: Variances of the data in K directions, as :attr:`scoresde.Gaussian.spectrum`.
+        spectrum: Variances of the data in K directions, as :attr:`scoresde.gaussian.Gaussian.spectrum`.
         solver: The rule, by default the one that ``ss.sample`` takes.
         weights: Of the directions, (K,) or one number.
         t_start: First time, by default T.

@@ -25,7 +25,7 @@ from scoresde.quadrature import LAM, NOISE, VELOCITY, Point, Prediction, weights
 from scoresde.sde import SDE
 
 State = tuple[Tensor, ...]
-"""Tensors (B, *) that are integrated together; the first one steers the error control."""
+"""Tensors (B, ...) that are integrated together; the first one steers the error control."""
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Weights (k, B) of slopes at `nodes` (k, B) for the step from `s` to `t`, both (B,)."""
@@ -104,14 +104,14 @@ class Frame:
         return W / self.prediction.scale(b.alpha, b.sigma)
 
 
-class Step(NamedTuple):
+class Attempt(NamedTuple):
     """An attempt at a step.
 
     Arguments:
         y: Where it arrives.
         f: Slopes there, or None where asking for them would be wasted on a step that fails.
         error: Estimate of the error of y[0], of its shape.
-        power: The error is as |t − s| to this power, a number or (B,).
+        power: The error is as the length of the step to this power, a number or (B,).
     """
 
     y: State
@@ -165,7 +165,7 @@ class Pair:
         """Whether it steps in λ."""
         return False
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Step:
+    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Try the step from s to t.
 
         Arguments:
@@ -239,7 +239,7 @@ class Adams(Pair):
         """Whether it steps in λ."""
         return self.clock == "lam"
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Step:
+    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Try a step, see :meth:`Pair.attempt`."""
         u = torch.stack([t, *past.u[: self.nodes]])
         k = past.count.clamp_max(self.nodes)
@@ -258,7 +258,7 @@ class Adams(Pair):
         f = ask(t, advance(y, predictor[1:], old))
         slopes = [f, *old]
         gap = advance((torch.zeros_like(y[0]),), error, [(g[0],) for g in slopes])[0]
-        return Step(advance(y, corrector, slopes), f, gap, k.double() + 1)
+        return Attempt(advance(y, corrector, slopes), f, gap, k.double() + 1)
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ class EmbeddedRungeKutta(Pair):
         """Stages beyond the first, which is the last of the step before."""
         return len(self.a)
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Step:
+    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Try a step, see :meth:`Pair.attempt`."""
         h = weigh(s, t, s[None])
         slopes = [past.f[0]]
@@ -304,7 +304,7 @@ class EmbeddedRungeKutta(Pair):
             slopes.append(ask(c, stage))
         gap = torch.tensor(self.error, dtype=torch.float64)[:, None] * h
         error = advance((torch.zeros_like(y[0]),), gap, [(f[0],) for f in slopes])[0]
-        return Step(stage, slopes[-1], error, float(self.of_order))
+        return Attempt(stage, slopes[-1], error, float(self.of_order))
 
 
 def BogackiShampine(prediction: Prediction = VELOCITY) -> Pair:
@@ -374,7 +374,7 @@ class DPMPair(Pair):
         """It does."""
         return True
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Step:
+    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Try a step, see :meth:`Pair.attempt`."""
         first = past.f[0]
         u = s + (t - s) * (1 / 2 if self.of_order == 2 else 1 / 3)
@@ -391,7 +391,7 @@ class DPMPair(Pair):
             high = torch.stack([a, nothing, b])
             gap = high - torch.cat([weigh(s, t, torch.stack([s, u])), nothing[None]])
         error = advance((torch.zeros_like(y[0]),), gap, [(f[0],) for f in slopes])[0]
-        return Step(advance(y, high, slopes), None, error, float(self.of_order))
+        return Attempt(advance(y, high, slopes), None, error, float(self.of_order))
 
 
 def DPM12(prediction: Prediction = NOISE) -> Pair:

@@ -66,18 +66,18 @@ def solve(
     device: torch.device | str | None = None,
     **cond: Any,
 ) -> Parallel:
-    """Run a plan by Picard iteration; what it returns is what :func:`scoresde.solve` returns, to the tolerance.
+    """Run a plan by Picard iteration; it returns what :func:`scoresde.sampling.solve` returns, to the tolerance.
 
     Arguments:
         model: A denoiser; it is asked at a vector of times, one for each state.
-        shape_or_x: As for :func:`scoresde.solve`.
+        shape_or_x: As for :func:`scoresde.sampling.solve`.
         plan: The table.
         tol: A row is settled once its denoised state and all before it move less than this, root mean square over the
             numbers of a sample, in every sample. 0 goes on until nothing moves.
         window: How many rows to hold at once, all by default; memory and the size of the batch grow with it.
-        seed: As for :func:`scoresde.solve`.
-        data_std: As for :func:`scoresde.solve`.
-        start: As for :func:`scoresde.solve`.
+        seed: As for :func:`scoresde.sampling.solve`.
+        data_std: As for :func:`scoresde.sampling.solve`.
+        start: As for :func:`scoresde.sampling.solve`.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given.
         **cond: Conditions, handed to the network; tensors with a row for each sample are repeated for each state.

@@ -74,7 +74,7 @@ DATA = Prediction(
     lam_of_clock=lambda c: c.log(),
     slope=lambda c: c,
 )
-"""d = E[x_0 | x]: DPM-Solver++, and what EDM calls the denoiser."""
+"""The data prediction, which DPM-Solver++ interpolates and EDM calls the denoiser."""
 
 NOISE = Prediction(
     "noise",

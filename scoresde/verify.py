@@ -190,7 +190,7 @@ def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
 
 
 @dataclass(frozen=True)
-class Moments:
+class ExactMoments:
     """Mean and variance of what a plan returns, in each direction of Gaussian data.
 
     Arguments:
@@ -215,7 +215,7 @@ def exact_moments(
     mean: float | Sequence[float] | Tensor = 0.0,
     spectrum: float | Sequence[float] | Tensor = 1.0,
     start: str = "marginal",
-) -> Moments:
+) -> ExactMoments:
     r"""Mean and variance of a plan's result on Gaussian data, without drawing a sample.
 
     In the direction of an eigenvector of the covariance, with eigenvalue c and mean m, the denoiser is linear,
@@ -282,7 +282,7 @@ def exact_moments(
         for store, k in dead[r]:
             store[k] = None
     _, t, average, variance = path[-1]
-    return Moments(average, variance, state[:, 1], t, tuple(path))
+    return ExactMoments(average, variance, state[:, 1], t, tuple(path))
 
 
 def weak_order(

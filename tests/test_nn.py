@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import scoresde as ss
-from scoresde.nn import MLP, VAE, Conditioning, Fourier, Gaussian, Sinusoidal, UNet
+from scoresde.nn import MLP, VAE, Conditioning, Fourier, Independent, Sinusoidal, UNet
 from scoresde.nn.blocks import Attention, GroupNorm, Residual
 
 B = 3
@@ -479,14 +479,14 @@ def test_an_mlp_learns_the_exact_denoiser_of_a_mixture() -> None:
 def test_densities_and_divergences_are_those_of_torch() -> None:
     noise = ss.Noise(0)
     mean, log_var, x = (noise.normal((5, 3, 2), draw, dtype=torch.float64) for draw in range(3))
-    q = Gaussian(mean, log_var)
+    q = Independent(mean, log_var)
     truth = torch.distributions.Independent(torch.distributions.Normal(mean, (log_var / 2).exp()), 2)
     unit = torch.distributions.Independent(torch.distributions.Normal(torch.zeros_like(mean), 1.0), 2)
     assert torch.allclose(q.log_prob(x), truth.log_prob(x), rtol=1e-13)
     assert torch.allclose(q.kl(), torch.distributions.kl_divergence(truth, unit), rtol=1e-12)
     assert torch.equal(q.sample(x), mean + (log_var / 2).exp() * x)
     assert torch.equal(q.sample(noise), q.sample(noise.like(mean, 0)))
-    near = Gaussian(torch.zeros(1, 1), torch.full((1, 1), 1e-3))
+    near = Independent(torch.zeros(1, 1), torch.full((1, 1), 1e-3))
     assert torch.allclose(near.kl(), torch.tensor(2.5e-7), rtol=1e-3), "no digits lost near N(0, I), in float32"
 
 

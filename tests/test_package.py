@@ -73,7 +73,7 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 ORDER = (
     "_checks noise paths sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan "
     "unrolled tape solvers pairs adaptive reversible policy sampling guidance inverse backends langevin adaptive_sde "
-    "variances verify analysis parallel fitting optimal training nn divergence likelihood elbo latent"
+    "variances verify analysis parallel fitting optimal training nn divergence likelihood bounds latent"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "noise"},

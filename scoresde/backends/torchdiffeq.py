@@ -7,7 +7,7 @@ In t the flow of most processes is steep at data; other clocks make it smooth, f
           \frac{d}{d\rho}\frac{x}{\alpha} = \varepsilon, \qquad
           \tau = \frac{\sigma}{\alpha + \sigma},\ \rho = \frac{\sigma}{\alpha}.
 
-torchdiffeq has one step for the whole batch; :class:`scoresde.Adaptive` has one for each sample.
+torchdiffeq has one step for the whole batch; :class:`Adaptive` has one for each sample.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def torchdiffeq_solve(
         save_at: Times between start and end whose states to keep.
         max_nfe: Calls of the network at most.
         options: torchdiffeq's own.
-        seed: Of the start, see :func:`scoresde.solve`.
+        seed: Of the start, see :func:`scoresde.sampling.solve`.
         data_std: Standard deviation of the data, for the prior.
         dtype: Of the state, when a shape is given.
         device: Of the state, when a shape is given; by default the model's.

@@ -3,6 +3,6 @@
 from scoresde.nn.embedding import Conditioning, Fourier, Sinusoidal
 from scoresde.nn.mlp import MLP
 from scoresde.nn.unet import UNet
-from scoresde.nn.vae import VAE, Bound, Gaussian
+from scoresde.nn.vae import VAE, Bound, Independent
 
-__all__ = ["MLP", "VAE", "Bound", "Conditioning", "Fourier", "Gaussian", "Sinusoidal", "UNet"]
+__all__ = ["MLP", "VAE", "Bound", "Conditioning", "Fourier", "Independent", "Sinusoidal", "UNet"]

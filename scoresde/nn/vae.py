@@ -23,7 +23,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class Independent:
     """A Gaussian with independent entries, of which q(z | x) and p(x | z) are made.
 
     Arguments:
@@ -141,11 +141,11 @@ class VAE(nn.Module):
             )
         return (rows, self.latent, *(n // self.factor for n in space))
 
-    def encode(self, x: Tensor) -> Gaussian:
+    def encode(self, x: Tensor) -> Independent:
         """The posterior q(z | x) of data `x`, (B, C, *space)."""
         self.latent_shape(check.state("x", x).shape)
         mean, log_var = self.encoder(x.to(dtype_of(self.encoder))).to(x.dtype).chunk(2, dim=1)
-        return Gaussian(mean, log_var)
+        return Independent(mean, log_var)
 
     def decode(self, z: Tensor) -> Tensor:
         """The mean of p(x | z) for latents `z`, (B, latent, ...)."""
@@ -161,16 +161,16 @@ class VAE(nn.Module):
         """Standard deviation of p(x | z)."""
         return math.exp(self.log_std.item() if isinstance(self.log_std, Tensor) else self.log_std)
 
-    def likelihood(self, z: Tensor) -> Gaussian:
+    def likelihood(self, z: Tensor) -> Independent:
         """The distribution p(x | z) of data with latents `z`."""
-        return Gaussian(self.decode(z), torch.as_tensor(2 * self.log_std, dtype=z.dtype, device=z.device))
+        return Independent(self.decode(z), torch.as_tensor(2 * self.log_std, dtype=z.dtype, device=z.device))
 
     def elbo(self, x: Tensor, eps: Tensor | Noise | None = None) -> Bound:
         """The evidence lower bound, with one latent for each sample; minus its mean over the batch is the loss.
 
         Arguments:
             x: Data, (B, C, *space).
-            eps: Where the latents' noise comes from, as in :meth:`Gaussian.sample`.
+            eps: Where the latents' noise comes from, as in :meth:`Independent.sample`.
         """
         q = self.encode(x)
         reconstruction, kl = self.likelihood(q.sample(eps)).log_prob(x), q.kl()
@@ -190,7 +190,7 @@ class VAE(nn.Module):
         logs = []
         for k in range(check.integer("samples", samples, least=1)):
             z = q.sample(None if noise is None else noise.like(q.mean, k))
-            prior = Gaussian(torch.zeros_like(z), z.new_zeros(()))
+            prior = Independent(torch.zeros_like(z), z.new_zeros(()))
             logs.append(self.likelihood(z).log_prob(x) + prior.log_prob(z) - q.log_prob(z))
         return torch.stack(logs).logsumexp(0) - math.log(samples)
 

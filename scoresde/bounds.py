@@ -8,8 +8,8 @@ variances as the model's,
     - \underbrace{\tfrac12\sum_{k\ge2}(e^{2\lambda_{k-1}} - e^{2\lambda_k})\,E|x_0 - d(x_{t_k})|^2}_{\text{consistency}}
     - \underbrace{\mathrm{KL}(q(x_T|x_0)\,\|\,p_T)}_{\text{prior}},
 
-and in continuous time the sum is :math:`\int e^{2\lambda} E|x_0 - d|^2\,d\lambda`. The same integral of the squared distance
-of two models, :math:`|d_a - d_b|^2`, is the relative entropy of their reverse SDEs (Girsanov).
+and in continuous time the sum is :math:`\int e^{2\lambda} E|x_0 - d|^2\,d\lambda`. The same integral of the squared
+distance of two models, :math:`|d_a - d_b|^2`, is the relative entropy of their reverse SDEs (Girsanov).
 
 References:
     | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239

@@ -115,9 +115,8 @@ def restored(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options)
     truth, labels = digits.held_out[:n], digits.held_out_labels[:n]
     prior = ss.guidance.Given(model, label=torch.full((n,), NONE))
     right = float((judge.classes(truth)[0] == labels).float().mean())
-    lines = [
-        f"{'measurement':20} {'method':10} {'RMSE':>7} {'|Ax−y|/std':>11} {'class':>7}   (class of the truth: {right:.3f})"
-    ]
+    head = f"{'measurement':20} {'method':10} {'RMSE':>7} {'|Ax−y|/std':>11} {'class':>7}"
+    lines = [f"{head}   (class of the truth: {right:.3f})"]
     pictures = {}
     for word, operator in operators().items():
         clean = operator(truth)

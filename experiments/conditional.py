@@ -37,7 +37,7 @@ NONE = 10  # the label of no class
 class Options:
     """What can be set from the command line."""
 
-    steps: int = 1200
+    steps: int = 1000
     batch: int = 128
     rate: float = 2e-3
     a_class: int = 30  # samples of each class

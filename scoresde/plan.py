@@ -396,7 +396,7 @@ def _loop(
     source = PathNoise(noise, plan.spans) if plan.stochastic and noise is not None and noise.path else noise
     kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
-    nfe = 0
+    nfe, shape = 0, x.shape
     for r, line in enumerate(plan._program):
         if r:
             combine = _add_numbers if line.plain else _add_tensors
@@ -407,6 +407,8 @@ def _loop(
             x = hook(line.node, line.t, x)
             if not isinstance(x, Tensor):
                 raise TypeError(f"`hook` must return a state, got {type(x).__name__}; end it with `return x`.")
+            if x.shape != shape:
+                raise ValueError(f"`hook` must return a state of shape {tuple(shape)}, got {tuple(x.shape)}.")
         x0 = None
         if line.evaluates:
             x0 = denoise(x, _beside(line.t, x) if isinstance(line.t, Tensor) else line.t)

@@ -73,7 +73,7 @@ class Posterior(Solver):
             raise ValueError("`variance`='optimal' and `score_square`, E|score|²/D by time, belong together.")
 
     def __repr__(self) -> str:
-        return _named(self, "Posterior", eta=1.0, variance="small", s_noise=1.0)
+        return _named(self, "Posterior", eta=0.0 if self.label == "DDIM" else 1.0, variance="small", s_noise=1.0)
 
     @property
     def declared_order(self) -> int:

@@ -48,6 +48,8 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
+        if next(module.parameters(), None) is None:
+            raise ValueError("`module` has no parameters to average; is its network hidden in a function?")
         self.module = module
         self.decay = check.number("decay", decay, least=0, below=1)
         self.warmup = bool(warmup)

@@ -320,6 +320,8 @@ class Trainer:
             "processes": self.world,
             "average": type(self.ema).__name__,
             "precision": str(self.accelerator.mixed_precision),
+            "process": repr(getattr(self.model, "sde", None)),
+            "predicts": str(getattr(self.model, "predicts", None)),
         }
 
 

@@ -277,7 +277,7 @@ def test_the_network_computes_in_its_own_dtype_and_nothing_else_does(
 
 @pytest.mark.parametrize("name", ["VP", "Discrete", "Flow", "EDM"])
 def test_a_bfloat16_network_adds_its_own_rounding_and_no_more(name: str) -> None:
-    # A network that is exact in bfloat16 (its state has few digits) gives the float32 result to 1e-5 (R6).
+    # A network that is exact in bfloat16 (its state has few digits) gives the float32 result to 1e-5.
     sde = SDES[name]
     x = normal(64, 3, dtype=torch.float32).bfloat16().float()
     for t in inner_times(sde, 9).tolist():

@@ -83,7 +83,7 @@ def test_far_from_origin() -> None:
 
 
 def test_samples_close_together_and_far_apart() -> None:
-    # Neighbours 1e-6 apart, in clusters 2e4 apart: expanded squares would lose the neighbours (pitfall P29).
+    # Neighbours 1e-6 apart, in clusters 2e4 apart: expanded squares would lose the neighbours.
     x = torch.tensor([[-1e4, 7.0], [1e4, -3.0]], dtype=torch.float64)
     y = x + 1e-6 * torch.tensor([[1.0, 2.0], [-2.0, 1.0]], dtype=torch.float64)
     within_x, within_y = (math.dist(v[0], v[1]) / 2 for v in (x.tolist(), y.tolist()))

@@ -2,6 +2,7 @@
 
     python experiments/kill_resume.py               # 20 kills
     python experiments/kill_resume.py --kills 200
+    python experiments/kill_resume.py --quick       # seconds, for CI
 
 Each run is a process of its own, forked from this one, that saves after every second step, so that many of the kills
 fall into the writing of a checkpoint. After each kill whatever lies under a checkpoint's name must load; at the end
@@ -122,5 +123,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="5 kills, for CI")
     options = parser.parse_args()
-    main(options.kills, options.seed)
+    main(5 if options.quick else options.kills, options.seed)

@@ -12,9 +12,10 @@ within each round are summarised by their median, so that a busy machine disturb
 Then the same with a network behind :class:`ss.Denoiser`, which converts noise to data; how many states are alive at
 each network call and at most; and how long a table of a thousand rows takes to write.
 
-Writes a table and a figure. Measured with --quick on two busy cores, CPU time against the loop by hand, state
-(16, 3, 32, 32): DDIM 1.5, DPM-Solver++ 2M 1.5, UniPC-3 1.0, EDM Heun 1.7, DPM-Solver-3 1.3, VelocityAB-3 1.2; with
-``overwrite=True`` 1.1, 1.4, 1.0, 1.6, 1.2, 1.2. diffusers' schedulers: 12, 16, 19, 6, 5.
+Writes a table and a figure. Measured with --rounds 25 on two idle cores, CPU time against the loop by hand, state
+(16, 3, 32, 32): DDIM 1.5, DPM-Solver++ 2M 1.4, UniPC-3 1.1, EDM Heun 1.3, DPM-Solver-3 1.2, VelocityAB-3 1.1; with
+``overwrite=True`` 1.2, 1.1, 1.0, 1.2, 1.2, 1.1. diffusers' schedulers: 14, 19, 20, 8, 5. State (1, 4): 1.4, 1.3,
+1.0, 1.6, 1.2, 1.1.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
+from scoresde.adaptive import SolverError
 from scoresde.data import Standardize
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.divergence import Divergence
@@ -556,15 +557,23 @@ def _alive(
     for wrong, what in ((bad, "is not finite"), (tiny & (size > 1), "asks for steps below rounding")):
         if bool(wrong.any()):
             i = int(wrong.nonzero()[0, 0])
-            raise RuntimeError(
-                f"the flow of sample {int(rows[i])} {what} at t = {float(flow.time(c[i : i + 1])[0]):.4g} after "
-                f"{spent} evaluations; check the network there with Denoiser(..., check_finite=True), or loosen `rtol`."
+            raise SolverError(
+                f"the flow {what}; check the network there with Denoiser(..., check_finite=True), or loosen `rtol`.",
+                t=float(flow.time(c[i : i + 1])[0]),
+                dt=float(h.expand(len(c))[i]),
+                nfe=spent,
+                worst_sample=int(rows[i]),
+                finite=not bool(bad[i]),
             )
     if spent + 6 > tolerance.max_nfe:
-        t = flow.time(c)
-        raise RuntimeError(
-            f"{len(rows)} of the samples have not finished after `max_nfe` = {tolerance.max_nfe} evaluations, first "
-            f"sample {int(rows[0])} at t = {float(t[0]):.4g}; raise it, or loosen `rtol` and `atol`."
+        raise SolverError(
+            f"{len(rows)} of the samples have not finished after `max_nfe` = {tolerance.max_nfe} evaluations; "
+            f"raise it, or loosen `rtol` and `atol`.",
+            t=float(flow.time(c)[0]),
+            dt=float(h.expand(len(c))[0]),
+            nfe=spent,
+            worst_sample=int(rows[0]),
+            finite=True,
         )
 
 

@@ -22,7 +22,7 @@ from scoresde.guidance import Graph, _check_model, before_silence, gradient
 from scoresde.inverse.denoisers import isotropic_variance
 from scoresde.inverse.operators import Linear, Mask, Measurement
 from scoresde.noise import Noise
-from scoresde.sampling import sample
+from scoresde.sampling import _start, sample
 from scoresde.sde import SDE
 from scoresde.solvers.base import Solver
 from scoresde.solvers.catalogue import DPMSolverPP
@@ -160,7 +160,7 @@ def ddrm(
         d = d.to(x)
         y = of_data(measurement.data(x)) / d
     else:
-        x = _start(model, shape_or_x, times[0], noise)
+        x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
         d = d.to(x)
         y = of_data(measurement.data(x)) / d
         left = sigma**2 - (alpha * std / d) ** 2
@@ -226,7 +226,7 @@ def daps(
     std, A = measurement.noisy("daps"), measurement.linear
     rule = DPMSolverPP(2) if solver is None else solver
     draws = noise.fork(_STEPS)
-    x = check.state("x", shape_or_x) if isinstance(shape_or_x, Tensor) else _start(model, shape_or_x, times[0], noise)
+    x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     for k, (t, s) in enumerate(pairwise(times)):
         inner = quadratic_vp(sde, steps if t > sde.t_min else 1, t_start=t)
         x0 = sample(model, x, rule, grid=inner, **cond)
@@ -363,7 +363,7 @@ def twisted_smc(
     d, _, _, of_data = A.spectrum()
     unseen = math.prod(A.out) - len(d)
     steps, choices = noise.fork(_STEPS), noise.fork(_CHOICES)
-    x = check.state("x", shape_or_x) if isinstance(shape_or_x, Tensor) else _start(model, shape_or_x, times[0], noise)
+    x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     d = d.to(x)
 
     def log_twist(x0: Tensor, variance: float) -> Tensor:
@@ -441,9 +441,3 @@ def _ready(
 
 def _source(seed: int | Noise | None) -> Noise:
     return seed if isinstance(seed, Noise) else Noise(seed)
-
-
-def _start(model: AbstractDenoiser, shape: Sequence[int], t: float, noise: Noise) -> Tensor:
-    first = next(iter([*model.parameters(), *model.buffers()]), None)
-    device = torch.device("cpu") if first is None else first.device
-    return model.sde.prior(t).sample(tuple(shape), noise.fork(_START), dtype=torch.float32, device=device)

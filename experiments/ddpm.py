@@ -60,9 +60,8 @@ def sample(model: ss.Denoiser, shape: tuple[int, ...]) -> Tensor:
 def main(options: Options) -> str:
     digits = load()
     x = sample(train(digits.images, options), (options.samples, 1, 8, 8))
-    judge, held = Judge(digits), digits.held_out
-    real = judge(held[: len(held) // 2], against=held[len(held) // 2 :])
-    text = "\n".join([HEAD, line("held-out digits", "", real), line("DDPM", options.T, judge(x))])
+    judge = Judge(digits)
+    text = "\n".join([HEAD, *judge.yardsticks(), line("DDPM", options.T, judge(x))])
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "ddpm.txt").write_text(text + "\n")
     imsave(options.out / "ddpm.png", (-tiles(x[:100])).repeat_interleave(4, 0).repeat_interleave(4, 1), cmap="gray")

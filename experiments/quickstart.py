@@ -84,9 +84,7 @@ def main(options: Options) -> Path:
     spent, loss = time.perf_counter() - started, trainer.history[-1]["loss"]
     print(f"trained {options.steps} steps in {spent:.0f} s, loss {loss:.4f}")
     judge = Judge(digits)
-    half = len(digits.held_out) // 2
-    table = [f"the classifier is right on {judge.accuracy:.1%} of the held-out digits", "", HEAD]
-    table.append(line("held-out digits", "", judge(digits.held_out[:half], against=digits.held_out[half:])))
+    table = [f"the classifier is right on {judge.accuracy:.1%} of the held-out digits", "", HEAD, *judge.yardsticks()]
     pictures = {"held-out digits": digits.held_out[:50]}
     assert trainer.ema is not None
     with trainer.ema.swapped():

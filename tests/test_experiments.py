@@ -64,6 +64,23 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+# What digits are judged by.
+
+
+def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
+    pytest.importorskip("sklearn")
+    import _digits
+
+    digits = _digits.load()
+    judge = _digits.Judge(digits)
+    assert judge.accuracy > 0.98
+    real = digits.held_out
+    blends = (real[:250] + real[250:]) / 2
+    noise = torch.rand(250, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sure, unsure, lost = (float(judge.classes(x)[1].mean()) for x in (real, blends, noise))
+    assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
+
+
 # In latent spaces.
 
 

@@ -7,6 +7,7 @@ every rule here answers ``x0`` and works under every solver, plan and backend un
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -291,6 +292,13 @@ class ClassifierFree(_Wrapped):
         check.state("x", x)
         _check_cond(cond, len(x))
         missing = sorted(set(self.null) - set(cond))
+        near = {name: difflib.get_close_matches(name, cond, n=1) for name in missing}
+        if any(near.values()):
+            name, (meant, *_) = next((name, found) for name, found in near.items() if found)
+            raise ValueError(
+                f"`null` names {name}, which is not among the conditions given, {', '.join(sorted(cond))}; did you "
+                f"mean null={{{meant!r}: ...}}?"
+            )
         if missing:
             raise ValueError(
                 f"the condition {', '.join(missing)} is missing: guidance needs it beside its null value; give it by "

@@ -49,6 +49,7 @@ def langevin(
         seed: An integer, a :class:`Noise`, or None for a fresh one.
         **cond: Conditions, handed to the network.
     """
+    check.conditions(cond, langevin)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     epsilon = check.expand(step, check.state("x", x), "step")
     for k in range(check.integer("n", n)):

@@ -150,6 +150,7 @@ def ddrm(
         | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
     """
     sde, times, noise = _ready(model, measurement, grid, seed)
+    check.conditions(cond, ddrm)
     check.number("eta", eta, least=0, most=1)
     check.number("eta_b", eta_b, least=0, most=1)
     d, of_state, to_state, of_data = measurement.linear.spectrum()
@@ -222,6 +223,7 @@ def daps(
         | Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing (Zhang et al., 2025),
           arXiv:2407.01521, algorithm 1
     """
+    check.conditions(cond, daps)
     sde, times, noise = _ready(model, measurement, grid, seed)
     std, A = measurement.noisy("daps"), measurement.linear
     rule = DPMSolverPP(2) if solver is None else solver
@@ -277,6 +279,7 @@ def red_diff(
         | A Variational Perspective on Solving Inverse Problems with Diffusion Models (Mardani et al., 2024),
           arXiv:2305.04391, algorithm 1
     """
+    check.conditions(cond, red_diff)
     sde, times, noise = _ready(model, measurement, grid, seed)
     draws = noise.fork(_STEPS)
     if isinstance(shape_or_x, Tensor):
@@ -355,6 +358,7 @@ def twisted_smc(
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
+    check.conditions(cond, twisted_smc)
     sde, times, noise = _ready(model, measurement, grid, seed)
     std, A = measurement.noisy("twisted_smc"), measurement.linear
     if len(measurement.y) != 1:

@@ -265,8 +265,8 @@ def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights
     """Parameters and saved buffers by name, as in the module's own state_dict; shared ones once."""
     if names is None:
         names = {_plain(name) for name in module.state_dict(keep_vars=True)}
-    both = (*module.named_parameters(), *module.named_buffers())
-    return {_plain(name): w for name, w in both if _plain(name) in names}
+    both = ((_plain(name), w) for name, w in (*module.named_parameters(), *module.named_buffers()))
+    return {name: w for name, w in both if name in names}
 
 
 def _plain(name: str) -> str:
@@ -290,7 +290,7 @@ def _move(average: Weights, module: nn.Module, share: float) -> None:
             mine.copy_(w)
         else:
             far.append(local(mine))
-            near.append(local(w.detach()).to(far[-1]))
+            near.append(local(w.detach()).to(far[-1].dtype))
     if far:
         torch._foreach_lerp_(far, near, share)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def whole(tree: Any) -> Any:
@@ -34,7 +36,8 @@ def spread(value: Tensor, own: Tensor) -> Tensor:
         value: Whole and the same on every process, or spread already.
         own: The other.
     """
-    value = value.to(own.device)
+    if value.device != own.device:
+        value = value.to(own.device)
     if not _spread(own) or _spread(value):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -70,4 +73,4 @@ def spread_optimiser(state: Mapping[str, Any], optimiser: Any) -> dict[str, Any]
 
 
 def _spread(x: Any) -> bool:
-    return isinstance(x, Tensor) and hasattr(x, "full_tensor")
+    return type(x) not in _PLAIN and isinstance(x, Tensor) and hasattr(x, "full_tensor")

@@ -148,6 +148,8 @@ class Trainer:
         optimiser = torch.optim.Adam(loss.parameters(), 2e-4) if optimiser is None else optimiser
         self._wrapped: nn.Module
         self._wrapped, self.optimiser = self.accelerator.prepare(loss, optimiser)
+        # Accelerate's optimiser looks for packages on the disk at every step; without a scaler it does nothing else.
+        self._inner = self.optimiser if self.accelerator.scaler is not None else self.optimiser.optimizer
         self._rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self._parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.ema = EMA(self.model, ema) if isinstance(ema, (int, float)) else ema
@@ -195,7 +197,7 @@ class Trainer:
         """One step of the optimiser; its loss (on the device) and the norm of its gradient."""
         total = torch.zeros((), device=self.accelerator.device)
         self._set_rate()
-        self.optimiser.zero_grad()
+        self._inner.zero_grad()
         n = self.order.batch // (self.world * self.accumulate)
         for m in range(self.accumulate):
             x, cond = self.unpack(_to(next(source), self.accelerator.device))
@@ -216,7 +218,7 @@ class Trainer:
     def _update(self, loss: Tensor, norm: float) -> None:
         """Step and average, unless the gradient, which all processes share, is not finite."""
         if math.isfinite(norm):
-            self.optimiser.step()
+            self._inner.step()
             if self.ema is not None:
                 self.ema.update()
             self._skipped_in_a_row = 0

@@ -95,8 +95,12 @@ class Judge:
         ]
 
     def __call__(self, x: Tensor, against: Tensor | None = None) -> Verdict:
-        """Judge images (N, 1, 8, 8); `against` stands for the held-out digits, for judging those themselves."""
-        x = x.float()
+        """Judge images (N, 1, 8, 8); `against` stands for the held-out digits, for judging those themselves.
+
+        Digits have seventeen grey levels, and images are brought to them first: a classifier would tell samples from
+        digits by their levels alone.
+        """
+        x = ((x.float() + 1) * 8).round().clamp(0, 16) / 8 - 1
         twin = self.digits.held_out if against is None else against
         label, confidence = self.classes(x)
         real = torch.bincount(self.digits.labels, minlength=10) / len(self.digits.labels)

@@ -206,7 +206,9 @@ def stretch(
     """
     _check_denoiser(model)
     if plan.stochastic:
-        raise ValueError("`plan` draws noise, so what lies beside a start does not stay there; give a deterministic one.")
+        raise ValueError(
+            "`plan` draws noise, so what lies beside a start does not stay there; give a deterministic one."
+        )
     delta = Noise(seed).fork(_STREAM + 2).like(check.state("x", x), 0)
     delta = check.number("size", size, above=0) * x.square().mean().sqrt() * delta
     with torch.no_grad():

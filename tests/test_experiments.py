@@ -64,6 +64,22 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+# In parallel.
+
+
+@pytest.mark.parametrize("rule", [ss.DPMSolverPP(2), ss.SDEDPMSolverPP(2)], ids=repr)
+def test_anderson_acceleration_ends_where_the_sequential_run_does(rule: Any) -> None:
+    import parallel
+
+    model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
+    plan = rule.plan(model.sde, ss.karras(model.sde, 12))
+    x, noise = model.sde.prior().sample((4, 2), ss.Noise(0), dtype=torch.float64), ss.Noise(1)
+    done = ss.sample(model, x, plan, seed=noise)
+    for m in (1, 3):
+        found, sweeps = parallel.anderson(model, x, plan, noise, 1e-12, m)
+        assert torch.allclose(found, done, atol=1e-9) and sweeps <= 12
+
+
 # In latent spaces.
 
 

@@ -200,6 +200,13 @@ def report(rows: list[Result], options: Options) -> str:
     for who, ratios in gains.items():
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         lines.append(f"* {who}: 1/{1 / mean:.1f} in the geometric mean, 1/{1 / max(ratios):.1f} at worst")
+    for name in dict.fromkeys(row.problem for row in rows):
+        four, ten = (
+            [r.median for r in rows if (r.problem, r.nfe, r.who) == (name, n, who)]
+            for n, who in ((4, "fitted, Gaussian start"), (10, "unfitted"))
+        )
+        if four and ten:
+            lines.append(f"* {name}, 4 fitted with a Gaussian start / the best 10 unfitted: {min(four) / min(ten):.2f}")
     return "\n".join(lines)
 
 

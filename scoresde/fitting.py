@@ -15,7 +15,8 @@ The loss is robust. With e the distance of a sample from where the teacher bring
           \delta = \mathrm{robust}\cdot\operatorname{median} e,
 
 δ being renewed from round to round: samples that two basins tear apart do not rule the others, and samples that happen
-to be right do not make it rough.
+to be right do not make it rough. Where the flow forks a small error on the way becomes a large one at the end: a plan
+that is to hold its tails is fitted on trajectories of which some are taken there.
 
 References:
     | Bespoke Non-Stationary Solvers (Shaul et al., 2024), arXiv:2403.01329
@@ -213,7 +214,8 @@ def stretch(
     delta = check.number("size", size, above=0) * x.square().mean().sqrt() * delta
     with torch.no_grad():
         up, down = (run(plan, lambda y, t: model.x0(y, t, **cond), x + side * delta) for side in (1, -1))
-    return (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
+    apart: Tensor = (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
+    return apart
 
 
 def _forked(

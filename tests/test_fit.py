@@ -265,6 +265,22 @@ def test_networks_are_fitted_to_and_left_alone() -> None:
     assert conditioned.meta["held_out"]["before"] != plans[0].meta["held_out"]["before"], "the condition is handed on"
 
 
+def test_checkpointing_keeps_the_memory_of_one_evaluation() -> None:
+    wide = nn.Sequential(nn.Linear(4, 512), nn.Tanh(), nn.Linear(512, 4)).requires_grad_(False)
+    model = ss.Denoiser(lambda x, t: wide(x), SDE, predicts="x0")
+    kept: dict[str, list[int]] = {"full": [], "checkpoint": []}
+    for grad, sizes in kept.items():
+
+        def saved(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel() if x.shape[-1:] == (512,) else 0)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+            fit(ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 6)), model, (12, 4), steps=1, grad=grad)
+    wanted = {grad: max(sizes, default=0) for grad, sizes in kept.items()}
+    assert wanted == {"full": 8 * 512, "checkpoint": 0}, "nothing of the network is held from one evaluation to the next"
+
+
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     x, truth = ends(96)
     fit(ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 3)), MODEL, x, teacher=truth, steps=5, progress="always")

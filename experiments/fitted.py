@@ -212,10 +212,12 @@ def report(rows: list[Result], options: Options) -> str:
 
 def grid_table(options: Options) -> list[str]:
     """Median errors of two rules on grids that are computed and on common ones."""
-    lines = ["## Grids", "", "Median error on fresh trajectories.", ""]
+    said = "Median error on fresh trajectories; in the last row over the better of uniform_lam and karras, in the mean."
+    lines = ["## Grids", "", said, ""]
     names = list(PROBLEMS)[:1] if options.quick else list(PROBLEMS)[: options.problems]
     columns = ("uniform_lam", "karras", "quadratic_vp", "gaussian_grid", "gits", "equal_error", "align_your_steps")
     lines += [f"| problem | rule | NFE | {' | '.join(columns)} |", f"|:--|:--|--:|{'--:|' * len(columns)}"]
+    against: dict[str, list[float]] = {column: [] for column in columns}
     for name in names:
         case = Case(name, options)
         model, sde = case.model, case.model.sde
@@ -234,6 +236,11 @@ def grid_table(options: Options) -> list[str]:
                 medians = [case.measure(rule.plan(sde, grids[column]))["median"] for column in columns]
                 cells = [f"**{m:.2e}**" if m == min(medians) else f"{m:.2e}" for m in medians]
                 lines.append(f"| {name} | {rule} | {n} | {' | '.join(cells)} |")
+                common = min(medians[:2])
+                for column, m in zip(columns, medians, strict=True):
+                    against[column].append(m / common)
+    means = (math.exp(sum(map(math.log, against[column])) / len(against[column])) for column in columns)
+    lines.append(f"| all / the better of two | | | {' | '.join(f'{m:.2f}' for m in means)} |")
     return [*lines, ""]
 
 

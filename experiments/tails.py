@@ -36,7 +36,7 @@ class Options:
 
     fresh: int = 4096
     fine: int = 150
-    trajectories: int = 192
+    trajectories: int = 192  # and four times as many
     steps: int = 200
     budgets: str = "5,10,15,30,60"
     fitted: str = "5,10"
@@ -102,25 +102,24 @@ def main(options: Options) -> None:
     for line in ("", f"| fitted on | loss | NFE {COLUMNS} s |", "|:--|:--|--:|--:|--:|--:|--:|--:|--:|--:|"):
         note(line)
     for n in map(int, options.fitted.split(",")):
-        begun = ss.VelocityAB(3).plan(sde, ss.grids.quadratic_vp(sde, n, t_start=t))
+        begun = ss.VelocityAB(3).plan(sde, ss.grids.power_t(sde, n, t_start=t))
         note(fresh.row(f"not fitted | | {n}", begun, gaussian) + " |")
-        for forks in (0.0, 0.5):
-            for robust in (1.0, 10.0):
-                began = time.perf_counter()
-                plan = ss.fit(
-                    begun,
-                    model,
-                    (options.trajectories, 32),
-                    gaussian=gaussian,
-                    forks=forks,
-                    robust=robust,
-                    steps=options.steps,
-                    seed=options.seed + 1,
-                    dtype=torch.float64,
-                )
-                spent = time.perf_counter() - began
-                kind = "half where it forks" if forks else "random"
-                note(fresh.row(f"{kind} | robust {robust:g} | {n}", plan, gaussian) + f" {spent:.0f} |")
+        for forks, times, robust in ((0.0, 1, 1.0), (0.0, 4, 10.0), (0.5, 1, 10.0), (0.5, 4, 1.0), (0.5, 4, 10.0)):
+            began = time.perf_counter()
+            plan = ss.fit(
+                begun,
+                model,
+                (times * options.trajectories, 32),
+                gaussian=gaussian,
+                forks=forks,
+                robust=robust,
+                steps=options.steps,
+                seed=options.seed + 1,
+                dtype=torch.float64,
+            )
+            spent = time.perf_counter() - began
+            kind = f"{times * options.trajectories}, " + ("half where it forks" if forks else "random")
+            note(fresh.row(f"{kind} | robust {robust:g} | {n}", plan, gaussian) + f" {spent:.0f} |")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "tails.md").write_text("\n".join(lines) + "\n")
 

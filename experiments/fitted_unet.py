@@ -42,6 +42,7 @@ class Options:
     steps: int = 50  # of a fit
     fresh: int = 100
     fine: int = 60  # evaluations of the teacher
+    starts: str = "T,Gaussian"
     scale: float = 2.0
     others: str = "0,1,3,4"
     budgets: str = "5,6,8,10,12,15,20,30"
@@ -146,7 +147,7 @@ def main(options: Options) -> str:
     for name, scale in {"no labels": 0.0, f"guidance {options.scale:g}": options.scale}.items():
         case = Case(ss.ClassifierFree(model, scale, null=null, one_forward=True), options)
         lines.append(row((name, f"default, {options.nfe}"), case.default[options.nfe], " | ".join([""] * 4)))
-        for start in (None, gaussian):
+        for start in (gaussian if word == "Gaussian" else None for word in options.starts.split(",")):
             began = time.perf_counter()
             plan = case.fit(start, options)
             word = "fitted, Gaussian start" if start else "fitted"

@@ -270,9 +270,8 @@ def draw(rows: list[Result], page: Path) -> None:
             if best:
                 label = "best unfitted" if who == "unfitted" else who
                 ax.plot(*zip(*sorted(best.items()), strict=True), color=colour, marker=".", label=label)
-                top = max(best.values()) if who == "unfitted" else 0.0
-                ax.set_ylim(top=4 * top) if top else None
-        ax.set(xscale="log", yscale="log", title=name, xlabel="evaluations")
+        shown = [r.median for r in of if r.who != "unfitted"]
+        ax.set(xscale="log", yscale="log", title=name, xlabel="evaluations", ylim=(min(shown) / 6, 4 * max(shown)))
         ax.set_xticks(sorted({r.nfe for r in of}), labels=map(str, sorted({r.nfe for r in of})))
         ax.set_xticks([], minor=True)
     axes[0, 0].set_ylabel("median error per number")

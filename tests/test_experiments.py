@@ -81,6 +81,22 @@ def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
     assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
 
 
+# In parallel.
+
+
+@pytest.mark.parametrize("rule", [ss.DPMSolverPP(2), ss.SDEDPMSolverPP(2)], ids=repr)
+def test_anderson_acceleration_ends_where_the_sequential_run_does(rule: Any) -> None:
+    import parallel
+
+    model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
+    plan = rule.plan(model.sde, ss.karras(model.sde, 12))
+    x, noise = model.sde.prior().sample((4, 2), ss.Noise(0), dtype=torch.float64), ss.Noise(1)
+    done = ss.sample(model, x, plan, seed=noise)
+    for m in (1, 3):
+        found, sweeps = parallel.anderson(model, x, plan, noise, 1e-12, m)
+        assert torch.allclose(found, done, atol=1e-9) and sweeps <= 12
+
+
 # In latent spaces.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
 from typing import Any
@@ -40,6 +41,7 @@ from scoresde.inverse import (
     twisted_smc,
 )
 from scoresde.sampling import _ROWS
+from scoresde.solvers.base import Solver
 
 F64 = torch.float64
 
@@ -320,35 +322,46 @@ def test_weighted_particles_reach_posterior_and_evidence() -> None:
 
 # Known pixels.
 
-SOLVERS = [
-    ss.DDIM(),
-    ss.DDPM(),
-    ss.UniPC(3),
-    ss.DPMSolver(3),
-    ss.DPMSolverPP(3),
-    ss.VelocityAB(3),
-    ss.DEIS(3),
-    ss.EDMHeun(),
-    ss.RungeKutta4(),
-    ss.SASolver(),
-    ss.SDEDPMSolverPP(2),
-    ss.SEEDS(),
-    ss.PNDM(),
-    ss.EulerAncestral(),
-    ss.EDMStochastic(s_churn=4.0),
-    ss.EulerMaruyama(),
-    ss.ReverseDiffusion(),
-]
+WITH_ARGUMENTS = {
+    "DPMSolverV3": lambda: ss.DPMSolverV3(
+        ss.Statistics((-6.0, 0.0, 7.0), (0.9, 0.5, 0.1), (-0.2, -0.5, -0.1), (0.1, 0.2, 0.3))
+    ),
+    "Restart": lambda: ss.Restart(ss.EDMHeun(), 0.1, 0.3),
+    "with_corrector": lambda: ss.with_corrector(ss.DEIS(3)),
+}
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
-def test_known_pixels_are_exact_at_the_end(solver: Any) -> None:
-    prior = mixture(VP)
-    hook = Replacement(VP, KNOWN, seed=1)
-    x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, hook=hook, dtype=F64)
-    assert torch.equal(x[:, :2], KNOWN.y.expand(3, 2))
-    assert x.isfinite().all()
-    x = ss.sample(DDNM(prior, KNOWN), (3, 4), ss.DDIM(), steps=8, seed=0, dtype=F64)
+def catalogue() -> list[Solver]:
+    """Every rule that the package names, with its defaults where it has them."""
+    found = []
+    for name in ss.__all__:
+        thing = getattr(ss, name)
+        rule = inspect.isclass(thing) and issubclass(thing, Solver)
+        made = inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Solver"
+        if name != "Solver" and (rule or made):
+            found.append(WITH_ARGUMENTS.get(name, thing)())
+    return found
+
+
+CATALOGUE = [*catalogue(), ss.DPMSolverPP(3, kind="single"), ss.DDPM("large"), ss.Ancestral(ss.DPMSolverPP(2))]
+
+
+@pytest.mark.parametrize("solver", CATALOGUE, ids=lambda s: f"{s!r}".replace(" ", ""))
+def test_known_pixels_are_exact_at_the_end_under_every_solver(solver: Solver) -> None:
+    for sde in (VP, ss.Flow(T=0.99), ss.EDM()):
+        prior = mixture(sde)
+        hook = Replacement(sde, KNOWN, seed=1)
+        x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, hook=hook, dtype=F64)
+        assert torch.equal(x[:, :2], KNOWN.y.expand(3, 2)), sde
+        assert x.isfinite().all() and not torch.equal(x[0, 2:], x[1, 2:])
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), solver, steps=8, seed=0, dtype=F64)
+    torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sampler_without_nodes_of_its_own_refuses_replacement_and_takes_the_denoiser() -> None:
+    with pytest.raises(TypeError, match="`hook` has no meaning with Adaptive"):
+        ss.sample(mixture(VP), (3, 4), ss.Adaptive(), hook=Replacement(VP, KNOWN, seed=1))
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), ss.Adaptive(), seed=0, dtype=F64)
     torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-12, atol=1e-12)
 
 

@@ -19,6 +19,7 @@ from scoresde.inverse import (
     MMPS,
     TMPD,
     Blur,
+    Counts,
     DiffPIR,
     Downsample,
     FourierMask,
@@ -232,6 +233,44 @@ def test_dps_is_the_gradient_of_the_likelihood_at_the_mean() -> None:
     torch.testing.assert_close(ours, same)
     bent = Operator(lambda x: x.square().sum(1, keepdim=True), (4,))
     assert DPS(prior, Measurement(bent, torch.ones(1, 1), 1.0)).x0(x, 0.4).isfinite().all()
+
+
+def test_photons_guide_by_the_gradient_of_their_likelihood() -> None:
+    prior, t = mixture(VP), 0.4
+    rates = Operator(lambda x: 3 * (x[:, :3] + 4), (4,))
+    x0 = prior.sample(5, seed=1)
+    y = torch.poisson(rates(x0), generator=torch.Generator().manual_seed(0))
+    seen = Counts(rates, y)
+    truth = torch.distributions.Poisson(rates(x0)).log_prob(y).sum(1)
+    torch.testing.assert_close(seen.log_prob(x0), truth)
+    x = VP.alpha(t) * x0 + VP.sigma(t) * rand(5, 4, seed=2)
+    slope = torch.empty_like(x)
+    for i in range(4):
+        e = torch.zeros(4, dtype=F64)
+        e[i] = 1e-5
+        slope[:, i] = (seen.log_prob(prior.x0(x + e, t)) - seen.log_prob(prior.x0(x - e, t))) / 2e-5
+    push = DPS(prior, seen, 0.7).x0(x, t) - prior.x0(x, t)
+    torch.testing.assert_close(push, 0.7 * VP.sigma(t) ** 2 / VP.alpha(t) * slope, rtol=1e-6, atol=1e-7)
+    assert DPS(prior, seen, norm=True).x0(x, t).isfinite().all()
+    # Beyond zero rates the gradient is finite and leads back; log p is continuous there.
+    dark = torch.full((5, 4), -50.0, dtype=F64).requires_grad_()
+    (back,) = torch.autograd.grad(seen.log_prob(dark).sum(), dark)
+    assert back.isfinite().all() and bool((back[:, :3] > 0).all())
+    edge = torch.tensor([[seen.least / 3 - 4]], dtype=F64).expand(5, 4)
+    torch.testing.assert_close(seen.log_prob(edge - 1e-9), seen.log_prob(edge + 1e-9), rtol=1e-6, atol=1e-6)
+
+
+def test_methods_for_gaussian_noise_refuse_photons() -> None:
+    prior, seen = mixture(VP), Counts(A, torch.tensor([[3.0, 0.0]]))
+    calls: list[Any] = [PiGDM, MMPS, TMPD, DDNM, DiffPIR, posterior]
+    for method in calls:
+        with pytest.raises(TypeError, match="needs Gaussian noise"):
+            method(prior, seen)
+    for sampler in (ddrm, daps, twisted_smc):
+        with pytest.raises(TypeError, match="needs Gaussian noise"):
+            sampler(prior, seen, (2, 4), 3)
+    with pytest.raises(ValueError, match="`y` must be counts, at least 0, got -1"):
+        Counts(A, torch.tensor([[3.0, -1.0]]))
 
 
 @pytest.mark.parametrize("zeta", [0.0, 0.3])
@@ -448,6 +487,51 @@ def test_pictures_keep_their_axes(op: Any) -> None:
         twisted_smc(prior, seen, (4, *event), 4, seed=0).x,
     ):
         assert out.shape[1:] == event and out.isfinite().all()
+
+
+class Detached(torch.nn.Module):
+    """A network that forgets its input's graph, as one under torch.no_grad() does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def test_a_network_that_cannot_be_differentiated_is_named_by_every_method_that_needs_it() -> None:
+    model = ss.Denoiser(Detached(), VP, predicts="eps")  # its data prediction depends on x beside the network
+    x = torch.zeros(3, 4)
+    for method in (DPS, PiGDM, MMPS, TMPD):
+        with pytest.raises(ValueError, match=r"the network has no gradient.*no_grad"):
+            method(model, SEEN).x0(x, 0.4)
+    with pytest.raises(ValueError, match=r"the network has no gradient.*no_grad"):
+        twisted_smc(model, SEEN, (3, 4), 3)
+    for method in (DDNM, DiffPIR):
+        assert method(model, SEEN).x0(x, 0.4).isfinite().all()
+    assert PiGDM(model, SEEN, through_net=False).x0(x, 0.4).isfinite().all()
+    with torch.no_grad():  # the caller's mode is nobody's business
+        assert not MMPS(mixture(VP), SEEN).x0(x, 0.4).requires_grad
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) forbids"):
+        MMPS(mixture(VP), SEEN).x0(x, 0.4)
+
+
+def test_conditions_and_measurements_of_another_batch_are_named() -> None:
+    model = ss.Denoiser(lambda x, t, label: 0.1 * label[:, None] * x, VP, predicts="x0")
+    with pytest.raises(ValueError, match="condition `label` has 2 rows and the state has 3"):
+        ss.sample(DDNM(model, SEEN), (3, 4), steps=2, label=torch.ones(2))
+    two = Measurement(A, rand(2, 2), 0.3)
+    for method in (DPS, PiGDM, MMPS, TMPD, DDNM, DiffPIR):
+        with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+            ss.sample(method(mixture(VP), two), (3, 4), steps=2)
+    for sampler in (ddrm, daps, red_diff):
+        with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+            sampler(mixture(VP), two, (3, 4), 3)
+    hook = Replacement(VP, Measurement(FIRST_TWO, rand(2, 2), 0.0), seed=0)
+    with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+        ss.sample(mixture(VP), (3, 4), steps=2, hook=hook)
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -22,12 +22,14 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.grids import check_grid
-from scoresde.guidance import Graph, Scale, _check_scale, _scale, _Wrapped, before_silence, gradient
-from scoresde.inverse.operators import Linear, Measurement, conjugate_gradients
+from scoresde.guidance.base import Scale, Wrapped, check_scale, scale_at
+from scoresde.guidance.gradients import Graph, before_silence, gradient
+from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.operators import Linear, conjugate_gradients
 from scoresde.sde import SDE
 
 
-class _Posterior(_Wrapped):
+class _Posterior(Wrapped):
     """A denoiser and a measurement."""
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
@@ -52,10 +54,12 @@ class _LinearPosterior(_Posterior):
 class DPS(_Posterior):
     r"""Diffusion posterior sampling: x₀ is taken to be D, with no spread.
 
-    .. math:: \nabla\log p(y \mid x_t) \approx -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
+    .. math:: \nabla\log p(y \mid x_t) \approx \nabla_{x_t}\log p(y \mid x_0 = D(x_t))
+              = -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
 
-    for any differentiable A. That is the paper's approximation; its spread being 0, the pull towards y is too strong
-    and stiff wherever p(x₀ | x_t) is wide beside `std`. What the paper runs is a step of fixed length,
+    for any differentiable A; of :class:`~scoresde.inverse.measurements.Counts` it is their likelihood. That is the
+    paper's approximation; its spread being 0, the pull towards y is too strong and stiff wherever p(x₀ | x_t) is wide
+    beside `std`. What the paper runs is a step of fixed length,
     :math:`x_s \mathrel{-}= \zeta\,\nabla_{x_t}\lVert y - A(D)\rVert`, after each of DDPM's: with ``norm=True`` the
     denoiser is :math:`D - \mathrm{scale}\,\nabla\lVert y - A(D)\rVert`, and ``scale=dps_scale(sde, grid, zeta)`` under
     ``ss.DDPM()`` on that grid is the published algorithm.
@@ -76,21 +80,20 @@ class DPS(_Posterior):
     ) -> None:
         super().__init__(model, measurement)
         if not norm:
-            measurement.noisy("DPS without `norm`=True")
-        self.scale = _check_scale(scale)
+            measurement.likely("DPS without `norm`=True")
+        self.scale = check_scale(scale)
         self.norm = norm
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Approximate posterior mean, E[x_0 | x_t, y]."""
-        gain = _scale(self.scale, t, x)
+        gain = scale_at(self.scale, t, x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
 
-        def misfit(x0: Tensor) -> Tensor:
-            r = self.measurement.residual(x0).flatten(1)
-            return -r.norm(dim=1) if self.norm else -0.5 * (r / self.measurement.std).square().sum(1)
+        def fit(x0: Tensor) -> Tensor:
+            return -self.measurement.residual(x0).flatten(1).norm(dim=1) if self.norm else self.measurement.log_prob(x0)
 
-        slope = graph.pull(gradient(misfit, graph.x0, self))
+        slope = graph.pull(gradient(fit, graph.x0, self))
         if not self.norm:
             gain = gain * _tweedie(self.sde, t, x)
         return graph.release(graph.x0 + gain * slope)

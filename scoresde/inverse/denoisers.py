@@ -25,7 +25,7 @@ from scoresde.grids import check_grid
 from scoresde.guidance.base import Scale, Wrapped, check_scale, scale_at
 from scoresde.guidance.gradients import Graph, before_silence, gradient
 from scoresde.inverse.measurements import Measurement
-from scoresde.inverse.operators import Linear, conjugate_gradients
+from scoresde.inverse.operators import Linear, least_residual
 from scoresde.sde import SDE
 
 
@@ -176,13 +176,14 @@ class MMPS(_LinearPosterior):
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T (A V A^T + \mathrm{std}^2)^{-1} (y - A D), \qquad
               V = \mathrm{Cov}[x_0 \mid x_t] = \frac{\sigma^2}{\alpha}\frac{\partial D}{\partial x_t}
 
-    Each iteration of the conjugate gradients that solve the system costs one backward pass through the network. For a
-    Gaussian prior it is exact.
+    Each iteration of the Krylov solve costs one backward pass through the network. For a Gaussian prior it is exact. A
+    network's V is neither symmetric nor positive where noise is high, so the solve is one by least residuals: A V Aᵀ u
+    stays within twice y − A D.
 
     Arguments:
         model: The prior's denoiser.
         measurement: Linear, std > 0.
-        iterations: Of the conjugate gradients; a rank that V A^T has is reached in as many.
+        iterations: Of the solve; a rank that V A^T has is reached in as many.
 
     References:
         | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al., 2024),
@@ -212,7 +213,7 @@ class MMPS(_LinearPosterior):
     def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
         variance = self.measurement.std**2
-        return conjugate_gradients(lambda u: variance * u + A(spread(u)), r, self.iterations)
+        return least_residual(lambda u: variance * u + A(spread(u)), r, self.iterations)
 
 
 class TMPD(MMPS):

@@ -129,9 +129,11 @@ def operators() -> dict[str, inverse.Linear]:
 Restore = Callable[[Any, Measurement, tuple[int, ...], Options], Tensor]
 
 
-def plain(make: Callable[..., ss.AbstractDenoiser]) -> Restore:
-    """A denoiser under the default solver."""
-    return lambda prior, seen, shape, o: ss.sample(make(prior, seen), shape, nfe=o.nfe, seed=o.seed, data_std=STD)
+def under(solver: Any, make: Callable[..., ss.AbstractDenoiser]) -> Restore:
+    """A denoiser under a solver."""
+    return lambda prior, seen, shape, o: ss.sample(
+        make(prior, seen), shape, solver, nfe=o.nfe, seed=o.seed, data_std=STD
+    )
 
 
 def dps(prior: Any, seen: Measurement, shape: tuple[int, ...], options: Options) -> Tensor:
@@ -142,9 +144,10 @@ def dps(prior: Any, seen: Measurement, shape: tuple[int, ...], options: Options)
 
 
 METHODS: dict[str, Restore] = {
-    "`MMPS`": plain(inverse.MMPS),
-    "`PiGDM`": plain(lambda prior, seen: inverse.PiGDM(prior, seen, data_std=STD)),
-    "`DiffPIR`": plain(inverse.DiffPIR),
+    "`MMPS`": under(ss.DDPM(), inverse.MMPS),
+    "`MMPS`, flow": under(ss.DPMSolverPP(2), inverse.MMPS),
+    "`PiGDM`": under(ss.DDPM(), lambda prior, seen: inverse.PiGDM(prior, seen, data_std=STD)),
+    "`DiffPIR`": under(ss.DDPM(), inverse.DiffPIR),
     "`DPS`, published step": dps,
     "`ddrm`": lambda prior, seen, shape, o: inverse.ddrm(prior, seen, shape, o.nfe, seed=o.seed),
 }

@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -211,8 +211,7 @@ def measured(path: Path) -> dict[tuple[Any, ...], Row]:
     """What an earlier run has written."""
     if not path.is_file():
         return {}
-    kinds = {"int": int, "float": float, "str": str}
-    of = [kinds[kind] for kind in Row.__annotations__.values()]
+    of = get_type_hints(Row).values()
     with path.open(newline="") as file:
         lines = list(csv.reader(file))[1:]
     rows = [Row(*(kind(word) for kind, word in zip(of, line, strict=True))) for line in lines]
@@ -246,19 +245,21 @@ def main(options: Options) -> list[Row]:
 
 # What is shown.
 
-Which = Callable[[Row], bool]
+
+def pick(rows: list[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
 
 
-def middle(rows: list[Row], error: str, which: Which) -> str:
-    """Median of an error over the cases, "–" if there is none."""
-    values = sorted(getattr(row, error) for row in rows if which(row))
-    if not values:
-        return "–"
+def middle(rows: list[Row], error: str) -> float:
+    """Median of an error over cases; of two in the middle their mean."""
+    values = sorted(getattr(row, error) for row in rows)
     half = len(values) // 2
-    return said(values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2)
+    return math.nan if not values else values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
 
 
 def said(value: float) -> str:
+    if math.isnan(value):
+        return "–"
     return f"{value:.2f}" if value < 9.95 else f"{value:.0f}" if value < 1e3 else "diverges"
 
 
@@ -267,52 +268,74 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def tables(rows: list[Row], options: Options) -> str:
-    """Sliced W2 by evaluations, the other errors, and what more particles do."""
+    """Sliced W2 by evaluations and noise, the other errors, and what more particles do."""
     nfes = [int(n) for n in options.nfes.split(",")]
     stds = [float(s) for s in options.stds.split(",")]
-    n, last = options.samples, nfes[-1]
-    small, large = (lambda r: r.D <= 100), (lambda r: r.D > 100)
-    names = ["floor", *METHODS]
+    last = nfes[-1]
+    sides = [[r for r in rows if r.D <= 100], [r for r in rows if r.D > 100]]
+    few, many = ([r for r in side if r.particles == options.samples] for side in sides)
 
-    def at(row: Row, name: str, nfe: int) -> bool:
-        return row.method == name and row.particles == n and row.nfe in (0, nfe)
+    def at(name: str, nfe: int) -> dict[str, Any]:
+        return {"method": name, "nfe": 0 if name == "floor" else nfe}
 
-    lines = []
-    for name in names:
-        line = [name]
-        line += [middle(rows, "sw2", lambda r, k=k: small(r) and at(r, name, k)) for k in nfes]  # type: ignore[misc]
-        line += [middle(rows, "sw2", lambda r, s=s: small(r) and r.std == s and at(r, name, last)) for s in stds]  # type: ignore[misc]
-        line += [said(max((r.sw2 for r in rows if at(r, name, last)), default=math.nan))]
-        line += [middle(rows, "sw2", lambda r, k=k: large(r) and at(r, name, k)) for k in (nfes[0], last)]  # type: ignore[misc]
-        lines.append(line)
-    head = ["method", *(f"{k} evaluations" for k in nfes), *(f"{last}, std {s:g}" for s in stds), "largest"]
-    text = table([*head, *(f"D > 100, {k}" for k in (nfes[0], last))], lines)
-
-    lines = []
-    for name in names:
-        line = [name]
-        for where in (small, large):
-            for error in ("c2st", "mean", "spread"):
-                line.append(middle(rows, error, lambda r, where=where: where(r) and at(r, name, last)))  # type: ignore[misc]
-        lines.append(line)
-    head = ["method", "C2ST", "mean", "spread", "D > 100: C2ST", "mean", "spread"]
-    text += "\n" + table(head, lines)
+    lines, others = [], []
+    for name in ("floor", *METHODS):
+        values = [middle(pick(few, **at(name, nfe)), "sw2") for nfe in nfes]
+        values += [middle(pick(few, **at(name, last), std=std), "sw2") for std in stds]
+        values += [max((r.sw2 for r in pick(few + many, **at(name, last))), default=math.nan)]
+        values += [middle(pick(many, **at(name, nfe)), "sw2") for nfe in (nfes[0], last)]
+        lines.append([name, *map(said, values)])
+        values = [middle(pick(side, **at(name, last)), error) for side in (few, many) for error in Row._fields[8:]]
+        others.append([name, *map(said, values)])
+    head = [f"NFE {n}" for n in nfes] + [f"std {s:g}" for s in stds] + ["largest"]
+    text = table(["method", *head, *(f"192-D, {n}" for n in (nfes[0], last))], lines)
+    text += "\n" + table(["method", "mean", "spread", "C2ST", "192-D: mean", "spread", "C2ST"], others)
 
     lines = []
-    tried = sorted({(r.method, r.particles, r.nfe) for r in rows if r.method in (TWISTED, EXACT)})
-    for name, particles, nfe in [("floor", n, 0), *tried]:
-        line = [name, "–" if name != TWISTED else str(particles), str(nfe) if nfe else "–"]
-        for where in (small, large):
-            for error in ("sw2", "c2st"):
-                which: Which = lambda r, where=where: where(r) and r[4:7] == (name, particles, nfe)  # type: ignore[misc]  # noqa: E731, B023
-                line.append(middle(rows, error, which))
-        lines.append(line)
-    head = ["method", "particles", "evaluations", "SW2", "C2ST", "D > 100: SW2", "C2ST"]
-    return text + "\n" + table(head, lines)
+    for name, particles, nfe in sorted({r[4:7] for r in rows if r.method in ("floor", EXACT, TWISTED)}):
+        found = [pick(side, method=name, particles=particles, nfe=nfe) for side in sides]
+        values = [middle(side, error) for side in found for error in ("sw2", "c2st")]
+        lines.append([name, str(particles) if name == TWISTED else "", str(nfe or ""), *map(said, values)])
+    return text + "\n" + table(["method", "particles", "NFE", "sliced W2", "C2ST", "192-D: sliced W2", "C2ST"], lines)
 
 
 def draw(rows: list[Row], options: Options) -> None:
-    pass
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("no matplotlib, no figure; pip install 'scoresde[plot]'")
+        return
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.6), width_ratios=(1, 1, 0.8))
+    few = [r for r in rows if r.D <= 100]
+    own = pick(few, particles=options.samples)
+    marks = "osD^v<>pPXh*d"
+    for ax, error, word in zip(axes, ("sw2", "c2st"), ("sliced W2, over the spread", "C2ST"), strict=False):
+        for k, name in enumerate(METHODS):
+            nfes = sorted({r.nfe for r in pick(own, method=name)})
+            values = [min(middle(pick(own, method=name, nfe=n), error), 10) for n in nfes]
+            ax.semilogx(
+                nfes, values, marks[k] + "-", color=plt.get_cmap("tab20")(k), ms=4, lw=1, label=name.replace("`", "")
+            )
+        ax.axhline(middle(pick(own, method="floor"), error), color="black", linestyle="--", label="floor")
+        ax.set_xlabel("evaluations")
+        ax.set_title(f"{word}, median of {len(pick(own, method='floor'))} cases", fontsize=9)
+    axes[0].set_yscale("log")
+    for nfe in sorted({r.nfe for r in pick(few, method=TWISTED)}):
+        found = pick(few, method=TWISTED, nfe=nfe)
+        numbers = sorted({r.particles for r in found})
+        values = [middle(pick(found, particles=n), "c2st") for n in numbers]
+        axes[2].semilogx(numbers, values, "o-", ms=4, lw=1, label=f"{nfe} evaluations")
+    axes[2].axhline(middle(pick(own, method="floor"), "c2st"), color="black", linestyle="--")
+    axes[2].set_xlabel("particles")
+    axes[2].set_title("C2ST of twisted_smc", fontsize=9)
+    axes[2].legend(fontsize=7)
+    figure.tight_layout(rect=(0, 0, 0.84, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=7)
+    figure.savefig(options.out / "posteriors.svg")
+    plt.close(figure)
 
 
 def parse() -> Options:

@@ -178,6 +178,18 @@ def test_moment_matching_uses_the_covariance_that_the_denoiser_implies() -> None
     torch.testing.assert_close(TMPD(prior, SEEN).x0(x, t), torch.stack(small), rtol=1e-7, atol=1e-8)
 
 
+def test_moment_matching_solves_also_what_is_no_covariance() -> None:
+    """A network that is a little wrong is so by σ²/α times as much in V: neither symmetric nor positive."""
+    W, t, x = rand(4, 4, seed=5), 0.6, rand(5, 4, seed=6)
+    model = ss.Denoiser(lambda x, t: x @ W.mT.to(x), VP, predicts="x0")
+    M, V = A.matrix(), VP.sigma(t) ** 2 / VP.alpha(t) * W.mT
+    S = M @ V @ M.mT + SEEN.std**2 * torch.eye(2, dtype=F64)
+    assert float(torch.linalg.eigvals(S).real.min()) < 0
+    x0 = x @ W.mT
+    truth = x0 + torch.linalg.solve(S, (SEEN.y - x0 @ M.mT).mT).mT @ M @ V.mT
+    torch.testing.assert_close(MMPS(model, SEEN, 2).x0(x, t), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_an_exact_method_samples_the_posterior() -> None:
     prior = gaussian(VP)
     exact = posterior(prior, SEEN)

@@ -177,8 +177,8 @@ class MMPS(_LinearPosterior):
               V = \mathrm{Cov}[x_0 \mid x_t] = \frac{\sigma^2}{\alpha}\frac{\partial D}{\partial x_t}
 
     Each iteration of the Krylov solve costs one backward pass through the network. For a Gaussian prior it is exact. A
-    network's V is neither symmetric nor positive where noise is high, so the solve is one by least residuals: A V Aᵀ u
-    stays within twice y − A D.
+    network's V is neither symmetric nor positive where noise is high, and conjugate gradients may then diverge; the
+    solve is one by least residuals, after which (A V Aᵀ + std²) u is never further from y − A D than 0 is.
 
     Arguments:
         model: The prior's denoiser.

@@ -180,7 +180,7 @@ def test_moment_matching_uses_the_covariance_that_the_denoiser_implies() -> None
 
 def test_moment_matching_solves_also_what_is_no_covariance() -> None:
     """A network that is a little wrong is so by σ²/α times as much in V: neither symmetric nor positive."""
-    W, t, x = rand(4, 4, seed=5), 0.6, rand(5, 4, seed=6)
+    W, t, x = -rand(4, 4, seed=5), 0.6, rand(5, 4, seed=6)
     model = ss.Denoiser(lambda x, t: x @ W.mT.to(x), VP, predicts="x0")
     M, V = A.matrix(), VP.sigma(t) ** 2 / VP.alpha(t) * W.mT
     S = M @ V @ M.mT + SEEN.std**2 * torch.eye(2, dtype=F64)

@@ -7,7 +7,8 @@ A network that costs nothing predicts the data of VP; a run is 100 steps of the 
 called in the best way we know: flat states, float64 times, an interval made with `dt`, drift and diffusion written out
 with all coefficients in Python floats. Rounds are interleaved; ratios of CPU times are taken within a round and
 summarised by their median. Beside them: the same number of legs of the first-order SDE rule in our own loop, with fresh
-noise and on one Brownian path, and one keyed draw against ``torch.randn``.
+noise and on one Brownian path; one keyed draw against ``torch.randn``; and our paths against torchsde's Brownian tree,
+which k-diffusion draws from and which is one path only as long as its interval and its tolerance stay the same.
 
 Measured with --rounds 3 --steps 15 on two busy cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our
 backend 1.9 (euler) and 1.8 (srk), our loop 1.4, on one path 96. State (32, 64): backend 2.3 and 1.9, our loop 3.2, on
@@ -97,6 +98,18 @@ def by_hand(x: Tensor, method: str, steps: int) -> Callable[[], Tensor]:
     return go
 
 
+def tree(x: Tensor) -> Any:
+    """The path that k-diffusion's samplers draw from."""
+    import torchsde
+
+    return torchsde.BrownianTree(t0=0.0, w0=torch.zeros_like(x), t1=1.0, entropy=0, tol=1e-6)
+
+
+def path(shape: tuple[int, ...]) -> ss.BrownianPath:
+    """Ours, as deep as the paths of plans."""
+    return ss.BrownianPath(ss.Noise(0), shape, depth=12)
+
+
 def race(loops: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
     """Median CPU milliseconds of each, and median ratio to the first within rounds."""
     spent: dict[str, list[float]] = {name: [] for name in loops}
@@ -145,6 +158,13 @@ def main(options: Options) -> Path:
         }
         lines += ["", f"state {shape}, 20 draws"]
         lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(draws, options.rounds).items()]
+        legs = [(k / 100, (k + 1) / 100) for k in range(1, 100)]
+        paths = {
+            "torchsde.BrownianTree": lambda legs=legs, x=x: [w(a, b) for w in [tree(x)] for a, b in legs],
+            "BrownianPath": lambda legs=legs, shape=shape: [w.normal(a, b) for w in [path(shape)] for a, b in legs],
+        }
+        lines += ["", f"state {shape}, {len(legs)} legs of one path"]
+        lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(paths, options.rounds).items()]
     text = "\n".join(lines)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from scoresde.sde import SDE
 
 _START, _STEPS = 0, 1  # streams of a seed: the start, as in `solve`, and the path
 _SAFETY, _LEAST, _MOST = 0.9, 0.2, 3.0
+_LATTICE = 2.0**22  # times of steps, to one unit of λ
 _EXPONENT = 1.0  # the error of a step goes as h^1.5, one h of the weight and √h of the noise in D; its share as √h
 
 
@@ -177,7 +178,9 @@ def _solve(
                 f"or give more with `most`."
             )
         lam_s = lam[active]
-        lam_t = (lam_s + h[active]).clamp_max(lam_end)
+        # On a lattice, so that rounding does not decide where on its path, which is rough, a sample's step ends.
+        lam_t = torch.maximum(((lam_s + h[active]) * _LATTICE).round(), (lam_s * _LATTICE).floor() + 1) / _LATTICE
+        lam_t = lam_t.clamp_max(lam_end)
         lam_t = torch.where(lam_end - lam_t < 1e-9 * (1 + abs(lam_end)), lam_end, lam_t)
         t = torch.where(lam_t == lam_end, window[1], sde.t_of_lam(lam_t))
         rows = active.to(x.device)

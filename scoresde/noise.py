@@ -24,6 +24,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _BLOCK = 1 << 14  # counters at a time on a CPU: they stay in a core's cache, and torch in one thread for the integers
+_AHEAD = 1 << 15  # numbers that are drawn ahead
 _DEVICE_BLOCK = 1 << 22  # and on other devices: the working set stays within a few hundred MB
 _Transform = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
@@ -260,6 +261,32 @@ class Noise:
             else:
                 index = torch.arange(self.offset, self.offset + rows, device=device)
         return lo[:, None], hi[:, None], (index & _MASK)[:, None], (index >> 32)[:, None]
+
+
+class Ahead:
+    """A source whose draws are asked for in order: several in one call, where a call costs more than its numbers.
+
+    Arguments:
+        noise: The source.
+        draws: How many draws there are.
+    """
+
+    def __init__(self, noise: Noise, draws: int) -> None:
+        self._noise, self._draws = noise, draws
+        self._first: int | None = None
+        self._chunk: Tensor | None = None
+
+    def like(self, x: Tensor, draw: int) -> Tensor:
+        """:meth:`Noise.like`; not to be changed in place."""
+        check.state("x", x)
+        many = min(self._draws, _AHEAD // max(1, x.numel()))
+        if many < 2:
+            return self._noise.like(x, draw)
+        first = draw - draw % many
+        if self._chunk is None or self._first != first:
+            draws = torch.arange(first, min(first + many, self._draws))
+            self._first, self._chunk = first, self._noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
+        return self._chunk[draw - first]
 
 
 def _numbers(

@@ -4,10 +4,16 @@ A path is W(0) = 0 and its values at the powers :math:`16^k`, a stationary chain
 
 .. math:: w_k = W(16^k)/4^k, \qquad w_{k\pm1} = \tfrac14 (w_k + \sqrt{15}\, z),
 
-anchored at k = 0, and between two of them Lévy's construction: a sum of tents, one normal a level. So time has the same
-relative resolution everywhere, :math:`2^{-32}` of a cell, which clocks like :math:`e^{2\lambda}` need. Each normal is
-keyed by its place in the tree: nothing depends on what was asked before, and nothing grows. A value costs about 35
-keyed normals, which is what a leg on a path costs over one with fresh noise.
+anchored at k = 0. Between two of them each stretch [a, b] is halved in log t, at :math:`g = \sqrt{ab}`, by one normal
+(Lévy's construction: a tent, linear on [a, g] and on [g, b]), and the last stretches, the leaves, end with an arc,
+
+.. math:: W(t) = \frac{(b-t)\,W(a) + (t-a)\,W(b)}{b-a} + \sqrt{\frac{(t-a)(b-t)}{b-a}}\; z.
+
+So W(t) is normal with variance t at every t, increments between times in leaves of their own have the joint law of
+Brownian motion exactly, and time has one relative resolution everywhere, :math:`2^{-depth}` of log 16, as clocks like
+:math:`e^{2\lambda}` need. An arc's normal is that of the next tent: paths of all depths agree at the ends of their
+leaves. Each normal is keyed by its place: nothing depends on what was asked before. A value costs depth + 1 normals and
+the links from the anchor, less what it shares with the value before; about ten states are kept for that, and no more.
 
 References:
     | Scalable Gradients for Stochastic Differential Equations (Li et al., 2020), arXiv:2001.01328
@@ -20,7 +26,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,10 +34,12 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.noise import Noise
 
-_BASE, _DEPTH = 16.0, 32
-_WIDTH = math.sqrt(_BASE - 1)  # of a cell [A, 16 A], in units of √A of the path
+_BASE, _DEEPEST = 16.0, 31
+_ENOUGH = 12  # depth of a plan's paths: leaves of 0.00034 in λ for the clocks exp(±2λ)
 _CELLS = 200  # 16^±200 = 10^±240
-_AT_ONCE = 1 << 16  # numbers drawn in one call
+_AT_ONCE = 1 << 16  # numbers drawn in one call on a CPU
+_DEVICE_AT_ONCE = 1 << 24  # and on other devices, where a call costs more than its numbers
+_KEPT = 6  # levels whose normals the next value is likely to share
 _SPINE = 0  # stream of the chain; those of the cells follow
 
 
@@ -56,6 +64,19 @@ class Span:
         return [float(self.start), float(self.end), self.path, self.lap]
 
 
+class _Place(NamedTuple):
+    """Where times lie: t = sign · 16^cell · 16^u with u in [0, 1); tensors of one shape, sign 0 at 0."""
+
+    sign: Tensor
+    cell: Tensor
+    u: Tensor
+
+    def leaf(self, depth: int) -> Tensor:
+        """A number of its own for each leaf, and 0 at 0."""
+        inside: Tensor = (self.u * 2**depth).long() + ((self.cell + _CELLS) << depth) + 1
+        return inside * self.sign.long()
+
+
 class BrownianPath:
     r"""A Brownian path for each sample and each number of a state, on (−∞, ∞) with W(0) = 0.
 
@@ -64,6 +85,7 @@ class BrownianPath:
         shape: (B, *event).
         dtype: float32 or float64.
         device: Where.
+        depth: Halvings between two powers of 16, from 0 to 31: a leaf is :math:`2^{-depth}` of log 16 wide.
 
     Example:
         >>> import torch
@@ -79,38 +101,42 @@ class BrownianPath:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        depth: int = _DEEPEST,
     ) -> None:
+        if check.integer("depth", depth) > _DEEPEST:
+            raise ValueError(f"`depth` must lie in [0, {_DEEPEST}], got {depth}.")
         self.noise = noise
         self.shape = tuple(check.integer("shape", n) for n in shape)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.depth = dtype, torch.device(device), depth
         self._forks: dict[int, Noise] = {}
-        self._recent: dict[float, Tensor] = {}
+        self._values: dict[float, Tensor] = {}
+        self._ends: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._recent: list[tuple[tuple[int, int], Tensor]] = []
 
     def __call__(self, s: float | Tensor, t: float | Tensor) -> Tensor:
         """W(t) − W(s), of the shape of the state; `s` and `t` are numbers or (B,)."""
-        a, b = (_rounded_all(torch.as_tensor(v, dtype=torch.float64).reshape(-1)) for v in (s, t))
-        return self._scaled(self.normal(s, t), (b - a).abs().sqrt())
+        z = self.normal(s, t)
+        if not isinstance(s, Tensor) and not isinstance(t, Tensor):
+            return z.mul_(math.sqrt(abs(t - s)))
+        return z * check.expand((t - torch.as_tensor(s, dtype=torch.float64)).abs().sqrt().to(z), z)
 
     def normal(self, s: float | Tensor, t: float | Tensor) -> Tensor:
-        """The increment over its standard deviation, (W(t) − W(s))/√|t − s|: exactly standard normal."""
-        if not isinstance(s, Tensor) and not isinstance(t, Tensor):
-            a, b = _rounded(s), _rounded(t)
-            if a == b:
-                raise ValueError(f"`s` = {s!r} and `t` = {t!r} are one time of this path; ask for a longer stretch.")
-            if b < a:
-                return self.normal(t, s).neg_()
-            of_s, of_t = (math.sqrt(abs(c / (b - a))) for c in (a, b))
-            return self.unit(t).mul(of_t).sub_(self.unit(s), alpha=of_s)
-        s, t = (torch.as_tensor(v, dtype=torch.float64).detach().cpu().expand(self.shape[0]) for v in (s, t))
-        return self.between(s, t, self.unit(s), self.unit(t))
+        """The increment over its standard deviation, (W(t) − W(s))/√|t − s|, standard normal."""
+        if isinstance(s, Tensor) or isinstance(t, Tensor):
+            s, t = (torch.as_tensor(v, dtype=torch.float64).detach().cpu().expand(self.shape[0]) for v in (s, t))
+            return self.between(s, t, self.unit(s), self.unit(t))
+        if t < s:
+            return self.normal(t, s).neg_()
+        self._check_apart(*(torch.tensor([v], dtype=torch.float64) for v in (s, t)))
+        of_s, of_t = (math.sqrt(abs(v / (t - s))) for v in (s, t))
+        start = self.unit(s)  # asked first: it is the end of the leg before, which the value at t may push out
+        return self.unit(t).mul(of_t).sub_(start, alpha=of_s)
 
     def between(self, s: Tensor, t: Tensor, unit_s: Tensor, unit_t: Tensor) -> Tensor:
         """:meth:`normal` from values of :meth:`unit` that are already known; times are (B,)."""
-        a, b = _rounded_all(s), _rounded_all(t)
-        if bool((a == b).any()):
-            row = int((a == b).nonzero()[0])
-            raise ValueError(f"`s` and `t` are one time of this path in sample {row}, {float(s[row])!r}.")
-        of_s, of_t = (check.expand((c / (b - a)).abs().sqrt().to(unit_s), unit_s) for c in (a, b))
+        self._check_apart(s, t)
+        length = (t - s).abs()
+        of_s, of_t = (check.expand((v / length).abs().sqrt().to(unit_s), unit_s) for v in (s, t))
         return of_t * unit_t - of_s * unit_s
 
     def unit(self, t: float | Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -122,58 +148,79 @@ class BrownianPath:
         """
         if isinstance(t, Tensor):
             some = range(self.shape[0]) if rows is None else rows
-            return self._by_rows(t.detach().cpu().expand(len(some)), some)
-        if t not in self._recent:  # the next leg starts where this one ends: two values are kept
-            if len(self._recent) == 2:
-                del self._recent[next(iter(self._recent))]
-            self._recent[t] = self._unit(t)
-        return self._recent[t]
+            return self._by_rows(t.detach().cpu().double().expand(len(some)), some)
+        if t not in self._values:  # the next leg starts where this one ends: two values are kept
+            if len(self._values) == 2:
+                del self._values[next(iter(self._values))]
+            self._values[t] = self._unit(t)
+        return self._values[t]
+
+    def _check_apart(self, s: Tensor, t: Tensor) -> None:
+        one = (_placed(s).leaf(self.depth) == _placed(t).leaf(self.depth)).nonzero()
+        if len(one):
+            row = int(one[0])
+            where = f" in sample {row}" if len(s) > 1 else ""
+            raise ValueError(
+                f"`s` = {float(s[row])!r} and `t` = {float(t[row])!r} lie in one leaf of this path{where}; ask for a "
+                f"longer stretch, or make the path deeper than `depth`={self.depth}, of at most {_DEEPEST}."
+            )
+
+    def _unit(self, t: float) -> Tensor:
+        place = _placed(torch.tensor([t], dtype=torch.float64))
+        sign, cell = int(place.sign), int(place.cell)
+        if sign == 0:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        left, right, *heights = torch.cat(_weights(place.u, self.depth))[:, 0].tolist()
+        if self._ends is None or self._ends[0] != (sign, cell):
+            self._ends = ((sign, cell), *self._end_values(sign, cell, None))
+        out: Tensor = (self._ends[1] * left).add_(self._ends[2], alpha=right)
+        for z, height in zip(self._tents(sign, cell, _nodes(place.u, self.depth)), heights, strict=True):
+            out.add_(z, alpha=height)
+        return out
+
+    def _tents(self, sign: int, cell: int, nodes: Tensor) -> Iterator[Tensor]:
+        """Normals of the stretches around a time, level by level: the first are those of the time before."""
+        stream = self._stream(sign, cell)
+        keys = [(stream, node) for node in nodes[:, 0].tolist()]
+        shared = next((i for i, (key, _) in enumerate(self._recent) if key != keys[i]), len(self._recent))
+        del self._recent[shared:]
+        yield from [z for _, z in self._recent]
+        fresh = iter(keys[shared:])
+        for chunk in self._normals(stream, None, nodes[shared:]):
+            for z, key in zip(chunk, fresh, strict=False):  # in this order none of the keys is lost between chunks
+                if len(self._recent) < _KEPT:
+                    self._recent.append((key, z.clone() if len(chunk) > 1 else z))
+                yield z
 
     def _by_rows(self, t: Tensor, some: Sequence[int]) -> Tensor:
         out = torch.zeros((len(some), *self.shape[1:]), dtype=self.dtype, device=self.device)
-        homes = [_home(c) for c in t.tolist()]
-        for sign, cell in sorted({(sign, cell) for sign, cell, _ in homes if sign}):
-            at = [i for i, home in enumerate(homes) if home[:2] == (sign, cell)]
-            out[at] = self._inside(sign, cell, [homes[i][2] for i in at], [some[i] for i in at])
+        place = _placed(t)
+        cells = torch.stack((place.sign.long(), place.cell), 1)
+        for sign, cell in cells[place.sign != 0].unique(dim=0).tolist():
+            at = ((place.sign == sign) & (place.cell == cell)).nonzero()[:, 0]
+            rows = [some[i] for i in at.tolist()]
+            weights = torch.cat(_weights(place.u[at], self.depth)).to(self.device, self.dtype)
+            chunks = self._normals(self._stream(sign, cell), rows, _nodes(place.u[at], self.depth))
+            normals = (z for chunk in chunks for z in chunk)
+            part = torch.zeros_like(out[: len(rows)])
+            for w, z in zip(weights, itertools.chain(self._end_values(sign, cell, rows), normals), strict=True):
+                part.addcmul_(z, w.reshape(-1, *[1] * (z.ndim - 1)))
+            out[at.to(self.device)] = part
         return out
 
-    def _unit(self, t: float) -> Tensor:
-        sign, cell, place = _home(t)
-        if sign == 0:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return self._inside(sign, cell, [place], None)
-
-    def _inside(self, sign: int, cell: int, places: list[int], rows: list[int] | None) -> Tensor:
-        """W/√t of some rows, or of all, at places of a cell: one for all or one for each, in units of 2⁻³²."""
-        place = torch.tensor(places)
-        left, right = self._ends(sign, cell, rows)
-        u = place.double() * 2.0**-_DEPTH
-        size = (1 + (_BASE - 1) * u).rsqrt()
-        level = torch.arange(_DEPTH)[:, None]
-        below = _DEPTH - level
-        node = (1 << level) + (place >> below)
-        part = (place & ((1 << below) - 1)).double() * 2.0 ** -below.double()
-        tent = 1 - (2 * part - 1).abs()
-        height = _WIDTH / 2 * 2.0 ** (-level.double() / 2) * tent * size
-        deepest = int((tent > 0).any(1).sum())  # a dyadic place has nothing below it
-        out = self._scaled(left, (1 - u) * size) + self._scaled(right, 4 * u * size)
-        height = height[:deepest].to(self.device, self.dtype)
-        for z in self._normals(2 * (cell + _CELLS) + (sign > 0) + 1, rows, node[:deepest]):
-            for level_z, w in zip(z, height[: len(z)], strict=True):
-                out.addcmul_(level_z, w.reshape(-1, *[1] * (out.ndim - 1)))
-            height = height[len(z) :]
-        return out
-
-    def _ends(self, sign: int, cell: int, rows: list[int] | None) -> tuple[Tensor, Tensor]:
+    def _end_values(self, sign: int, cell: int, rows: list[int] | None) -> tuple[Tensor, Tensor]:
         """w at both ends of a cell, from the anchor outwards."""
         outer = cell + 1 if cell >= 0 else cell
         anchor = _CELLS if sign > 0 else 4 * _CELLS
         draws = torch.arange(abs(outer) + 1)[:, None]
-        links = itertools.chain.from_iterable(self._normals(_SPINE, rows, anchor + (draws if outer > 0 else -draws)))
+        links = (z for chunk in self._normals(_SPINE, rows, anchor + (draws if outer > 0 else -draws)) for z in chunk)
         inner = here = next(links)
         for z in links:
-            inner, here = here, (here + _WIDTH * z) / 4
+            inner, here = here, (here + math.sqrt(_BASE - 1) * z) / 4
         return (inner, here) if cell >= 0 else (here, inner)
+
+    def _stream(self, sign: int, cell: int) -> int:
+        return 2 * (cell + _CELLS) + (sign > 0) + 1
 
     def _normals(self, stream: int, rows: list[int] | None, draws: Tensor) -> Iterator[Tensor]:
         """Normals of a stream for draws (L, 1) or (L, B), in chunks (l, B, *event) of as many as are worth one call."""
@@ -181,21 +228,20 @@ class BrownianPath:
             self._forks[stream] = self.noise.fork(stream)
         noise = self._forks[stream] if rows is None else self._forks[stream][rows]
         shape = (self.shape[0] if rows is None else len(rows), *self.shape[1:])
-        at_once = max(1, _AT_ONCE // max(1, math.prod(shape)))
+        numbers = _AT_ONCE if self.device.type == "cpu" else _DEVICE_AT_ONCE
+        at_once = max(1, numbers // max(1, math.prod(shape)))
         like: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
         for d in draws.split(at_once) if len(draws) else ():
-            yield (
-                noise.normals(shape, d, **like)
-                if at_once > 1
-                else noise.normal(shape, d[0].expand(shape[0]), **like)[None]
-            )
-
-    def _scaled(self, x: Tensor, w: Tensor) -> Tensor:
-        return x * float(w) if len(w) == 1 else x * check.expand(w.to(self.device, self.dtype), x)
+            if at_once > 1:
+                yield noise.normals(shape, d, **like)
+            else:
+                yield noise.normal(shape, int(d) if d.numel() == 1 else d[0], **like)[None]
 
 
 class PathNoise:
     """The normals of a plan as increments of paths; draws without a span are fresh.
+
+    The paths are as deep as the times of the plan that are closest together need, and at least 12.
 
     Arguments:
         noise: Whose seed and rows.
@@ -221,29 +267,47 @@ class PathNoise:
         if key not in self._paths:
             name = hashlib.sha256(f"{span.path}, lap {span.lap}".encode()).digest()
             stream = self._noise.fork(int.from_bytes(name[:8], "little"))
-            self._paths[key] = BrownianPath(stream, x.shape, dtype=x.dtype, device=x.device)
+            ends = [t for s in self._spans if s and (s.path, s.lap) == key for t in (s.start, s.end)]
+            times = [torch.as_tensor(t, dtype=torch.float64).detach().cpu() for t in ends]
+            depth = depth_for(torch.stack(torch.broadcast_tensors(*times)))
+            self._paths[key] = BrownianPath(stream, x.shape, dtype=x.dtype, device=x.device, depth=depth)
         return self._paths[key].normal(span.start, span.end)
 
 
-def _home(t: float) -> tuple[int, int, int]:
-    """Sign, cell and place of a time: |t| = 16^cell (1 + 15 place / 2³²), to rounding."""
-    if t == 0:
-        return 0, 0, 0
-    size = abs(t)
-    cell = (math.frexp(size)[1] - 1) // 4
-    if not abs(cell) < _CELLS:
-        raise ValueError(f"`t` must be 0 or of a size between 1e-240 and 1e240, got {t!r}.")
-    place = round((size / _BASE**cell - 1) / (_BASE - 1) * 2**_DEPTH)
-    if place == 1 << _DEPTH:
-        cell, place = cell + 1, 0
-    return (1 if t > 0 else -1), cell, place
+def depth_for(times: Tensor) -> int:
+    """The depth, of at least 12, at which times (R,) or (R, B) that differ lie in leaves of their own."""
+    place = _placed(times.reshape(len(times), -1))
+    gap = (place.cell + place.u).sort(0).values.diff(dim=0)
+    apart = gap[gap > 2.0**-_DEEPEST]
+    return int(apart.min().log2().neg().ceil().clamp(_ENOUGH, _DEEPEST)) if len(apart) else _ENOUGH
 
 
-def _rounded(t: float) -> float:
-    """The time that stands for `t` in a path: off by at most 2⁻³³ of its cell."""
-    sign, cell, place = _home(t)
-    return sign * _BASE**cell * (1 + (_BASE - 1) * place * 2.0**-_DEPTH)
+def _placed(t: Tensor) -> _Place:
+    size = t.abs()
+    if not bool(((size == 0) | (size > 1e-240) & (size < 1e240)).all()):
+        worst = t[~((size == 0) | (size > 1e-240) & (size < 1e240))][0]
+        raise ValueError(f"`t` must be 0 or of a size between 1e-240 and 1e240, got {float(worst)!r}.")
+    cell = (torch.frexp(size).exponent.long() - 1).div(4, rounding_mode="floor")
+    cell = torch.where(size == 0, 0, cell)
+    u = torch.where(size == 0, 0.0, (size / _BASE ** cell.double()).log2() / 4)
+    return _Place(t.sign(), cell, u.clamp_max(1 - 2.0**-53))
 
 
-def _rounded_all(t: Tensor) -> Tensor:
-    return torch.tensor([_rounded(c) for c in t.tolist()], dtype=torch.float64)
+def _nodes(u: Tensor, depth: int) -> Tensor:
+    """The stretches around each place, one a level, (depth + 1, n)."""
+    level = torch.arange(depth + 1)[:, None]
+    return (1 << level) + (u * 2.0 ** level.double()).long()
+
+
+def _weights(u: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of w at both ends of a time's cell in W(t)/√t, (1, n) each, and of its stretches' normals, (depth + 1, n)."""
+    scale = 2.0 ** torch.arange(depth + 1, dtype=torch.float64)[:, None]
+    i = (u * scale).floor()
+    t = _BASE**u
+    a, g, b = (_BASE ** ((i + part) / scale) for part in (0.0, 0.5, 1.0))
+    below, above = (t - a).clamp_min_(0), (b - t).clamp_min_(0)
+    # The middle of [a, b] has the standard deviation √((g − a)(b − g)/(b − a)), and its tent is linear on either side.
+    heights = ((g - a) * (b - g) / (b - a)).sqrt() * torch.minimum(below / (g - a), above / (b - g))
+    heights[-1] = (below * above / (b - a))[-1].sqrt()
+    size = t.rsqrt()
+    return above[:1] / (_BASE - 1) * size, 4 * below[:1] / (_BASE - 1) * size, heights * size

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.noise import Noise
+from scoresde.noise import Ahead, Noise
 from scoresde.paths import PathNoise, Span
 
 Weight = float | Tensor
@@ -229,7 +229,6 @@ class Plan:
         ]
         spans = tuple(span and Span(*span) for span in table.get("spans", ()))
         return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
-        return cls(tuple(rows), table["name"], table["order"], table["sde"], meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
         """Write the table to a small JSON file."""
@@ -393,7 +392,9 @@ def _loop(
 ) -> Generator[Step, None, Tensor]:
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
-    source = PathNoise(noise, plan.spans) if plan.stochastic and noise is not None and noise.path else noise
+    source: Ahead | PathNoise | None = None
+    if plan.stochastic and noise is not None:
+        source = PathNoise(noise, plan.spans) if noise.path else Ahead(noise, plan.draws)
     kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
     nfe, shape = 0, x.shape
@@ -472,7 +473,7 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
     return tuple(lines)
 
 
-def _add_numbers(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_numbers(line: _Line, kept: list[Any], noise: Ahead | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
     terms = line.terms
     out: Any = None
@@ -488,13 +489,13 @@ def _add_numbers(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, 
         out.add_(kept[k], alpha=w)
     for k, w in line.draws:
         z = noise.like(like, k)  # type: ignore[union-attr]
-        out = z.mul_(w) if out is None else out.add_(z, alpha=w)
+        out = z * w if out is None else out.add_(z, alpha=w)
     if line.one:
         out.add_(line.one)
     return out  # type: ignore[no-any-return]
 
 
-def _add_tensors(line: _Line, kept: list[Any], noise: Noise | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_tensors(line: _Line, kept: list[Any], noise: Ahead | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
     """The same where a weight is a tensor: a number a sample, or one that requires grad."""
     out: Any = None
     for k, w in line.terms:

@@ -71,12 +71,27 @@ class Tape:
         self._draws = 0
         self._laps = 0
         self._legs: dict[int, _Leg] = {}
+        self._given: dict[int, Span] = {}
         self._drawn: dict[int, int] = {}
 
-    def draw(self) -> int:
-        """The number of a fresh normal."""
+    def draw(self, span: Span | None = None) -> int:
+        """The number of a fresh normal; `span` says which stretch of a Brownian path it may stand for."""
+        if span is not None:
+            self._given[self._draws] = replace(span, lap=self._laps)
         self._draws += 1
         return self._draws - 1
+
+    @property
+    def draws(self) -> int:
+        """How many normals there are."""
+        return self._draws
+
+    def along(self, s: Weight, t: Weight, kappa: float) -> Span:
+        """The stretch from time s to t in the clock exp(2κλ): η² for legs of data, −1 for legs of noise."""
+        start, end = (
+            (2 * kappa * self.sde.lam(torch.as_tensor(v, dtype=torch.float64))).exp().detach() for v in (s, t)
+        )
+        return Span(start if start.ndim else float(start), end if end.ndim else float(end), _clock(kappa))
 
     def move(
         self,
@@ -157,16 +172,17 @@ class Tape:
             elif prediction in (DATA, NOISE) and not isinstance(eta, Tensor):
                 self._legs[draw] = _Leg(source, row, eta**2 if prediction is DATA else -1.0, self._laps)
 
-    def _spans(self, points: Point) -> tuple[Span | None, ...]:
+    def spans(self, points: Point | None = None) -> tuple[Span | None, ...]:
         """The legs of the draws, in the clocks of their paths."""
-        if not self._legs:
+        if not self._legs and not self._given:
             return ()
+        points = self._points() if points is None else points
         plain = points.t.ndim == 1 and not any(isinstance(row.t, Tensor) for row in self._rows)
-        spans: list[Span | None] = [None] * self._draws
+        spans = [self._given.get(k) for k in range(self._draws)]
         for k, leg in self._legs.items():
             ends = (2 * leg.kappa * points.lam[[leg.source, leg.row]]).exp().detach()
             a, b = ends.tolist() if plain else ends
-            spans[k] = Span(a, b, f"exp({2 * leg.kappa!r} lam)", leg.lap)
+            spans[k] = Span(a, b, _clock(leg.kappa), leg.lap)
         return tuple(spans)
 
     def _apart(self, nodes: Sequence[int]) -> list[int]:
@@ -177,10 +193,20 @@ class Tape:
         return kept
 
     def diffuse(
-        self, source: int, t: Weight, *, evaluates: bool = True, node: int | None = None, factor: float = 1.0
+        self,
+        source: int,
+        t: Weight,
+        *,
+        evaluates: bool = True,
+        node: int | None = None,
+        factor: float = 1.0,
+        span: Span | None = None,
     ) -> int:
-        """Go up to time t by the forward process, with fresh noise, `factor` times as much as belongs there."""
-        self._laps += 1
+        """Go up to time t by the forward process, with fresh noise, `factor` times as much as belongs there.
+
+        With a `span` it is the noise of that stretch, and what was solved below it does not count as solved before.
+        """
+        self._laps += span is None
         s = self._rows[source].t
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         scale: Weight
@@ -191,7 +217,7 @@ class Tape:
         return self.append(
             t,
             x=[(source, scale)],
-            z=[(self.draw(), factor * std)],
+            z=[(self.draw(span), factor * std)],
             evaluates=evaluates,
             node=node,
             note="forward noise",
@@ -221,19 +247,22 @@ class Tape:
         """Time of a row."""
         return self._rows[row].t
 
-    def paste(self, source: int, rows: Sequence[Row], *, evaluates: bool, node: int) -> int:
+    def paste(
+        self, source: int, rows: Sequence[Row], spans: Sequence[Span | None], *, evaluates: bool, node: int
+    ) -> int:
         """Lay rows that are complete, and count from a start that is `source`; the last settles `node`."""
         first = len(self._rows) - 1
+        draws = [self.draw(span) for span in spans]
         for row in rows:
             x, d = (tuple((first + k if k else source, w) for k, w in terms) for terms in (row.x, row.d))
-            self._rows.append(replace(row, x=x, d=d, node=None))
+            self._rows.append(replace(row, x=x, d=d, z=tuple((draws[k], w) for k, w in row.z), node=None))
         self._rows[-1] = replace(self._rows[-1], evaluates=evaluates, node=node)
         return len(self._rows) - 1
 
     def plan(self, name: str = "", order: int | None = None) -> Plan:
         """Compute all weights and return the table, folded."""
         points = self._points()
-        return Plan(tuple(self.rows(points)), name, order, repr(self.sde), self._spans(points)).folded()
+        return Plan(tuple(self.rows(points)), name, order, repr(self.sde), self.spans(points)).folded()
 
     def rows(self, points: Point | None = None) -> list[Row]:
         """The rows as they were laid, with their weights."""
@@ -318,6 +347,10 @@ class Tape:
         kept = tuple((k, w) for k, w in x.items() if bool((w.detach() != 0).any() if isinstance(w, Tensor) else w))
         constant_term = one if move.prediction.offset is not None else 0.0
         return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
+
+
+def _clock(kappa: float) -> str:
+    return f"exp({2 * kappa!r} lam)"
 
 
 def _close(a: Weight, b: Weight) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import scoresde.noise
-from scoresde.noise import Noise, philox
+from scoresde.noise import Ahead, Noise, philox
 
 F64 = torch.float64
 MASK = 2**32 - 1
@@ -538,3 +538,13 @@ def test_gpu_and_cpu_agree() -> None:
             z32 = noise.normal(shape, 5, device="cuda")
             assert float((z32.cpu() - noise.normal(shape, 5)).abs().max()) < 5e-6
             assert torch.equal(noise[[0]].normal((1, *shape[1:]), 5, device="cuda"), z32[:1])
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (64, 32), (4, 100, 100)], ids=str)
+def test_draws_ahead_are_the_same_numbers(shape: tuple[int, ...]) -> None:
+    noise, x = Noise(3, offset=2), torch.zeros(shape)
+    ahead = Ahead(noise, 37)
+    for draw in (0, 1, 2, 20, 36, 36, 3):
+        assert torch.equal(ahead.like(x, draw), noise.like(x, draw))
+    with pytest.raises(TypeError, match="`x`"):
+        ahead.like([0.0], 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde.noise import Noise
-from scoresde.paths import BrownianPath, PathNoise, Span
+from scoresde.paths import BrownianPath, PathNoise, Span, _nodes, _placed, _weights, depth_for
 from scoresde.plan import run
-from scoresde.quadrature import DATA, NOISE, Prediction
+from scoresde.quadrature import DATA, NOISE
+from scoresde.solvers.ancestral import Ancestral
+from scoresde.solvers.base import Solver
 from scoresde.solvers.multistep import Multistep
 from scoresde.tape import Tape
 
@@ -94,7 +97,7 @@ def test_float32_is_float64_rounded() -> None:
 
 
 def test_a_stretch_of_no_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="one time of this path"):
+    with pytest.raises(ValueError, match="in one leaf of this path"):
         path(2).normal(1.0, 1.0 + 1e-12)
     with pytest.raises(ValueError, match="sample 1"):
         path(2).normal(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0]))
@@ -125,33 +128,36 @@ def test_a_leg_of_data_prediction_is_the_increment_in_its_clock() -> None:
         assert row.z[0][1] == pytest.approx(std, rel=1e-12)
 
 
-@pytest.mark.parametrize("prediction", [DATA, NOISE], ids=str)
-def test_on_one_point_the_end_does_not_depend_on_the_number_of_steps(prediction: Prediction) -> None:
-    point = ss.GaussianMixture(ss.VP(), [[0.7, -0.2]], std=0.0)
-    noise, ends = Noise(3, path=True), []
+EXACT = {  # rules that are exact where D is constant: only the noise of their legs could differ
+    "data": Multistep(1, eta=1.0),
+    "data, eta=0.4": Multistep(1, eta=0.4),
+    "DDPM": ss.DDPM(),
+    "EulerAncestral": ss.EulerAncestral(),
+    "Ancestral": Ancestral(ss.DDIM()),
+    "ERSDE": ss.ERSDE(1),
+}
+
+
+@pytest.mark.parametrize("rule", EXACT.values(), ids=EXACT)
+def test_where_the_data_is_one_point_the_end_does_not_depend_on_the_number_of_steps(rule: Solver) -> None:
+    sde, ends = ss.VP(), []
     for n in (1, 2, 7, 50):
-        times = ss.karras(point.sde, n, t_end=0.05)
-        # D is constant; a first-order rule is exact for the data prediction, and only the noise is left to differ.
-        plan = Multistep(1, prediction=prediction, eta=1.0).plan(point.sde, times)
-        only_noise = run(plan, lambda x, t: torch.zeros_like(x), torch.zeros(4, 2, dtype=F64), noise)
-        ends.append(only_noise)
-    if prediction is not NOISE:
-        for end in ends[1:]:
-            assert (end - ends[0]).abs().max() < 1e-4 * point.sde.sigma(0.05), "the clock's own rounding"
-    else:
-        # With K = 0 a leg of noise prediction is x_t = (α_t/α_s) x_s + noise: take the weights of z alone.
-        for n in (2, 7):
-            plan = Multistep(1, prediction=NOISE, eta=1.0).plan(point.sde, ss.karras(point.sde, n, t_end=0.05))
-            source = PathNoise(noise, plan.spans)
-            x = torch.zeros(4, 2, dtype=F64)
-            total = sum(
-                row.z[0][1] / point.sde.alpha(row.t) * source.like(x, row.z[0][0]) for row in plan.rows[1:] if row.z
-            )
-            assert isinstance(total, Tensor)
-            first = Multistep(1, prediction=NOISE, eta=1.0).plan(point.sde, [1.0, 0.05])
-            weight = first.rows[1].z[0][1] / point.sde.alpha(0.05)
-            one = weight * PathNoise(noise, first.spans).like(x, 0)
-            assert (total - one).abs().max() < 1e-4 * one.abs().max()
+        plan = rule.plan(sde, ss.karras(sde, n, t_end=0.05))
+        ends.append(run(plan, lambda x, t: torch.zeros_like(x), torch.ones(4, 2, dtype=F64), Noise(3, path=True)))
+    assert ends[0].std() > 0.1 * sde.sigma(0.05)
+    for end in ends[1:]:
+        assert (end - ends[0]).abs().max() < 1e-12
+
+
+def test_where_the_noise_is_0_the_end_does_not_depend_on_the_number_of_steps() -> None:
+    sde, ends = ss.VP(), []
+    for n in (1, 2, 7, 50):
+        plan = Multistep(1, NOISE, eta=1.0).plan(sde, ss.karras(sde, n, t_end=0.05))
+        ends.append(
+            run(plan, lambda x, t: x / sde.alpha(t), torch.ones(4, 2, dtype=F64), Noise(3, path=True))  # ε = 0
+        )
+    for end in ends[1:]:
+        assert (end - ends[0]).abs().max() < 1e-11 * ends[0].abs().max()
 
 
 def test_normals_of_stages_are_parts_of_the_leg() -> None:
@@ -205,18 +211,98 @@ def test_sampling_on_a_path() -> None:
         run(by_hand, MIX.x0, torch.zeros(1, 2), seed)
 
 
+ADDITIVE = [
+    *(Multistep(order, prediction, eta=1.0) for order in (1, 2) for prediction in (DATA, NOISE)),
+    *(rule(clock=clock) for rule in (ss.EulerMaruyama, ss.StochasticHeun) for clock in ("t", "lam")),
+    ss.ReverseDiffusion(),
+    ss.DDPM(),
+    ss.EulerAncestral(0.7),
+    ss.DPM2Ancestral(),
+    *(ss.ERSDE(order) for order in (1, 2, 3)),
+    ss.SASolver(),
+]
+
+
 # Theory: with additive noise and Brownian increments alone, strong order 1, whatever is interpolated.
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("prediction", [DATA, NOISE], ids=str)
-def test_strong_order_on_one_path(order: int, prediction: Prediction) -> None:
+@pytest.mark.parametrize("rule", ADDITIVE, ids=lambda rule: rule.name)
+def test_strong_order_on_one_path(rule: Solver) -> None:
     noise, sde = Noise(1, path=True), MIX.sde
     x = noise.normal((128, 2), 0, dtype=F64)
 
     def end(legs: int) -> Tensor:
         lam = torch.linspace(-3, 2, legs + 1, dtype=F64)
-        return run(Multistep(order, prediction, eta=1.0).plan(sde, sde.t_of_lam(lam)), MIX.x0, x, noise)
+        return run(rule.plan(sde, sde.t_of_lam(lam)), MIX.x0, x, noise)
 
     legs, fine = [8, 16, 32, 64], end(384)
     errors = [(end(n) - fine).square().sum(1).mean().sqrt().log2() for n in legs]
     slope = float(errors[0] - errors[-1]) / 3
     assert abs(slope - 1) < 0.2, (slope, errors)
+
+
+def test_rules_of_one_sde_end_on_one_path() -> None:
+    noise, sde = Noise(1, path=True), MIX.sde
+    x = noise.normal((64, 2), 0, dtype=F64)
+    times = sde.t_of_lam(torch.linspace(-3, 2, 257, dtype=F64))
+    ends = [run(rule.plan(sde, times), MIX.x0, x, noise) for rule in (Multistep(2, eta=1.0), ss.DDPM())]
+    assert (ends[0] - ends[1]).square().mean().sqrt() < 0.02
+
+
+# Trees of normals.
+
+
+def covariance(times: list[float], depth: int) -> Tensor:
+    """Of W(t)/√t at times in [1, 16), from the weights of all normals that they read."""
+    t = torch.tensor(times, dtype=F64)
+    place = _placed(t)
+    left, right, heights = _weights(place.u, depth)
+    tents = torch.zeros(len(t), 2 ** (depth + 1), dtype=F64)
+    for level, nodes in enumerate(_nodes(place.u, depth)):
+        tents[torch.arange(len(t)), nodes] += heights[level]
+    ends = torch.cat((left, right)).T
+    return ends @ torch.tensor([[1, 0.25], [0.25, 1]], dtype=F64) @ ends.T + tents @ tents.T
+
+
+@given(times=st.lists(st.floats(1, 15.99), min_size=2, max_size=6), depth=st.integers(0, 9))
+def test_times_in_leaves_of_their_own_have_the_law_of_brownian_motion(times: list[float], depth: int) -> None:
+    leaves = _placed(torch.tensor(times, dtype=F64)).leaf(depth).tolist()
+    apart = [t for i, t in enumerate(times) if leaves[i] not in leaves[:i]]
+    t = torch.tensor(apart, dtype=F64)
+    exact = torch.minimum(t[:, None], t) / (t[:, None] * t).sqrt()
+    assert (covariance(apart, depth) - exact).abs().max() < 1e-9
+
+
+def test_paths_of_all_depths_agree_at_the_ends_of_their_leaves() -> None:
+    deep, flat = (BrownianPath(Noise(0), (3, 2), dtype=F64, depth=depth) for depth in (31, 4))
+    for k in range(-20, 40):
+        t = 16.0 ** (k / 2**4)
+        assert torch.allclose(flat.unit(t), deep.unit(t), rtol=0, atol=1e-6), "deep down a tent is √ of a rounding high"
+    assert not torch.allclose(flat.unit(1.1), deep.unit(1.1))
+    with pytest.raises(ValueError, match="deeper than `depth`=4"):
+        flat(1.0, 1.1)
+    with pytest.raises(ValueError, match=r"`depth` must lie in \[0, 31\], got 32"):
+        BrownianPath(Noise(0), (1,), depth=32)
+
+
+def test_a_leg_on_a_path_costs_a_dozen_normals(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(self: Noise, shape: Any, draws: Tensor, **how: Any) -> Tensor:
+        drawn.append(len(draws))
+        return normals(self, shape, draws, **how)
+
+    normals = Noise.normals
+    monkeypatch.setattr(Noise, "normals", counted)
+    sde = ss.VP()
+    for legs, most in ((20, 18), (100, 12), (1000, 9)):
+        drawn.clear()
+        plan = Multistep(1, eta=1.0).plan(sde, ss.uniform_lam(sde, legs, t_end=1e-3))
+        run(plan, lambda x, t: x, torch.zeros(1, 2), Noise(0, path=True))
+        assert sum(drawn) < most * legs, (legs, sum(drawn) / legs)
+
+
+def test_plans_of_close_times_get_deeper_paths() -> None:
+    assert depth_for(torch.tensor([1.0, 2.0, 3.0], dtype=F64)) == 12
+    close = torch.tensor([1.0, 2.0, 2.0 * (1 + 1e-5), 2.0 * (1 + 1e-5)], dtype=F64)
+    assert 17 <= depth_for(close) <= 19
+    leaves = _placed(close).leaf(depth_for(close)).tolist()
+    assert len(set(leaves)) == 3

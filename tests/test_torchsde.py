@@ -147,7 +147,7 @@ def test_the_global_generator_is_left_alone() -> None:
 def test_on_a_path_runs_approach_each_other_at_order_one(method: str, variable: str) -> None:
     def go(steps: int) -> Tensor:
         seed = ss.Noise(2, path=True)
-        x = seed.fork(9).normal((48, 2), 0, dtype=F64)
+        x = seed.fork(9).normal((480, 2), 0, dtype=F64)
         options: dict[str, Any] = {"variable": variable, "t_start": 0.8, "t_end": 0.3, "denoise": False}
         return torchsde_sample(GAUSSIAN, x, method, steps=steps, seed=seed, **options)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser, _Form
 from scoresde.noise import Noise
-from scoresde.paths import BrownianPath
+from scoresde.paths import BrownianPath, depth_for
 from scoresde.sampling import _device_of
 from scoresde.sde import SDE
 
@@ -241,7 +241,11 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
     if noise.path and method == "srk":
         raise ValueError("`method`='srk' needs the time integral of its noise, which a path has not; take 'euler'.")
     each = 2 if method == "srk" else 1  # normals a step: W, and what U has besides
-    path = BrownianPath(noise, y.shape, dtype=y.dtype, device=y.device)
+    how: dict[str, Any] = {"dtype": y.dtype, "device": y.device}
+    if noise.path and not adaptive:
+        times = [problem.clock(float(k)) for k in range(problem.steps + 1)]
+        how["depth"] = depth_for(torch.tensor(times, dtype=torch.float64))
+    path = BrownianPath(noise, y.shape, **how)
 
     class Increments(torchsde.BaseBrownian):  # type: ignore[misc]
         """Keyed increments: one draw a unit of s, or, where stretches are of any length, a keyed path."""

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import grids
+from scoresde.paths import Span
 from scoresde.plan import Plan, Weight
 from scoresde.sde import SDE
 from scoresde.solvers.base import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg, said
@@ -80,13 +81,17 @@ class Posterior(Solver):
         """Order of convergence, and of the law."""
         return 1
 
+    @property
+    def _forgets(self) -> bool:
+        return not callable(self.eta) and self.score_square is None
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s, eta = tape.time(now), eta_at(self.eta, t)
         if ends_clean(tape.sde, t) or (self.variance == "small" and not isinstance(eta, Tensor) and eta == 0):
             new = tape.move(now, t, history[:1], evaluates=asks, node=node)
             return new, [new]
         keep, gain, std = on_leg(s, t, lambda a, b: self._weights(tape.sde, a, b, eta, node))
-        z = [(tape.draw(), self.s_noise * std)]
+        z = [(tape.draw(_stretch(tape, s, t, eta)), self.s_noise * std)]
         new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
         return new, [new]
 
@@ -153,6 +158,10 @@ class Ancestral(Solver):
             return replace(self.rule.plan(sde, times, up=up), name=self.name)
         return super().plan(sde, times, up=up)
 
+    @property
+    def _forgets(self) -> bool:
+        return not callable(self.eta) and self.rule._forgets
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         eta, sde = eta_at(self.eta, t), tape.sde
         if ends_clean(sde, t) or (not isinstance(eta, Tensor) and eta == 0):
@@ -165,7 +174,8 @@ class Ancestral(Solver):
 
         (down,) = on_leg(tape.time(now), t, turn)
         below, history = self.rule._leg(tape, now, history, down, False, node)
-        new = tape.diffuse(below, t, evaluates=asks, node=node, factor=self.s_noise)
+        span = _stretch(tape, tape.time(now), t, eta)
+        new = tape.diffuse(below, t, evaluates=asks, node=node, factor=self.s_noise, span=span)
         return new, self.rule._after_noise(tape, new, history) if asks else history
 
 
@@ -302,6 +312,10 @@ class Consistency(Solver):
         """None: it is exact for a model that maps states to the ends of their trajectories, and with D never is."""
         return 0
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         alpha, sigma = on_leg(t, t, lambda _, b: (tape.sde.alpha(b), tape.sde.sigma(b)))
         z = [] if ends_clean(tape.sde, t) else [(tape.draw(), sigma)]
@@ -349,6 +363,10 @@ class TwoStage(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 2
 
+    @property
+    def _forgets(self) -> bool:
+        return not callable(self.eta)
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s, eta, sde = tape.time(now), eta_at(self.eta, t), tape.sde
         if not finite_leg(sde, s, t):
@@ -356,7 +374,8 @@ class TwoStage(Solver):
         mid = between(sde, s, t, self.r)
         first, second = (on_leg(s, end, lambda a, b: posterior_step(sde, a, b, eta)) for end in (mid, t))
         share = on_leg(s, t, lambda a, b: (_share(sde, a, b, self.r),))[0] if self.one_path else 0.0
-        draws = [tape.draw(), tape.draw()] if isinstance(eta, Tensor) or eta > 0 else []
+        ends = ((s, mid), (mid, t)) if isinstance(eta, Tensor) or eta > 0 else ()
+        draws = [tape.draw(tape.along(*leg, -0.5) if self.one_path else None) for leg in ends]
         z = [(k, self.s_noise * first[2]) for k in draws[:1]]
         stage = tape.append(mid, x=[(now, first[0])], d=[(history[0], first[1])], z=z, note="stage")
         parts = zip(draws, (share**0.5, (1 - share) ** 0.5), strict=False)
@@ -365,6 +384,11 @@ class TwoStage(Solver):
         d = [(history[0], second[1] - later), (stage, later)]
         new = tape.append(t, x=[(now, second[0])], d=d, z=z, evaluates=asks, node=node)
         return new, [new]
+
+
+def _stretch(tape: Tape, s: Weight, t: Weight, eta: Weight) -> Span | None:
+    """What the noise of a leg is the increment of: as in the reverse SDE with this η, and exactly so with η = 1."""
+    return None if isinstance(eta, Tensor) else tape.along(s, t, eta**2)
 
 
 def _share(sde: SDE, s: Tensor, t: Tensor, r: float) -> Tensor:

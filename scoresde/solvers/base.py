@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.paths import Span
 from scoresde.plan import Plan, Row, Weight
 from scoresde.sde import SDE
 from scoresde.tape import Tape
@@ -70,7 +71,7 @@ class Solver:
             last = i == len(legs) - 1
             asks = not last and legs[i + 1]
             if i in ready:
-                now = tape.paste(now, ready[i], evaluates=asks, node=i + 1)
+                now = tape.paste(now, *ready[i], evaluates=asks, node=i + 1)
                 history = [now]
             elif legs[i]:
                 now, history = self._leg(tape, now, history, t, asks, i + 1)
@@ -97,11 +98,13 @@ class Solver:
 
     @property
     def _forgets(self) -> bool:
-        """Whether each leg is laid without noise and by itself, so that all can be laid at once."""
+        """Whether each leg is laid by itself, and in one way, so that all can be laid at once."""
         return False
 
-    def _side_by_side(self, sde: SDE, grid: list[Any], legs: list[bool]) -> dict[int, list[Row]]:
-        """The rows of all legs between finite λ, by number of the leg: one leg is laid, with a leg for each sample."""
+    def _side_by_side(
+        self, sde: SDE, grid: list[Any], legs: list[bool]
+    ) -> dict[int, tuple[list[Row], list[Span | None]]]:
+        """The rows, and spans of their draws, of legs between finite λ: one is laid, as if each were a sample."""
         t = torch.tensor(grid, dtype=torch.float64)
         finite = sde.lam(t).isfinite().tolist()
         which = [i for i, solved in enumerate(legs) if solved and finite[i] and finite[i + 1]]
@@ -109,8 +112,12 @@ class Solver:
             return {}
         tape = Tape(sde, t[which])
         self._leg(tape, 0, [0], t[[i + 1 for i in which]], True, 1)
-        columns = [_columns(row, len(which)) for row in tape.rows()[1:]]
-        return {i: list(rows) for i, rows in zip(which, zip(*columns, strict=True), strict=True)}
+        columns = zip(*(_columns(row, len(which)) for row in tape.rows()[1:]), strict=True)
+        spans = tape.spans() or (None,) * tape.draws
+        return {
+            i: (list(rows), [_at(span, k) for span in spans])
+            for k, (i, rows) in enumerate(zip(which, columns, strict=True))
+        }
 
     def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
         """What is remembered across fresh noise: nothing, unless a rule knows better."""
@@ -152,17 +159,23 @@ def _columns(row: Row, n: int) -> list[Row]:
         return w.tolist() if isinstance(w, Tensor) and w.ndim else [float(w)] * n
 
     t, one = numbers(row.t), numbers(row.one)
-    x, d = ([(k, numbers(w)) for k, w in terms] for terms in (row.x, row.d))
+    x, d, z = ([(k, numbers(w)) for k, w in terms] for terms in (row.x, row.d, row.z))
     return [
         replace(
             row,
             t=t[i],
             x=tuple((k, w[i]) for k, w in x if w[i]),
             d=tuple((k, w[i]) for k, w in d),
+            z=tuple((k, w[i]) for k, w in z),
             one=one[i],
         )
         for i in range(n)
     ]
+
+
+def _at(span: Span | None, i: int) -> Span | None:
+    """The span of one leg of many."""
+    return span and replace(span, start=float(span.start[i]), end=float(span.end[i]))
 
 
 def check_eta(name: str, eta: Eta) -> Eta:

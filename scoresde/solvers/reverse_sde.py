@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.paths import Span
 from scoresde.plan import Weight
 from scoresde.quadrature import legendre
 from scoresde.sde import SDE
@@ -55,13 +56,19 @@ class ReverseSDE(Solver):
         """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 2 if self.heun else 1
 
+    @property
+    def _forgets(self) -> bool:
+        return not callable(self.eta)
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s, eta, sde = tape.time(now), eta_at(self.eta, t), tape.sde
         if ends_clean(sde, t) or starts_silent(sde, s):
             new = tape.move(now, t, history[:1], eta=eta, evaluates=asks, node=node, note="one stage")
             return new, [new]
         p, q, pp, qq, std = on_leg(s, t, lambda a, b: self._slopes(sde, a, b, eta))
-        z = [(tape.draw(), std)] if isinstance(eta, Tensor) or eta > 0 else []
+        start, end = (s, t) if self.clock == "t" else on_leg(s, t, lambda a, b: (sde.lam(a), sde.lam(b)))
+        path = Span(start, end, self.clock)
+        z = [(tape.draw(path), std)] if isinstance(eta, Tensor) or eta > 0 else []
         first = history[0]
         if not self.heun:
             new = tape.append(t, x=[(now, 1 + p)], d=[(first, q)], z=z, evaluates=asks, node=node)
@@ -96,6 +103,10 @@ class SongPredictor(Solver):
         """Order of its mean, and of its law."""
         return 1
 
+    @property
+    def _forgets(self) -> bool:
+        return True
+
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s, sde = tape.time(now), tape.sde
         if ends_clean(sde, t) or starts_silent(sde, s):
@@ -108,7 +119,7 @@ class SongPredictor(Solver):
             return keep, fresh * sde.alpha(a), sde.sigma(a) * fresh.sqrt()
 
         keep, gain, std = on_leg(s, t, weights)
-        z = [(tape.draw(), std)]
+        z = [(tape.draw(tape.along(s, t, -1.0)), std)]
         new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
         return new, [new]
 
@@ -160,10 +171,24 @@ class ExtendedReverse(Solver):
         else:
             times = [tape.time(k) for k in nodes]
             keep, std, *gains = on_leg(s, t, lambda a, b: self._weights(sde, a, b, times))
-            z = [(tape.draw(), std)] if isinstance(std, Tensor) or std > 0 else []
+            z = [(tape.draw(self._span(sde, s, t)), std)] if isinstance(std, Tensor) or std > 0 else []
             d = list(zip(nodes, gains, strict=True))
             new = tape.append(t, x=[(now, keep)], d=d, z=z, evaluates=asks, node=node)
         return new, ([new, *history][: self.order] if asks else history)
+
+    @property
+    def _forgets(self) -> bool:
+        return self.order == 1
+
+    def _span(self, sde: SDE, s: Weight, t: Weight) -> Span:
+        """The noise of a leg is an increment in the clock (ρ/φ)²."""
+
+        def clock(*times: Tensor) -> tuple[Tensor, ...]:
+            rho = [(-sde.lam(at)).exp() for at in times]
+            return tuple((r / self.phi(r)) ** 2 for r in rho)
+
+        start, end = on_leg(s, t, clock)
+        return Span(start, end, f"(rho/{said(self.phi)})**2")
 
     def _weights(self, sde: SDE, s: Tensor, t: Tensor, times: list[Weight]) -> tuple[Tensor, ...]:
         hi, lo = (-sde.lam(s)).exp(), (-sde.lam(t)).exp()

@@ -79,7 +79,7 @@ class SingleStep(Solver):
 
     @property
     def _forgets(self) -> bool:
-        return not self.eta
+        return not callable(self.eta)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]

@@ -183,7 +183,7 @@ def restored(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options)
             x = method(prior, seen, tuple(truth.shape), options)
             lines.append(line(name, x))
             shown.append(x[:10])
-        pictures[f"{word}: truth, seen, {', '.join(METHODS)}"] = torch.cat(shown)
+        pictures[word] = torch.cat(shown)
     return "\n".join(lines), pictures
 
 
@@ -200,24 +200,31 @@ def main(options: Options) -> str:
     print(text)
     (options.out / "conditional.md").write_text(text)
     draw(pictures, options.out / "conditional-guided.png", columns=4)
-    draw(others, options.out / "conditional-restored.png", columns=3)
+    draw(others, options.out / "conditional-restored.png", columns=3, rows=("truth", "seen", *METHODS))
     return text
 
 
-def draw(pictures: dict[str, Tensor], page: Path, columns: int) -> None:
+def draw(pictures: dict[str, Tensor], page: Path, columns: int, rows: tuple[str, ...] = ()) -> None:
+    """Each set of images, ten in a row, with the names of its rows at the left."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = -(-len(pictures) // columns)
+    lines = -(-len(pictures) // columns)
     high = max(len(images) for images in pictures.values()) / 10
-    figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, (0.33 * high + 0.3) * rows), squeeze=False)
+    size = (3.2 * columns + bool(rows), (0.33 * high + 0.3) * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
     for ax in axes.flat:
-        ax.axis("off")
+        ax.set(xticks=[], yticks=[], frame_on=False)
     for ax, (title, images) in zip(axes.flat, pictures.items(), strict=False):
         ax.imshow(-tiles(images), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        ax.set_title(title.replace("`", ""), fontsize=6 if ":" in title else 8, wrap=True)
+        ax.set_title(title, fontsize=8)
+    if rows:
+        step = EVENT[1] + 2
+        names = [name.replace("`", "") for name in rows]
+        axes[0, 0].set_yticks([step * (k + 0.5) for k in range(len(rows))], names, fontsize=7)
+        axes[0, 0].tick_params(length=0)
     figure.tight_layout()
     figure.savefig(page, dpi=90)
     plt.close(figure)

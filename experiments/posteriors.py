@@ -8,8 +8,12 @@ sliced W2, and the differences of means and of standard deviations, all over the
 classifier two-sample test, which is ½ where nothing is told apart. "floor" is what a second set of exact samples
 measures. Nothing is tuned for a case: each method has its defaults, DPS its published step with zeta = 0.3, twisted SMC
 as many particles as the others have samples; further down it has fewer and more, seen through as many draws from them.
-In 192 dimensions the middle number of evaluations is left out, and of 300 there is twisted SMC alone. Writes every
-number as CSV, the tables and a figure.
+In 192 dimensions 30 and 300 evaluations are left out. Writes every number as CSV, the tables and a figure.
+
+RESULT (a quarter of an hour on one core; all of it in docs/posteriors.md)
+    Median sliced W2 over 15 cases in 2 and 32 dimensions at 10, 30 and 100 evaluations: floor 0.10; exact h-transform
+    0.14, 0.11, 0.10; twisted SMC 0.59, 0.22, 0.17 and with 2500 particles 0.13; MMPS 0.50, 0.50, 0.50; DiffPIR 1.01,
+    0.75, 0.46. C2ST at 100: 0.49, 0.48, 0.56 (0.53), 0.61, 0.68. Only the first two come down to the floor.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Options:
     nfes: str = "10,30,100"
     stds: str = "0.05,0.3,1.0"
     particles: str = "100,2500"
-    finest: int = 300  # evaluations of what still gains from them
+    finest: int = 300  # evaluations of what still gains from them, but for 192 dimensions
     out: Path = Path(__file__).parent / "out"
 
 
@@ -162,9 +166,9 @@ def runs(options: Options, D: int, operator: str) -> Iterator[tuple[str, int, in
             yield from ((method, options.samples, nfe) for nfe in nfes)
     for particles in map(int, options.particles.split(",")):
         yield TWISTED, particles, nfes[-1]
-    yield TWISTED, particles, options.finest
     if D <= 100:
         yield from ((method, options.samples, options.finest) for method in FALLING)
+        yield TWISTED, particles, options.finest
 
 
 def errors(x: Tensor, y: Tensor, spread: float) -> tuple[float, float, float, float]:

@@ -365,7 +365,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="small, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(samples=100, dims="2,8", nfes="5,10", stds="0.3", particles="50,200", finest=20)
+        given.update(samples=100, dims="8", nfes="10", stds="0.3", particles="50", finest=20)
     return Options(**given)
 
 

@@ -137,7 +137,7 @@ def test_the_posterior_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(posteriors.ss.metrics, "c2st", lambda x, y, **_: 0.5)
     monkeypatch.setattr(posteriors, "draw", lambda rows, options: None)
-    for name in {*posteriors.METHODS} - {posteriors.EXACT, posteriors.TWISTED, "RePaint"}:
+    for name in {*posteriors.METHODS} - {*posteriors.FALLING, posteriors.TWISTED, "RePaint"}:
         monkeypatch.delitem(posteriors.METHODS, name)
     options = posteriors.Options(20, "2", "5,10", "0.3", "10,40", 12, tmp_path)
     rows = posteriors.main(options)

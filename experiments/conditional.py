@@ -96,10 +96,12 @@ def guided(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options) -
     def line(name: str, x: Tensor, wanted: Tensor) -> str:
         seen, confidence = judge.classes(x)
         right = float((seen == wanted).float().mean())
-        found = judge(x, against=twin)
+        n = min(len(x), len(twin))
+        flat, other = x[:n].flatten(1), twin[:n].flatten(1)
+        nearest = torch.cdist(x.flatten(1), digits.images.flatten(1)).min(1).values.median()
         return (
             f"| {name} | {right:.3f} | {float(confidence.mean()):.2f} | {variety(x, wanted) / real:.2f} | "
-            f"{found.sliced_w2:.3f} | {found.c2st:.2f} | {found.nearest:.2f} |"
+            f"{ss.metrics.sliced_w2(flat, other):.3f} | {ss.metrics.c2st(flat, other):.2f} | {float(nearest):.2f} |"
         )
 
     lines.append(line("held-out digits", held, held_labels))

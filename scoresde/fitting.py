@@ -15,7 +15,8 @@ The loss is robust. With e the distance of a sample from where the teacher bring
           \delta = \mathrm{robust}\cdot\operatorname{median} e,
 
 δ being renewed from round to round: samples that two basins tear apart do not rule the others, and samples that happen
-to be right do not make it rough.
+to be right do not make it rough. Where the flow forks a small error on the way becomes a large one at the end: a plan
+that is to hold its tails is fitted on trajectories of which some are taken there.
 
 References:
     | Bespoke Non-Stationary Solvers (Shaul et al., 2024), arXiv:2403.01329
@@ -52,6 +53,8 @@ WHAT = ("times", "asked", "weights")
 _STREAM = 0x666974
 _ROUND = 25  # iterations between two looks at what was held out
 _PATIENCE = 3  # rounds without gain
+_CANDIDATES = 10  # starts of which one is taken where the flow forks
+_PILOT = 30  # evaluations to see where that is
 
 
 def fit(
@@ -64,6 +67,7 @@ def fit(
     gaussian: Gaussian | None = None,
     teacher: Plan | Tensor | None = None,
     held_out: int | None = None,
+    forks: float = 0.0,
     steps: int = 300,
     robust: float = 1.0,
     seed: int = 0,
@@ -90,6 +94,8 @@ def fit(
         teacher: A fine plan from T, or from the plan's start without `gaussian`; it must draw the same normals if the
             plan is stochastic. Or where it ends, (B, *event). By default the default rule with 200 evaluations.
         held_out: How many of the trajectories decide when to stop instead; by default a third.
+        forks: Share of the trajectories that lie where the flow forks, for the tails: of each ten starts the one that
+            :func:`stretch` finds pulled apart most. They are drawn, so it takes a shape.
         steps: Iterations at most.
         robust: Errors below this many medians count as squares, those above as logarithms: small to fit the median,
             large to fit the mean square.
@@ -121,11 +127,20 @@ def fit(
     check.choice("grad", grad, ("full", "checkpoint"))
     check.integer("steps", steps, least=1)
     check.number("robust", robust, above=0)
+    check.number("forks", forks, least=0, most=1)
     sde = model.sde
     if gaussian is not None:
         check_gaussian("gaussian", gaussian, sde)
     table = _Table(rule, sde, grid, what, gaussian is not None)
     x = _starts(shape_or_x, table, model, gaussian, seed, dtype, device)
+    if forks:
+        if isinstance(shape_or_x, Tensor) or isinstance(teacher, Tensor) or table.plan.stochastic:
+            raise ValueError(
+                "`forks` chooses the starts of a deterministic plan, so give a shape and no ends; or choose starts of "
+                "your own by ss.fitting.stretch."
+            )
+        again = (_starts(shape_or_x, table, model, gaussian, seed, dtype, device, k) for k in range(1, _CANDIDATES))
+        x = _forked(table, model, [x, *again], forks, gaussian is not None, cond)
     n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, least=1)
     if not 0 < n < len(x):
         raise ValueError(f"`held_out` must leave trajectories on both sides of {len(x)}, got {n}; ask for more.")
@@ -163,6 +178,7 @@ def fit(
         "gaussian start": gaussian is not None,
         "iterations": spent,
         "robust": robust,
+        "forks": forks,
         "seed": seed,
         "trajectories": {"train": len(train), "held_out": len(held)},
         "levels": [float(t) for t in table.levels_of(best)],
@@ -172,6 +188,57 @@ def fit(
         return replace(table.plan, meta=meta)
     on_path = "asked" not in table.what
     return best.plan(table.plan, on_path=on_path, name=f"{table.plan.name}, fitted", order=None, meta=meta)
+
+
+def stretch(
+    model: AbstractDenoiser, x: Tensor, plan: Plan, *, size: float = 0.02, seed: int = 0, **cond: Any
+) -> Tensor:
+    r"""How far the flow pulls apart what starts beside each of some points, (B,).
+
+    .. math:: \frac{|F(x + \delta) - F(x - \delta)|}{2\,|\delta|}
+
+    in one random direction, F being the result of a plan. Where the data has basins it is large for the few samples
+    between two of them, whose error no short plan can hold and which rule the root mean square.
+
+    Arguments:
+        model: A denoiser.
+        x: Starts of the plan, (B, *event).
+        plan: A deterministic plan of some thirty evaluations.
+        size: Root mean square of δ, over that of all starts.
+        seed: Of the directions.
+        **cond: Conditions, handed to the network.
+    """
+    _check_denoiser(model)
+    if plan.stochastic:
+        raise ValueError(
+            "`plan` draws noise, so what lies beside a start does not stay there; give a deterministic one."
+        )
+    delta = Noise(seed).fork(_STREAM + 2).like(check.state("x", x), 0)
+    delta = check.number("size", size, above=0) * x.square().mean().sqrt() * delta
+    with torch.no_grad():
+        up, down = (run(plan, lambda y, t: model.x0(y, t, **cond), x + side * delta) for side in (1, -1))
+    apart: Tensor = (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
+    return apart
+
+
+def _forked(
+    table: _Table, model: AbstractDenoiser, candidates: list[Tensor], share: float, whole: bool, cond: dict[str, Any]
+) -> Tensor:
+    """Starts of which a share, evenly among them, is the most stretched of all candidates in its row."""
+    x, sde = candidates[0].clone(), model.sde
+    start, end = sde.T if whole else float(table.start.start), float(table.start.t[-1])
+    pilot = default_solver(_PILOT, model).plan(sde, quadratic_vp(sde, _PILOT, t_start=start, t_end=end))
+    places = [i for i in range(len(x)) if int((i + 1) * share + 1e-9) > int(i * share + 1e-9)]
+    rows = tree_map(lambda c: c[places] if _of_each(c, len(x)) else c, cond)
+    found = torch.stack([stretch(model, c[places], pilot, **rows) for c in candidates])
+    for i, k in zip(places, found.argmax(0).tolist(), strict=True):
+        x[i] = candidates[k][i]
+    return x
+
+
+def _of_each(c: Any, size: int) -> bool:
+    """Whether a condition has a row for each trajectory."""
+    return isinstance(c, Tensor) and c.ndim > 0 and len(c) == size
 
 
 def _mean_log(errors: Tensor) -> float:
@@ -247,9 +314,7 @@ class _Rows:
 
     def run(self, table: Unrolled, part: slice) -> Tensor:
         """The result of a table."""
-        cond = tree_map(
-            lambda c: c[part] if isinstance(c, Tensor) and c.ndim and len(c) == len(self.x) else c, self.cond
-        )
+        cond = tree_map(lambda c: c[part] if _of_each(c, len(self.x)) else c, self.cond)
         x, sde = self.x[part], self.model.sde
         if self.gaussian is not None:
             x = self.gaussian.flow(x, sde.T, table.start)
@@ -430,11 +495,13 @@ def _starts(
     seed: int,
     dtype: Any,
     device: Any,
+    draw: int = 0,
 ) -> Tensor:
     if isinstance(shape_or_x, Tensor):
         return check.state("x", shape_or_x).detach()
     shape = tuple(check.integer("shape", k) for k in shape_or_x)
     noise = Noise(seed).fork(_STREAM)
+    noise = noise.fork(draw) if draw else noise
     where = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
     if gaussian is not None:
         return gaussian.carry(noise.normal(shape, 0, dtype=dtype, device=where), model.sde.T)
@@ -491,4 +558,4 @@ class _Bar:
             self._bar.close()
 
 
-__all__ = ["fit"]
+__all__ = ["fit", "stretch"]

@@ -81,6 +81,22 @@ def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
     assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
 
 
+# In parallel.
+
+
+@pytest.mark.parametrize("rule", [ss.DPMSolverPP(2), ss.SDEDPMSolverPP(2)], ids=repr)
+def test_anderson_acceleration_ends_where_the_sequential_run_does(rule: Any) -> None:
+    import parallel
+
+    model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
+    plan = rule.plan(model.sde, ss.karras(model.sde, 12))
+    x, noise = model.sde.prior().sample((4, 2), ss.Noise(0), dtype=torch.float64), ss.Noise(1)
+    done = ss.sample(model, x, plan, seed=noise)
+    for m in (1, 3):
+        found, sweeps = parallel.anderson(model, x, plan, noise, 1e-12, m)
+        assert torch.allclose(found, done, atol=1e-9) and sweeps <= 12
+
+
 # In latent spaces.
 
 
@@ -111,6 +127,28 @@ def test_the_excess_of_the_loss_is_the_error_to_the_truth() -> None:
         assert level.loss - level.least == pytest.approx(level.error, abs=0.02 * level.loss)
     for level in loss_to_truth.errors(exact, exact, 100, seed=0):
         assert level.error == 0 and level.loss == level.least
+
+
+# Posteriors.
+
+
+def test_the_posterior_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import posteriors
+
+    monkeypatch.setattr(posteriors.ss.metrics, "c2st", lambda x, y, **_: 0.5)
+    monkeypatch.setattr(posteriors, "draw", lambda rows, options: None)
+    for name in {*posteriors.METHODS} - {posteriors.EXACT, posteriors.TWISTED, "RePaint"}:
+        monkeypatch.delitem(posteriors.METHODS, name)
+    options = posteriors.Options(20, "2", "5,10", "0.3", "10,40", 12, tmp_path)
+    rows = posteriors.main(options)
+    monkeypatch.setattr(posteriors.Case, "row", None)
+    again = posteriors.main(options)
+    assert [row[:7] for row in again] == [row[:7] for row in rows]
+    assert [row.sw2 for row in again] == pytest.approx([row.sw2 for row in rows], rel=1e-3)
+    floor = [row for row in rows if row.method == "floor"]
+    assert len(floor) == 2 and posteriors.middle(floor, "sw2") == pytest.approx(sum(row.sw2 for row in floor) / 2)
+    methods = {line.split(" | ")[0] for line in (tmp_path / "posteriors.md").read_text().splitlines()}
+    assert {f"| {name}" for name in ("floor", *posteriors.METHODS)} <= methods
 
 
 # Points in the plane.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde as ss
-from scoresde.fitting import fit
+from scoresde.fitting import fit, stretch
 from scoresde.plan import run
 from scoresde.unrolled import unroll
 from scoresde.verify import point_mass_defect
@@ -102,6 +102,35 @@ def test_the_first_evaluation_may_be_asked_at_another_time() -> None:
     again = fit(plan, MODEL, x, gaussian=START, teacher=truth, steps=25)
     assert again.meta["held_out"]["before"] == pytest.approx(plan.meta["held_out"]["after"]), "taken up where it was"
     assert again.meta["held_out"]["after"]["mean_log"] < 0.5 * again.meta["held_out"]["before"]["mean_log"]
+
+
+def test_the_stretch_is_that_of_the_flow() -> None:
+    plan = ss.VelocityAB(3).plan(SDE, ss.grids.quadratic_vp(SDE, 60))
+    one = ss.GaussianMixture(SDE, torch.zeros(1, 8), std=2.0)  # whose flow is a factor
+    x = SDE.prior().sample((3, 8), ss.Noise(0), dtype=torch.float64)
+    factor = float(one.flow(torch.ones(1, 8, dtype=torch.float64), SDE.T, 0.0)[0, 0])
+    assert torch.allclose(stretch(one, x, plan), torch.full((3,), factor, dtype=torch.float64), rtol=1e-3)
+    two = ss.GaussianMixture(SDE, torch.tensor([[-1.0], [1.0]]), std=0.1)
+    far, between = stretch(two, torch.tensor([[1.5], [0.0]], dtype=torch.float64), plan)
+    assert between > 10 * far
+
+
+def test_forks_serve_the_tails() -> None:
+    begun = ss.VelocityAB(3).plan(SDE, ss.grids.quadratic_vp(SDE, 5))
+    how: dict[str, Any] = {"steps": 25, "dtype": torch.float64, "seed": 1}
+    plain, forked = (fit(begun, MODEL, (120, 8), forks=share, robust=10.0, **how) for share in (0.0, 0.5))
+    assert forked.meta["forks"] == 0.5
+    starts = [plan.meta["held_out"]["before"]["rmse"] for plan in (plain, forked)]
+    assert starts[1] > 1.2 * starts[0], "harder trajectories"
+    labels = normals(120, 1, seed=3)
+    seen = []
+
+    def net(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        seen.append(len(x) == len(shift))
+        return MODEL.x0(x.double(), t.double()).to(x)
+
+    fit(begun, ss.Denoiser(net, SDE, predicts="x0"), (120, 8), forks=0.25, steps=1, shift=labels)
+    assert all(seen), "each with its own condition"
 
 
 @pytest.mark.parametrize("what", [("times",), ("asked",), ("weights",), ("times", "weights")], ids=" ".join)
@@ -236,6 +265,22 @@ def test_networks_are_fitted_to_and_left_alone() -> None:
     assert conditioned.meta["held_out"]["before"] != plans[0].meta["held_out"]["before"], "the condition is handed on"
 
 
+def test_checkpointing_keeps_the_memory_of_one_evaluation() -> None:
+    wide = nn.Sequential(nn.Linear(4, 512), nn.Tanh(), nn.Linear(512, 4)).requires_grad_(False)
+    model = ss.Denoiser(lambda x, t: wide(x), SDE, predicts="x0")
+    kept: dict[str, list[int]] = {"full": [], "checkpoint": []}
+    for grad, sizes in kept.items():
+
+        def saved(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.numel() if x.shape[-1:] == (512,) else 0)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
+            fit(ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 6)), model, (12, 4), steps=1, grad=grad)
+    wanted = {grad: max(sizes, default=0) for grad, sizes in kept.items()}
+    assert wanted == {"full": 8 * 512, "checkpoint": 0}, "no activation is held from one evaluation to the next"
+
+
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     x, truth = ends(96)
     fit(ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 3)), MODEL, x, teacher=truth, steps=5, progress="always")
@@ -254,6 +299,8 @@ PLAN = ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 4))
         (lambda: fit(PLAN, MODEL, (9, 8), what=("time",)), "`what`"),
         (lambda: fit(PLAN, MODEL, (9, 8), what=()), "nothing is left"),
         (lambda: fit(PLAN, MODEL, (1, 8)), "`held_out`"),
+        (lambda: fit(PLAN, MODEL, ends(9)[0], forks=0.5), "`forks`"),
+        (lambda: stretch(MODEL, ends(9)[0], ss.DDPM().plan(SDE, ss.karras(SDE, 4))), "draws noise"),
         (lambda: fit(replace(PLAN, rows=PLAN.rows), MODEL, (9, 8), teacher=torch.zeros(3, 8)), "`teacher`"),
         (lambda: fit(ss.EDMHeun().plan(SDE, ss.karras(SDE, 4)), MODEL, (9, 8), what=("times",)), "do not all fall"),
         (lambda: fit(ss.DDIM(), MODEL, (9, 8), grid=ss.grids.ancestral(SDE, ss.karras(SDE, 4))), "decrease"),

@@ -147,6 +147,16 @@ def test_solve_starts_from_it() -> None:
     assert torch.allclose(drawn, ss.sample(model, start.carry(z, 1.0), plan, start=start)), "a state is one at T"
 
 
+def test_stochastic_plans_start_from_its_marginal() -> None:
+    one = ss.GaussianMixture(ss.VP(), MEAN[None], cov=COV[None])
+    start = Gaussian.of(one.sde, MEAN, COV)
+    plan = ss.SDEDPMSolverPP(2).plan(one.sde, ss.karras(one.sde, 12, t_start=0.5))
+    x = ss.sample(one, (20_000, len(MEAN)), plan, seed=0, start=start, dtype=torch.float64)
+    found = ss.analysis.response(plan, one.sde, start.spectrum)
+    assert plan.stochastic and torch.allclose((x - MEAN).square().sum(1).mean(), found.variance.sum(), rtol=0.03)
+    assert torch.allclose(x.mean(0), MEAN, atol=0.05)
+
+
 def test_codes_live_at_T() -> None:
     one = ss.GaussianMixture(ss.VP(), MEAN[None], cov=COV[None])
     start = Gaussian.of(one.sde, MEAN, COV)

@@ -69,6 +69,9 @@ def test_they_are_worth_something() -> None:
         return float((ss.sample(MODEL, x, ss.DDIM(), grid=grid) - truth).flatten(1).norm(dim=1).median())
 
     common = min(error(maker(SDE, 8)) for maker in (ss.karras, ss.uniform_lam, ss.grids.quadratic_vp, ss.uniform_t))
+    spectrum = ss.Gaussian.of(SDE, MODEL.mean(), MODEL.covariance()).spectrum
+    told = optimal.gaussian_grid(SDE, 8, spectrum, solver=ss.DDIM())
+    assert error(told) < 0.7 * min(error(maker(SDE, 8)) for maker in (ss.karras, ss.uniform_lam))
     assert error(optimal.gits(MODEL, (32, 8), 8)) < 1.1 * common
     assert error(optimal.equal_error(MODEL, (32, 8), 8)) < 1.1 * common
 

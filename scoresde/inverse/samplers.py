@@ -18,9 +18,11 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.grids import check_grid, quadratic_vp
-from scoresde.guidance import Graph, _check_model, before_silence, gradient
+from scoresde.guidance.base import check_model
+from scoresde.guidance.gradients import Graph, before_silence, gradient
 from scoresde.inverse.denoisers import isotropic_variance
-from scoresde.inverse.operators import Linear, Mask, Measurement
+from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.operators import Linear, Mask
 from scoresde.noise import Noise
 from scoresde.sampling import _start, sample
 from scoresde.sde import SDE
@@ -436,7 +438,7 @@ def _log_mean(log_w: Tensor) -> float:
 def _ready(
     model: AbstractDenoiser, measurement: Measurement, grid: Grid, seed: int | Noise | None
 ) -> tuple[SDE, list[float], Noise]:
-    sde = _check_model(model).sde
+    sde = check_model(model).sde
     if not isinstance(measurement, Measurement):
         raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
     times = quadratic_vp(sde, grid) if isinstance(grid, int) else check_grid(sde, grid)

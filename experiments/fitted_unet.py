@@ -1,0 +1,193 @@
+"""Five fitted evaluations of a trained network, and how many the default plan needs to do as well.
+
+    python experiments/fitted_unet.py            # 10 minutes on an idle core; the network is kept
+    python experiments/fitted_unet.py --quick    # seconds, for CI: a network that has learned nothing
+
+The class-conditional UNet of ``conditional.py`` on scikit-learn's digits, without labels and under classifier-free
+guidance. A plan of 5 evaluations is fitted from T and with a Gaussian start (mean and covariance of the training
+digits) to a fine solve from some dozens of starts. Then fresh noise is drawn, and the fitted plan's distance from the
+fine solve, per pixel, is put beside the default's at every budget: the least with which the default is as close, by
+each measure. The plan that was fitted under one guidance scale is then run under others.
+
+Writes a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import conditional
+import torch
+from _digits import Digits, load, small_unet
+from torch import Tensor
+
+import scoresde as ss
+from scoresde.plan import Plan
+
+MEASURES = ("median", "q90", "q99", "RMSE")
+
+
+@dataclass
+class Options:
+    """What can be set from the command line."""
+
+    train: int = 600  # steps of the network
+    nfe: int = 5
+    trajectories: int = 72
+    steps: int = 50  # of a fit
+    fresh: int = 100
+    fine: int = 60  # evaluations of the teacher
+    starts: str = "T,Gaussian"
+    scale: float = 2.0
+    others: str = "0,1,3,4"
+    budgets: str = "5,6,8,10,12,15,20,30"
+    seed: int = 0
+    out: Path = Path(__file__).parent / "out"
+
+
+def network(digits: Digits, options: Options) -> ss.Denoiser:
+    """The averaged weights of a trained network; trained once for each number of steps."""
+    model = ss.Denoiser(small_unet(classes=10), ss.VP(), predicts="v")
+    page = options.out / f"fitted_unet_{options.train}.pt"
+    if page.exists():
+        model.load_state_dict(torch.load(page))
+    else:
+        trainer = conditional.train(digits, conditional.Options(steps=options.train))
+        assert trainer.ema is not None
+        with trainer.ema.swapped():
+            model.load_state_dict(trainer.model.state_dict())
+        torch.save(model.state_dict(), page)
+    return model.eval().requires_grad_(False)
+
+
+def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
+    """Quantiles and root mean square of the distance per pixel."""
+    e = (x - truth).flatten(1).double().square().mean(1).sqrt()
+    q = e.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=e.dtype)).tolist()
+    return dict(zip(MEASURES, (*q, float(e.square().mean().sqrt())), strict=True))
+
+
+class Case:
+    """A model with trajectories to fit on, fresh ones, and what the default does on the fresh ones."""
+
+    def __init__(self, model: Any, options: Options) -> None:
+        self.model, self.sde = model, model.sde
+        self.truth: Tensor | None = None
+        n = options.trajectories
+        make = torch.Generator().manual_seed(options.seed + 1)
+        self.labels = torch.randint(0, 10, (n + options.fresh,), generator=make)
+        starts = self.sde.prior(std=0.75).sample(
+            (n + options.fresh, *conditional.EVENT), ss.Noise(options.seed + 2), dtype=torch.float32
+        )
+        self.x, self.fresh = starts[:n], starts[n:]
+        self.given, self.asked = ({"label": part} for part in (self.labels[:n], self.labels[n:]))
+        self.target = self.fine(self.fresh, self.asked, options)
+        self.default = {
+            n: errors(ss.sample(model, self.fresh, nfe=n, **self.asked), self.target)
+            for n in map(int, options.budgets.split(","))
+        }
+
+    def fine(self, x: Tensor, cond: dict[str, Tensor], options: Options) -> Tensor:
+        grid = ss.grids.quadratic_vp(self.sde, options.fine)
+        return ss.sample(self.model, x, ss.VelocityAB(3), grid=grid, **cond)
+
+    def measure(self, plan: Plan, start: ss.Gaussian | None) -> dict[str, float]:
+        return errors(ss.sample(self.model, self.fresh, plan, start=start, **self.asked), self.target)
+
+    def needs(self, found: dict[str, float]) -> str:
+        """The least budget with which the default is as close, by each measure."""
+        cells = []
+        for word in MEASURES:
+            enough = [n for n, e in self.default.items() if e[word] <= found[word]]
+            cells.append(str(min(enough)) if enough else f"> {max(self.default)}")
+        return " | ".join(cells)
+
+    def fit(self, gaussian: ss.Gaussian | None, options: Options) -> Plan:
+        n = min(64, options.trajectories)
+        t = None if gaussian is None else gaussian.start_time(self.model, 0.02, n=n, label=self.labels[:n])
+        begun = ss.VelocityAB(3).plan(self.sde, ss.grids.quadratic_vp(self.sde, options.nfe, t_start=t))
+        if self.truth is None:
+            self.truth = self.fine(self.x, self.given, options)
+        how: dict[str, Any] = {"gaussian": gaussian, "teacher": self.truth, "steps": options.steps, **self.given}
+        return ss.fit(begun, self.model, self.x, **how)
+
+
+def row(words: Sequence[object], found: dict[str, float], needed: str) -> str:
+    return f"| {' | '.join(map(str, words))} | {' | '.join(f'{found[w]:.4f}' for w in MEASURES)} | {needed} |"
+
+
+def head(words: Sequence[str]) -> list[str]:
+    needed = " | ".join(f"NFE of the default: {w}" for w in MEASURES)
+    return [f"| {' | '.join(words)} | {' | '.join(MEASURES)} | {needed} |", "|:--" * len(words) + "|--:" * 8 + "|"]
+
+
+def main(options: Options) -> str:
+    torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    digits = load()
+    began = time.perf_counter()
+    model = network(digits, options)
+    print(f"network: {time.perf_counter() - began:.0f} s", flush=True)
+    gaussian = ss.Gaussian.estimate(model.sde, digits.images)
+    null = {"label": conditional.NONE}
+    lines = [
+        "# Fitted evaluations of a trained network",
+        "",
+        f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third to tell when to "
+        f"stop. Distance from a solve with {options.fine} evaluations, per pixel, on {options.fresh} fresh starts.",
+        "",
+        *head(("model", "plan")),
+    ]
+    best: dict[str, Plan] = {}
+    for name, scale in {"no labels": 0.0, f"guidance {options.scale:g}": options.scale}.items():
+        case = Case(ss.ClassifierFree(model, scale, null=null, one_forward=True), options)
+        lines.append(row((name, f"default, {options.nfe}"), case.default[options.nfe], " | ".join([""] * 4)))
+        for start in (gaussian if word == "Gaussian" else None for word in options.starts.split(",")):
+            began = time.perf_counter()
+            plan = case.fit(start, options)
+            word = "fitted, Gaussian start" if start else "fitted"
+            found = case.measure(plan, start)
+            lines.append(row((name, word), found, case.needs(found)))
+            seen = plan.meta["train"]["after"]["median"]
+            print(
+                f"{lines[-1]}\n  median on its own trajectories {seen:.4f}, on fresh ones {found['median']:.4f}; "
+                f"{plan.meta['iterations']} iterations, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+            lines[-1] += f" {seen:.4f} |"
+            best[name] = plan
+    name = f"guidance {options.scale:g}"
+    lines += ["", f"## The plan with a Gaussian start that was fitted under {name}, under others", ""]
+    lines += head(("scale", "plan"))
+    for scale in map(float, options.others.split(",")):
+        case = Case(ss.ClassifierFree(model, scale, null=null, one_forward=True), options)
+        found = case.measure(best[name], gaussian)
+        lines.append(row((f"{scale:g}", f"default, {options.nfe}"), case.default[options.nfe], " | ".join([""] * 4)))
+        lines.append(row((f"{scale:g}", f"fitted at {options.scale:g}"), found, case.needs(found)))
+        print(lines[-1], flush=True)
+    lines[4] += " median on its own trajectories |"
+    lines[5] += "--:|"
+    text = "\n".join(lines)
+    (options.out / "fitted_unet.md").write_text(text + "\n")
+    print(text)
+    return text
+
+
+def parse() -> Options:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, value in vars(Options()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
+    given = vars(parser.parse_args())
+    if given.pop("quick"):
+        given.update(train=5, trajectories=9, steps=2, fresh=8, fine=20, others="1", budgets="3,8", nfe=3)
+    return Options(**given)
+
+
+if __name__ == "__main__":
+    main(parse())

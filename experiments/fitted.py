@@ -10,7 +10,8 @@ Plans are fitted on 128 trajectories, stopped by 64 others, and all errors below
 distance per number from the same fine solve of the probability flow, from the same starts at T. What the tails do is
 measured by ``tails.py``, on more samples.
 
-Then grids that are computed, from the covariance or from a pilot run, beside common ones.
+Then plans of which a part is fitted, and grids that are computed, from the covariance or from a pilot run, beside
+common ones.
 
 Writes a CSV, a figure and a table; a run that is interrupted takes up its CSV again.
 """
@@ -210,6 +211,24 @@ def report(rows: list[Result], options: Options) -> str:
     return "\n".join(lines)
 
 
+def parts_table(options: Options) -> list[str]:
+    """What fitting a part of a plan buys."""
+    name, n = list(PROBLEMS)[0 if options.quick else 1], 5
+    lines = [f"## Parts of a plan: {name}, {n} evaluations", "", "| fitted | start | median | q90 | q99 | RMSE |"]
+    lines.append("|:--|:--|--:|--:|--:|--:|")
+    case = Case(name, options)
+    for start, tol in (("T", None), ("Gaussian", 0.01)):
+        gaussian, plan = (case.gaussian if tol else None), case.begun(n, tol)
+        for what in ((), ("times",), ("asked",), ("weights",), ("times", "weights"), ("times", "asked", "weights")):
+            if what:
+                how = {"gaussian": gaussian, "teacher": case.truth, "steps": options.steps, "what": what}
+                plan = ss.fit(case.begun(n, tol), case.model, case.x, **how)
+            found = case.measure(plan, gaussian)
+            cells = " | ".join(f"{found[k]:.2e}" for k in ("median", "q90", "q99", "rmse"))
+            lines.append(f"| {', '.join(what) or 'nothing'} | {start} | {cells} |")
+    return [*lines, ""]
+
+
 def grid_table(options: Options) -> list[str]:
     """Median errors of two rules on grids that are computed and on common ones."""
     said = "Median error on fresh trajectories; in the last row over the better of uniform_lam and karras, in the mean."
@@ -286,7 +305,7 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stem = "fitted_quick" if options.quick else "fitted" if options.process == "VP" else f"fitted_{options.process}"
     rows = collect(options, options.out / f"{stem}.csv")
-    text = "\n".join([report(rows, options), "", *grid_table(options)])
+    text = "\n".join([report(rows, options), "", *parts_table(options), *grid_table(options)])
     (options.out / f"{stem}.md").write_text(text + "\n")
     print(text)
     draw(rows, options.out / f"{stem}.png")

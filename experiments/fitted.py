@@ -76,6 +76,11 @@ def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
     return {"median": q[0], "q90": q[1], "q99": q[2], "rmse": float(e.square().mean().sqrt())}
 
 
+def share(ratio: float) -> str:
+    """A ratio as one of these, if it is less than 1."""
+    return f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"
+
+
 class Case:
     """A problem with its trajectories, those to fit on and fresh ones."""
 
@@ -194,13 +199,13 @@ def report(rows: list[Result], options: Options) -> str:
                             gains.setdefault(who, []).append(ratio)
                         lines.append(
                             f"| {n} | {best.rule}, {best.grid} | {best.median:.2e} | {rmse:.2e} | {who} | "
-                            f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | 1/{1 / ratio:.1f} |"
+                            f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | {share(ratio)} |"
                         )
         lines.append("")
     lines += ["## Over all problems, 4 to 10 evaluations: median error / that of the best unfitted plan", ""]
     for who, ratios in gains.items():
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        lines.append(f"* {who}: 1/{1 / mean:.1f} in the geometric mean, 1/{1 / max(ratios):.1f} at worst")
+        lines.append(f"* {who}: {share(mean)} in the geometric mean, {share(max(ratios))} at worst")
     for name in dict.fromkeys(row.problem for row in rows):
         four, ten = (
             [r.median for r in rows if (r.problem, r.nfe, r.who) == (name, n, who)]

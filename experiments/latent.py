@@ -127,11 +127,10 @@ def main(options: Options) -> Path:
     table += [f"{name:24} {v.mean():8.2f} ± {v.std() / len(v) ** 0.5:.2f}" for name, v in found.items()]
     gain = found["VAE + diffusion"] - found["VAE"]
     table += [f"{'diffusion instead':24} {gain.mean():+8.2f} ± {gain.std() / len(gain) ** 0.5:.2f}", "", HEAD]
-    judge, half = Judge(digits), len(digits.held_out) // 2
-    for name, x in pictures.items():
-        real = name == "held-out digits"
-        verdict = judge(x[:half], against=x[half:]) if real else judge(x)
-        table.append(line(name, options.calls if "diffusion" in name else "", verdict))
+    judge = Judge(digits)
+    table += judge.yardsticks()
+    for name in list(pictures)[1:]:
+        table.append(line(name, options.calls if "diffusion" in name else "", judge(pictures[name])))
     text = "\n".join(table)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)

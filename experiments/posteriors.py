@@ -1,18 +1,14 @@
 """Which posterior sampler is right, and by how much: every method against the exact posterior of a mixture.
 
-    python experiments/posteriors.py            # some minutes
+    python experiments/posteriors.py            # a quarter of an hour on one idle core; goes on where it was stopped
     python experiments/posteriors.py --quick    # seconds, for CI
 
-The prior is a mixture, so the posterior is one too and is sampled exactly. Errors are in units of the posterior's
-spread: sliced W2 over the root mean variance, and the differences of means and of standard deviations likewise. "floor"
-is what two exact sample sets of that size measure. Nothing is tuned for a case: each method has its defaults, DPS its
-published step with zeta = 0.3, twisted SMC as many particles as the others have samples. Writes a table as CSV and
-Markdown, and a figure.
-
-RESULT (--samples 500 --dims 2,32; five minutes on one core; all of it in docs/posteriors.md)
-    Median sliced W2 over 15 cases at 20 and 100 evaluations: floor 0.10; exact h-transform 0.11, 0.10; twisted SMC
-    0.30, 0.17; MMPS 0.50, 0.50; DiffPIR 0.84, 0.46; DDRM 0.66, 0.70; PiGDM 0.75, 0.78; DPS 1.66, 1.47. Only the
-    h-transform and twisted SMC approach the floor as evaluations and particles grow.
+The prior is a mixture, so the posterior is one too and is sampled exactly. For every method and number of evaluations:
+sliced W2, and the differences of means and of standard deviations, all over the posterior's root mean variance; and the
+classifier two-sample test, which is ½ where nothing is told apart. "floor" is what a second set of exact samples
+measures. Nothing is tuned for a case: each method has its defaults, DPS its published step with zeta = 0.3, twisted SMC
+as many particles as the others have samples; further down it has fewer and more, seen through as many draws from them.
+In 192 dimensions the middle number of evaluations is left out. Writes every number as CSV, the tables and a figure.
 """
 
 from __future__ import annotations
@@ -20,9 +16,10 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,7 +29,6 @@ from scoresde import inverse
 from scoresde.inverse import DDNM, DPS, MMPS, TMPD, DiffPIR, Measurement, PiGDM
 
 SDE = ss.VP()
-COLUMNS = ("D", "operator", "std", "method", "NFE", "SW2", "mean", "spread")
 Sampler = Callable[[ss.GaussianMixture, Measurement, int, int], Tensor]
 
 
@@ -40,11 +36,32 @@ Sampler = Callable[[ss.GaussianMixture, Measurement, int, int], Tensor]
 class Options:
     """What can be set from the command line."""
 
-    samples: int = 1000
+    samples: int = 500
     dims: str = "2,32,192"
-    nfes: str = "20,100"
+    nfes: str = "10,30,100"
     stds: str = "0.05,0.3,1.0"
+    particles: str = "100,2500"
+    finest: int = 300  # evaluations of what claims to be exact, but for 192 dimensions
     out: Path = Path(__file__).parent / "out"
+
+
+class Row(NamedTuple):
+    """One measurement; the floor has 0 evaluations."""
+
+    D: int
+    operator: str
+    std: float
+    samples: int
+    method: str
+    particles: int
+    nfe: int
+    sw2: float
+    mean: float
+    spread: float
+    c2st: float
+
+
+# The methods.
 
 
 def plain(make: Callable[[ss.GaussianMixture, Measurement], ss.AbstractDenoiser]) -> Sampler:
@@ -77,23 +94,41 @@ def start(prior: ss.GaussianMixture, n: int) -> Tensor:
     return SDE.prior().sample((n, *prior.event), ss.Noise(1), dtype=torch.float64)
 
 
+def ddrm(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
+    return inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1)
+
+
+def daps(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
+    return inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1)
+
+
+def red_diff(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
+    return inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).double()
+
+
+def twisted(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
+    return inverse.twisted_smc(prior, seen, start(prior, n), nfe, seed=1).resampled(1)
+
+
+EXACT, TWISTED = "exact h-transform, `posterior`", "`twisted_smc`"
 METHODS: dict[str, Sampler] = {
-    "exact h-transform": plain(inverse.posterior),
-    "MMPS": plain(MMPS),
-    "TMPD": plain(TMPD),
-    "PiGDM": plain(PiGDM),
-    "PiGDM, no gradient": plain(lambda prior, seen: PiGDM(prior, seen, through_net=False)),
-    "DPS (published)": dps,
-    "DiffPIR": diffpir,
-    "DDNM": plain(DDNM),
-    "DDRM": lambda prior, seen, n, nfe: inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1),
-    "DAPS": lambda prior, seen, n, nfe: inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1),
-    "RED-diff": lambda prior, seen, n, nfe: inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).double(),
-    "twisted SMC": lambda prior, seen, n, nfe: inverse.twisted_smc(prior, seen, start(prior, n), nfe, seed=1).resampled(
-        1
-    ),
+    EXACT: plain(inverse.posterior),
+    TWISTED: twisted,
+    "`MMPS`": plain(MMPS),
+    "`TMPD`": plain(TMPD),
+    "`PiGDM`": plain(PiGDM),
+    "`PiGDM`, no gradient": plain(lambda prior, seen: PiGDM(prior, seen, through_net=False)),
+    "`DiffPIR`": diffpir,
+    "`ddrm`": ddrm,
+    "`daps`": daps,
     "RePaint": repaint,
+    "`DDNM`": plain(DDNM),
+    "`DPS`, published step": dps,
+    "`red_diff`, an optimum": red_diff,
 }
+
+
+# The cases.
 
 
 def prior_of(D: int) -> ss.GaussianMixture:
@@ -104,73 +139,167 @@ def prior_of(D: int) -> ss.GaussianMixture:
 
 
 def operators(D: int) -> dict[str, inverse.Linear]:
+    """A mask, a matrix of low rank and, but for two dimensions, a blur."""
     half = torch.arange(D) % 2 == 0
-    kernel = torch.tensor([0.25, 0.5, 0.25]) if D > 2 else torch.tensor([1.0])
     M = max(1, D // 4)
     rows = ss.Noise(8).normal((M, D), 0, dtype=torch.float64) / math.sqrt(D)
-    all_of_them = {"mask": inverse.Mask(half), "low rank": inverse.Matrix(rows)}
-    return all_of_them if D == 2 else {**all_of_them, "blur": inverse.Blur(kernel, (D,))}
+    found: dict[str, inverse.Linear] = {"mask": inverse.Mask(half), "low rank": inverse.Matrix(rows)}
+    return found if D == 2 else {**found, "blur": inverse.Blur(torch.tensor([0.25, 0.5, 0.25]), (D,))}
 
 
-def errors(x: Tensor, y: Tensor, spread: float) -> tuple[float, float, float]:
-    """Sliced W2, distance of means and of standard deviations, per coordinate and over the spread."""
-    x = x.nan_to_num(1e6, 1e6, -1e6)
+def runs(options: Options, D: int, operator: str) -> Iterator[tuple[str, int, int]]:
+    """Method, particles and evaluations of all that is tried on a case; the floor first."""
+    nfes = [int(n) for n in options.nfes.split(",")]
+    if D > 100:
+        nfes = [nfes[0], nfes[-1]]
+    yield "floor", options.samples, 0
+    for method in METHODS:
+        if method != "RePaint" or operator == "mask":
+            yield from ((method, options.samples, nfe) for nfe in nfes)
+    for particles in map(int, options.particles.split(",")):
+        yield TWISTED, particles, nfes[-1]
+    if D <= 100:
+        yield EXACT, options.samples, options.finest
+        yield TWISTED, particles, options.finest
+
+
+def errors(x: Tensor, y: Tensor, spread: float) -> tuple[float, float, float, float]:
+    """Sliced W2, distance of means and of standard deviations, per coordinate and over the spread; C2ST."""
+    x = x.nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     size = math.sqrt(x.shape[1])
     mean = float((x.mean(0) - y.mean(0)).norm()) / size
     std = float((x.std(0) - y.std(0)).norm()) / size
-    return ss.metrics.sliced_w2(x, y, 64) / spread, mean / spread, std / spread
+    apart = ss.metrics.c2st(x, y, folds=3, steps=200)
+    return ss.metrics.sliced_w2(x, y, 64) / spread, mean / spread, std / spread, apart
 
 
-def main(options: Options) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
+@dataclass(frozen=True)
+class Case:
+    """A prior, what was seen of a draw from it, and exact samples given that."""
+
+    D: int
+    operator: str
+    std: float
+    prior: ss.GaussianMixture
+    seen: Measurement
+
+    def row(self, options: Options, method: str, particles: int, nfe: int) -> Row:
+        """Run a method and measure how far off it is, on as many samples whatever the number of particles."""
+        exact = inverse.posterior(self.prior, self.seen)
+        if method == "floor":
+            x = exact.sample(particles, seed=3)
+        else:
+            x = METHODS[method](self.prior, self.seen, particles, nfe)
+        drawn = x[torch.arange(options.samples) * particles // options.samples]
+        spread = math.sqrt(float(exact.covariance().diagonal().mean()))
+        found = errors(drawn, exact.sample(options.samples, seed=2), spread)
+        return Row(self.D, self.operator, self.std, options.samples, method, particles, nfe, *found)
+
+
+def cases(options: Options) -> Iterator[Case]:
+    """Every dimension, operator and noise level."""
     for D in map(int, options.dims.split(",")):
         prior = prior_of(D)
         truth = prior.sample(1, seed=11)
         for name, A in operators(D).items():
             for std in map(float, options.stds.split(",")):
                 y = A(truth)
-                seen = Measurement(A, y + std * ss.Noise(12).like(y, 0), std)
-                exact = inverse.posterior(prior, seen)
-                y, z = (exact.sample(options.samples, seed=s) for s in (2, 3))
-                spread = math.sqrt(float(exact.covariance().diagonal().mean()))
+                yield Case(D, name, std, prior, Measurement(A, y + std * ss.Noise(12).like(y, 0), std))
 
-                def report(method: str, nfe: str, x: Tensor, y: Tensor = y, spread: float = spread) -> None:
-                    rows.append((str(D), name, f"{std:g}", method, nfe, *(f"{e:.3g}" for e in errors(x, y, spread))))  # noqa: B023
 
-                report("floor", "-", z)
-                for method, sampler in METHODS.items():
-                    if method == "RePaint" and name != "mask":
-                        continue
-                    for nfe in map(int, options.nfes.split(",")):
-                        report(method, str(nfe), sampler(prior, seen, options.samples, nfe))
-                print("\n".join("  ".join(f"{c:>18}" for c in row) for row in rows[-1:]), flush=True)
+def measured(path: Path) -> dict[tuple[Any, ...], Row]:
+    """What an earlier run has written."""
+    if not path.is_file():
+        return {}
+    of = get_type_hints(Row).values()
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    rows = [Row(*(kind(word) for kind, word in zip(of, line, strict=True))) for line in lines]
+    return {row[:7]: row for row in rows}
+
+
+def main(options: Options) -> list[Row]:
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "posteriors.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
-    summary = summarise(rows)
-    print(summary)
-    (options.out / "posteriors.md").write_text(summary + "\n")
-    draw(rows, options.out / "posteriors.svg")
+    path = options.out / "posteriors.csv"
+    known, rows = measured(path), []
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if not known:
+            writer.writerow(Row._fields)
+        for case in cases(options):
+            for method, particles, nfe in runs(options, case.D, case.operator):
+                key = (case.D, case.operator, case.std, options.samples, method, particles, nfe)
+                if key not in known:
+                    known[key] = case.row(options, method, particles, nfe)
+                    words = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in known[key]]
+                    writer.writerow(words)
+                    file.flush()
+                    print("  ".join(f"{word:>10}" for word in words), flush=True)
+                rows.append(known[key])
+    text = tables(rows, options)
+    print("\n" + text)
+    (options.out / "posteriors.md").write_text(text)
+    draw(rows, options)
     return rows
 
 
-def summarise(rows: list[tuple[str, ...]]) -> str:
-    """Median and largest sliced W2 over all cases, as a table in Markdown."""
-    cells: dict[tuple[str, str], list[list[float]]] = {}
-    for row in rows:
-        cells.setdefault((row[3], row[4]), []).append([float(v) for v in row[5:]])
-    lines = ["| method | NFE | median SW2 | largest SW2 | median mean error | median spread error |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for (method, nfe), values in cells.items():
-        v = torch.tensor(values)
-        middle = v.median(0).values
-        lines.append(
-            f"| {method} | {nfe} | {middle[0]:.2f} | {v[:, 0].max():.2f} | {middle[1]:.2f} | {middle[2]:.2f} |"
-        )
-    return "\n".join(lines)
+# What is shown.
 
 
-def draw(rows: list[tuple[str, ...]], path: Path) -> None:
+def pick(rows: list[Row], **wanted: Any) -> list[Row]:
+    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+def middle(rows: list[Row], error: str) -> float:
+    """Median of an error over cases; of two in the middle their mean."""
+    values = sorted(getattr(row, error) for row in rows)
+    half = len(values) // 2
+    return math.nan if not values else values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
+
+
+def said(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    return f"{value:.2f}" if value < 9.95 else f"{value:.0f}" if value < 1e3 else "diverges"
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def tables(rows: list[Row], options: Options) -> str:
+    """Sliced W2 by evaluations and noise, the other errors, and what more particles do."""
+    nfes = [int(n) for n in options.nfes.split(",")]
+    stds = [float(s) for s in options.stds.split(",")]
+    last = nfes[-1]
+    sides = [[r for r in rows if r.D <= 100], [r for r in rows if r.D > 100]]
+    few, many = ([r for r in side if r.particles == options.samples] for side in sides)
+
+    def at(name: str, nfe: int) -> dict[str, Any]:
+        return {"method": name, "nfe": 0 if name == "floor" else nfe}
+
+    lines, others = [], []
+    for name in ("floor", *METHODS):
+        values = [middle(pick(few, **at(name, nfe)), "sw2") for nfe in nfes]
+        values += [middle(pick(few, **at(name, last), std=std), "sw2") for std in stds]
+        values += [max((r.sw2 for r in pick(few + many, **at(name, last))), default=math.nan)]
+        values += [middle(pick(many, **at(name, nfe)), "sw2") for nfe in (nfes[0], last)]
+        lines.append([name, *map(said, values)])
+        values = [middle(pick(side, **at(name, last)), error) for side in (few, many) for error in Row._fields[8:]]
+        others.append([name, *map(said, values)])
+    head = [f"NFE {n}" for n in nfes] + [f"std {s:g}" for s in stds] + ["largest"]
+    text = table(["method", *head, *(f"192-D, {n}" for n in (nfes[0], last))], lines)
+    text += "\n" + table(["method", "mean", "spread", "C2ST", "192-D: mean", "spread", "C2ST"], others)
+
+    lines = []
+    for name, particles, nfe in sorted({r[4:7] for r in rows if r.method in ("floor", EXACT, TWISTED)}):
+        found = [pick(side, method=name, particles=particles, nfe=nfe) for side in sides]
+        values = [middle(side, error) for side in found for error in ("sw2", "c2st")]
+        lines.append([name, str(particles) if name == TWISTED else "", str(nfe or ""), *map(said, values)])
+    return text + "\n" + table(["method", "particles", "NFE", "sliced W2", "C2ST", "192-D: sliced W2", "C2ST"], lines)
+
+
+def draw(rows: list[Row], options: Options) -> None:
     try:
         import matplotlib
 
@@ -179,20 +308,34 @@ def draw(rows: list[tuple[str, ...]], path: Path) -> None:
     except ImportError:
         print("no matplotlib, no figure; pip install 'scoresde[plot]'")
         return
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    names = [n for n in METHODS if any(row[3] == n for row in rows)]
-    floor = torch.tensor([float(row[5]) for row in rows if row[3] == "floor"]).median()
-    for nfe in sorted({row[4] for row in rows if row[4] != "-"}, key=int):
-        values = [[float(row[5]) for row in rows if row[3] == n and row[4] == nfe] for n in names]
-        middle = [float(torch.tensor(v).median()) for v in values]
-        axes.semilogx(middle, range(len(names)), "o", label=f"{nfe} evaluations")
-    axes.axvline(float(floor), color="grey", linestyle="--", label="floor")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("sliced W2 to the exact posterior, over its spread; median over cases")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+    figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.6), width_ratios=(1, 1, 0.8))
+    few = [r for r in rows if r.D <= 100]
+    own = pick(few, particles=options.samples)
+    marks = "osD^v<>pPXh*d"
+    for ax, error, word in zip(axes, ("sw2", "c2st"), ("sliced W2, over the spread", "C2ST"), strict=False):
+        for k, name in enumerate(METHODS):
+            nfes = sorted({r.nfe for r in pick(own, method=name)})
+            values = [min(middle(pick(own, method=name, nfe=n), error), 10) for n in nfes]
+            ax.semilogx(
+                nfes, values, marks[k] + "-", color=plt.get_cmap("tab20")(k), ms=4, lw=1, label=name.replace("`", "")
+            )
+        ax.axhline(middle(pick(own, method="floor"), error), color="black", linestyle="--", label="floor")
+        ax.set_xlabel("evaluations")
+        ax.set_title(f"{word}, median of {len(pick(own, method='floor'))} cases", fontsize=9)
+    axes[0].set_yscale("log")
+    for nfe in sorted({r.nfe for r in pick(few, method=TWISTED)}):
+        found = pick(few, method=TWISTED, nfe=nfe)
+        numbers = sorted({r.particles for r in found})
+        values = [middle(pick(found, particles=n), "c2st") for n in numbers]
+        axes[2].semilogx(numbers, values, "o-", ms=4, lw=1, label=f"{nfe} evaluations")
+    axes[2].axhline(middle(pick(own, method="floor"), "c2st"), color="black", linestyle="--")
+    axes[2].set_xlabel("particles")
+    axes[2].set_title("C2ST of twisted_smc", fontsize=9)
+    axes[2].legend(fontsize=7)
+    figure.tight_layout(rect=(0, 0, 0.84, 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="center right", fontsize=7)
+    figure.savefig(options.out / "posteriors.svg")
+    plt.close(figure)
 
 
 def parse() -> Options:
@@ -203,7 +346,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="small, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(samples=200, dims="2,8", nfes="10", stds="0.3")
+        given.update(samples=100, dims="2,8", nfes="5,10", stds="0.3", particles="50,200", finest=20)
     return Options(**given)
 
 

@@ -89,7 +89,7 @@ from scoresde.training import DSM, EMA, Trainer
 from scoresde.variances import mean_squared_score, sample_learned_variance
 
 if TYPE_CHECKING:
-    from scoresde import nn
+    from scoresde import backends, nn
 
 __all__ = [
     "DDIM",
@@ -169,6 +169,7 @@ __all__ = [
     "adapters",
     "analysis",
     "analytic_first_step",
+    "backends",
     "betas",
     "bits_per_dim",
     "check_denoiser",
@@ -209,7 +210,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Networks are loaded when they are first asked for: sampling needs none of them."""
-    if name == "nn":
-        return importlib.import_module("scoresde.nn")
+    """Networks and others' integrators are loaded when they are first asked for: sampling needs none of them."""
+    if name in ("backends", "nn"):
+        return importlib.import_module(f"scoresde.{name}")
     raise AttributeError(f"module 'scoresde' has no attribute {name!r}")

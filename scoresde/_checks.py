@@ -7,7 +7,10 @@ what is allowed and the fix. Values are looked at only where that costs no synch
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+from collections.abc import Callable, Iterable
+from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+_WORDS = ("steps", "nfe", "grid", "seed", "t_start", "t_end", "data_std", "rtol", "atol", "dtype", "device")
 _OUTSIDE = 1e-6  # how far outside its interval a time may lie, relative to T: float32 rounding, no more
 
 
@@ -42,6 +46,9 @@ def integer(name: str, value: Any, *, least: int = 0) -> int:
     """Return `value` as an int of at least `least`; floats and booleans are refused."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
+    if isinstance(value, Tensor) and (value.ndim or value.is_floating_point() or value.dtype == torch.bool):
+        said = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
+        raise TypeError(f"`{name}` must be an integer, got a {said}; a number of steps or points is one int.")
     out = int(value.__index__())
     if out < least:
         raise ValueError(f"`{name}` must be at least {least}, got {out}.")
@@ -55,6 +62,32 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
     return str(value)
+
+
+def dtype(name: str, value: Any) -> torch.dtype:
+    """Return `value` if it is float32 or float64."""
+    if value not in FLOATS:
+        hint = f"write torch.{value}" if isinstance(value, str) else "draw, then cast"
+        raise TypeError(f"`{name}` must be torch.float32 or torch.float64, got {value!r}; {hint}.")
+    return value  # type: ignore[no-any-return]
+
+
+def conditions(names: Iterable[str], function: Callable[..., Any]) -> None:
+    """Refuse conditions whose names look like options, of this function or another: they would go to the network."""
+    own = _options(function)
+    for name in names:
+        near = difflib.get_close_matches(name, (*own, *_WORDS), n=1, cutoff=0.75)
+        if near:
+            known = f"did you mean `{near[0]}`?" if near[0] in own else f"it has {', '.join(own)}."
+            raise TypeError(
+                f"`{name}` is not an option of `{function.__name__}`; {known} Other names go to the network."
+            )
+
+
+@cache
+def _options(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self")
 
 
 def state(name: str, x: Any) -> Tensor:

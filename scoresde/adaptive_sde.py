@@ -108,6 +108,7 @@ def adaptive_sde(
         device: Of the state, when a shape is given; by default the model's.
         **cond: Conditions, one row for each sample or the same for all, handed to the network.
     """
+    check.conditions(cond, adaptive_sde)
     eta = check.number("eta", eta, least=0)
     for name, value in (("rtol", rtol), ("atol", atol)):
         check.number(name, value, least=0)

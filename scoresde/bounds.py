@@ -117,6 +117,7 @@ def elbo(
         >>> bool((bound.value < mix.log_prob(x) + 3 * bound.standard_error).all())
         True
     """
+    check.conditions(cond, elbo)
     check.state("x", x)
     check.choice("grad", grad, ("off", "full"))
     check.choice("variance", variance, VARIANCES)
@@ -353,7 +354,12 @@ def bin_width(levels: int, interval: tuple[float, float]) -> float:
 
 
 def bits_per_dim(
-    nats: Tensor, dims: int, levels: int = 256, interval: tuple[float, float] = (-1.0, 1.0), *, density: bool = True
+    nats: Tensor,
+    dims: int,
+    levels: int | None = None,
+    interval: tuple[float, float] = (-1.0, 1.0),
+    *,
+    density: bool = True,
 ) -> Tensor:
     r"""Bits per dimension of data that has `levels` values, from nats.
 
@@ -365,23 +371,29 @@ def bits_per_dim(
     Arguments:
         nats: log p(x), (B,): a density in the scale where the bins divide `interval`.
         dims: D, numbers in an event.
-        levels: Number of values of a number of the data.
+        levels: Number of values of a number of the data, 256 for bytes; needed where `nats` is a density.
         interval: What the bins divide; integers scaled as v/127.5 − 1 have bins that divide (−1 − 1/255, 1 + 1/255).
         density: False where `nats` is already a probability, as of :func:`elbo` with `levels`: nothing is added.
 
     Example:
         >>> import torch
-        >>> bits_per_dim(torch.zeros(1), 3072)
+        >>> bits_per_dim(torch.zeros(1), 3072, levels=256)
         tensor([7.])
     """
-    width = bin_width(levels, interval)
     check.integer("dims", dims, least=1)
-    return -(nats / dims + (math.log(width) if density else 0.0)) / math.log(2)
+    if not density:
+        return -nats / (dims * math.log(2))
+    if levels is None:
+        raise TypeError(
+            "`levels` must say how many values a number of the data has, 256 for bytes and 17 for scikit-learn's "
+            "digits: a density has no bits without. Where `nats` is a probability already, give `density`=False."
+        )
+    return -(nats / dims + math.log(bin_width(levels, interval))) / math.log(2)
 
 
 def dequantize(
     images: Tensor,
-    levels: int = 256,
+    levels: int,
     interval: tuple[float, float] = (-1.0, 1.0),
     *,
     seed: int | Sequence[int] | Noise | None = None,
@@ -414,7 +426,7 @@ def dequantize(
 def dequantized_bits(
     log_density: Callable[[Tensor], Tensor],
     images: Tensor,
-    levels: int = 256,
+    levels: int,
     interval: tuple[float, float] = (-1.0, 1.0),
     *,
     n: int = 1,
@@ -500,6 +512,7 @@ def denoiser_error(
     Returns:
         An :class:`Estimate` with an entry for each time.
     """
+    check.conditions(cond, denoiser_error)
     check.choice("prediction", prediction, ("eps", "x0", "score", "v", "velocity"))
     _same_process(model, exact)
     noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_EPS)
@@ -548,6 +561,7 @@ def path_kl(
     References:
         | Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), arXiv:2101.09258, theorem 1
     """
+    check.conditions(cond, path_kl)
     check.number("eta", eta, above=0)
     check.integer("n_times", n_times, least=1)
     sde = _same_process(model, other)

@@ -105,6 +105,7 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
     """
     if not isinstance(model, Denoiser):
         raise TypeError(f"`model` must be a Denoiser, a network with its process, got {type(model).__name__}.")
+    check.conditions(cond, check_denoiser)
     check.state("x", x)
     if len(x) < 2 or not bool(x.isfinite().all()):
         raise ValueError("`x` must be a finite batch of at least 2 data.")

@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser, _check_denoiser
-from scoresde.gaussian import Gaussian
+from scoresde.gaussian import Gaussian, check_gaussian
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.paths import PathNoise
@@ -122,12 +122,15 @@ def fit(
         >>> plan.nfe, errors["after"]["mean_log"] < 0.2 * errors["before"]["mean_log"]
         (4, True)
     """
+    check.conditions(cond, fit)
     _check_denoiser(model)
     check.choice("grad", grad, ("full", "checkpoint"))
     check.integer("steps", steps, least=1)
     check.number("robust", robust, above=0)
     check.number("forks", forks, least=0, most=1)
     sde = model.sde
+    if gaussian is not None:
+        check_gaussian("gaussian", gaussian, sde)
     table = _Table(rule, sde, grid, what, gaussian is not None)
     x = _starts(shape_or_x, table, model, gaussian, seed, dtype, device)
     if forks:

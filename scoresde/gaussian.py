@@ -139,6 +139,10 @@ class Gaussian(AbstractDenoiser):
             x = _product(x, [a.mT for a in axes])
         return cls(sde, mean, x.square().sum(0) / (N - 1), axes)
 
+    def extra_repr(self) -> str:
+        """What is shown of it."""
+        return f"event={self.event}, sde={self.sde}"
+
     @property
     def mean(self) -> Tensor:
         """m, of shape event."""
@@ -217,6 +221,7 @@ class Gaussian(AbstractDenoiser):
         Returns:
             Times, from noise to data, and root-mean-square errors per number there.
         """
+        check.conditions(cond, Gaussian.skip_errors)
         _check_denoiser(model)
         check.integer("points", points, least=2)
         sde = self.sde
@@ -303,3 +308,15 @@ def _positive(v: Tensor) -> Tensor:
 
 
 __all__ = ["Gaussian"]
+
+
+def check_gaussian(name: str, gaussian: Any, sde: SDE) -> Gaussian:
+    """Refuse what is no Gaussian, or one of another process than `sde`."""
+    if not isinstance(gaussian, Gaussian):
+        raise TypeError(f"`{name}` must be a Gaussian, as Gaussian.estimate gives, got {type(gaussian).__name__}.")
+    if gaussian.sde != sde:
+        raise ValueError(
+            f"`{name}` is a Gaussian under {gaussian.sde!r}, and the model is on {sde!r}: their states at a time are "
+            f"not the same; make it with the model's process, as in Gaussian.estimate(model.sde, data)."
+        )
+    return gaussian

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scoresde import _checks as check
@@ -48,6 +49,7 @@ def langevin(
         seed: An integer, a :class:`Noise`, or None for a fresh one.
         **cond: Conditions, handed to the network.
     """
+    check.conditions(cond, langevin)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     epsilon = check.expand(step, check.state("x", x), "step")
     for k in range(check.integer("n", n)):
@@ -59,7 +61,7 @@ def langevin(
 class LangevinCorrector:
     r"""Langevin steps at every node, as the ``hook`` of :func:`scoresde.sampling.solve`, with any predictor.
 
-    .. math:: \epsilon_b = 2\left(\mathrm{snr}\,\frac{\sqrt D}{|\nabla\log p_t(x_b)|}\right)^2
+    .. math:: \epsilon_b = 2\left(\mathrm{snr}\,\frac{\sqrt D}{|\nabla\log p_t(x_b)|}\right)^2 \le \sigma_t^2
               \quad\text{or}\quad \epsilon = \tfrac{r}{2}\,\sigma_t^2
 
     for each sample b by itself, where public code averages norms over the batch; √D, with D numbers in a sample,
@@ -67,8 +69,10 @@ class LangevinCorrector:
     to a node, then the corrector works there, and only then does the predictor ask the network at the node. The start
     is not corrected, and neither is σ = 0: the last leg denoises the last corrected state.
 
-    A step that depends on the state keeps p/ε, not p: on a Gaussian the first form inflates the variance by 1 + 2/D in
-    the long run, however small its steps, nothing on images and twofold in two dimensions. The second keeps p.
+    The first form is for images. A step that depends on the state keeps p/ε, not p: on a Gaussian it inflates the
+    variance by 1 + 2/D in the long run, however small its steps. Where that is more than the steps' own bias of
+    1/(1 − snr²), in fewer than 2/snr² dimensions, the score's norm is taken for its largest expectation √D/σ instead,
+    which makes it the second form with r = 4 snr². That keeps p.
 
     Arguments:
         model: A denoiser, usually the one that is solved.
@@ -116,10 +120,12 @@ class LangevinCorrector:
         return x
 
     def _step_size(self, t: Any, score: Tensor) -> float | Tensor:
-        if self.r is not None:
-            return self.r / 2 * self.model.sde.sigma(t) ** 2  # type: ignore[no-any-return]
+        sigma2: float | Tensor = self.model.sde.sigma(t) ** 2
         rows = score.flatten(1) if score.ndim > 1 else score[:, None]
-        return 2 * self.snr**2 * rows.shape[1] / rows.square().sum(1)
+        D = rows.shape[1]
+        if self.r is not None or D * self.snr**2 < 2:
+            return (2 * self.snr**2 if self.r is None else self.r / 2) * sigma2
+        return torch.minimum(2 * self.snr**2 * D / rows.square().sum(1), torch.as_tensor(sigma2).to(rows))
 
 
 @dataclass(frozen=True, repr=False)

@@ -89,20 +89,20 @@ def log_prob(
     x: Tensor,
     *,
     divergence: str = "exact",
-    n_probes: int = 8,
-    probe: str = "orthogonal",
+    n_probes: int | None = None,
+    probe: str | None = None,
     seed: int | Sequence[int] | Noise | None = None,
     reference: GaussianMixture | None = None,
-    data_std: float = 1.0,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    data_std: float | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
     steps: int | None = None,
     t_min: float | None = None,
     to_zero: bool = True,
     scale: Standardize | None = None,
     autodiff: str = "reverse",
     chunk: int = 0,
-    max_nfe: int = 10_000,
+    max_nfe: int | None = None,
     grad: str = "off",
     **cond: Any,
 ) -> LogProb:
@@ -114,14 +114,14 @@ def log_prob(
         x: Data, (B, *event), in its own scale; the arithmetic is in its dtype, so give float64 for the last digits.
         divergence: ``"exact"``, D products with the Jacobian at each node; ``"hutchinson"``, unbiased, `n_probes` of
             them; ``"hutch++"``, as many, better where few directions carry the trace.
-        n_probes: How many products with the Jacobian an estimated trace takes.
-        probe: ``"orthogonal"``, ``"rademacher"`` or ``"gaussian"``; Hutch++ makes its own.
+        n_probes: How many products with the Jacobian an estimated trace takes, by default 8.
+        probe: Of ``"hutchinson"``: ``"orthogonal"``, the default, ``"rademacher"`` or ``"gaussian"``.
         seed: Of the probes, which are kept through a solve: an integer, one for each sample, or a :class:`Noise`.
         reference: A Gaussian close to the data, as a mixture of one component under the model's process: it gives the
             prior at T, and its part of the trace is not estimated. By default N(0, data_std² I).
-        data_std: Standard deviation of that default.
-        rtol: Tolerance of a step relative to y, of order 1 here whatever the scale of the data.
-        atol: Its absolute tolerance; the error norm is each sample's own.
+        data_std: Standard deviation of that default, by default 1.
+        rtol: Tolerance of a step relative to y, of order 1 here whatever the scale of the data; by default 1e-5.
+        atol: Its absolute tolerance, by default 1e-5; the error norm is each sample's own.
         steps: Instead of tolerances, this many equal steps in c for all samples: six evaluations each, no host waits.
         t_min: Smallest time that the network is asked at, by default that of the process.
         to_zero: Carry the flow from `t_min` on to σ = 0, by a leg that is exact to O(σ⁴). False: `x` is a state at
@@ -129,7 +129,8 @@ def log_prob(
         scale: The map that the model's data went through; its log-determinant is added and `x` is given before it.
         autodiff: ``"reverse"``, ``"forward"`` or ``"loop"``, see :func:`scoresde.divergence.jacobian_products`.
         chunk: How many Jacobian products go through the network in one call; 0 to choose by their size.
-        max_nfe: Evaluations of the state's steps that a sample may take before an error says where it is.
+        max_nfe: Evaluations of the state's steps that a sample may take before an error says where it is, by default
+            10 000.
         grad: ``"off"``, or ``"full"`` to differentiate in `x` and the network's parameters.
         **cond: Conditions, handed to the network.
 
@@ -148,12 +149,14 @@ def log_prob(
     """
     check.state("x", x)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
-    check.choice("grad", grad, ("off", "full"))
-    with torch.set_grad_enabled(grad == "full"):
+    options: dict[str, Any] = {}
+    options |= {"divergence": divergence, "n_probes": n_probes, "probe": probe, "autodiff": autodiff, "chunk": chunk}
+    options |= {"reference": reference, "data_std": data_std, "t_min": t_min, "to_zero": to_zero}
+    options |= {"rtol": rtol, "atol": atol, "steps": steps, "max_nfe": max_nfe}
+    with torch.set_grad_enabled(check.choice("grad", grad, ("off", "full")) == "full"):
         z = x if scale is None else scale(x)
-        flow = _Flow.make(model, z, reference, data_std, t_min, to_zero, cond)
-        trace = Divergence.make(divergence, n_probes, probe, noise.fork(_PROBES), z, autodiff, chunk)
-        path = _integrate(flow, trace, flow.rest(z), forward=True, tolerance=_tolerance(rtol, atol, steps, max_nfe))
+        flow, trace, tolerance = _ready(model, z, noise, **options, **cond)
+        path = _integrate(flow, trace, flow.rest(z), forward=True, tolerance=tolerance)
         return _result(flow, trace, path, z, scale, noise, path.y)
 
 
@@ -161,51 +164,92 @@ def sample_with_log_prob(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
     *,
-    divergence: str = "exact",
-    n_probes: int = 8,
-    probe: str = "orthogonal",
     seed: int | Sequence[int] | Noise | None = None,
-    reference: GaussianMixture | None = None,
-    data_std: float = 1.0,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    steps: int | None = None,
-    t_min: float | None = None,
-    to_zero: bool = True,
     scale: Standardize | None = None,
-    autodiff: str = "reverse",
-    chunk: int = 0,
-    max_nfe: int = 10_000,
     grad: str = "off",
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    **cond: Any,
+    **options: Any,
 ) -> tuple[Tensor, LogProb]:
     """Samples of the probability flow together with their log-densities, in one pass from noise to data.
 
-    The arguments are those of :func:`log_prob`, except that `shape_or_x` is a shape (B, *event) to start from the
-    prior, with `dtype` and `device` of the state, or states at T. With `grad` samples are differentiable too.
+    Arguments:
+        model: A denoiser.
+        shape_or_x: A shape (B, *event) to start from the prior, or states at T.
+        seed: Of the start and the probes.
+        scale: As for :func:`log_prob`; samples are given before it.
+        grad: As for :func:`log_prob`; samples are differentiable too.
+        dtype: Of the state, when a shape is given.
+        device: Of the state, when a shape is given.
+        **options: The others of :func:`log_prob`, and conditions.
 
     Returns:
         The samples, (B, *event) in the data's own scale, and their :class:`LogProb`.
     """
     noise = seed if isinstance(seed, Noise) else Noise(seed)
-    check.choice("grad", grad, ("off", "full"))
-    with torch.set_grad_enabled(grad == "full"):
+    with torch.set_grad_enabled(check.choice("grad", grad, ("off", "full")) == "full"):
+        given = isinstance(shape_or_x, Tensor)
         if isinstance(shape_or_x, Tensor):
             start = check.state("x", shape_or_x)
-            flow = _Flow.make(model, start, reference, data_std, t_min, to_zero, cond)
-            y = flow.gaussian.rest(start.flatten(1), *flow.scales(flow.last, start))
         else:
             shape = tuple(check.integer("shape", n) for n in shape_or_x)
             start = noise.fork(_START).normal(shape, 0, dtype=dtype, device=device)
-            flow = _Flow.make(model, start, reference, data_std, t_min, to_zero, cond)
-            y = start.flatten(1)
-        trace = Divergence.make(divergence, n_probes, probe, noise.fork(_PROBES), start, autodiff, chunk)
-        path = _integrate(flow, trace, y, forward=False, tolerance=_tolerance(rtol, atol, steps, max_nfe))
+        flow, trace, tolerance = _ready(model, start, noise, **options)
+        y = start.flatten(1)
+        if given:
+            y = flow.gaussian.rest(y, *flow.scales(flow.last, start))
+        path = _integrate(flow, trace, y, forward=False, tolerance=tolerance)
         x = flow.state(path.y)
         result = _result(flow, trace, path, x, scale, noise, y)
         return (x if scale is None else scale.inverse(x)), result
+
+
+def _ready(
+    model: AbstractDenoiser,
+    x: Tensor,
+    noise: Noise,
+    *,
+    divergence: str = "exact",
+    n_probes: int | None = None,
+    probe: str | None = None,
+    autodiff: str = "reverse",
+    chunk: int = 0,
+    reference: GaussianMixture | None = None,
+    data_std: float | None = None,
+    t_min: float | None = None,
+    to_zero: bool = True,
+    rtol: float | None = None,
+    atol: float | None = None,
+    steps: int | None = None,
+    max_nfe: int | None = None,
+    **cond: Any,
+) -> tuple[_Flow, Divergence, _Tolerance]:
+    """What is integrated, how its trace is taken, and in which steps: the options of :func:`log_prob`."""
+    check.conditions(cond, log_prob)
+    if divergence == "exact":
+        _drop("with `divergence`='exact', which takes no probes", n_probes=n_probes, probe=probe)
+    if divergence == "hutch++":
+        _drop("with `divergence`='hutch++', which makes its own", probe=probe)
+    if reference is not None:
+        _drop("with `reference`, which has a deviation of its own", data_std=data_std)
+    if steps is not None:
+        _drop("with `steps`, which are as many as you say", rtol=rtol, atol=atol, max_nfe=max_nfe)
+    flow = _Flow.make(model, x, reference, 1.0 if data_std is None else data_std, t_min, to_zero, cond)
+    count, kind = 8 if n_probes is None else n_probes, "orthogonal" if probe is None else probe
+    trace = Divergence.make(divergence, count, kind, noise.fork(_PROBES), x, autodiff, chunk)
+    tolerance = _Tolerance(
+        check.number("rtol", 1e-5 if rtol is None else rtol, above=0, below=1),
+        check.number("atol", 1e-5 if atol is None else atol, above=0, below=1),
+        0 if steps is None else check.integer("steps", steps, least=1),
+        check.integer("max_nfe", 10_000 if max_nfe is None else max_nfe, least=1),
+    )
+    return flow, trace, tolerance
+
+
+def _drop(because: str, **given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"`{name}` has no meaning {because}; drop one of the two.")
 
 
 def _result(
@@ -436,13 +480,6 @@ class _Tolerance:
         """Root mean square of each sample's error in units of what is allowed, (B,)."""
         scaled = e / (self.atol + self.rtol * torch.maximum(y0.abs(), y1.abs()))
         return scaled.detach().square().mean(1).sqrt()
-
-
-def _tolerance(rtol: float, atol: float, steps: int | None, max_nfe: int) -> _Tolerance:
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        check.number(name, value, above=0, below=1)
-    check.integer("max_nfe", max_nfe, least=1)
-    return _Tolerance(rtol, atol, 0 if steps is None else check.integer("steps", steps, least=1), max_nfe)
 
 
 def _integrate(flow: _Flow, divergence: Divergence, y: Tensor, forward: bool, tolerance: _Tolerance) -> _Path:

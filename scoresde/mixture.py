@@ -46,6 +46,12 @@ class _Exact(AbstractDenoiser):
     _points: Tensor
     event: tuple[int, ...]
 
+    _parts: str
+
+    def extra_repr(self) -> str:
+        """What is shown of it."""
+        return f"{len(self._points)} {self._parts}, event={self.event}, sde={self.sde}"
+
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
         raise NotImplementedError
@@ -94,6 +100,8 @@ class GaussianMixture(_Exact):
         >>> mix.score(x, 0.5).shape, mix.log_prob(x, 0.5).shape
         (torch.Size([5, 2]), torch.Size([5]))
     """
+
+    _parts = "components"
 
     _weights: Tensor
     _iso: Tensor
@@ -192,6 +200,7 @@ class GaussianMixture(_Exact):
             dtype: float32 or float64.
         """
         check.integer("n", n)
+        check.dtype("dtype", dtype)
         noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
         K, D = self._points.shape
         like: dict[str, Any] = {"dtype": self._points.dtype, "device": self._points.device}
@@ -352,6 +361,8 @@ class Empirical(_Exact):
           appendix B.3
     """
 
+    _parts = "points"
+
     def __init__(self, sde: SDE, data: Tensor | Sequence[Any]) -> None:
         super().__init__()
         self.sde = _check_sde(sde)
@@ -397,6 +408,7 @@ class Empirical(_Exact):
     ) -> Tensor:
         """Exact samples of the marginal at time `t`, (n, *event); the arguments of :meth:`GaussianMixture.sample`."""
         check.integer("n", n)
+        check.dtype("dtype", dtype)
         noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
         N, D = self._points.shape
         u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)[:, 0]

@@ -211,8 +211,7 @@ class Noise:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Tensor:
-        if dtype not in check.FLOATS:
-            raise TypeError(f"`dtype` must be torch.float32 or torch.float64, got {dtype}; draw, then cast.")
+        check.dtype("dtype", dtype)
         if not isinstance(draw, Tensor):
             _word("draw", draw, 32, "; `fork` gives further streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:

@@ -122,6 +122,7 @@ def gits(
     References:
         | On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., 2024), arXiv:2405.11326
     """
+    check.conditions(cond, gits)
     times, misses = _pilot(model, shape_or_x, fine, seed, cond)
     cost = torch.full((len(times), len(times)), math.inf, dtype=torch.float64)
     for i in range(len(times) - 1):
@@ -144,6 +145,7 @@ def equal_error(
     A leg of size h errs by about a(λ) h², with a measured on fine legs; equal shares of :math:`\int\sqrt a\,d\lambda`
     make the errors equal. The last step goes from ``sde.t_min`` to 0. The arguments of :func:`gits`.
     """
+    check.conditions(cond, equal_error)
     check.integer("steps", steps, least=2)
     times, misses = _pilot(model, shape_or_x, fine, seed, cond)
     density = torch.tensor([misses(i, i + 1) for i in range(len(times) - 2)], dtype=torch.float64).sqrt()
@@ -179,6 +181,7 @@ def align_your_steps(
     References:
         | Align Your Steps (Sabour et al., 2024), arXiv:2404.14507
     """
+    check.conditions(cond, align_your_steps)
     _check_denoiser(model)
     check.integer("steps", steps, least=2)
     sde, noise = model.sde, Noise(seed).fork(_STREAM)

@@ -29,7 +29,7 @@ from scoresde.gaussian import Gaussian
 from scoresde.noise import Noise
 from scoresde.paths import PathNoise
 from scoresde.plan import Plan
-from scoresde.sampling import _ROWS, _check_options, _start
+from scoresde.sampling import _ROWS, _start
 from scoresde.unrolled import unroll
 
 
@@ -91,7 +91,7 @@ def solve(
         (True, True)
     """
     _check_denoiser(model)
-    _check_options(cond)
+    check.conditions(cond, solve)
     if not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a Plan, as solver.plan(sde, grid) gives, got {type(plan).__name__}.")
     check.number("tol", tol, least=0)

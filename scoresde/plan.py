@@ -392,8 +392,8 @@ def _loop(
 ) -> Generator[Step, None, Tensor]:
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
-    source: Ahead | PathNoise | None = None
-    if plan.stochastic and noise is not None:
+    source: Noise | Ahead | PathNoise | None = noise
+    if plan.stochastic and isinstance(noise, Noise):  # anything else that has `like` is taken at its word
         source = PathNoise(noise, plan.spans) if noise.path else Ahead(noise, plan.draws)
     kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
@@ -473,7 +473,9 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
     return tuple(lines)
 
 
-def _add_numbers(line: _Line, kept: list[Any], noise: Ahead | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_numbers(
+    line: _Line, kept: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
+) -> Tensor:
     """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
     terms = line.terms
     out: Any = None
@@ -495,7 +497,9 @@ def _add_numbers(line: _Line, kept: list[Any], noise: Ahead | PathNoise | None, 
     return out  # type: ignore[no-any-return]
 
 
-def _add_tensors(line: _Line, kept: list[Any], noise: Ahead | PathNoise | None, like: Tensor, in_place: bool) -> Tensor:
+def _add_tensors(
+    line: _Line, kept: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
+) -> Tensor:
     """The same where a weight is a tensor: a number a sample, or one that requires grad."""
     out: Any = None
     for k, w in line.terms:

@@ -72,6 +72,7 @@ def transitions(
         >>> sum(step.log_prob for step in run if step.log_prob is not None).shape
         torch.Size([4])
     """
+    check.conditions(cond, transitions)
     _check_own_draws(plan)
     check.state("x", x)
     if states is not None and len(states) != len(plan) - 1:

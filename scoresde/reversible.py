@@ -94,6 +94,7 @@ class Reversible:
                 are made again by running back.
             **cond: Conditions, handed to the network.
         """
+        check.conditions(cond, Reversible.solve)
         check.choice("grad", grad, ("off", "full", "reversible"))
         way = self._way(model, times, cond)
         y = self._enter(way, x, 0)
@@ -115,6 +116,7 @@ class Reversible:
             times: The times it was given, in the same order.
             **cond: Conditions, handed to the network.
         """
+        check.conditions(cond, Reversible.invert)
         way = self._way(model, times, cond)
         with torch.no_grad():
             return self._leave(way, way.backward(self._enter(way, twin, -1)), 0)

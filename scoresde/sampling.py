@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +16,7 @@ from scoresde import _checks as check
 from scoresde import policy
 from scoresde.adaptive import Adaptive, AdaptiveSolution, flow
 from scoresde.denoiser import AbstractDenoiser, Denoiser
-from scoresde.gaussian import Gaussian
+from scoresde.gaussian import Gaussian, check_gaussian
 from scoresde.grids import check_grid, quadratic_vp
 from scoresde.noise import Noise
 from scoresde.plan import Hook, Plan, Step, run
@@ -155,7 +153,7 @@ def solve(
         **cond: Conditions, handed to the network.
     """
     check.choice("grad", grad, ("off", "full", "checkpoint"))
-    _check_options(cond)
+    check.conditions(cond, solve)
     if isinstance(solver, Adaptive):
         given: dict[str, Any] = {"steps": steps, "nfe": nfe, "grid": grid, "hook": hook, "callback": callback}
         given |= {"progress": progress or None, "overwrite": overwrite or None, "transitions": transitions or None}
@@ -259,7 +257,7 @@ def encode(
     rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
     plan = rule.plan(model.sde, times.flip(0), up="solve")
     z = solve(model, check.state("x", x), plan, **options).x
-    return z if start is None else start.flow(z, float(times[0]), model.sde.T)
+    return z if start is None else check_gaussian("start", start, model.sde).flow(z, float(times[0]), model.sde.T)
 
 
 def decode(
@@ -309,7 +307,7 @@ def _both_ways(
     if not (solver is None or isinstance(solver, Solver)):
         raise TypeError(f"`solver` must be a rule such as DPMSolverPP(), which can run both ways, got {solver!r:.80}.")
     sde = model.sde
-    steps = 50 if steps is None else steps
+    steps = 50 if steps is None else check.integer("steps", steps, least=1)
     if grid is None or callable(grid):
         maker = quadratic_vp if grid is None else grid
         times = maker(sde, steps, t_start=noisy, t_end=clean)
@@ -322,18 +320,14 @@ def _both_ways(
             f"`grid` must end at a positive time, where there is noise to see, for a code of data; it ends at "
             f"{float(times[-1]):g}, as in ss.karras(sde, n, t_end=sde.t_min)."
         )
-    rule = DPMSolverPP(3, kind="single", form="exact") if solver is None else solver
-    return rule, times
-
-
-def _check_options(cond: dict[str, Any]) -> None:
-    for name in cond:
-        near = difflib.get_close_matches(name, _OPTIONS, n=1, cutoff=0.75)
-        if near:
-            raise TypeError(f"`{name}` is not an option; did you mean `{near[0]}`? Other names go to the network.")
-
-
-_OPTIONS = tuple(inspect.signature(solve).parameters)[:-1]
+    if solver is None:
+        return DPMSolverPP(3, kind="single", form="exact"), times
+    if solver.plan(sde, times).stochastic:
+        raise ValueError(
+            f"`solver` must be deterministic, or what is decoded is not what was encoded; {solver} draws noise. Take a "
+            f"rule without, as DPMSolverPP(2), or eta=0."
+        )
+    return solver, times
 
 
 def _plan(
@@ -371,6 +365,7 @@ def _plan(
         return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
     legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, least=1)
     if nfe is not None:
+        check.integer("nfe", nfe, least=1)
         rule = default_solver(nfe, model) if solver is None else solver
         rule, legs = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
@@ -395,8 +390,8 @@ def _start(
     device: torch.device | str | None,
     gaussian: Gaussian | None = None,
 ) -> Tensor:
-    if not (gaussian is None or isinstance(gaussian, Gaussian)):
-        raise TypeError(f"`start` must be a Gaussian, as Gaussian.estimate gives, got {type(gaussian).__name__}.")
+    if gaussian is not None:
+        check_gaussian("start", gaussian, model.sde)
     if isinstance(shape_or_x, Tensor):
         x = check.state("x", shape_or_x)
         return x if gaussian is None else gaussian.flow(x, model.sde.T, t)

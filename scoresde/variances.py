@@ -48,6 +48,7 @@ def sample_learned_variance(
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672, eq. 15
     """
+    check.conditions(cond, sample_learned_variance)
     sde, grid = model.sde, check_grid(model.sde, times)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     if isinstance(shape_or_x, Tensor):
@@ -87,6 +88,7 @@ def mean_squared_score(
     References:
         | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
+    check.conditions(cond, mean_squared_score)
     noise, grid = Noise(seed), check_grid(model.sde, times)
     found = []
     with torch.no_grad():

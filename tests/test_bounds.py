@@ -151,7 +151,7 @@ def test_the_mass_of_bins_is_a_probability() -> None:
 
 
 def test_the_offset_is_that_of_the_bins() -> None:
-    assert float(ss.bits_per_dim(torch.zeros(()), 3072)) == 7.0
+    assert float(ss.bits_per_dim(torch.zeros(()), 3072, 256)) == 7.0
     assert float(ss.bits_per_dim(torch.zeros(()), 5, 256, (0.0, 1.0))) == 8.0
     assert float(ss.bits_per_dim(torch.zeros(()), 5, 32, (-1.0, 1.0))) == 4.0
     assert float(ss.bits_per_dim(torch.tensor(-6 * math.log(2.0)), 6, density=False)) == pytest.approx(1.0)
@@ -260,6 +260,6 @@ def test_bins_are_checked() -> None:
     with pytest.raises(ValueError, match="low < high"):
         ss.bits_per_dim(torch.zeros(1), 3, 256, (1.0, -1.0))
     with pytest.raises(TypeError, match="tensor of integers"):
-        ss.dequantize(torch.zeros(2, 3))
+        ss.dequantize(torch.zeros(2, 3), 256)
     with pytest.raises(ValueError, match=r"must lie in 0 … 3, got 0 … 4"):
         ss.dequantize(torch.arange(5)[None], 4)

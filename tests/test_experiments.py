@@ -64,6 +64,23 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+# What digits are judged by.
+
+
+def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
+    pytest.importorskip("sklearn")
+    import _digits
+
+    digits = _digits.load()
+    judge = _digits.Judge(digits)
+    assert judge.accuracy > 0.98
+    real = digits.held_out
+    blends = (real[:250] + real[250:]) / 2
+    noise = torch.rand(250, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sure, unsure, lost = (float(judge.classes(x)[1].mean()) for x in (real, blends, noise))
+    assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
+
+
 # In parallel.
 
 
@@ -110,6 +127,28 @@ def test_the_excess_of_the_loss_is_the_error_to_the_truth() -> None:
         assert level.loss - level.least == pytest.approx(level.error, abs=0.02 * level.loss)
     for level in loss_to_truth.errors(exact, exact, 100, seed=0):
         assert level.error == 0 and level.loss == level.least
+
+
+# Posteriors.
+
+
+def test_the_posterior_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import posteriors
+
+    monkeypatch.setattr(posteriors.ss.metrics, "c2st", lambda x, y, **_: 0.5)
+    monkeypatch.setattr(posteriors, "draw", lambda rows, options: None)
+    for name in {*posteriors.METHODS} - {posteriors.EXACT, posteriors.TWISTED, "RePaint"}:
+        monkeypatch.delitem(posteriors.METHODS, name)
+    options = posteriors.Options(20, "2", "5,10", "0.3", "10,40", 12, tmp_path)
+    rows = posteriors.main(options)
+    monkeypatch.setattr(posteriors.Case, "row", None)
+    again = posteriors.main(options)
+    assert [row[:7] for row in again] == [row[:7] for row in rows]
+    assert [row.sw2 for row in again] == pytest.approx([row.sw2 for row in rows], rel=1e-3)
+    floor = [row for row in rows if row.method == "floor"]
+    assert len(floor) == 2 and posteriors.middle(floor, "sw2") == pytest.approx(sum(row.sw2 for row in floor) / 2)
+    methods = {line.split(" | ")[0] for line in (tmp_path / "posteriors.md").read_text().splitlines()}
+    assert {f"| {name}" for name in ("floor", *posteriors.METHODS)} <= methods
 
 
 # Points in the plane.

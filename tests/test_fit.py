@@ -278,7 +278,7 @@ def test_checkpointing_keeps_the_memory_of_one_evaluation() -> None:
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
             fit(ss.VelocityAB(2).plan(SDE, ss.karras(SDE, 6)), model, (12, 4), steps=1, grad=grad)
     wanted = {grad: max(sizes, default=0) for grad, sizes in kept.items()}
-    assert wanted == {"full": 8 * 512, "checkpoint": 0}, "nothing of the network is held from one evaluation to the next"
+    assert wanted == {"full": 8 * 512, "checkpoint": 0}, "no activation is held from one evaluation to the next"
 
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from scoresde.guidance import (
     Compose,
     DynamicThreshold,
     Given,
+    Momentum,
     Rescale,
     ZeroStar,
     plus_plus,
@@ -182,6 +183,43 @@ def test_projected_guidance_splits_the_difference() -> None:
     assert float((move * strong).sum(1).abs().max()) < 1e-12, "nothing along the prediction"
     short = guided(4.0, rule=APG(eta=1.0, norm=1e-3)).x0(X, 0.4, label=LABEL) - strong
     torch.testing.assert_close(short.norm(dim=1), torch.full((6,), 3e-3, dtype=F64))
+
+
+def test_momentum_is_the_published_loop_and_begins_anew_with_every_run() -> None:
+    sde, beta, eta, norm, scale = VP.sde, -0.6, 0.3, 0.8, 4.0
+    grid = ss.grids.uniform_t(sde, 7)
+    x = start = sde.prior().sample((6, 2), ss.Noise(0), dtype=F64)
+    average = torch.zeros_like(x)
+    for t, s in pairwise(grid.tolist()):
+        c, u = VP.x0(x, t, label=LABEL), VP.x0(x, t, label=torch.full((6,), EVERYTHING))
+        average = c - u + beta * average
+        delta = average * (norm / average.norm(dim=1, keepdim=True)).clamp_max(1)
+        unit = c / c.norm(dim=1, keepdim=True)
+        parallel = (delta * unit).sum(1, keepdim=True) * unit
+        x0 = c + (scale - 1) * (delta - parallel + eta * parallel)
+        x = sde.alpha(s) * x0 + sde.sigma(s) * (x - sde.alpha(t) * x0) / sde.sigma(t)
+    model = guided(scale, rule=Momentum(APG(eta, norm), beta))
+    run = lambda: ss.sample(model, start, ss.DDIM(), grid=grid, label=LABEL)  # noqa: E731
+    torch.testing.assert_close(run(), x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(), x, rtol=1e-9, atol=1e-9)
+    none = guided(scale, rule=Momentum(APG(eta, norm), 0.0))
+    plain = ss.sample(guided(scale, rule=APG(eta, norm)), start, ss.DDIM(), grid=grid, label=LABEL)
+    torch.testing.assert_close(ss.sample(none, start, ss.DDIM(), grid=grid, label=LABEL), plain)
+    for t in (0.5, 0.7):  # the second is a later time: as of a run that starts
+        fresh = guided(scale, rule=Momentum(APG(eta, norm), beta)).x0(X, t, label=LABEL)
+        torch.testing.assert_close(model.x0(X, t, label=LABEL), fresh)
+
+
+def test_momentum_refuses_what_has_no_order() -> None:
+    model = guided(4.0, rule=Momentum())
+    with pytest.raises(TypeError, match="`t` must be one time for all samples: Momentum remembers"):
+        model.x0(X, torch.linspace(0.1, 0.9, 6), label=LABEL)
+    with pytest.raises(RuntimeError, match="which a gradient that asks again does not see"):
+        model.x0(X.clone().requires_grad_(), 0.4, label=LABEL)
+    with pytest.raises(ValueError, match="`beta` must be finite and above -1 and below 1, got -1"):
+        Momentum(beta=-1)
+    with pytest.raises(TypeError, match="`rule` must be a rule such as APG"):
+        Momentum(-0.5)  # type: ignore[arg-type]
 
 
 def test_zero_star_fits_the_weak_velocity_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
 from typing import Any
@@ -18,6 +19,7 @@ from scoresde.inverse import (
     MMPS,
     TMPD,
     Blur,
+    Counts,
     DiffPIR,
     Downsample,
     FourierMask,
@@ -40,6 +42,7 @@ from scoresde.inverse import (
     twisted_smc,
 )
 from scoresde.sampling import _ROWS
+from scoresde.solvers.base import Solver
 
 F64 = torch.float64
 
@@ -175,6 +178,18 @@ def test_moment_matching_uses_the_covariance_that_the_denoiser_implies() -> None
     torch.testing.assert_close(TMPD(prior, SEEN).x0(x, t), torch.stack(small), rtol=1e-7, atol=1e-8)
 
 
+def test_moment_matching_solves_also_what_is_no_covariance() -> None:
+    """A network that is a little wrong is so by σ²/α times as much in V: neither symmetric nor positive."""
+    W, t, x = -rand(4, 4, seed=5), 0.6, rand(5, 4, seed=6)
+    model = ss.Denoiser(lambda x, t: x @ W.mT.to(x), VP, predicts="x0")
+    M, V = A.matrix(), VP.sigma(t) ** 2 / VP.alpha(t) * W.mT
+    S = M @ V @ M.mT + SEEN.std**2 * torch.eye(2, dtype=F64)
+    assert float(torch.linalg.eigvals(S).real.min()) < 0
+    x0 = x @ W.mT
+    truth = x0 + torch.linalg.solve(S, (SEEN.y - x0 @ M.mT).mT).mT @ M @ V.mT
+    torch.testing.assert_close(MMPS(model, SEEN, 2).x0(x, t), truth, rtol=1e-4, atol=1e-4)
+
+
 def test_an_exact_method_samples_the_posterior() -> None:
     prior = gaussian(VP)
     exact = posterior(prior, SEEN)
@@ -230,6 +245,44 @@ def test_dps_is_the_gradient_of_the_likelihood_at_the_mean() -> None:
     torch.testing.assert_close(ours, same)
     bent = Operator(lambda x: x.square().sum(1, keepdim=True), (4,))
     assert DPS(prior, Measurement(bent, torch.ones(1, 1), 1.0)).x0(x, 0.4).isfinite().all()
+
+
+def test_photons_guide_by_the_gradient_of_their_likelihood() -> None:
+    prior, t = mixture(VP), 0.4
+    rates = Operator(lambda x: 3 * (x[:, :3] + 4), (4,))
+    x0 = prior.sample(5, seed=1)
+    y = torch.poisson(rates(x0), generator=torch.Generator().manual_seed(0))
+    seen = Counts(rates, y)
+    truth = torch.distributions.Poisson(rates(x0)).log_prob(y).sum(1)
+    torch.testing.assert_close(seen.log_prob(x0), truth)
+    x = VP.alpha(t) * x0 + VP.sigma(t) * rand(5, 4, seed=2)
+    slope = torch.empty_like(x)
+    for i in range(4):
+        e = torch.zeros(4, dtype=F64)
+        e[i] = 1e-5
+        slope[:, i] = (seen.log_prob(prior.x0(x + e, t)) - seen.log_prob(prior.x0(x - e, t))) / 2e-5
+    push = DPS(prior, seen, 0.7).x0(x, t) - prior.x0(x, t)
+    torch.testing.assert_close(push, 0.7 * VP.sigma(t) ** 2 / VP.alpha(t) * slope, rtol=1e-6, atol=1e-7)
+    assert DPS(prior, seen, norm=True).x0(x, t).isfinite().all()
+    # Beyond zero rates the gradient is finite and leads back; log p is continuous there.
+    dark = torch.full((5, 4), -50.0, dtype=F64).requires_grad_()
+    (back,) = torch.autograd.grad(seen.log_prob(dark).sum(), dark)
+    assert back.isfinite().all() and bool((back[:, :3] > 0).all())
+    edge = torch.tensor([[seen.least / 3 - 4]], dtype=F64).expand(5, 4)
+    torch.testing.assert_close(seen.log_prob(edge - 1e-9), seen.log_prob(edge + 1e-9), rtol=1e-6, atol=1e-6)
+
+
+def test_methods_for_gaussian_noise_refuse_photons() -> None:
+    prior, seen = mixture(VP), Counts(A, torch.tensor([[3.0, 0.0]]))
+    calls: list[Any] = [PiGDM, MMPS, TMPD, DDNM, DiffPIR, posterior]
+    for method in calls:
+        with pytest.raises(TypeError, match="needs Gaussian noise"):
+            method(prior, seen)
+    for sampler in (ddrm, daps, twisted_smc):
+        with pytest.raises(TypeError, match="needs Gaussian noise"):
+            sampler(prior, seen, (2, 4), 3)
+    with pytest.raises(ValueError, match="`y` must be counts, at least 0, got -1"):
+        Counts(A, torch.tensor([[3.0, -1.0]]))
 
 
 @pytest.mark.parametrize("zeta", [0.0, 0.3])
@@ -320,35 +373,46 @@ def test_weighted_particles_reach_posterior_and_evidence() -> None:
 
 # Known pixels.
 
-SOLVERS = [
-    ss.DDIM(),
-    ss.DDPM(),
-    ss.UniPC(3),
-    ss.DPMSolver(3),
-    ss.DPMSolverPP(3),
-    ss.VelocityAB(3),
-    ss.DEIS(3),
-    ss.EDMHeun(),
-    ss.RungeKutta4(),
-    ss.SASolver(),
-    ss.SDEDPMSolverPP(2),
-    ss.SEEDS(),
-    ss.PNDM(),
-    ss.EulerAncestral(),
-    ss.EDMStochastic(s_churn=4.0),
-    ss.EulerMaruyama(),
-    ss.ReverseDiffusion(),
-]
+WITH_ARGUMENTS = {
+    "DPMSolverV3": lambda: ss.DPMSolverV3(
+        ss.Statistics((-6.0, 0.0, 7.0), (0.9, 0.5, 0.1), (-0.2, -0.5, -0.1), (0.1, 0.2, 0.3))
+    ),
+    "Restart": lambda: ss.Restart(ss.EDMHeun(), 0.1, 0.3),
+    "with_corrector": lambda: ss.with_corrector(ss.DEIS(3)),
+}
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
-def test_known_pixels_are_exact_at_the_end(solver: Any) -> None:
-    prior = mixture(VP)
-    hook = Replacement(VP, KNOWN, seed=1)
-    x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, hook=hook, dtype=F64)
-    assert torch.equal(x[:, :2], KNOWN.y.expand(3, 2))
-    assert x.isfinite().all()
-    x = ss.sample(DDNM(prior, KNOWN), (3, 4), ss.DDIM(), steps=8, seed=0, dtype=F64)
+def catalogue() -> list[Solver]:
+    """Every rule that the package names, with its defaults where it has them."""
+    found = []
+    for name in ss.__all__:
+        thing = getattr(ss, name)
+        rule = inspect.isclass(thing) and issubclass(thing, Solver)
+        made = inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Solver"
+        if name != "Solver" and (rule or made):
+            found.append(WITH_ARGUMENTS.get(name, thing)())
+    return found
+
+
+CATALOGUE = [*catalogue(), ss.DPMSolverPP(3, kind="single"), ss.DDPM("large"), ss.Ancestral(ss.DPMSolverPP(2))]
+
+
+@pytest.mark.parametrize("solver", CATALOGUE, ids=lambda s: f"{s!r}".replace(" ", ""))
+def test_known_pixels_are_exact_at_the_end_under_every_solver(solver: Solver) -> None:
+    for sde in (VP, ss.Flow(T=0.99), ss.EDM()):
+        prior = mixture(sde)
+        hook = Replacement(sde, KNOWN, seed=1)
+        x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, hook=hook, dtype=F64)
+        assert torch.equal(x[:, :2], KNOWN.y.expand(3, 2)), sde
+        assert x.isfinite().all() and not torch.equal(x[0, 2:], x[1, 2:])
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), solver, steps=8, seed=0, dtype=F64)
+    torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sampler_without_nodes_of_its_own_refuses_replacement_and_takes_the_denoiser() -> None:
+    with pytest.raises(TypeError, match="`hook` has no meaning with Adaptive"):
+        ss.sample(mixture(VP), (3, 4), ss.Adaptive(), hook=Replacement(VP, KNOWN, seed=1))
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), ss.Adaptive(), seed=0, dtype=F64)
     torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-12, atol=1e-12)
 
 
@@ -435,6 +499,51 @@ def test_pictures_keep_their_axes(op: Any) -> None:
         twisted_smc(prior, seen, (4, *event), 4, seed=0).x,
     ):
         assert out.shape[1:] == event and out.isfinite().all()
+
+
+class Detached(torch.nn.Module):
+    """A network that forgets its input's graph, as one under torch.no_grad() does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def test_a_network_that_cannot_be_differentiated_is_named_by_every_method_that_needs_it() -> None:
+    model = ss.Denoiser(Detached(), VP, predicts="eps")  # its data prediction depends on x beside the network
+    x = torch.zeros(3, 4)
+    for method in (DPS, PiGDM, MMPS, TMPD):
+        with pytest.raises(ValueError, match=r"the network has no gradient.*no_grad"):
+            method(model, SEEN).x0(x, 0.4)
+    with pytest.raises(ValueError, match=r"the network has no gradient.*no_grad"):
+        twisted_smc(model, SEEN, (3, 4), 3)
+    for method in (DDNM, DiffPIR):
+        assert method(model, SEEN).x0(x, 0.4).isfinite().all()
+    assert PiGDM(model, SEEN, through_net=False).x0(x, 0.4).isfinite().all()
+    with torch.no_grad():  # the caller's mode is nobody's business
+        assert not MMPS(mixture(VP), SEEN).x0(x, 0.4).requires_grad
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) forbids"):
+        MMPS(mixture(VP), SEEN).x0(x, 0.4)
+
+
+def test_conditions_and_measurements_of_another_batch_are_named() -> None:
+    model = ss.Denoiser(lambda x, t, label: 0.1 * label[:, None] * x, VP, predicts="x0")
+    with pytest.raises(ValueError, match="condition `label` has 2 rows and the state has 3"):
+        ss.sample(DDNM(model, SEEN), (3, 4), steps=2, label=torch.ones(2))
+    two = Measurement(A, rand(2, 2), 0.3)
+    for method in (DPS, PiGDM, MMPS, TMPD, DDNM, DiffPIR):
+        with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+            ss.sample(method(mixture(VP), two), (3, 4), steps=2)
+    for sampler in (ddrm, daps, red_diff):
+        with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+            sampler(mixture(VP), two, (3, 4), 3)
+    hook = Replacement(VP, Measurement(FIRST_TWO, rand(2, 2), 0.0), seed=0)
+    with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
+        ss.sample(mixture(VP), (3, 4), steps=2, hook=hook)
 
 
 def test_errors_name_what_is_wrong() -> None:

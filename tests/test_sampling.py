@@ -613,7 +613,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "a code by noise": (
         lambda: ss.encode(MIX, START, Multistep(1, eta=1.0)),
         ValueError,
-        "noise cannot be added while solving towards noise; take eta = 0",
+        "`solver` must be deterministic.*draws noise. Take a rule without",
     ),
     "a code by a plan": (
         lambda: ss.encode(MIX, START, ss.DDIM().plan(VP, [1.0, 0.5])),  # type: ignore[arg-type]

@@ -132,53 +132,82 @@ def test_parts_are_the_whole_batch_to_rounding() -> None:
 
 
 RANK = """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 import scoresde as ss
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from scoresde.training import times
 from test_trainer import make
 
-trainer = make(0, batch=24, accumulate=2, ema=0.9, loss=lambda model: ss.DSM(model, times=times.Stratified()),
-               folder={folder!r}, save_every=3)
+accelerator = None
+if {sharded}:  # accelerate shards on devices only, and on a CPU if it is told that this is one
+    plugin = FullyShardedDataParallelPlugin()  # as the launcher's variables say
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+rank = int(os.environ["RANK"])  # only the first process' weights may count
+seen = []
+options = dict(batch=24, accumulate=2, folder={folder!r}, loss=lambda model: ss.DSM(model, times=times.Stratified()))
+trainer = make(rank, ema=0.9, save_every=3, accelerator=accelerator, preview_every=2,
+               preview=lambda model, step: seen.append(model.x0(torch.ones(2, 2), 0.5)), **options)
 assert trainer.world == 2
 trainer.fit(3)
-again = make(9, batch=24, accumulate=2, ema=0.9, loss=lambda model: ss.DSM(model, times=times.Stratified()),
-             folder={folder!r}, save_every=100, accelerator=trainer.accelerator)
+assert len(seen) == (rank == 0) and all(x.isfinite().all() for x in seen)
+assert all(hasattr(p, "full_tensor") == {sharded} for p in trainer.loss.parameters())
+again = make(9 + rank, ema=0.9, save_every=100, accelerator=trainer.accelerator, **options)
 assert again.resume()
 again.fit(5)
 """
 
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run --nproc_per_node 2 --master_port", False),
+    "accelerate launch with FSDP": (
+        "accelerate.commands.launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy SIZE_BASED_WRAP "
+        "--fsdp_min_num_params 60 --num_processes 2 --main_process_port",
+        True,
+    ),
+}
 
-def test_two_processes_are_one_to_rounding(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_are_one_to_rounding(launcher: str, tmp_path: Path) -> None:
+    options, sharded = LAUNCHERS[launcher]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = RANK.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    one = make(0, batch=24, accumulate=2, ema=0.9, loss=lambda model: ss.DSM(model, times=times.Stratified()))
-    one.fit(5)
-    try:
-        for process in ranks:
-            assert process.communicate(timeout=120)[1] is not None and process.returncode == 0, process.stderr
-    finally:
-        for process in ranks:
-            process.kill()
-    found = checkpoint.Checkpoints(tmp_path).latest()
+        port = str(free.getsockname()[1])
+    script = tmp_path / "script.py"
+    script.write_text(RANK.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "run"), sharded=sharded))
+    command = [sys.executable, "-m", *options.split(), port, str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ss.__file__).parents[1])}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as two:
+        one = make(0, batch=24, accumulate=2, ema=0.9, loss=lambda model: ss.DSM(model, times=times.Stratified()))
+        one.fit(5)
+        try:
+            said = two.communicate(timeout=120)[1]
+        finally:
+            two.kill()
+    assert two.returncode == 0, said
+    found = checkpoint.Checkpoints(tmp_path / "run").latest()
     assert found is not None and found[0] == 5 and len(found[1]["rng"]) == 2
-    for part, mine in (("loss", one.loss.state_dict()), ("ema", one.ema.state_dict()["weights"])):  # type: ignore[union-attr]
-        theirs = found[1][part] if part == "loss" else found[1][part]["weights"]
-        for name, w in mine.items():
-            assert torch.allclose(theirs[name], w, atol=1e-6), (part, name)
+    state = one.state_dict()
+    mine = [state["loss"], state["ema"]["weights"], *state["optimiser"]["state"].values()]
+    theirs = [found[1]["loss"], found[1]["ema"]["weights"], *found[1]["optimiser"]["state"].values()]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name, w in a.items():
+            assert torch.allclose(b[name], w, atol=1e-6), name
+
+
+def test_weights_are_spread_by_fsdp_2_or_not_at_all() -> None:
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=1)
+    with pytest.raises(ValueError, match=r"must be version 2.*--fsdp_version 2"):
+        make(accelerator=accelerator)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -105,6 +105,7 @@ def torchdiffeq_solve(
     """
     import torchdiffeq
 
+    check.conditions(cond, torchdiffeq_solve)
     check.choice("clock", clock, CLOCKS)
     check.choice("coupling", coupling, ("max", "mean"))
     check.choice("grad", grad, ("off", "full", "adjoint"))

@@ -87,6 +87,7 @@ def torchsde_sample(
     """
     import torchsde
 
+    check.conditions(cond, torchsde_sample)
     check.choice("method", method, ITO + STRATONOVICH)
     check.choice("grad", grad, ("off", "full", "adjoint"))
     check.integer("steps", steps, least=1)

@@ -2,6 +2,7 @@
 
 from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale, renoised
 from scoresde.inverse.exact import log_evidence, posterior
+from scoresde.inverse.measurements import Counts, Measurement
 from scoresde.inverse.operators import (
     Blur,
     Downsample,
@@ -10,7 +11,6 @@ from scoresde.inverse.operators import (
     Linear,
     Mask,
     Matrix,
-    Measurement,
     Operator,
 )
 from scoresde.inverse.samplers import Particles, Replacement, daps, ddrm, red_diff, repaint, twisted_smc
@@ -21,6 +21,7 @@ __all__ = [
     "MMPS",
     "TMPD",
     "Blur",
+    "Counts",
     "DiffPIR",
     "Downsample",
     "FourierMask",

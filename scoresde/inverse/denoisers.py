@@ -22,12 +22,14 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.grids import check_grid
-from scoresde.guidance import Graph, Scale, _check_scale, _scale, _Wrapped, before_silence, gradient
-from scoresde.inverse.operators import Linear, Measurement, conjugate_gradients
+from scoresde.guidance.base import Scale, Wrapped, check_scale, scale_at
+from scoresde.guidance.gradients import Graph, before_silence, gradient
+from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.operators import Linear, least_residual
 from scoresde.sde import SDE
 
 
-class _Posterior(_Wrapped):
+class _Posterior(Wrapped):
     """A denoiser and a measurement."""
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
@@ -52,10 +54,12 @@ class _LinearPosterior(_Posterior):
 class DPS(_Posterior):
     r"""Diffusion posterior sampling: x₀ is taken to be D, with no spread.
 
-    .. math:: \nabla\log p(y \mid x_t) \approx -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
+    .. math:: \nabla\log p(y \mid x_t) \approx \nabla_{x_t}\log p(y \mid x_0 = D(x_t))
+              = -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
 
-    for any differentiable A. That is the paper's approximation; its spread being 0, the pull towards y is too strong
-    and stiff wherever p(x₀ | x_t) is wide beside `std`. What the paper runs is a step of fixed length,
+    for any differentiable A; of :class:`~scoresde.inverse.measurements.Counts` it is their likelihood. That is the
+    paper's approximation; its spread being 0, the pull towards y is too strong and stiff wherever p(x₀ | x_t) is wide
+    beside `std`. What the paper runs is a step of fixed length,
     :math:`x_s \mathrel{-}= \zeta\,\nabla_{x_t}\lVert y - A(D)\rVert`, after each of DDPM's: with ``norm=True`` the
     denoiser is :math:`D - \mathrm{scale}\,\nabla\lVert y - A(D)\rVert`, and ``scale=dps_scale(sde, grid, zeta)`` under
     ``ss.DDPM()`` on that grid is the published algorithm.
@@ -76,21 +80,20 @@ class DPS(_Posterior):
     ) -> None:
         super().__init__(model, measurement)
         if not norm:
-            measurement.noisy("DPS without `norm`=True")
-        self.scale = _check_scale(scale)
+            measurement.likely("DPS without `norm`=True")
+        self.scale = check_scale(scale)
         self.norm = norm
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         """Approximate posterior mean, E[x_0 | x_t, y]."""
-        gain = _scale(self.scale, t, x)
+        gain = scale_at(self.scale, t, x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
 
-        def misfit(x0: Tensor) -> Tensor:
-            r = self.measurement.residual(x0).flatten(1)
-            return -r.norm(dim=1) if self.norm else -0.5 * (r / self.measurement.std).square().sum(1)
+        def fit(x0: Tensor) -> Tensor:
+            return -self.measurement.residual(x0).flatten(1).norm(dim=1) if self.norm else self.measurement.log_prob(x0)
 
-        slope = graph.pull(gradient(misfit, graph.x0, self))
+        slope = graph.pull(gradient(fit, graph.x0, self))
         if not self.norm:
             gain = gain * _tweedie(self.sde, t, x)
         return graph.release(graph.x0 + gain * slope)
@@ -173,13 +176,14 @@ class MMPS(_LinearPosterior):
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T (A V A^T + \mathrm{std}^2)^{-1} (y - A D), \qquad
               V = \mathrm{Cov}[x_0 \mid x_t] = \frac{\sigma^2}{\alpha}\frac{\partial D}{\partial x_t}
 
-    Each iteration of the conjugate gradients that solve the system costs one backward pass through the network. For a
-    Gaussian prior it is exact.
+    Each iteration of the Krylov solve costs one backward pass through the network. For a Gaussian prior it is exact. A
+    network's V is neither symmetric nor positive where noise is high, and conjugate gradients may then diverge; the
+    solve is one by least residuals, after which (A V Aᵀ + std²) u is never further from y − A D than 0 is.
 
     Arguments:
         model: The prior's denoiser.
         measurement: Linear, std > 0.
-        iterations: Of the conjugate gradients; a rank that V A^T has is reached in as many.
+        iterations: Of the solve; a rank that V A^T has is reached in as many.
 
     References:
         | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al., 2024),
@@ -209,7 +213,7 @@ class MMPS(_LinearPosterior):
     def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
         variance = self.measurement.std**2
-        return conjugate_gradients(lambda u: variance * u + A(spread(u)), r, self.iterations)
+        return least_residual(lambda u: variance * u + A(spread(u)), r, self.iterations)
 
 
 class TMPD(MMPS):

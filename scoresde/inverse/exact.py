@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from scoresde.inverse.operators import Measurement
+from scoresde.inverse.measurements import Measurement
 from scoresde.mixture import GaussianMixture
 
 

@@ -1,4 +1,4 @@
-r"""What was measured: operators, and measurements :math:`y = A x_0 + \mathrm{std}\cdot n` made with them.
+r"""Operators: what a measurement sees of a state.
 
 An operator is a function of states with a known shape; a linear one has an adjoint, :math:`\langle Ax, y\rangle =
 \langle x, A^T y\rangle`, by automatic differentiation unless it is given, and solves
@@ -213,6 +213,46 @@ def conjugate_gradients(
         new = r.flatten(1).square().sum(1).reshape(rows)
         p = r + torch.where(live, new / torch.where(live, rr, 1.0), 0.0) * p
         rr = torch.where(live, new, rr)
+    return u
+
+
+def least_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int) -> Tensor:
+    """Minimise ‖y − S u‖ over the Krylov space of each row, S any matrix (Orthodir).
+
+    The residual never grows, so that ‖S u‖ ≤ 2‖y‖ however wrong S is: what conjugate gradients promise for a positive S
+    alone.
+
+    Arguments:
+        matvec: S u, (B, *out) to the same.
+        y: (B, *out).
+        iterations: How many; each asks for S once.
+
+    References:
+        | Generalized Conjugate-Gradient Acceleration of Nonsymmetrizable Iterative Methods (Young and Jea, 1980),
+          https://doi.org/10.1016/0024-3795(80)90165-2
+    """
+    rows = (len(y), *[1] * (y.ndim - 1))
+    small = torch.finfo(y.dtype).eps ** 1.6
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).flatten(1).sum(1).reshape(rows)
+
+    u, r, p = torch.zeros_like(y), y, y
+    kept: list[tuple[Tensor, Tensor]] = []  # directions p with q = S p orthonormal
+    for _ in range(iterations):
+        q = matvec(p)
+        least = small * dot(q, q)
+        for p_j, q_j in kept:
+            c = dot(q, q_j)
+            p, q = p - c * p_j, q - c * q_j
+        left = dot(q, q)
+        live = left > least  # and no square root of 0, whose derivative is infinite
+        gain = torch.where(live, torch.where(live, left, 1.0).rsqrt(), 0.0)
+        p, q = gain * p, gain * q
+        c = dot(q, r)
+        u, r = u + c * p, r - c * q
+        kept.append((p, q))
+        p = q
     return u
 
 
@@ -463,63 +503,3 @@ class Matrix(Linear):
         u = self._vectors.to(self._check_y(y))
         gain: Tensor = a * self._values.to(y) + b
         return ((y @ u) / gain) @ u.mT
-
-
-class Measurement(nn.Module):
-    r"""What was seen: :math:`y = A x_0 + \mathrm{std}\cdot n`, n standard normal.
-
-    Arguments:
-        operator: A, an :class:`Operator`; most methods need a :class:`Linear` one.
-        y: (1, *out), one measurement for all samples, or (B, *out), one for each.
-        std: Standard deviation of the noise; 0 for an exact measurement, which some methods do not take.
-    """
-
-    y: Tensor
-
-    def __init__(self, operator: Operator, y: Tensor, std: float) -> None:
-        super().__init__()
-        if not isinstance(operator, Operator):
-            raise TypeError(
-                f"`operator` must be an operator such as Mask(mask), or Linear(forward, event) for a function of "
-                f"yours, got {type(operator).__name__}."
-            )
-        self.operator = operator
-        self.register_buffer("y", operator._check_y(y))
-        self.std = check.number("std", std, least=0)
-
-    @property
-    def linear(self) -> Linear:
-        """The operator, if it is linear."""
-        if not isinstance(self.operator, Linear):
-            raise TypeError(
-                "this method needs a linear operator, with an adjoint; DPS and ClassifierGuidance take any function."
-            )
-        return self.operator
-
-    def residual(self, x0: Tensor) -> Tensor:
-        """y − A x0, (B, *out)."""
-        return self.data(x0) - self.operator(x0)
-
-    def data(self, x: Tensor) -> Tensor:
-        """y beside a state: (1, *out) or (B, *out), in its dtype."""
-        if len(self.y) not in (1, len(x)):
-            raise ValueError(
-                f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples, or one "
-                f"for each: a part of a batch needs its part of `y`."
-            )
-        return self.y.to(x)
-
-    def log_prob(self, x0: Tensor) -> Tensor:
-        r"""log N(y; A x0, std² I) in nats, (B, *event) to (B,); needs std > 0."""
-        std = self.noisy("log_prob")
-        z = (self.residual(x0) / std).flatten(1)
-        return -0.5 * z.square().sum(1) - z.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
-
-    def noisy(self, who: str) -> float:
-        """The standard deviation, which must be positive."""
-        if self.std == 0:
-            raise ValueError(
-                f"`std` must be greater than 0 for {who}, which divides by it, got 0: say how well y is known, such as "
-                f"1e-3; for an exact measurement there are DDNM, DDRM and Replacement."
-            )
-        return self.std

@@ -18,9 +18,11 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoiser import AbstractDenoiser
 from scoresde.grids import check_grid, quadratic_vp
-from scoresde.guidance import Graph, _check_model, before_silence, gradient
+from scoresde.guidance.base import check_model
+from scoresde.guidance.gradients import Graph, before_silence, gradient
 from scoresde.inverse.denoisers import isotropic_variance
-from scoresde.inverse.operators import Linear, Mask, Measurement
+from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.operators import Linear, Mask
 from scoresde.noise import Noise
 from scoresde.sampling import _start, sample
 from scoresde.sde import SDE
@@ -150,6 +152,7 @@ def ddrm(
         | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
     """
     sde, times, noise = _ready(model, measurement, grid, seed)
+    check.conditions(cond, ddrm)
     check.number("eta", eta, least=0, most=1)
     check.number("eta_b", eta_b, least=0, most=1)
     d, of_state, to_state, of_data = measurement.linear.spectrum()
@@ -222,6 +225,7 @@ def daps(
         | Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing (Zhang et al., 2025),
           arXiv:2407.01521, algorithm 1
     """
+    check.conditions(cond, daps)
     sde, times, noise = _ready(model, measurement, grid, seed)
     std, A = measurement.noisy("daps"), measurement.linear
     rule = DPMSolverPP(2) if solver is None else solver
@@ -277,6 +281,7 @@ def red_diff(
         | A Variational Perspective on Solving Inverse Problems with Diffusion Models (Mardani et al., 2024),
           arXiv:2305.04391, algorithm 1
     """
+    check.conditions(cond, red_diff)
     sde, times, noise = _ready(model, measurement, grid, seed)
     draws = noise.fork(_STEPS)
     if isinstance(shape_or_x, Tensor):
@@ -355,6 +360,7 @@ def twisted_smc(
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
+    check.conditions(cond, twisted_smc)
     sde, times, noise = _ready(model, measurement, grid, seed)
     std, A = measurement.noisy("twisted_smc"), measurement.linear
     if len(measurement.y) != 1:
@@ -432,7 +438,7 @@ def _log_mean(log_w: Tensor) -> float:
 def _ready(
     model: AbstractDenoiser, measurement: Measurement, grid: Grid, seed: int | Noise | None
 ) -> tuple[SDE, list[float], Noise]:
-    sde = _check_model(model).sde
+    sde = check_model(model).sde
     if not isinstance(measurement, Measurement):
         raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
     times = quadratic_vp(sde, grid) if isinstance(grid, int) else check_grid(sde, grid)

@@ -31,7 +31,7 @@ class Solver:
     @property
     def declared_order(self) -> int:
         """The order of convergence it claims, which the tests measure."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define the property `declared_order`, an integer.")
 
     @property
     def weak_order(self) -> int:
@@ -94,7 +94,10 @@ class Solver:
         Returns:
             The new state's row and the new history.
         """
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `_leg(tape, now, history, t, asks, node)`, which lays one leg and "
+            f"returns its last row and the history; the page on a solver of your own has one."
+        )
 
     @property
     def _forgets(self) -> bool:

@@ -107,6 +107,7 @@ class Statistics:
             seed: Of the noise.
             **cond: Conditions, as the network takes them.
         """
+        check.conditions(cond, Statistics.estimate)
         sde = model.sde
         check.integer("n", n, least=2)
         first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T

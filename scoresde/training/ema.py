@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde.training.sharding import local, spread, whole
 
 Weights = dict[str, Tensor]
 
@@ -134,7 +135,7 @@ class PowerEMA:
     def snapshot(self) -> list[Snapshot]:
         """The averages as they are now, one for each length, on the CPU."""
         return [
-            Snapshot(self.updates, gamma, {name: w.detach().to("cpu", copy=True) for name, w in weights.items()})
+            Snapshot(self.updates, gamma, {name: whole(w).detach().to("cpu", copy=True) for name, w in weights.items()})
             for gamma, weights in zip(self.gammas, self.weights, strict=True)
         ]
 
@@ -252,7 +253,7 @@ def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Mod
     try:
         with torch.no_grad():
             for name, w in own.items():
-                w.copy_(weights[name])
+                w.copy_(spread(weights[name], w))
         yield module
     finally:
         with torch.no_grad():
@@ -264,8 +265,8 @@ def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights
     """Parameters and saved buffers by name, as in the module's own state_dict; shared ones once."""
     if names is None:
         names = {_plain(name) for name in module.state_dict(keep_vars=True)}
-    both = (*module.named_parameters(), *module.named_buffers())
-    return {_plain(name): w for name, w in both if _plain(name) in names}
+    both = ((_plain(name), w) for name, w in (*module.named_parameters(), *module.named_buffers()))
+    return {name: w for name, w in both if name in names}
 
 
 def _plain(name: str) -> str:
@@ -284,14 +285,12 @@ def _move(average: Weights, module: nn.Module, share: float) -> None:
     far: list[Tensor] = []
     near: list[Tensor] = []
     for name, w in _tensors(module, average).items():
-        mine = average[name]
-        if mine.device != w.device:  # the module has moved
-            mine = average[name] = mine.to(w.device)
+        mine = average[name] = spread(average[name], w)  # the module may have moved
         if not (isinstance(w, nn.Parameter) and w.is_floating_point()):
             mine.copy_(w)
         else:
-            far.append(mine)
-            near.append(w.detach().to(mine))
+            far.append(local(mine))
+            near.append(local(w.detach()).to(far[-1].dtype))
     if far:
         torch._foreach_lerp_(far, near, share)
 
@@ -310,7 +309,7 @@ def _load(mine: Weights, theirs: Mapping[str, Tensor]) -> None:
     _match(mine, theirs)
     with torch.no_grad():
         for name, w in mine.items():
-            w.copy_(theirs[name])
+            w.copy_(spread(theirs[name], w))
 
 
 def _match(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

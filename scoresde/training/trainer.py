@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import random
@@ -21,6 +22,7 @@ from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
 from scoresde.training.losses import DSM
 from scoresde.training.order import DataOrder, batches, parts, size, stream
+from scoresde.training.sharding import spread_optimiser, spread_state, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +38,8 @@ class Trainer:
     A run is a function of its seed: data order, times and noise are drawn from (seed, step), and each process takes its
     rows of the whole batch, so that the number of processes and of accumulated parts changes rounding only. Start the
     same script again and ``resume`` continues to the bit on the CPU: model, average, optimiser, scaler, times, and the
-    generators that dropout uses. Under ``torchrun`` or ``accelerate launch`` it runs on many processes as it is.
+    generators that dropout uses. Under ``torchrun`` or ``accelerate launch`` it runs on many processes as it is, with
+    whole weights on each (DDP) or spread over them (FSDP 2).
 
     It is a convenience. What it does besides saving is this loop::
 
@@ -65,7 +68,8 @@ class Trainer:
         save_every: Steps between checkpoints; there is one at the end as well.
         keep: How many of them to keep.
         log_every: Steps between entries of `history`.
-        preview: Called as ``preview(model, step)`` with the averaged weights, without gradient, on the first process.
+        preview: Called as ``preview(model, step)`` with the averaged weights, without gradient, on the first process;
+            with FSDP on a whole copy of the model.
         preview_every: Steps between previews.
         tensorboard: Folder to log to; None for no TensorBoard.
         progress: Whether to show a bar: None if the terminal is interactive.
@@ -138,11 +142,16 @@ class Trainer:
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.history: list[dict[str, float]] = []
 
-        self._wrapped: nn.Module = self.accelerator.prepare_model(loss)
+        self._sharded = _sharded(self.accelerator, loss)
+        # What is spread over processes cannot be called by one of them: previews have a model of their own.
+        self._shown = copy.deepcopy(self.model) if self._sharded and preview is not None else self.model
         optimiser = torch.optim.Adam(loss.parameters(), 2e-4) if optimiser is None else optimiser
-        self.optimiser = self.accelerator.prepare_optimizer(optimiser)
-        self._rates = [float(group["lr"]) for group in optimiser.param_groups]
-        self._parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        self._wrapped: nn.Module
+        self._wrapped, self.optimiser = self.accelerator.prepare(loss, optimiser)
+        # Accelerate's optimiser looks for packages on the disk at every step; without a scaler it does nothing else.
+        self._inner = self.optimiser if self.accelerator.scaler is not None else self.optimiser.optimizer
+        self._rates = [float(group["lr"]) for group in self.optimiser.param_groups]
+        self._parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.ema = EMA(self.model, ema) if isinstance(ema, (int, float)) else ema
         self._generator = torch.Generator(self.accelerator.device)
 
@@ -188,7 +197,7 @@ class Trainer:
         """One step of the optimiser; its loss (on the device) and the norm of its gradient."""
         total = torch.zeros((), device=self.accelerator.device)
         self._set_rate()
-        self.optimiser.zero_grad()
+        self._inner.zero_grad()
         n = self.order.batch // (self.world * self.accumulate)
         for m in range(self.accumulate):
             x, cond = self.unpack(_to(next(source), self.accelerator.device))
@@ -196,10 +205,12 @@ class Trainer:
             noise = Draws(self._generator, (m * self.world + self.rank) * n, self.order.batch)
             last = m == self.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
-                value = self._wrapped(x, noise, **cond) / self.accumulate
+                with self.accelerator.autocast():
+                    value = self._wrapped(x, noise, **cond) / self.accumulate
                 self.accelerator.backward(value)
             total += value.detach()
-        norm = float(self.accelerator.clip_grad_norm_(self._parameters, self.clip))
+        self.accelerator.unscale_gradients()
+        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, self.clip)))
         self._update(total, norm)
         self.step += 1
         return total, norm
@@ -207,7 +218,7 @@ class Trainer:
     def _update(self, loss: Tensor, norm: float) -> None:
         """Step and average, unless the gradient, which all processes share, is not finite."""
         if math.isfinite(norm):
-            self.optimiser.step()
+            self._inner.step()
             if self.ema is not None:
                 self.ema.update()
             self._skipped_in_a_row = 0
@@ -247,21 +258,26 @@ class Trainer:
 
     def _show(self) -> None:
         """A preview with the averaged weights, in evaluation mode."""
-        if self.preview is None or not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if self.preview is None or not (main or self._sharded):
             return
         average: AbstractContextManager[Any] = nullcontext() if self.ema is None else self.ema.swapped()
         training = self.model.training
-        self.model.eval()
+        self._shown.eval()
         try:
             with average, torch.no_grad():
-                self.preview(self.model, self.step)
+                if self._sharded:
+                    weights = whole(self.model.state_dict())
+                    self._shown.to(self.accelerator.device).load_state_dict(weights)
+                if main:
+                    self.preview(self._shown, self.step)
         finally:
             self.model.train(training)
 
     # What is saved, and read back.
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; every process must call it, to give its generators' state."""
+        """All that the rest of the run depends on; every process must call it, to give its part."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -269,9 +285,9 @@ class Trainer:
             "run": self._identity(),
             "step": self.step,
             "skipped": self.skipped,
-            "loss": dict(self.loss.state_dict()),
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "loss": whole(dict(self.loss.state_dict())),
+            "ema": None if self.ema is None else whole(self.ema.state_dict()),
+            "optimiser": whole(self.optimiser.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
             "rng": gather_object([_rng_state()]),
         }
@@ -283,8 +299,8 @@ class Trainer:
         if other:
             said = ", ".join(f"{name} {theirs.get(name)} (here {mine[name]})" for name in other)
             raise ValueError(f"the checkpoint is of another run: it has {said}; make the trainer as it was made then.")
-        self.loss.load_state_dict(state["loss"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.loss.load_state_dict(spread_state(state["loss"], self.loss.state_dict()))
+        self.optimiser.load_state_dict(spread_optimiser(state["optimiser"], self.optimiser))
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if self.accelerator.scaler is not None:
@@ -350,6 +366,25 @@ def _accelerator(precision: str, given: Accelerator | None) -> Accelerator:
             f"Give `accelerator`=Accelerator(...), or launch one."
         )
     return out
+
+
+def _sharded(accelerator: Accelerator, loss: nn.Module) -> bool:
+    """Whether weights will be spread over processes (FSDP), and what must be settled before they are."""
+    if str(accelerator.distributed_type) != "DistributedType.FSDP":
+        return False
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            "FSDP must be version 2, which keeps weights by name: give `fsdp_version: 2` in accelerate's configuration,"
+            " `accelerate launch --use_fsdp --fsdp_version 2`, or FullyShardedDataParallelPlugin(fsdp_version=2)."
+        )
+    from accelerate.utils import broadcast
+
+    for w in loss.state_dict().values():  # all processes start from the weights of the first
+        w.copy_(broadcast(w.to(accelerator.device)))
+    plugin.cpu_ram_efficient_loading = False
+    plugin.mixed_precision_policy = None  # it would have data and loss in half precision; autocast has not
+    return True
 
 
 def _unpack(batch: Any) -> tuple[Tensor, dict[str, Any]]:

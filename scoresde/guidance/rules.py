@@ -1,0 +1,223 @@
+"""How a strong and a weak data prediction become one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoiser import PREDICTIONS, AbstractDenoiser
+from scoresde.grids import check_grid
+from scoresde.sde import SDE
+
+Rule = Callable[[AbstractDenoiser, Tensor, Any, Tensor, Tensor, Any], Tensor]
+
+
+def linear(model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+    r"""The plain rule, :math:`D = D_w + s\,(D_s - D_w)`; exact to the bit at s = 0 and s = 1.
+
+    Arguments:
+        model: The denoiser, for its process.
+        x: State, (B, *event).
+        t: Time.
+        strong: Prediction to go towards, (B, *event).
+        weak: Prediction to go away from, (B, *event).
+        scale: s, a number or (B, 1, ...).
+    """
+    return torch.lerp(weak, strong, scale)
+
+
+@dataclass(frozen=True)
+class Rescale:
+    r"""Guidance whose output keeps the standard deviation of the conditional prediction, per sample.
+
+    .. math:: D = \varphi\, \frac{\mathrm{std}(D_s)}{\mathrm{std}(D_g)} D_g + (1 - \varphi)\, D_g, \qquad
+              D_g = D_w + s\,(D_s - D_w)
+
+    Arguments:
+        phi: How much; 0 is plain guidance.
+        of: The prediction that is rescaled: the data by default, or what the network predicts, as is usual elsewhere.
+
+    References:
+        | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, section 3.4
+    """
+
+    phi: float = 0.7
+    of: str = "x0"
+
+    def __post_init__(self) -> None:
+        check.number("phi", self.phi, least=0, most=1)
+        check.choice("of", self.of, PREDICTIONS)
+
+    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+        """The guided data prediction."""
+        guided = model._convert("x0", torch.lerp(weak, strong, scale), self.of, x, t)
+        target = model._convert("x0", strong, self.of, x, t)
+        ratio = _rows_std(target) / _rows_std(guided).clamp_min(torch.finfo(x.dtype).tiny)
+        return model._convert(self.of, guided * (1 + self.phi * (ratio - 1)), "x0", x, t)
+
+
+@dataclass(frozen=True)
+class APG:
+    r"""Adaptive projected guidance: the part of the difference along the prediction, which saturates, is turned down.
+
+    .. math:: D = D_s + (s - 1)\,(\Delta_\perp + \eta\,\Delta_\parallel), \qquad
+              \Delta = (D_s - D_w)\,\min\!\left(1, \frac{r}{\lVert D_s - D_w\rVert}\right)
+
+    with Δ∥ along the strong prediction, per sample. η = 1 and r = ∞ is plain guidance. The paper's momentum is
+    ``Momentum(APG(...))``.
+
+    Arguments:
+        eta: How much of the parallel part is kept.
+        norm: r, the largest norm of the difference.
+
+    References:
+        | Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models (Sadat et al., 2025),
+          arXiv:2410.02416
+    """
+
+    eta: float = 0.0
+    norm: float = math.inf
+
+    def __post_init__(self) -> None:
+        check.number("eta", self.eta)
+        if self.norm != math.inf:
+            check.number("norm", self.norm, above=0)
+
+    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+        """The guided data prediction."""
+        tiny = torch.finfo(x.dtype).tiny
+        delta = strong - weak
+        if self.norm < math.inf:
+            delta = delta * (self.norm / _rows_dot(delta, delta).sqrt().clamp_min(tiny)).clamp_max(1)
+        along = _rows_dot(delta, strong) / _rows_dot(strong, strong).clamp_min(tiny) * strong
+        push: Tensor = (scale - 1) * (delta + (self.eta - 1) * along)
+        return strong + push
+
+
+class Momentum:
+    r"""A rule whose difference of predictions remembers those before it: the momentum of adaptive projected guidance.
+
+    .. math:: \bar\Delta_n = D_s - D_w + \beta\,\bar\Delta_{n-1}, \qquad
+              \text{the rule then goes from } D_s - \bar\Delta_n \text{ to } D_s
+
+    It is no function of (x, t) and the only thing here that changes when it is used: one object for one run at a time.
+    It begins anew wherever time does not fall, at the start of the next run and where noise is added back. Every
+    evaluation counts, also those of stages; the paper has one for each step, as ``ss.DDIM()`` and multistep rules do.
+    Runs that ask at other times for each sample, at many times at once or twice at one time are refused.
+
+    Arguments:
+        rule: What is done with the difference, usually :class:`APG`.
+        beta: β; less than 0 to turn away from where guidance went before, −0.75 to −0.5 in the paper.
+
+    References:
+        | Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models (Sadat et al., 2025),
+          arXiv:2410.02416, algorithm 1
+    """
+
+    def __init__(self, rule: Rule = APG(), beta: float = -0.5) -> None:  # frozen
+        if not callable(rule):
+            raise TypeError(f"`rule` must be a rule such as APG(), got {type(rule).__name__}.")
+        self.rule = rule
+        self.beta = check.number("beta", beta, above=-1, below=1)
+        self._last: tuple[float, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"Momentum({self.rule!r}, {self.beta:g})"
+
+    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+        """The guided data prediction."""
+        if isinstance(t, Tensor) and t.ndim:
+            raise TypeError("`t` must be one time for all samples: Momentum remembers what was said before, in order.")
+        if strong.requires_grad:
+            raise RuntimeError(
+                "Momentum changes with every call, which a gradient that asks again does not see; sample without one, "
+                "or use the rule alone."
+            )
+        delta = strong - weak
+        if self._last is not None and float(t) < self._last[0] and self._last[1].shape == delta.shape:
+            delta = delta + self.beta * self._last[1]
+        self._last = float(t), delta
+        return self.rule(model, x, t, strong, strong - delta, scale)
+
+
+@dataclass(frozen=True)
+class ZeroStar:
+    r"""CFG-Zero*: the weak velocity is first fitted to the strong one, per sample.
+
+    .. math:: v = s\,v_s + (1 - s)\,\gamma\,v_w, \qquad \gamma = \frac{\langle v_s, v_w\rangle}{\lVert v_w\rVert^2}
+
+    Made for flow matching, where early velocities are the least certain: above `zero_above` the velocity is zero.
+
+    Arguments:
+        zero_above: Time above which a state stands still, where there is guidance; None for nowhere.
+
+    References:
+        | CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models (Fan et al., 2025), arXiv:2503.18886
+    """
+
+    zero_above: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.zero_above is not None:
+            check.number("zero_above", self.zero_above, least=0)
+
+    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+        """The guided data prediction."""
+        v_s, v_w = (model._convert("x0", d, "velocity", x, t) for d in (strong, weak))
+        gamma = _rows_dot(v_s, v_w) / _rows_dot(v_w, v_w).clamp_min(torch.finfo(x.dtype).tiny)
+        v = torch.lerp(gamma * v_w, v_s, scale)
+        if self.zero_above is not None:
+            v = v * check.expand(torch.as_tensor(t <= self.zero_above, dtype=x.dtype, device=x.device), x)
+        return model._convert("velocity", v, "x0", x, t)
+
+
+def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Any], Any]:
+    r"""The scale, as a function of t, with which :class:`ClassifierFree` under DDIM on this grid is CFG++.
+
+    CFG++ denoises with guidance and renoises with the unconditional ε:
+    :math:`x_s = \alpha_s D_\lambda + \sigma_s (x_t - \alpha_t D_w)/\sigma_t` with :math:`D_\lambda = D_w +
+    \lambda (D_s - D_w)`. It changes the update, not the denoiser. But collecting the differences gives DDIM's update
+    with the scale
+
+    .. math:: s = \frac{\lambda}{1 - e^{\lambda_t - \lambda_s}}, \qquad \lambda_t = \log(\alpha_t/\sigma_t)
+
+    for the leg t → s. It grows without bound as legs get short: CFG++ belongs to a grid and has no continuous limit.
+    Times between the grid's, as stages have, take the scale of their leg.
+
+    Arguments:
+        sde: The process.
+        grid: A grid that goes down.
+        scale: CFG++'s λ, in [0, 1] in the paper.
+
+    References:
+        | CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models (Chung et al., 2025),
+          arXiv:2406.08070, algorithm 2
+    """
+    times = check_grid(sde, grid)
+    check.number("scale", scale)
+    lam = sde.lam(times)
+    scales = scale / -torch.expm1(lam[:-1] - lam[1:])
+    starts = times[:-1].flip(0).contiguous()
+    by_start = scales.flip(0)
+
+    def of_t(t: Any) -> Any:
+        at = torch.as_tensor(t, dtype=torch.float64, device="cpu") * (1 - 1e-9)
+        leg = torch.searchsorted(starts, at).clamp_max(len(starts) - 1)
+        return by_start[leg].to(t.device) if isinstance(t, Tensor) else float(by_start[leg])
+
+    return of_t
+
+
+def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each row, (B, 1, ...)."""
+    return (a * b).flatten(1).sum(1).reshape(-1, *[1] * (a.ndim - 1))
+
+
+def _rows_std(a: Tensor) -> Tensor:
+    return a.flatten(1).std(1).reshape(-1, *[1] * (a.ndim - 1))

@@ -1,0 +1,162 @@
+"""What the mistakes of a new user are told: the argument, what is allowed, and the fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import scoresde as ss
+
+VP = ss.VP()
+MIX = ss.GaussianMixture(VP, [[-1.0, 0.0], [1.0, 0.0]], std=0.3)
+DATA = MIX.sample(8, seed=0)
+PLAN = ss.DDIM().plan(VP, ss.uniform_lam(VP, 3))
+GUIDED = ss.ClassifierFree(MIX, 2.0, null={"lable": 0.0})
+FOREIGN = ss.Gaussian(ss.Flow(), torch.zeros(2), torch.ones(2))
+
+
+class Unfinished(ss.solvers.base.Solver):
+    """A rule that lays nothing."""
+
+
+class Orderless(Unfinished):
+    """A rule of no order, which lays nothing else."""
+
+    def _leg(self, tape: ss.Tape, now: int, history: Any, t: Any, asks: bool, node: int) -> tuple[int, list[int]]:
+        row = tape.append(t, x=[(now, 1.0)], evaluates=asks, node=node)
+        return row, [row]
+
+
+def solve(**options: Any) -> Any:
+    return ss.solve(MIX, (4, 2), **options)
+
+
+def optimal(name: str, first: Any, **options: Any) -> Any:
+    return getattr(ss.optimal, name)(MIX, first, 3, **options)
+
+
+MISSPELLED: dict[str, Callable[[], Any]] = {
+    "sample": lambda: ss.sample(MIX, (4, 2), nffe=5),
+    "encode": lambda: ss.encode(MIX, DATA, sed=0),
+    "log_prob": lambda: ss.log_prob(MIX, DATA, rtoll=1e-3),
+    "log_prob of another function": lambda: ss.log_prob(MIX, DATA, nfe=10),
+    "sample_with_log_prob": lambda: ss.sample_with_log_prob(MIX, (4, 2), n_probe=3),
+    "elbo": lambda: ss.elbo(MIX, DATA, n_time=3),
+    "denoiser_error": lambda: ss.denoiser_error(MIX, MIX, DATA, [0.5], predictions="eps"),
+    "path_kl": lambda: ss.path_kl(MIX, MIX, DATA, n_time=3),
+    "fit": lambda: ss.fit(PLAN, MIX, (8, 2), step=3),
+    "parallel": lambda: ss.parallel.solve(MIX, (4, 2), PLAN, toll=0.1),
+    "transitions": lambda: next(ss.transitions(PLAN, MIX, DATA, stats=[])),
+    "langevin": lambda: ss.langevin.langevin(MIX, DATA, 0.5, 0.1, sed=0),
+    "gits": lambda: optimal("gits", (8, 2), finer=10),
+    "equal_error": lambda: optimal("equal_error", (8, 2), finer=10),
+    "align_your_steps": lambda: optimal("align_your_steps", DATA, sed=0),
+    "check_denoiser": lambda: ss.check_denoiser(ss.Denoiser(MIX.eps, VP, predicts="eps"), DATA, margins=1.0),
+    "Gaussian.skip_errors": lambda: ss.Gaussian.estimate(VP, DATA).skip_errors(MIX, point=3),
+    "Reversible": lambda: ss.Reversible().solve(MIX, DATA, [1.0, 0.5], grads="off"),
+    "mean_squared_score": lambda: ss.mean_squared_score(MIX, DATA, [1.0, 0.5], sed=0),
+    "torchdiffeq": lambda: ss.backends.torchdiffeq.torchdiffeq_solve(MIX, (4, 2), cloc="t"),
+    "torchsde": lambda: ss.backends.torchsde.torchsde_sample(MIX, (4, 2), step=3),
+}
+
+
+@pytest.mark.parametrize("who", MISSPELLED)
+def test_misspelled_options_do_not_go_to_a_network_that_ignores_them(who: str) -> None:
+    with pytest.raises(TypeError, match=r"is not an option of `\w+`; (did you mean|it has).*go to the network"):
+        MISSPELLED[who]()
+
+
+def test_conditions_are_let_through() -> None:
+    for name in ("label", "y", "text", "class_labels", "mask", "context", "noise_level"):
+        assert ss.sample(MIX, (1, 2), steps=2, seed=0, **{name: 1}).shape == (1, 2)
+        assert ss.log_prob(MIX, DATA[:1], steps=1, **{name: 1}).value.shape == (1,)
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "steps and rtol": (
+        lambda: ss.log_prob(MIX, DATA, steps=3, rtol=1e-3),
+        ValueError,
+        "`rtol` has no meaning with `steps`",
+    ),
+    "steps and max_nfe": (lambda: ss.log_prob(MIX, DATA, steps=3, max_nfe=9), ValueError, "`max_nfe` has no meaning"),
+    "probes of an exact trace": (lambda: ss.log_prob(MIX, DATA, n_probes=4), ValueError, "which takes no probes"),
+    "probe of Hutch++": (
+        lambda: ss.log_prob(MIX, DATA, divergence="hutch++", probe="gaussian"),
+        ValueError,
+        "`probe` has no meaning with `divergence`='hutch..'",
+    ),
+    "reference and data_std": (
+        lambda: ss.log_prob(MIX, DATA, reference=ss.GaussianMixture(VP, [[0.0, 0.0]], std=1.0), data_std=2.0),
+        ValueError,
+        "`data_std` has no meaning with `reference`",
+    ),
+    "start of another process": (
+        lambda: ss.solve(MIX, (4, 2), start=FOREIGN, steps=3),
+        ValueError,
+        r"`start` is a Gaussian under Flow\(.*the model is on VP.*Gaussian.estimate\(model.sde, data\)",
+    ),
+    "the same of encode": (lambda: ss.encode(MIX, DATA, start=FOREIGN), ValueError, "`start` is a Gaussian under Flow"),
+    "the same of fit": (
+        lambda: ss.fit(PLAN, MIX, (8, 2), gaussian=FOREIGN),
+        ValueError,
+        "`gaussian` is a Gaussian under Flow",
+    ),
+    "bits without levels": (lambda: ss.bits_per_dim(torch.zeros(1), 64), TypeError, "`levels` must say.*256 for bytes"),
+    "encode with noise": (
+        lambda: ss.encode(MIX, DATA, ss.EulerAncestral()),
+        ValueError,
+        "`solver` must be deterministic.*EulerAncestral.*draws noise",
+    ),
+    "decode with noise": (lambda: ss.decode(MIX, DATA, ss.DDPM()), ValueError, "`solver` must be deterministic"),
+    "steps as text": (lambda: solve(steps="10"), TypeError, r"`steps` must be an integer, got '10' \(str\)"),
+    "nfe as text": (lambda: solve(nfe="10"), TypeError, r"`nfe` must be an integer, got '10' \(str\)"),
+    "encode's steps as text": (lambda: ss.encode(MIX, DATA, steps="10"), TypeError, "`steps` must be an integer"),
+    "dtype as text": (
+        lambda: solve(dtype="float32"),
+        TypeError,
+        "`dtype` must be torch.float32 or torch.float64, got 'float32'; write torch.float32",
+    ),
+    "dtype of exact samples": (lambda: MIX.sample(3, dtype="float32"), TypeError, "write torch.float32"),
+    "points as a tensor": (
+        lambda: ss.interpolate(MIX, DATA[:1], DATA[1:2], torch.linspace(0, 1, 5)),
+        TypeError,
+        r"`n` must be an integer, got a float32 tensor of shape \(5,\)",
+    ),
+    "a misspelled null condition": (
+        lambda: ss.sample(GUIDED, (4, 2), steps=2, label=torch.ones(4)),
+        ValueError,
+        r"`null` names lable, which is not among the conditions given, label; did you mean null=\{'label'",
+    ),
+    "a condition that is missing": (
+        lambda: ss.sample(GUIDED, (4, 2), steps=2),
+        ValueError,
+        r"the condition lable is missing.*ss\.sample\(model, shape, lable=",
+    ),
+    "a rule without a leg": (
+        lambda: Unfinished().plan(VP, [1.0, 0.5, 0.1]),
+        NotImplementedError,
+        r"Unfinished must define `_leg\(tape, now, history, t, asks, node\)`",
+    ),
+    "a rule without an order": (
+        lambda: Orderless().plan(VP, [1.0, 0.5, 0.1]),
+        NotImplementedError,
+        "Orderless must define the property `declared_order`",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_told_with_its_fix(what: str) -> None:
+    go, error, said = MISTAKES[what]
+    with pytest.raises(error, match=re.compile(said, re.S)):
+        go()
+
+
+def test_exact_denoisers_say_what_they_are() -> None:
+    assert repr(MIX) == f"GaussianMixture(2 components, event=(2,), sde={VP})"
+    assert repr(ss.Empirical(VP, DATA)) == f"Empirical(8 points, event=(2,), sde={VP})"
+    assert repr(FOREIGN) == f"Gaussian(event=(2,), sde={ss.Flow()})"

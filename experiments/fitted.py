@@ -1,8 +1,8 @@
 """Fitted plans beside every unfitted one, and computed grids beside common ones.
 
-    python experiments/fitted.py                                              # half an hour on an idle core
-    python experiments/fitted.py --process EDM --problems 2 --nfes 5,10       # under another process
-    python experiments/fitted.py --quick                                      # seconds, for CI
+    python experiments/fitted.py                              # half an hour on an idle core
+    python experiments/fitted.py --process EDM --nfes 5,10    # under another process
+    python experiments/fitted.py --quick                      # seconds, for CI
 
 On the three exact problems of ``work_precision.py`` under VP. At every budget: the best of all our rules × grids, a
 plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the data, no evaluation).

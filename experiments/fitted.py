@@ -324,7 +324,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="one budget, few iterations, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
-        given.update(nfes="5", steps=50, trajectories=96, problems=2)
+        given.update(nfes="5", steps=25, trajectories=96, problems=2)
     return Options(**given)
 
 

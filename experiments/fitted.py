@@ -1,8 +1,8 @@
 """Fitted plans beside every unfitted one, and computed grids beside common ones.
 
-    python experiments/fitted.py                                              # half an hour on an idle core
-    python experiments/fitted.py --process EDM --problems 2 --nfes 5,10       # under another process
-    python experiments/fitted.py --quick                                      # seconds, for CI
+    python experiments/fitted.py                              # half an hour on an idle core
+    python experiments/fitted.py --process EDM --nfes 5,10    # under another process
+    python experiments/fitted.py --quick                      # seconds, for CI
 
 On the three exact problems of ``work_precision.py`` under VP. At every budget: the best of all our rules × grids, a
 plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the data, no evaluation).
@@ -10,7 +10,8 @@ Plans are fitted on 128 trajectories, stopped by 64 others, and all errors below
 distance per number from the same fine solve of the probability flow, from the same starts at T. What the tails do is
 measured by ``tails.py``, on more samples.
 
-Then grids that are computed, from the covariance or from a pilot run, beside common ones.
+Then plans of which a part is fitted, and grids that are computed, from the covariance or from a pilot run, beside
+common ones.
 
 Writes a CSV, a figure and a table; a run that is interrupted takes up its CSV again.
 """
@@ -73,6 +74,11 @@ def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
     e = (x - truth).flatten(1).square().mean(1).sqrt()
     q = e.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=e.dtype)).tolist()
     return {"median": q[0], "q90": q[1], "q99": q[2], "rmse": float(e.square().mean().sqrt())}
+
+
+def share(ratio: float) -> str:
+    """A ratio as one of these, if it is less than 1."""
+    return f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"
 
 
 class Case:
@@ -193,13 +199,13 @@ def report(rows: list[Result], options: Options) -> str:
                             gains.setdefault(who, []).append(ratio)
                         lines.append(
                             f"| {n} | {best.rule}, {best.grid} | {best.median:.2e} | {rmse:.2e} | {who} | "
-                            f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | 1/{1 / ratio:.1f} |"
+                            f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | {share(ratio)} |"
                         )
         lines.append("")
     lines += ["## Over all problems, 4 to 10 evaluations: median error / that of the best unfitted plan", ""]
     for who, ratios in gains.items():
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        lines.append(f"* {who}: 1/{1 / mean:.1f} in the geometric mean, 1/{1 / max(ratios):.1f} at worst")
+        lines.append(f"* {who}: {share(mean)} in the geometric mean, {share(max(ratios))} at worst")
     for name in dict.fromkeys(row.problem for row in rows):
         four, ten = (
             [r.median for r in rows if (r.problem, r.nfe, r.who) == (name, n, who)]
@@ -208,6 +214,24 @@ def report(rows: list[Result], options: Options) -> str:
         if four and ten:
             lines.append(f"* {name}, 4 fitted with a Gaussian start / the best 10 unfitted: {min(four) / min(ten):.2f}")
     return "\n".join(lines)
+
+
+def parts_table(options: Options) -> list[str]:
+    """What fitting a part of a plan buys."""
+    name, n = list(PROBLEMS)[0 if options.quick else 1], 5
+    lines = [f"## Parts of a plan: {name}, {n} evaluations", "", "| fitted | start | median | q90 | q99 | RMSE |"]
+    lines.append("|:--|:--|--:|--:|--:|--:|")
+    case = Case(name, options)
+    for start, tol in (("T", None), ("Gaussian", 0.01)):
+        gaussian, plan = (case.gaussian if tol else None), case.begun(n, tol)
+        for what in ((), ("times",), ("asked",), ("weights",), ("times", "weights"), ("times", "asked", "weights")):
+            if what:
+                how = {"gaussian": gaussian, "teacher": case.truth, "steps": options.steps, "what": what}
+                plan = ss.fit(case.begun(n, tol), case.model, case.x, **how)
+            found = case.measure(plan, gaussian)
+            cells = " | ".join(f"{found[k]:.2e}" for k in ("median", "q90", "q99", "rmse"))
+            lines.append(f"| {', '.join(what) or 'nothing'} | {start} | {cells} |")
+    return [*lines, ""]
 
 
 def grid_table(options: Options) -> list[str]:
@@ -286,7 +310,7 @@ def main(options: Options) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     stem = "fitted_quick" if options.quick else "fitted" if options.process == "VP" else f"fitted_{options.process}"
     rows = collect(options, options.out / f"{stem}.csv")
-    text = "\n".join([report(rows, options), "", *grid_table(options)])
+    text = "\n".join([report(rows, options), "", *parts_table(options), *grid_table(options)])
     (options.out / f"{stem}.md").write_text(text + "\n")
     print(text)
     draw(rows, options.out / f"{stem}.png")
@@ -300,7 +324,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="one budget, few iterations, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
-        given.update(nfes="5", steps=50, trajectories=96, problems=2)
+        given.update(nfes="5", steps=25, trajectories=96, problems=2)
     return Options(**given)
 
 

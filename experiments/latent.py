@@ -12,10 +12,10 @@ where log p_diffusion is replaced by its own bound in continuous time, `ss.elbo`
 written, in nats: the VAE's, its importance-weighted one with 32 latents, and that with diffusion. Samples of both are
 decoded and judged as in quickstart.py, beside held-out digits and their reconstructions.
 
-Measured, in 2.5 minutes of one busy core: the bounds are −10, −6 and −8 nats, diffusion gaining two over the VAE's
-prior. The classes of decoded samples are 0.067 off their shares with diffusion and 0.206 without; sliced W2 to held-out
-digits is 0.107 and 0.126, for real digits 0.074. A classifier of its own tells all three, reconstructions as well, from
-real digits (C2ST 0.96, 0.90 and 0.89).
+Measured, in two minutes of one core: the bounds are −10, −6 and −8 nats, diffusion gaining 2.4 ± 0.3 over the VAE's
+prior. Decoded samples have a confidence of 0.75 with diffusion and 0.60 without (real digits 0.92), a sliced W2 to
+held-out digits of 0.109 and 0.127 (0.074), and a classifier of its own tells them from real ones at 0.69 and 0.75
+(0.49), reconstructions at 0.61.
 """
 
 from __future__ import annotations

@@ -10,9 +10,10 @@ summarised by their median. Beside them: the same number of legs of the first-or
 noise and on one Brownian path; one keyed draw against ``torch.randn``; and our paths against torchsde's Brownian tree,
 which k-diffusion draws from and which is one path only as long as its interval and its tolerance stay the same.
 
-Measured with --rounds 3 --steps 15 on two busy cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our
-backend 1.9 (euler) and 1.8 (srk), our loop 1.4, on one path 96. State (32, 64): backend 2.3 and 1.9, our loop 3.2, on
-one path 34. A keyed draw is 6 times torch.randn for the first state, 49 times for the second.
+Measured with --rounds 7 on two cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our backend 1.7 (euler)
+and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): backend 1.3 and 1.3, our loop 0.5, on one path 9.5. A keyed
+draw is 6 times torch.randn for the first state, 42 times for the second, which is why the loop draws small states ahead. A
+leg of one path is 1.3 and 1.1 times one of the Brownian tree.
 """
 
 from __future__ import annotations

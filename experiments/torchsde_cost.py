@@ -7,13 +7,13 @@ A network that costs nothing predicts the data of VP; a run is 100 steps of the 
 called in the best way we know: flat states, float64 times, an interval made with `dt`, drift and diffusion written out
 with all coefficients in Python floats. Rounds are interleaved; ratios of CPU times are taken within a round and
 summarised by their median. Beside them: the same number of legs of the first-order SDE rule in our own loop, with fresh
-noise and on one Brownian path; one keyed draw against ``torch.randn``; and our paths against torchsde's Brownian tree,
-which k-diffusion draws from and which is one path only as long as its interval and its tolerance stay the same.
+noise and on one Brownian path; one keyed draw against ``torch.randn``; and our paths against the Brownian tree that
+k-diffusion draws from, which is one path only as long as its interval and its tolerance stay the same.
 
-Measured with --rounds 7 on two cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our backend 1.7 (euler)
-and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): backend 1.3 and 1.3, our loop 0.5, on one path 9.5. A keyed
-draw is 6 times torch.randn for the first state, 42 times for the second, which is why the loop draws small states ahead. A
-leg of one path is 1.3 and 1.1 times one of the Brownian tree.
+Measured with --rounds 7 on two cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our backend 1.7
+(euler) and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): backend 1.3 and 1.3, our loop 0.5, on one path
+9.5. A keyed draw is 6 times torch.randn for the first state and 42 times for the second, which is why the loop draws
+small states ahead. A leg of one path costs 1.3 and 1.1 times one of the Brownian tree.
 """
 
 from __future__ import annotations

@@ -393,8 +393,10 @@ def _loop(
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
     source: Noise | Ahead | PathNoise | None = noise
-    if plan.stochastic and isinstance(noise, Noise):  # anything else that has `like` is taken at its word
-        source = PathNoise(noise, plan.spans) if noise.path else Ahead(noise, plan.draws)
+    if plan.stochastic and isinstance(noise, Noise) and noise.path:
+        source = PathNoise(noise, plan.spans)
+    elif plan.stochastic and type(noise) is Noise:  # one's own kind of noise is asked draw by draw
+        source = Ahead(noise, plan.draws)
     kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
     nfe, shape = 0, x.shape

@@ -72,10 +72,11 @@ def test_a_network_that_sees_an_image_learns_what_follows_from_it() -> None:
     model = ss.Denoiser(net, VP, predicts="v")
     loss = ss.DSM(model)
     adam = torch.optim.Adam(net.parameters(), 4e-3)
-    for step in range(150):
+    for step in range(300):
         x, y = pictures(64, step)
+        adam.param_groups[0]["lr"] = 4e-3 * (1 - step / 300)
         adam.zero_grad()
-        loss(x, image=y).backward()
+        loss(x, noise=step, image=y).backward()
         adam.step()
     _, y = pictures(200, 1000)
     x = ss.sample(model.eval(), (200, 1, 8), nfe=12, seed=0, image=y)

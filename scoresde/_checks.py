@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache
 from numbers import Real
@@ -174,3 +175,9 @@ def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
     if c.device != x.device:
         raise ValueError(f"`{name}` is on {c.device} and the state on {x.device}; move `{name}` with .to(x.device).")
     return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def warn_unless_finite(x: Tensor) -> None:
+    """Warn of samples that are not finite, where to look costs nothing: on a CPU."""
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=3)

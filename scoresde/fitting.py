@@ -71,7 +71,7 @@ def fit(
     steps: int = 300,
     robust: float = 1.0,
     seed: int = 0,
-    noise: Noise | None = None,
+    noise: Noise | int | None = None,
     batch: int | None = None,
     grad: str = "full",
     dtype: torch.dtype = torch.float32,
@@ -92,7 +92,8 @@ def fit(
         gaussian: Start where the plan starts by the flow of this Gaussian from T, and fit where that is. The plan is
             then run with ``start=gaussian``.
         teacher: A fine plan from T, or from the plan's start without `gaussian`; it must draw the same normals if the
-            plan is stochastic. Or where it ends, (B, *event). By default the default rule with 200 evaluations.
+            plan is stochastic, and is followed path by path: what a coarse plan cannot follow it leaves out, so its
+            spread shrinks a little. Or where it ends, (B, *event). By default the default rule with 200 evaluations.
         held_out: How many of the trajectories decide when to stop instead; by default a third.
         forks: Share of the trajectories that lie where the flow forks, for the tails: of each ten starts the one that
             :func:`stretch` finds pulled apart most. They are drawn, so it takes a shape.
@@ -144,7 +145,8 @@ def fit(
     n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, least=1)
     if not 0 < n < len(x):
         raise ValueError(f"`held_out` must leave trajectories on both sides of {len(x)}, got {n}; ask for more.")
-    source = Noise(seed).fork(_STREAM + 1) if noise is None else noise
+    source = noise if isinstance(noise, Noise) else Noise(seed).fork(_STREAM + 1) if noise is None else Noise(noise)
+    _check_teacher(teacher, table, source)
     truth, teacher_name = _truth(teacher, table, model, x, gaussian, source, cond)
     normals = PathNoise(source, table.plan.spans) if source.path and table.plan.stochastic else source
     drawn = [normals.like(x, k) for k in range(table.start.z.shape[1])]
@@ -356,8 +358,8 @@ class _Table:
                 raise ValueError("a plan has its own grid; drop `grid`.")
             self.plan = rule
         elif isinstance(rule, Solver):
-            if grid is None:
-                raise ValueError("`grid` must be given for a rule, as in grid=ss.karras(sde, 5).")
+            if grid is None or callable(grid):
+                raise ValueError("`grid` must be given for a rule as times, as in grid=ss.karras(sde, 5).")
             self.rule, grid = rule, check_grid(sde, grid)
             self.plan = rule.plan(sde, grid)
         else:
@@ -509,6 +511,23 @@ def _starts(
     return prior.sample(shape, noise, dtype=dtype, device=where)
 
 
+def _check_teacher(teacher: Plan | Tensor | None, table: _Table, noise: Noise) -> None:
+    """Refuse what cannot be followed: another process, or normals that the plan does not draw."""
+    of = repr(table.sde)
+    for name, plan in (("rule", table.plan), ("teacher", teacher)):
+        if isinstance(plan, Plan) and plan.sde and plan.sde != of:
+            raise ValueError(f"`{name}` was written for {plan.sde}, and the model is one of {of}; write it anew.")
+    if not isinstance(teacher, Plan) or not teacher.stochastic:
+        return
+    if not table.plan.stochastic:
+        raise ValueError("`teacher` draws noise that the plan does not, so a fit would be its mean; give one without.")
+    if not noise.path and teacher.draws != table.plan.draws:
+        raise ValueError(
+            f"`teacher` draws {teacher.draws} normals and the plan {table.plan.draws}, which have nothing to do with "
+            f"each other; give noise=Noise(seed, path=True) for both to be driven by the same Brownian paths."
+        )
+
+
 def _truth(
     teacher: Plan | Tensor | None,
     table: _Table,
@@ -530,6 +549,8 @@ def _truth(
         raise ValueError(f"`teacher` must end where the plan does, at {end:g}, not at {float(teacher.rows[-1].t):g}.")
     with torch.no_grad():
         out = run(teacher, lambda y, t: model.x0(y, t, **cond), x, noise if teacher.stochastic else None)
+    if not bool(out.isfinite().all()):
+        raise ValueError("the ends of `teacher` are not all finite; Denoiser(..., check_finite=True) names the time.")
     return out.double(), f"{teacher.name}, {teacher.nfe} evaluations"
 
 

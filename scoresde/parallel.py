@@ -122,6 +122,7 @@ def solve(
             said[rows] = new
             first += still
         result = given[n] + torch.tensordot(B[n], said, dims=1)
+    check.warn_unless_finite(result)
     return Parallel(result, sweeps, asked, replace(plan), noise.seed)
 
 

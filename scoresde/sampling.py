@@ -202,8 +202,7 @@ def solve(
                 callback=seen if watched else None,
                 overwrite=overwrite,
             )
-    if x.device.type == "cpu" and not bool(x.isfinite().all()):
-        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=2)
+    check.warn_unless_finite(x)
     return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
 
 
@@ -271,7 +270,12 @@ def decode(
     t_end: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments."""
+    """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments.
+
+    They mean the same both ways: `t_start` is the time of the data and `t_end` that of the code, so that
+    ``decode(model, encode(model, x, t_end=0.4), t_end=0.4)`` is x. For :func:`sample` the code would start at
+    ``t_start=0.4``.
+    """
     _no_budget(options)
     if isinstance(solver, Adaptive):
         clean, noisy = _ends(model, t_start, t_end)

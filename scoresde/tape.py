@@ -179,10 +179,13 @@ class Tape:
         points = self._points() if points is None else points
         plain = points.t.ndim == 1 and not any(isinstance(row.t, Tensor) for row in self._rows)
         spans = [self._given.get(k) for k in range(self._draws)]
+        # Where η differs from leg to leg there is no clock in which all are exact, and one path needs one clock.
+        varies = len({leg.kappa for leg in self._legs.values() if leg.kappa > 0}) > 1
         for k, leg in self._legs.items():
-            ends = (2 * leg.kappa * points.lam[[leg.source, leg.row]]).exp().detach()
+            kappa = 1.0 if varies and leg.kappa > 0 else leg.kappa
+            ends = (2 * kappa * points.lam[[leg.source, leg.row]]).exp().detach()
             a, b = ends.tolist() if plain else ends
-            spans[k] = Span(a, b, _clock(leg.kappa), leg.lap)
+            spans[k] = Span(a, b, _clock(kappa), leg.lap)
         return tuple(spans)
 
     def _apart(self, nodes: Sequence[int]) -> list[int]:

@@ -160,3 +160,49 @@ def test_exact_denoisers_say_what_they_are() -> None:
     assert repr(MIX) == f"GaussianMixture(2 components, event=(2,), sde={VP})"
     assert repr(ss.Empirical(VP, DATA)) == f"Empirical(8 points, event=(2,), sde={VP})"
     assert repr(FOREIGN) == f"Gaussian(event=(2,), sde={ss.Flow()})"
+
+
+# What a fit, a trainer or a parallel run cannot know what to do with.
+
+
+def test_a_fit_follows_only_what_it_can() -> None:
+    model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.3)
+    flow, noisy, fine = (
+        rule.plan(model.sde, ss.karras(model.sde, n))
+        for rule, n in ((ss.DDIM(), 4), (ss.SDEDPMSolverPP(2), 4), (ss.SDEDPMSolverPP(2), 20))
+    )
+    other = ss.DDIM().plan(ss.VP(beta_max=5.0), ss.karras(ss.VP(beta_max=5.0), 20))
+    for message, rule, how in (
+        ("`teacher` was written for VP", flow, {"teacher": other}),
+        ("`rule` was written for VP", other, {}),
+        ("`teacher` draws noise that the plan does not", flow, {"teacher": fine}),
+        (r"give noise=Noise\(seed, path=True\)", noisy, {"teacher": fine}),
+        ("as in grid=ss.karras", ss.DDIM(), {"grid": ss.karras}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ss.fit(rule, model, (24, 1), steps=1, **how)
+    blind = ss.Denoiser(lambda x, t: x * float("nan"), ss.VP(), predicts="eps")
+    with pytest.raises(ValueError, match="the ends of `teacher` are not all finite"):
+        ss.fit(flow, blind, (24, 1), steps=1)
+    ss.fit(noisy, model, (24, 1), steps=1, teacher=fine, noise=ss.Noise(0, path=True))
+
+
+def test_what_is_not_finite_is_said_everywhere() -> None:
+    blind = ss.Denoiser(lambda x, t: x * float("nan"), ss.VP(), predicts="eps")
+    with pytest.warns(UserWarning, match="not all finite"):
+        ss.parallel.solve(blind, (2, 2), ss.DDIM().plan(blind.sde, ss.karras(blind.sde, 4)))
+
+
+def test_a_trainer_wants_a_loss_and_an_optimiser_of_it() -> None:
+    net, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model = ss.Denoiser(lambda x, t: net(x), ss.VP(), predicts="eps")
+    model.net = torch.nn.ModuleList([net])
+    with pytest.raises(TypeError, match="`loss` must be a loss such as DSM"):
+        ss.Trainer(model, torch.zeros(8, 2), batch=8)
+    with pytest.raises(ValueError, match="`optimiser` moves none of the parameters"):
+        ss.Trainer(ss.DSM(model), torch.zeros(8, 2), torch.optim.Adam(other.parameters()), batch=8)
+
+
+def test_an_order_is_a_number() -> None:
+    with pytest.raises(TypeError, match="`order`"):
+        ss.UniPC(order="2")  # type: ignore[arg-type]

@@ -239,6 +239,18 @@ def test_strong_order_on_one_path(rule: Solver) -> None:
     assert abs(slope - 1) < 0.2, (slope, errors)
 
 
+@pytest.mark.parametrize("maker", [lambda f: Multistep(2, eta=f), ss.DDIM, ss.EulerMaruyama], ids=["2M", "DDIM", "EM"])
+def test_runs_approach_each_other_where_the_stochasticity_varies(maker: Any) -> None:
+    noise, sde, rule = Noise(1, path=True), MIX.sde, maker(lambda t: 0.5 + 0.5 * t)
+    x = noise.normal((64, 2), 0, dtype=F64)
+    ends = [
+        run(rule.plan(sde, sde.t_of_lam(torch.linspace(-3, 2, n + 1, dtype=F64))), MIX.x0, x, noise)
+        for n in (16, 64, 256)
+    ]
+    errors = [float((end - ends[-1]).square().mean().sqrt()) for end in ends]
+    assert errors[1] < errors[0] / 2.5 and errors[1] < 0.06, errors
+
+
 def test_rules_of_one_sde_end_on_one_path() -> None:
     noise, sde = Noise(1, path=True), MIX.sde
     x = noise.normal((64, 2), 0, dtype=F64)

@@ -116,7 +116,9 @@ def torchsde_sample(
         integrate = torchsde.sdeint_adjoint if grad == "adjoint" else torchsde.sdeint
         end = integrate(problem, y, ts, **how)[-1].reshape(x.shape)
         problem.forget()
-        return model.x0(end, problem.t_end, **cond) if denoise else end
+        end = model.x0(end, problem.t_end, **cond) if denoise else end
+    check.warn_unless_finite(end)
+    return end
 
 
 class ReverseSDE(nn.Module):

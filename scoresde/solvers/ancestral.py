@@ -91,7 +91,7 @@ class Posterior(Solver):
             new = tape.move(now, t, history[:1], evaluates=asks, node=node)
             return new, [new]
         keep, gain, std = on_leg(s, t, lambda a, b: self._weights(tape.sde, a, b, eta, node))
-        z = [(tape.draw(_stretch(tape, s, t, eta)), self.s_noise * std)]
+        z = [(tape.draw(_stretch(tape, s, t, self.eta)), self.s_noise * std)]
         new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
         return new, [new]
 
@@ -174,7 +174,7 @@ class Ancestral(Solver):
 
         (down,) = on_leg(tape.time(now), t, turn)
         below, history = self.rule._leg(tape, now, history, down, False, node)
-        span = _stretch(tape, tape.time(now), t, eta)
+        span = _stretch(tape, tape.time(now), t, self.eta)
         new = tape.diffuse(below, t, evaluates=asks, node=node, factor=self.s_noise, span=span)
         return new, self.rule._after_noise(tape, new, history) if asks else history
 
@@ -386,9 +386,9 @@ class TwoStage(Solver):
         return new, [new]
 
 
-def _stretch(tape: Tape, s: Weight, t: Weight, eta: Weight) -> Span | None:
+def _stretch(tape: Tape, s: Weight, t: Weight, eta: Eta) -> Span:
     """What the noise of a leg is the increment of: as in the reverse SDE with this η, and exactly so with η = 1."""
-    return None if isinstance(eta, Tensor) else tape.along(s, t, eta**2)
+    return tape.along(s, t, 1.0 if callable(eta) else eta**2)
 
 
 def _share(sde: SDE, s: Tensor, t: Tensor, r: float) -> Tensor:

@@ -187,7 +187,7 @@ def UniPC(
     """
     check.choice("variant", variant, ("bh2", "bh1", "exact"))
     moments = _FORMS[{"bh2": "mid", "bh1": "end", "exact": "exact"}[variant]]
-    more = order + 1 if corrector else 0
+    more = check.integer("order", order, least=1) + 1 if corrector else 0
     return Multistep(order, prediction, corrector=more, moments=moments, start=start, label="UniPC")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde.denoiser import AbstractDenoiser
 from scoresde.training.checkpoint import Checkpoints
 from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
@@ -118,6 +119,8 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         self.accelerator = _accelerator(check.choice("precision", precision, ("no", "bf16", "fp16")), accelerator)
+        if isinstance(loss, AbstractDenoiser):
+            raise TypeError("`loss` must be a loss such as DSM(model), got the denoiser itself.")
         self.loss = loss
         self.model: nn.Module = getattr(loss, "model", loss)
         if not any(p.requires_grad for p in loss.parameters()):
@@ -146,6 +149,9 @@ class Trainer:
         # What is spread over processes cannot be called by one of them: previews have a model of their own.
         self._shown = copy.deepcopy(self.model) if self._sharded and preview is not None else self.model
         optimiser = torch.optim.Adam(loss.parameters(), 2e-4) if optimiser is None else optimiser
+        moved = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        if not any(id(p) in moved for p in loss.parameters()):
+            raise ValueError("`optimiser` moves none of the parameters of `loss`; make it from loss.parameters().")
         self._wrapped: nn.Module
         self._wrapped, self.optimiser = self.accelerator.prepare(loss, optimiser)
         # Accelerate's optimiser looks for packages on the disk at every step; without a scaler it does nothing else.

@@ -237,7 +237,10 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a table that :meth:`save` wrote, to the bit."""
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a plan that `save` wrote, or not all of one: {error!r}.") from error
 
 
 def _validate(rows: tuple[Row, ...]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import scoresde as ss
+from scoresde.solvers.base import Solver
 
 VP = ss.VP()
 MIX = ss.GaussianMixture(VP, [[-1.0, 0.0], [1.0, 0.0]], std=0.3)
@@ -201,6 +203,26 @@ def test_a_trainer_wants_a_loss_and_an_optimiser_of_it() -> None:
         ss.Trainer(model, torch.zeros(8, 2), batch=8)
     with pytest.raises(ValueError, match="`optimiser` moves none of the parameters"):
         ss.Trainer(ss.DSM(model), torch.zeros(8, 2), torch.optim.Adam(other.parameters()), batch=8)
+
+
+def test_a_rule_that_returns_nothing_is_told_what_to_return() -> None:
+    class Mute(Solver):
+        def _leg(self, tape: Any, *rest: Any) -> Any:
+            tape.move(0, rest[2], [0], evaluates=False)
+
+    with pytest.raises(TypeError, match=r"`_leg` of Mute must return \(row, history\), got None"):
+        Mute().plan(ss.VP(), [1.0, 0.5])
+
+
+def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
+    whole = tmp_path / "plan.json"
+    ss.DDIM().plan(ss.VP(), [1.0, 0.5]).save(whole)
+    text = whole.read_text()
+    for name, content in (("cut", text[:-20]), ("row", text.replace('"t": 1.0', '"s": 1.0')), ("list", "[1]")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} is not a plan that `save` wrote"):
+            ss.Plan.load(tmp_path / name)
+    assert ss.Plan.load(whole).nfe == 1
 
 
 def test_an_order_is_a_number() -> None:

@@ -74,7 +74,10 @@ class Solver:
                 now = tape.paste(now, *ready[i], evaluates=asks, node=i + 1)
                 history = [now]
             elif legs[i]:
-                now, history = self._leg(tape, now, history, t, asks, i + 1)
+                laid = self._leg(tape, now, history, t, asks, i + 1)
+                if not (isinstance(laid, tuple) and len(laid) == 2):
+                    raise TypeError(f"`_leg` of {type(self).__name__} must return (row, history), got {laid!r}.")
+                now, history = laid
             else:
                 now = tape.diffuse(now, t, evaluates=not last and legs[i + 1], node=i + 1)
                 history = self._after_noise(tape, now, history)

@@ -225,6 +225,12 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
     assert ss.Plan.load(whole).nfe == 1
 
 
+def test_times_are_no_weighting() -> None:
+    model = ss.Denoiser(lambda x, t: x, ss.VP(), predicts="eps")
+    with pytest.raises(TypeError, match=r"did you mean times=LogitNormal\(...\)"):
+        ss.DSM(model, ss.training.times.LogitNormal())
+
+
 def test_an_order_is_a_number() -> None:
     with pytest.raises(TypeError, match="`order`"):
         ss.UniPC(order="2")  # type: ignore[arg-type]

@@ -117,6 +117,9 @@ class DSM(nn.Module):
         base = self.balance.base if self.balance is not None else weighting
         if base is None:
             base = On("eps" if self.predicts == "score" else self.predicts, self.sigma_data)
+        if not (isinstance(base, str) or callable(base)):
+            fix = f"; did you mean times={type(base).__name__}(...)?" if isinstance(base, Times) else "."
+            raise TypeError(f"`weighting` must be a name or a function of (sde, t), got {type(base).__name__}{fix}")
         self.weighting: Weighting = named(base, self.sigma_data) if isinstance(base, str) else base
         sde = model.sde
         self.times: Times = times or (Steps(sde.N) if isinstance(sde, Discrete) else Uniform())

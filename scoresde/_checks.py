@@ -1,7 +1,7 @@
-"""The door: what every public function does with its arguments before any mathematics.
+"""Checks of arguments: types, shapes, dtypes and ranges.
 
-Knows types, shapes, dtypes and ranges; knows nothing of diffusion. Errors name the argument, the value,
-what is allowed and the fix. Values are looked at only where that costs no synchronisation: on the CPU.
+Errors name the argument, the value, what is allowed and the fix. Values are checked only on the CPU: a check on another
+device would synchronise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
 _WORDS = ("steps", "nfe", "grid", "seed", "t_start", "t_end", "data_std", "rtol", "atol", "dtype", "device")
-_OUTSIDE = 1e-6  # how far outside its interval a time may lie, relative to T: float32 rounding, no more
+_OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 rounding
 
 
 def number(
@@ -44,12 +44,12 @@ def number(
 
 
 def integer(name: str, value: Any, *, least: int = 0) -> int:
-    """Return `value` as an int of at least `least`; floats and booleans are refused."""
+    """Return `value` as an int of at least `least`; reject floats and booleans."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
     if isinstance(value, Tensor) and (value.ndim or value.is_floating_point() or value.dtype == torch.bool):
-        said = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
-        raise TypeError(f"`{name}` must be an integer, got a {said}; a number of steps or points is one int.")
+        kind = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
+        raise TypeError(f"`{name}` must be an integer, got a {kind}; pass a single int.")
     out = int(value.__index__())
     if out < least:
         raise ValueError(f"`{name}` must be at least {least}, got {out}.")
@@ -97,9 +97,9 @@ def state(name: str, x: Any) -> Tensor:
         raise TypeError(f"`{name}` must be a torch.Tensor of shape (B, *event), got {type(x).__name__}.")
     if x.dtype not in FLOATS:
         if x.is_complex():
-            fix = f"torch.view_as_real(`{name}`) holds its two parts as a last axis"
+            fix = f"use torch.view_as_real(`{name}`), which has the real and imaginary parts as a last axis"
         else:
-            fix = f"use `{name}`.float(); a network in half precision is cast at its own door"
+            fix = f"use `{name}`.float(); the input of a network in half precision is cast automatically"
         raise TypeError(f"`{name}` must be float32 or float64, got {str(x.dtype)[6:]}: {fix}.")
     if x.ndim == 0:
         raise ValueError(f"`{name}` must have shape (B, *event), got a scalar tensor; use `{name}`[None].")
@@ -112,7 +112,7 @@ def match(name: str, x: Any, other: str, like: Tensor) -> Tensor:
     if x.shape != like.shape:
         raise ValueError(
             f"`{name}` must have the shape of `{other}`, {tuple(like.shape)}, got {tuple(x.shape)}; "
-            f"broadcasting a state is never meant."
+            f"states do not broadcast."
         )
     if x.device != like.device:
         raise ValueError(f"`{name}` is on {x.device} and `{other}` on {like.device}; move one of them.")
@@ -126,7 +126,7 @@ def real(name: str, value: Any) -> Tensor:
             fix = (
                 f"half precision rounds 0.998 to 1: use `{name}`.float()"
                 if value.is_floating_point()
-                else "an index is not a time: `Discrete.t_of_index` makes one of the other"
+                else "an index is not a time: use `Discrete.t_of_index`"
             )
             raise TypeError(f"`{name}` must be float32 or float64, got {str(value.dtype)[6:]} ({fix}).")
         if value.ndim > 1:
@@ -140,9 +140,9 @@ def real(name: str, value: Any) -> Tensor:
 
 
 def time(t: Any, T: float, name: str = "t") -> Tensor:
-    """Return a time as a tensor inside [0, T]; rounding outside the interval is taken back to its end."""
+    """Return a time as a tensor in [0, T]; clamp rounding errors at the ends."""
     slack = _OUTSIDE * T
-    if isinstance(t, float):  # the hot path: no tensor is compared
+    if isinstance(t, float):  # fast path: no comparison of tensors
         if not -slack <= t <= T + slack:
             raise _outside(name, t, T)
         return torch.tensor(min(max(t, 0.0), T), dtype=torch.float64)
@@ -157,12 +157,12 @@ def time(t: Any, T: float, name: str = "t") -> Tensor:
 def _outside(name: str, bad: float, T: float) -> ValueError:
     return ValueError(
         f"`{name}` must lie in [0, {T:g}] (0 is data, {T:g} is noise), got {bad:g}; "
-        f"a process is used outside its interval only after it was made with a larger `T`."
+        f"for later times, make the process with a larger `T`."
     )
 
 
 def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
-    """Shape a coefficient, a number, () or (B,), so that it multiplies a state (B, *event)."""
+    """Reshape a coefficient, a number, () or (B,), to broadcast with a state (B, *event)."""
     if not isinstance(c, Tensor):
         return c
     if c.ndim == 0:
@@ -178,6 +178,6 @@ def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
 
 
 def warn_unless_finite(x: Tensor) -> None:
-    """Warn of samples that are not finite, where to look costs nothing: on a CPU."""
+    """Warn if samples on the CPU are not finite; a check on another device would synchronise."""
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
-        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) names the time.", stacklevel=3)
+        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) gives the time.", stacklevel=3)

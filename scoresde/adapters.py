@@ -1,6 +1,6 @@
-r"""Networks trained elsewhere, as denoisers: each function states one code base's conventions, once.
+r"""Denoisers from networks that were trained with other code bases; each function has the conventions of one of them.
 
-They load no weights and import nothing of those code bases: the network is yours, its conventions are known here.
+The functions load no weights and import none of those code bases: the caller provides the network.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Net = Callable[..., Tensor]
 def from_ddpm(
     net: Net, betas: Sequence[float] | Tensor, *, predicts: str = "eps", learned_variance: bool = False
 ) -> Denoiser:
-    """A network of DDPM, improved or guided diffusion: ``net(x, index)`` on a β list, index 0 … N − 1.
+    """Denoiser from a network of DDPM, improved or guided diffusion: ``net(x, index)`` on a β list, index 0 … N − 1.
 
     Arguments:
-        net: The network.
-        betas: The list it was trained on.
-        predicts: ``"eps"`` in those code bases, unless configured otherwise.
-        learned_variance: Whether it returns twice the channels.
+        net: Network.
+        betas: List of β that it was trained on.
+        predicts: Output of the network, ``"eps"`` in those code bases unless configured otherwise.
+        learned_variance: Whether the network returns twice the channels.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
@@ -39,15 +39,15 @@ def from_ddpm(
 
 
 def from_score_sde(net: Net, kind: str, **parameters: float) -> Denoiser:
-    """A continuous network of score_sde: ``"vp"`` and ``"subvp"`` return ε at label 999 t, ``"ve"`` the score at σ.
+    """Denoiser from a continuous-time network of score_sde.
 
-    The VE networks there were trained at σ = σ_min r^t; their label is σ itself, so this library's :class:`VE` clock
-    is no matter.
+    The networks of ``"vp"`` and ``"subvp"`` return ε at label 999 t, those of ``"ve"`` the score at label σ. The label
+    σ does not depend on the parametrisation of time, so the time of :class:`VE` may differ from theirs.
 
     Arguments:
-        net: The raw network, before that code base's ``get_score_fn``.
-        kind: Which of the three.
-        **parameters: Those of the process: ``beta_min``, ``beta_max``, or ``sigma_min``, ``sigma_max``.
+        net: Raw network, before that code base's ``get_score_fn``.
+        kind: Process, ``"vp"``, ``"subvp"`` or ``"ve"``.
+        **parameters: Parameters of the process: ``beta_min``, ``beta_max``, or ``sigma_min``, ``sigma_max``.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -61,12 +61,12 @@ def from_score_sde(net: Net, kind: str, **parameters: float) -> Denoiser:
 
 
 def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> Denoiser:
-    """A preconditioned network of EDM or EDM2: ``net(x, σ)`` returns the denoised state.
+    """Denoiser from a preconditioned network of EDM or EDM2: ``net(x, σ)`` returns the denoised state.
 
     Arguments:
-        net: The network with its preconditioning, as those checkpoints hold it.
+        net: Network with its preconditioning, as in those checkpoints.
         sigma_max: Largest noise level, T.
-        sigma_min: Smallest, t_min.
+        sigma_min: Smallest noise level, t_min.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
@@ -75,11 +75,11 @@ def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> 
 
 
 def from_flow(net: Net, *, data_at: float = 0.0) -> Denoiser:
-    """A flow-matching network: ``net(x, t)`` returns dx/dt along straight lines.
+    """Denoiser from a flow-matching network: ``net(x, t)`` returns dx/dt along straight lines.
 
     Arguments:
-        net: The network.
-        data_at: 0 if its t = 0 is data (this library's convention), 1 if its t = 1 is; the velocity then changes sign.
+        net: Network.
+        data_at: Time of the data in the network's convention: 0 as in this library, or 1, where dx/dt changes sign.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747
@@ -102,8 +102,8 @@ class _Negated(torch.nn.Module):
 
 _PREDICTION = {"epsilon": "eps", "sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 _SCHEDULE = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
-# Keys that say how diffusers' own samplers step; the process and the network are the same whatever they are.
-_OF_SAMPLERS = frozenset(
+# Keys of diffusers' samplers, which change neither the process nor the network.
+_SAMPLER_KEYS = frozenset(
     "_class_name _diffusers_version _use_default_values algorithm_type clip_sample clip_sample_range "
     "dynamic_thresholding_ratio euler_at_final final_sigmas_type interpolation_type lambda_min_clipped "
     "lower_order_final disable_corrector predict_x0 sample_max_value set_alpha_to_one skip_prk_steps solver_order "
@@ -112,16 +112,16 @@ _OF_SAMPLERS = frozenset(
     "shift_terminal stochastic_sampling time_shift_type use_dynamic_shifting predictor_order corrector_order tau_func "
     "flow_shift".split()
 )
-# Keys that change the process or the labels when they are set to anything but this.
+# Keys that change the process or the labels unless they have this value.
 _NEUTRAL = {"invert_sigmas": False, "timestep_type": "discrete"}
 
 
 def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
-    """The process of a diffusers scheduler configuration: :class:`Discrete`, or :class:`Flow` for flow matching.
+    """Process of a diffusers scheduler configuration: :class:`Discrete`, or :class:`Flow` for flow matching.
 
     Arguments:
-        config: ``scheduler.config``, or the dictionary of a ``scheduler_config.json``. A key that changes the process
-            and is not understood raises; keys that only steer diffusers' own samplers, or are None, are passed over.
+        config: Dictionary ``scheduler.config``, or that of a ``scheduler_config.json``. A key that may change the
+            process and is not understood raises an error. Keys of diffusers' samplers, or equal to None, are ignored.
     """
     if not isinstance(config, Mapping):
         raise TypeError(f"`config` must be a dictionary such as `scheduler.config`, got {type(config).__name__}.")
@@ -137,21 +137,21 @@ def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
         "use_flow_sigmas",
     }
     given = {key for key, value in config.items() if value is not None and value != _NEUTRAL.get(key)}
-    unknown = sorted(given - known - _OF_SAMPLERS)
+    unknown = sorted(given - known - _SAMPLER_KEYS)
     if unknown:
         raise ValueError(
             f"`config` has keys that may change the process and are not understood: {', '.join(unknown)}; remove them "
-            f"if they do not, or build the process by hand with Discrete(betas)."
+            f"if they do not change it, or build the process with Discrete(betas)."
         )
-    straight = config.get("prediction_type") == "flow_prediction"
-    if config.get("use_flow_sigmas", straight) != straight:
+    flow_matching = config.get("prediction_type") == "flow_prediction"
+    if config.get("use_flow_sigmas", flow_matching) != flow_matching:
         raise ValueError(
             f"`config` has use_flow_sigmas={config['use_flow_sigmas']} and prediction_type="
-            f"{config.get('prediction_type', 'epsilon')!r}; of flow matching only 'flow_prediction' is understood."
+            f"{config.get('prediction_type', 'epsilon')!r}; give use_flow_sigmas=True with 'flow_prediction' only."
         )
-    # A flow-matching scheduler is told by its name, or, since `scheduler.config` has none, by its shift.
+    # A flow-matching scheduler is recognised by its name, or, since `scheduler.config` has none, by its shift.
     name = str(config.get("_class_name", "FlowMatch" if {"num_train_timesteps", "shift"} <= set(config) else ""))
-    if straight or name.startswith("FlowMatch"):
+    if flow_matching or name.startswith("FlowMatch"):
         return Flow()
     N = check.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), least=1)
     if config.get("trained_betas") is not None:
@@ -167,22 +167,22 @@ def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
         missing = [key for key in ends if key not in config]
         if missing:
             raise ValueError(
-                f"`config` must have {' and '.join(missing)}: diffusers' schedulers differ in the default."
+                f"`config` must have {' and '.join(missing)}, because diffusers' schedulers have different defaults."
             )
         table = betas(kind, N, **{key: config[key] for key in ends})
     return Discrete(zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table)
 
 
 def from_diffusers(net: Net, config: Mapping[str, Any]) -> Denoiser:
-    """A diffusers network with its scheduler's configuration.
+    """Denoiser from a diffusers network and the configuration of its scheduler.
 
-    The network is called as ``net(x, label, **cond)`` and may return a tensor or an output with ``.sample``. Labels are
-    indices for discrete schedules and 1000 t for flow matching, whose resolution shift is a matter of the grid:
-    see :func:`scoresde.grids.shifted`.
+    The network is evaluated as ``net(x, label, **cond)`` and returns a tensor or an object with ``.sample``. Labels are
+    indices for discrete schedules and N t for flow matching, with N = ``num_train_timesteps``. The resolution shift of
+    flow matching belongs to the grid: see :func:`scoresde.grids.shifted`.
 
     Arguments:
-        net: The UNet or transformer.
-        config: ``scheduler.config``.
+        net: UNet or transformer.
+        config: Scheduler configuration, ``scheduler.config``.
     """
     sde = sde_from_diffusers(config)
     unwrapped = _Unwrapped(net)

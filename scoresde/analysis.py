@@ -1,4 +1,4 @@
-r"""What a plan does, computed from its table: exact on Gaussian data, without a sample and without a network.
+r"""Error analysis of a plan from its coefficients: exact on Gaussian data, without samples and without a network.
 
 In a direction in which the data has variance c the denoiser is linear, :math:`D - m = g\,(x - \alpha m)` with
 :math:`g = \alpha c/(\alpha^2 c + \sigma^2)`, so that an unrolled plan x = A x_0 + B d + C z is solved by one triangular
@@ -6,8 +6,8 @@ system for each direction,
 
 .. math:: x = (I - B\,\mathrm{diag}\,g)^{-1}(A\,x_0 + B\,\delta + C\,z),
 
-where δ is what a network says wrong. Everything here is read off that: mean and variance, how far from the flow, what
-an error of each evaluation does to the result.
+where δ is the error of the network. This gives the mean and variance of the result, its distance from the probability
+flow, and its sensitivity to an error of each evaluation.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Numbers = float | Sequence[float] | Tensor
 
 @dataclass(frozen=True)
 class Response:
-    """What a plan returns on Gaussian data, direction by direction, beside what it should.
+    """Mean and variance of a plan's result on Gaussian data, and their exact values, in K directions.
 
     Arguments:
         spectrum: Variances of the data, (K,).
         mean: Mean of the result, (K,).
-        variance: Its variance, (K,).
+        variance: Variance of the result, (K,).
         true_mean: Mean of the marginal, (K,).
-        true_variance: Its variance, (K,).
+        true_variance: Variance of the marginal, (K,).
     """
 
     spectrum: Tensor
@@ -54,7 +54,7 @@ class Response:
 
     @property
     def gain(self) -> Tensor:
-        """Standard deviation over that of the marginal, (K,): below 1 the plan blurs, above 1 it sharpens."""
+        """Standard deviation divided by that of the marginal, (K,): the plan blurs below 1 and sharpens above 1."""
         return (self.variance / self.true_variance).sqrt()
 
 
@@ -62,11 +62,11 @@ def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start
     """Exact mean and variance of a plan's result on Gaussian data.
 
     Arguments:
-        plan: The table, deterministic or stochastic.
-        sde: The process it was written for.
+        plan: Plan, deterministic or stochastic.
+        sde: Process of the plan.
         spectrum: Variances of the data in K directions.
-        mean: Means of the data in them.
-        start: ``"marginal"``, or ``"prior"`` for N(0, σ²).
+        mean: Means of the data in these directions.
+        start: Law of the start: ``"marginal"`` of the data, or ``"prior"`` for N(0, σ²).
 
     Example:
         >>> import scoresde as ss
@@ -81,36 +81,36 @@ def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start
 
 
 def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> float:
-    r"""Root-mean-square 2-Wasserstein distance over the directions: exact, of a stochastic plan too.
+    r"""Root-mean-square 2-Wasserstein distance over the directions, exact for stochastic plans too.
 
     .. math:: W_2^2 = \tfrac1K \sum_c (\mu_c - \mu_c^*)^2 + (s_c - s_c^*)^2
 
-    The arguments of :func:`response`.
+    It takes the arguments of :func:`response`.
     """
     return float(response(plan, sde, spectrum, mean, start).distance.square().mean().sqrt())
 
 
 def flow_error(plan: Plan, sde: SDE, spectrum: Numbers) -> float:
-    r"""Root-mean-square distance from the probability flow over the directions, of a deterministic plan.
+    r"""Root-mean-square distance of a deterministic plan from the probability flow, over the directions.
 
     Arguments:
-        plan: The table.
-        sde: The process it was written for.
+        plan: Plan to analyse.
+        sde: Process of the plan.
         spectrum: Variances of the data in K directions.
     """
     if plan.stochastic:
-        raise ValueError("`plan` draws noise, so there is no trajectory to compare with; `weak_error` compares laws.")
+        raise ValueError("`plan` draws noise and the flow does not; compare their laws with `weak_error`.")
     return float(_flow_gaps(unroll(plan), sde, _directions(spectrum)[0]).square().mean().sqrt())
 
 
 @dataclass(frozen=True)
 class Stability:
-    """What becomes of errors on Gaussian data, direction by direction.
+    """Amplification of errors on Gaussian data, in K directions.
 
     Arguments:
-        amplification: ∂x_n/∂x_0 over that of the exact flow, (K,).
-        sensitivity: ∂x_n/∂d_k, (K, n): what an error of evaluation k does to the result, through all later evaluations.
-        largest: Largest size of ∂x_r/∂x_0 over the rows, relative to the exact flow's, (K,).
+        amplification: Derivative ∂x_n/∂x_0 divided by that of the exact flow, (K,).
+        sensitivity: Derivatives ∂x_n/∂d_k for errors of evaluation k, through all later evaluations, (K, n).
+        largest: Largest |∂x_r/∂x_0| over the rows, relative to the exact flow, (K,).
     """
 
     amplification: Tensor
@@ -119,16 +119,16 @@ class Stability:
 
     @property
     def noise(self) -> Tensor:
-        """Root of the summed squares of the sensitivities, (K,): what independent unit errors of a network become."""
+        """Root of the summed squares of the sensitivities, (K,): effect of independent unit errors of the network."""
         return self.sensitivity.square().sum(1).sqrt()
 
 
 def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
-    """How a plan amplifies errors of the start and of the network.
+    """Amplification of errors of the start and of the network by a plan.
 
     Arguments:
-        plan: The table.
-        sde: The process it was written for.
+        plan: Plan to analyse.
+        sde: Process of the plan.
         spectrum: Variances of the data in K directions.
     """
     u, (c, _) = unroll(plan), _directions(spectrum)
@@ -178,13 +178,13 @@ def _flow_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
 
 
 def plot_response(plans: Sequence[Plan], sde: SDE, spectrum: Numbers | None = None, ax: Any = None) -> Any:
-    """Gain against the standard deviation of the data, a curve for each plan; returns the axes.
+    """Plot the gain against the standard deviation of the data, a curve for each plan; return the axes.
 
     Arguments:
-        plans: The tables.
-        sde: The process they were written for.
-        spectrum: Variances, by default from 10⁻⁴ to 10².
-        ax: Axes to draw into.
+        plans: Plans to plot.
+        sde: Process of the plans.
+        spectrum: Variances of the data, by default from 10⁻⁴ to 10².
+        ax: Axes to draw into, by default new ones.
     """
     c = torch.logspace(-4, 2, 61, dtype=torch.float64) if spectrum is None else _directions(spectrum)[0]
     ax = _axes(ax)
@@ -197,13 +197,13 @@ def plot_response(plans: Sequence[Plan], sde: SDE, spectrum: Numbers | None = No
 
 
 def plot_stability(plans: Sequence[Plan], sde: SDE, variance: float = 1.0, ax: Any = None) -> Any:
-    """What an error of each evaluation does to the result, a curve for each plan; returns the axes.
+    """Plot the sensitivity of the result to each evaluation, a curve for each plan; return the axes.
 
     Arguments:
-        plans: The tables.
-        sde: The process they were written for.
-        variance: Of the data in the direction that is looked at.
-        ax: Axes to draw into.
+        plans: Plans to plot.
+        sde: Process of the plans.
+        variance: Variance of the data in the direction of the plot.
+        ax: Axes to draw into, by default new ones.
     """
     check.number("variance", variance, least=0)
     ax = _axes(ax)

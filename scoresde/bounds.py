@@ -1,7 +1,6 @@
 r"""Variational bounds, bits per dimension, and distances between models over time.
 
-With λ = log(α/σ), E|x_0 − d(x_t)|² is all that the bounds need. On a grid T = t_N > … > t_1 > 0, with the posterior
-variances as the model's,
+Let d be the denoiser and λ = log(α/σ). On a grid T = t_N > … > t_1 > 0, for a model with the posterior variances,
 
 .. math::
     \log p(x_0) \ge \underbrace{E\log N(x_0; d(x_{t_1}), \tfrac{\sigma_1^2}{\alpha_1^2} I)}_{\text{reconstruction}}
@@ -9,7 +8,7 @@ variances as the model's,
     - \underbrace{\mathrm{KL}(q(x_T|x_0)\,\|\,p_T)}_{\text{prior}},
 
 and in continuous time the sum is :math:`\int e^{2\lambda} E|x_0 - d|^2\,d\lambda`. The same integral of the squared
-distance of two models, :math:`|d_a - d_b|^2`, is the relative entropy of their reverse SDEs (Girsanov).
+distance of two models, :math:`|d_a - d_b|^2`, is the KL divergence between their reverse SDEs (Girsanov).
 
 References:
     | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
@@ -36,7 +35,7 @@ from scoresde.noise import Noise
 from scoresde.quadrature import legendre
 from scoresde.sde import SDE
 
-_EPS, _TIMES, _DECODER, _DEQUANTISE = 3, 4, 5, 6  # streams of a seed
+_EPS, _TIMES, _DECODER, _DEQUANTISE = 3, 4, 5, 6  # random streams of a seed
 VARIANCES = ("small", "large", "learned")
 
 
@@ -45,12 +44,12 @@ class Elbo:
     """A lower bound on log p(x) and its three terms: value = reconstruction − consistency − prior.
 
     Arguments:
-        value: In nats, in the scale that x was given in, (B,).
-        standard_error: Of `value`, from independent repeats, (B,).
-        reconstruction: E log p(x_0 | x at the first time), (B,); the log-determinant of a scale is in here.
-        consistency: The relative entropies of the steps, summed, (B,).
-        prior: The relative entropy of q(x_T | x_0) and the prior, (B,).
-        nfe: Evaluations of the network for each sample.
+        value: Bound in nats, in the scale of the given x, (B,).
+        standard_error: Standard error of `value`, from independent repeats, (B,).
+        reconstruction: Mean of log p(x_0 | x at the first time), (B,); it includes the log-determinant of `scale`.
+        consistency: Sum of the KL divergences of the steps, (B,).
+        prior: KL divergence between q(x_T | x_0) and the prior, (B,).
+        nfe: Number of function evaluations for each sample.
     """
 
     value: Tensor
@@ -80,34 +79,35 @@ def elbo(
     grad: str = "off",
     **cond: Any,
 ) -> Elbo:
-    r"""The variational bound of each sample in nats: on a grid of times, or in continuous time.
+    r"""Variational lower bound on log p(x) of each sample, in nats, on a grid of times or in continuous time.
 
-    Times are stratified and drawn by importance: in continuous time evenly in
-    :math:`\tfrac12\log(1 + s^2e^{2\lambda})`, in which the loss of Gaussian data of deviation s is constant; on
-    a grid by the steps' lengths in it.
+    Times are stratified and drawn by importance sampling. In continuous time they are uniform in
+    :math:`u = \tfrac12\log(1 + s^2e^{2\lambda})`, in which the loss of Gaussian data of standard deviation s is
+    constant; on a grid the probability of a step is proportional to its length in u.
 
     Arguments:
-        model: A denoiser.
+        model: Denoiser.
         x: Data, (B, *event).
-        grid: Times from T down to a positive one, for the bound of that many steps. By default a :class:`Discrete`
-            process' own steps, N … 1.
-        continuous: The continuous-time bound down to `t_min`; by default unless there is a grid or β list.
-        n_times: Times for each sample and repeat; from the number of steps on, each step is taken once.
-        repeats: Independent estimates, whose scatter is the standard error; evaluations are repeats (n_times + 1).
-        variance: Of the model's steps on a grid: ``"small"``, that of the posterior given x_0, ``"large"``, that of the
-            forward step, or ``"learned"``, between the two as a network with ``learned_variance`` says.
-        levels: 0 for a density of x. Otherwise x lies on the middles of this many bins of `interval`, and the last
-            step is the mass of its bin, the outermost reaching to infinity: the bound is then on a probability.
-        interval: What the bins divide.
-        control: Estimate only what sets the model apart from the Gaussian N(0, s²), whose loss is known. That takes
-            most of the noise out where data fills its space, and adds noise where it sits on few values; by default it
-            is used unless there are `levels`.
-        seed: Of times and noise: an integer, one for each sample, or a :class:`Noise`.
-        data_std: s, for the prior at T and the choice of times.
-        t_min: Where continuous time ends, by default that of the process.
-        scale: The map that the model's data went through; its log-determinant is added and `x` is given before it.
-        grad: ``"off"`` or ``"full"``.
-        **cond: Conditions, handed to the network.
+        grid: Times from T down to a positive time, for the bound on this grid. The default for a :class:`Discrete`
+            process is its own steps, N … 1.
+        continuous: True for the continuous-time bound down to `t_min`; the default unless there is a `grid` or the
+            process is a :class:`Discrete` one.
+        n_times: Number of times for each sample and repeat; a grid of at most this many steps uses each step once.
+        repeats: Number of independent estimates, for the standard error; the cost is repeats (n_times + 1) evaluations.
+        variance: Variance of the model's steps on a grid: ``"small"``, of the posterior given x_0; ``"large"``, of the
+            forward step; or ``"learned"``, the interpolation that a network with ``learned_variance`` predicts.
+        levels: Number of bins of `interval` for a bound on a probability; 0 for a density. x must lie on the middles of
+            the bins. The last step is the probability of the bin of x; the outermost bins extend to infinity.
+        interval: Interval that the bins divide.
+        control: True for the control variate N(0, s²), whose loss is known: only the difference is estimated. This
+            removes most of the noise if the data fills its space, and adds noise if it has few values. The default is
+            true without `levels`; a learned variance never uses it.
+        seed: Seed of times and noise: an integer, one for each sample, or a :class:`Noise`.
+        data_std: Standard deviation s of the data, for the prior at T and the choice of times.
+        t_min: End of continuous time, by default that of the process.
+        scale: Map from `x` to the data of the model; its log-determinant is added to a density.
+        grad: Gradients, ``"off"`` or ``"full"``.
+        **cond: Conditions of the network.
 
     Example:
         >>> import torch, scoresde as ss
@@ -129,7 +129,7 @@ def elbo(
     control = (not levels if control is None else bool(control)) and variance != "learned"
     steps = _Steps.of(sde, grid, continuous, t_min, s)
     if steps.times is None and variance != "small":
-        raise ValueError(f"`variance`={variance!r} is of steps on a grid; in continuous time they all agree.")
+        raise ValueError(f"`variance`={variance!r} needs a grid: continuous time has only one variance; give `grid`.")
     with torch.set_grad_enabled(grad == "full"):
         draws = steps.draw(n_times, R, noise.fork(_TIMES), z)
         source, decoder = noise.fork(_EPS), noise.fork(_DECODER)
@@ -145,10 +145,10 @@ def elbo(
             if levels:
                 decoded.append(_decode_bins(sde, z, model.x0(x_1, t, **cond), t, levels, interval))
             else:
-                apart = _apart(model, z, x_1, t, s, control, cond)
+                square_error = _square_error(model, z, x_1, t, s, control, cond)
                 if control:
-                    apart = apart + _expected(sde, _square(z), math.prod(z.shape[1:]), t, s)
-                decoded.append(_decode(sde, z, apart, t))
+                    square_error = square_error + _expected(sde, _square(z), math.prod(z.shape[1:]), t, s)
+                decoded.append(_decode(sde, z, square_error, t))
         reconstruction = torch.stack(decoded)
         prior = _prior_gap(sde, z, s)
     if scale is not None and not levels:
@@ -160,17 +160,17 @@ def elbo(
 
 def _sde_of(model: AbstractDenoiser) -> SDE:
     if not isinstance(model, AbstractDenoiser):
-        raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
+        raise TypeError(f"`model` must be a denoiser: Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
     return model.sde
 
 
-# r, the repeat; t, (B,) or a number; weight, (B,) or a number; k, the step on the grid, (B,) or a number.
+# (repeat, time, weight, step on the grid); all but the repeat are numbers or (B,); the step may be None.
 _Draw = tuple[int, Any, Any, Any]
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Where time is cut, and the variable u = ½ log(1 + s²e^{2λ}) in which draws are even."""
+    """The steps of a bound, and the variable u = ½ log(1 + s²e^{2λ}) in which times are drawn uniformly."""
 
     sde: SDE
     s: float
@@ -180,15 +180,15 @@ class _Steps:
     @classmethod
     def of(cls, sde: SDE, grid: Any, continuous: bool | None, t_min: float | None, s: float) -> _Steps:
         if grid is not None and continuous:
-            raise ValueError("`grid` is for the bound on steps; drop it, or `continuous`.")
+            raise ValueError("`grid` cannot be used with `continuous`=True; drop one of them.")
         if grid is None and not isinstance(sde, Discrete):
             if continuous is False:
-                raise ValueError(f"`grid` must say the steps of a bound on {type(sde).__name__}, which has none.")
+                raise ValueError(f"`grid` must be given with `continuous`=False: {type(sde).__name__} has no steps.")
             continuous = True
         if continuous:
             return cls(sde, s, sde.t_min if t_min is None else check.number("t_min", t_min, above=0, below=sde.T), None)
         if t_min is not None:
-            raise ValueError("`t_min` is for continuous time; a grid ends where its last time says.")
+            raise ValueError("`t_min` is for continuous time; a grid ends at its last time. Drop `t_min`.")
         if grid is None:
             assert isinstance(sde, Discrete)
             times = torch.arange(1, sde.N + 1, dtype=torch.float64)
@@ -196,7 +196,7 @@ class _Steps:
             times = check_grid(sde, grid).flip(0)
             if float(times[0]) == 0 or float(times[-1]) != sde.T:
                 raise ValueError(
-                    f"`grid` must run from T = {sde.T:g} to a positive time, where the last step, the decoder, starts; "
+                    f"`grid` must run from T = {sde.T:g} to a positive time, where the last step, the decoder, starts, "
                     f"got {float(times[-1]):g} to {float(times[0]):g}."
                 )
         return cls(sde, s, float(times[0]), times)
@@ -206,7 +206,7 @@ class _Steps:
         return 0.5 * math.log1p((self.s * self.sde.alpha(t) / self.sde.sigma(t)) ** 2)
 
     def known(self, x: Tensor, variance: str, control: bool) -> Tensor:
-        """What all steps cost by their variances, and with `control` what they would cost N(0, s²), (B,)."""
+        """Known part of the sum over steps, (B,): terms of the variances and, with `control`, the loss of N(0, s²)."""
         size = math.prod(x.shape[1:])
         if self.times is None:
             node, weight = legendre()
@@ -214,7 +214,7 @@ class _Steps:
             u = u_T + node * (u_1 - u_T)
             t = self.sde._t_of_lam(0.5 * (torch.expm1(2 * u) / self.s**2).log()).clamp(0.0, self.sde.T)
             coefficient = weight * (u_1 - u_T) * (2 * u).exp() / self.s**2
-            spare = 0.0
+            constant = 0.0
         elif variance == "learned":
             return x.new_zeros(len(x))
         else:
@@ -222,15 +222,15 @@ class _Steps:
             _, c_0, small = self.sde.posterior(s, t)
             v = small if variance == "small" else self.sde.transition(s, t)[1] ** 2
             coefficient = c_0**2 / (2 * v)
-            spare = float((small / v - 1 - (small / v).log()).sum()) * size / 2
+            constant = float((small / v - 1 - (small / v).log()).sum()) * size / 2
         if not control:
-            return x.new_full((len(x),), spare)
+            return x.new_full((len(x),), constant)
         of_square = float((coefficient * _expected(self.sde, 1.0, 0, t, self.s)).sum())
         of_size = float((coefficient * _expected(self.sde, 0.0, size, t, self.s)).sum())
-        return of_square * _square(x) + (of_size + spare)
+        return of_square * _square(x) + (of_size + constant)
 
     def draw(self, n: int, repeats: int, noise: Noise, x: Tensor) -> list[_Draw]:
-        """Times with weights: Σ weight · loss over a repeat's draws is unbiased for the sum or integral of the loss."""
+        """Times with weights: for each repeat Σ weight · loss is unbiased for the sum or integral of the loss."""
         shifts = noise.uniform((len(x), repeats), 0, dtype=x.dtype, device=x.device)
         if self.times is not None and n >= len(self.times) - 1:
             steps = range(1, len(self.times))
@@ -257,20 +257,20 @@ def _square(d: Tensor) -> Tensor:
     return d.square().flatten(1).sum(1)
 
 
-def _apart(
+def _square_error(
     model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, control: bool, cond: dict[str, Any]
 ) -> Tensor:
-    """|x_0 − d|², with `control` less the same of the Gaussian N(0, s²), whose expectation is known, (B,)."""
-    apart = _square(x0 - model.x0(x_t, t, **cond))
+    """|x_0 − d|², (B,); `control` subtracts the same for the denoiser of N(0, s²), whose mean is known."""
+    square_error = _square(x0 - model.x0(x_t, t, **cond))
     if not control:
-        return apart
+        return square_error
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
     gain = check.expand(alpha * s**2 / (alpha**2 * s**2 + sigma**2), x0)
-    return apart - _square(x0 - gain * x_t)
+    return square_error - _square(x0 - gain * x_t)
 
 
 def _expected(sde: SDE, square: Any, size: int, t: Any, s: float) -> Any:
-    r"""E|x_0 − d_G|² over ε: (σ⁴|x_0|² + α²σ²s⁴D) / (α²s² + σ²)²."""
+    r"""E|x_0 − d_G|² over ε for the denoiser of N(0, s²): (σ⁴|x_0|² + α²σ²s⁴D) / (α²s² + σ²)²."""
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     return (sigma**4 * square + alpha**2 * sigma**2 * s**4 * size) / (alpha**2 * s**2 + sigma**2) ** 2
 
@@ -287,44 +287,44 @@ def _step_loss(
     control: bool,
     cond: dict[str, Any],
 ) -> Tensor:
-    """What a step costs beyond what is known of it, (B,)."""
+    """Loss of a step without the part that :meth:`_Steps.known` returns, (B,)."""
     if steps.times is None:
-        return _apart(model, x0, x_t, t, steps.s, control, cond)
+        return _square_error(model, x0, x_t, t, steps.s, control, cond)
     s: Any = float(steps.times[k - 1]) if isinstance(k, int) else steps.times.to(x0)[k - 1]
     _, c_0, small = sde.posterior(s, t)
     large = sde.transition(s, t)[1] ** 2
     if variance != "learned":
         v = small if variance == "small" else large
-        apart = _apart(model, x0, x_t, t, steps.s, control, cond)
-        return apart.mul(c_0**2 / (2 * v))
+        square_error = _square_error(model, x0, x_t, t, steps.s, control, cond)
+        return square_error.mul(c_0**2 / (2 * v))
     if not isinstance(model, Denoiser):
         raise TypeError(
             f"`variance`='learned' needs a Denoiser with learned_variance=True, got {type(model).__name__}."
         )
     d, share = model.x0_and_variance(x_t, t, **cond)
     lo, hi, c = (torch.as_tensor(check.expand(v, x0)).to(x0) for v in (small, large, c_0))
-    excess = (share + 1) / 2 * (hi / lo).log()  # log of the model's variance over the posterior's
+    excess = (share + 1) / 2 * (hi / lo).log()  # log(model's variance / posterior variance)
     terms = (-excess).exp() * (1 + (c * (x0 - d)) ** 2 / lo) - 1 + excess
     return 0.5 * terms.flatten(1).sum(1)
 
 
-def _decode(sde: SDE, x0: Tensor, apart: Tensor, t: float) -> Tensor:
-    """Log N(x_0; d, σ²/α²) of |x_0 − d|²."""
+def _decode(sde: SDE, x0: Tensor, square_error: Tensor, t: float) -> Tensor:
+    """Log N(x_0; d, σ²/α²) from |x_0 − d|²."""
     rho = sde.sigma(t) / sde.alpha(t)
-    return -0.5 * apart / rho**2 - math.prod(x0.shape[1:]) * (math.log(rho) + 0.5 * math.log(2 * math.pi))
+    return -0.5 * square_error / rho**2 - math.prod(x0.shape[1:]) * (math.log(rho) + 0.5 * math.log(2 * math.pi))
 
 
 def _decode_bins(sde: SDE, x0: Tensor, d: Tensor, t: float, levels: int, interval: tuple[float, float]) -> Tensor:
-    """Log of the Gaussian's mass in the bin of each entry."""
+    """Log-probability of the bins of x_0 under N(d, σ²/α²), (B,)."""
     step = bin_width(levels, interval)
     bins = (x0 - interval[0]) / step - 0.5
     if x0.device.type == "cpu" and bool(((bins - bins.round()).abs() > 1e-2).any()):
         raise ValueError(
-            f"`x` must lie on the middles of {levels} bins of {interval}, as `dequantize(..., middle=True)` puts it."
+            f"`x` must lie on the middles of {levels} bins of {interval}, as after `dequantize(..., middle=True)`."
         )
     rho = sde.sigma(t) / sde.alpha(t)
     below, above = (x0 - d - step / 2) / rho, (x0 - d + step / 2) / rho
-    # On the side where both tails are small, so that their difference keeps its digits.
+    # Use the side where both tails are small: their difference loses no digits.
     flip = below + above > 0
     below, above = torch.where(flip, -above, below), torch.where(flip, -below, above)
     first, last = bins.round() <= 0, bins.round() >= levels - 1
@@ -361,19 +361,19 @@ def bits_per_dim(
     *,
     density: bool = True,
 ) -> Tensor:
-    r"""Bits per dimension of data that has `levels` values, from nats.
+    r"""Bits per dimension of data with `levels` values, from log-densities in nats.
 
     .. math:: b = -\frac{\log p(x) + D\log w}{D\log 2}, \qquad w = \frac{\text{high} - \text{low}}{\text{levels}}
 
-    A bin is w wide in the scale of the density, so its probability is about p w^D: 256 bins of (−1, 1) give the 7 bits
-    that code for images adds by hand, and any other scale its own number.
+    A bin has width w in the scale of the density, so its probability is about p w^D. For 256 bins of (−1, 1) this adds
+    7 bits, a constant that code for images often contains.
 
     Arguments:
-        nats: log p(x), (B,): a density in the scale where the bins divide `interval`.
-        dims: D, numbers in an event.
-        levels: Number of values of a number of the data, 256 for bytes; needed where `nats` is a density.
-        interval: What the bins divide; integers scaled as v/127.5 − 1 have bins that divide (−1 − 1/255, 1 + 1/255).
-        density: False where `nats` is already a probability, as of :func:`elbo` with `levels`: nothing is added.
+        nats: Log-density log p(x), (B,), in the scale where the bins divide `interval`.
+        dims: Number D of entries of an event.
+        levels: Number of values of an entry, 256 for bytes; required if `nats` is a density.
+        interval: Interval that the bins divide; it is (−1 − 1/255, 1 + 1/255) for integers scaled as v/127.5 − 1.
+        density: False if `nats` is a log-probability, as of :func:`elbo` with `levels`: nothing is added.
 
     Example:
         >>> import torch
@@ -385,8 +385,8 @@ def bits_per_dim(
         return -nats / (dims * math.log(2))
     if levels is None:
         raise TypeError(
-            "`levels` must say how many values a number of the data has, 256 for bytes and 17 for scikit-learn's "
-            "digits: a density has no bits without. Where `nats` is a probability already, give `density`=False."
+            "`levels` must be given for a density: the number of values of an entry, 256 for bytes and 17 for "
+            "scikit-learn's digits. If `nats` is already a log-probability, give `density`=False."
         )
     return -(nats / dims + math.log(bin_width(levels, interval))) / math.log(2)
 
@@ -401,16 +401,16 @@ def dequantize(
     middle: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Integers 0 … levels − 1 as numbers spread evenly over their bins of `interval`.
+    """Integers 0 … levels − 1 as numbers drawn uniformly from their bins of `interval`.
 
     Arguments:
         images: Integers, (B, *event).
-        levels: How many values there are.
-        interval: What the bins divide.
-        seed: An integer, one for each sample, or a :class:`Noise`.
-        draw: Which draw of it.
-        middle: The middle of each bin instead, without noise.
-        dtype: float32 or float64.
+        levels: Number of values.
+        interval: Interval that the bins divide.
+        seed: Seed: an integer, one for each sample, or a :class:`Noise`.
+        draw: Number of the draw of this seed.
+        middle: True for the middle of each bin, without noise.
+        dtype: Dtype of the result, float32 or float64.
     """
     if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
         raise TypeError("`images` must be a tensor of integers 0 … levels − 1.")
@@ -419,8 +419,8 @@ def dequantize(
         raise ValueError(f"`images` must lie in 0 … {levels - 1}, got {int(images.min())} … {int(images.max())}.")
     noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_DEQUANTISE)
     shape = tuple(images.shape)
-    where = 0.5 if middle else noise.uniform(shape, draw, dtype=dtype, device=images.device)
-    return interval[0] + width * (images.to(dtype) + where)
+    offset = 0.5 if middle else noise.uniform(shape, draw, dtype=dtype, device=images.device)
+    return interval[0] + width * (images.to(dtype) + offset)
 
 
 def dequantized_bits(
@@ -433,21 +433,21 @@ def dequantized_bits(
     seed: int | Sequence[int] | Noise | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
-    r"""Bits per dimension of integers under a density: an upper bound that falls to the truth as n grows.
+    r"""Bits per dimension of integers under a density: an upper bound that decreases to the exact value as n grows.
 
     .. math:: b_n = -\frac{1}{D\log 2}\left(\log\frac1n\sum_{k=1}^n p(x^{(k)}) + D\log w\right), \qquad
               x^{(k)} \sim U(\text{bin})
 
-    n = 1 is uniform dequantisation, n > 1 its importance-weighted bound, which is never looser on average.
+    n = 1 is uniform dequantisation; n > 1 is its importance-weighted bound, which is never looser on average.
 
     Arguments:
-        log_density: log p of a batch in nats, (B, *event) to (B,), as ``lambda x: ss.log_prob(model, x).value``.
+        log_density: Function from (B, *event) to log p in nats, (B,), as ``lambda x: ss.log_prob(model, x).value``.
         images: Integers, (B, *event).
-        levels: How many values there are.
-        interval: What the bins divide, in the scale of the density.
-        n: How many points in each bin.
-        seed: Of the points.
-        dtype: Of the points.
+        levels: Number of values.
+        interval: Interval that the bins divide, in the scale of the density.
+        n: Number of points in each bin.
+        seed: Seed of the points.
+        dtype: Dtype of the points.
 
     Returns:
         Bits per dimension, (B,), and their standard errors, (B,), nan for n = 1.
@@ -478,9 +478,9 @@ class Estimate:
     """A mean over samples and its standard error.
 
     Arguments:
-        value: The mean.
-        standard_error: Of the mean, from the scatter over samples.
-        nfe: Evaluations of each model for each sample.
+        value: Mean over samples.
+        standard_error: Standard error of `value`, from the scatter over samples.
+        nfe: Number of evaluations of each model for each sample.
     """
 
     value: Tensor
@@ -498,16 +498,16 @@ def denoiser_error(
     seed: int | Sequence[int] | Noise | None = None,
     **cond: Any,
 ) -> Estimate:
-    """Mean squared difference per number of two denoisers' predictions on noised data, at some times.
+    """Mean squared difference per entry between the predictions of two denoisers on noised data, at given times.
 
     Arguments:
-        model: A denoiser.
-        exact: Another on the same process, such as the exact one.
+        model: Denoiser.
+        exact: Denoiser to compare with, on the same process, such as the exact one.
         data: Data, (B, *event), B ≥ 2.
         ts: Times.
-        prediction: What to compare: ``"eps"``, ``"x0"``, ``"score"``, ``"v"`` or ``"velocity"``.
-        seed: Of the noise.
-        **cond: Conditions, handed to `model`.
+        prediction: Prediction to compare: ``"eps"``, ``"x0"``, ``"score"``, ``"v"`` or ``"velocity"``.
+        seed: Seed of the noise.
+        **cond: Conditions of `model`.
 
     Returns:
         An :class:`Estimate` with an entry for each time.
@@ -539,24 +539,24 @@ def path_kl(
     seed: int | Sequence[int] | Noise | None = None,
     **cond: Any,
 ) -> Estimate:
-    r"""Relative entropy of the paths of two models' reverse SDEs, in nats, from T to t_min.
+    r"""KL divergence between the paths of the reverse SDEs of two models, from T to t_min, in nats.
 
     .. math:: \mathrm{KL} = \frac{(1+\eta^2)^2}{8\eta^2}\int g^2\,E|s_a - s_b|^2\,dt
               = \frac{(1+\eta^2)^2}{4\eta^2}\int e^{2\lambda}\,E|d_a - d_b|^2\,d\lambda
 
-    The expectation is over noised data, which is the law of `model`'s paths if its score is that of `data`; its end
-    bounds the relative entropy of the samples.
+    The expectation is over noised data, which is the law of `model`'s paths if its score is that of `data`. The result
+    is an upper bound on the KL divergence between the samples.
 
     Arguments:
-        model: A denoiser, a.
-        other: Another on the same process, b.
+        model: Denoiser a.
+        other: Denoiser b on the same process.
         data: Data, (B, *event), B ≥ 2.
-        eta: η of the SDEs; the ODE, 0, has none.
-        n_times: Times for each datum, even in :math:`\tfrac12\log(1 + s^2e^{2\lambda})`.
-        data_std: s.
-        t_min: Where paths end, by default that of the process.
-        seed: Of times and noise.
-        **cond: Conditions, handed to both.
+        eta: Stochasticity η > 0 of the SDEs.
+        n_times: Number of times for each datum, uniform in :math:`\tfrac12\log(1 + s^2e^{2\lambda})`.
+        data_std: Standard deviation s of the data, for the choice of times.
+        t_min: End of the paths, by default that of the process.
+        seed: Seed of times and noise.
+        **cond: Conditions of both.
 
     References:
         | Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), arXiv:2101.09258, theorem 1
@@ -579,5 +579,5 @@ def path_kl(
 
 def _same_process(a: AbstractDenoiser, b: AbstractDenoiser) -> SDE:
     if _sde_of(a) != _sde_of(b):
-        raise ValueError(f"the models are on different processes, {a.sde!r} and {b.sde!r}; use Rescheduled for one.")
+        raise ValueError(f"the models have different processes, {a.sde!r} and {b.sde!r}; use Rescheduled for one.")
     return a.sde

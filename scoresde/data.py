@@ -1,7 +1,7 @@
-r"""The scale of data: standardise it, and undo that with the exact log-determinant.
+r"""Standardisation of data, z = s (x − μ)/ς, with the exact log-determinant.
 
-Schedules and preconditioning assume a standard deviation; data on another scale trains on the wrong noise levels
-without a word. Knows nothing of processes.
+Schedules and preconditioning assume a standard deviation of the data. With data on another scale, a network trains on
+the wrong noise levels without an error.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Standardize:
     .. math:: z = s\,(x - \mu)/\varsigma, \qquad \log p_X(x) = \log p_Z(z) + \log\left|\det\frac{dz}{dx}\right|
 
     Arguments:
-        mean: μ, a tensor that broadcasts to an event.
-        std: ς, likewise, positive.
-        target: s, the standard deviation of what comes out: ``sigma_data`` of a preconditioned network.
+        mean: Mean μ, a tensor that broadcasts to an event.
+        std: Standard deviation ς, a positive tensor that broadcasts to an event.
+        target: Standard deviation s of z, default 1; use ``sigma_data`` of a preconditioned network.
 
     Example:
         >>> import torch
@@ -47,20 +47,20 @@ class Standardize:
                 raise ValueError(f"`{name}` must be a finite float tensor that broadcasts to an event, got {value!r}.")
         if bool((self.std <= 0).any()):
             raise ValueError(
-                "`std` must be positive; an entry of the data that never varies has no scale: drop it, or fit with "
+                "`std` must be positive; if an entry of the data is constant, drop this entry, or fit with "
                 "per='scalar'."
             )
         check.number("target", self.target, above=0)
 
     @classmethod
     def fit(cls, data: Tensor, per: str = "scalar", target: float = 1.0) -> Standardize:
-        """Measure a data set.
+        """Compute the mean and the standard deviation of a data set.
 
         Arguments:
-            data: (N, *event), N ≥ 2.
-            per: ``"scalar"``, one mean and scale for all entries, which keeps their proportions (images);
-                ``"channel"``, one for each index of the first event axis; ``"entry"``, one for each entry (tables).
-            target: Standard deviation of what comes out.
+            data: Data set, (N, *event), N ≥ 2.
+            per: Scope of each mean and scale: ``"scalar"``, all entries, which preserves their proportions (images);
+                ``"channel"``, an index of the first event axis; ``"entry"``, an entry (tables).
+            target: Standard deviation of the standardised data, default 1.
         """
         check.state("data", data)
         check.choice("per", per, ("scalar", "channel", "entry"))
@@ -70,7 +70,7 @@ class Standardize:
         wide = _finite(data)
         mean = wide.mean(axes, keepdim=True)[0]
         std = (wide - mean).square().mean(axes, keepdim=True)[0].sqrt()
-        # The mean of equal numbers is not always that number: rounding must not pass for variation.
+        # Rounding in the mean can give constant entries a positive standard deviation: set it to 0.
         varies = wide.amax(axes, keepdim=True)[0] > wide.amin(axes, keepdim=True)[0]
         return cls(mean.to(data), (std * varies).to(data), target)
 
@@ -80,12 +80,12 @@ class Standardize:
         return (x - mean) * (self.target / std)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Back to the data's own scale, (B, *event)."""
+        """Map `z`, (B, *event), back to the scale of the data."""
         mean, std = self._like(z)
         return mean + z * (std / self.target)
 
     def log_det(self, x: Tensor) -> float:
-        """log det dz/dx of one event, in nats: add it to log p_Z(z) for log p_X(x), subtract it to go back."""
+        """log det dz/dx of one event, in nats: log p_X(x) is log p_Z(z) plus this number."""
         self._like(x)
         scale = math.log(self.target) - self.std.cpu().double().log()
         return float(scale.expand(x.shape[1:]).sum())
@@ -98,18 +98,18 @@ class Standardize:
             fits = False
         if not fits:
             raise ValueError(
-                f"`x` has events of shape {tuple(x.shape[1:])}, this scale was fitted to {tuple(self.std.shape)}."
+                f"`x` has events of shape {tuple(x.shape[1:])}, but `std` has shape {tuple(self.std.shape)}; fit again."
             )
         return self.mean.to(x), self.std.to(x)
 
 
 def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float:
-    """The largest distance between two data: a noise level at which no datum is told from another.
+    """Compute the largest distance between two samples, a noise level at which all samples overlap.
 
     Arguments:
-        data: (N, *event), N ≥ 2.
-        most: Use at most this many data, drawn without replacement.
-        seed: For which of them.
+        data: Data set, (N, *event), N ≥ 2.
+        most: Largest number of samples to use, default 2000, drawn without replacement.
+        seed: Seed of the draw of these samples, default 0.
 
     References:
         | Improved Techniques for Training Score-Based Generative Models (Song & Ermon, 2020), arXiv:2006.09011,
@@ -120,16 +120,16 @@ def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float
     check.integer("most", most, least=2)
     rows = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:most]
     x = _finite(data)[rows].reshape(len(rows), -1)
-    x = x - x.mean(0)  # distances are taken from scalar products, which cancel far from the origin
+    x = x - x.mean(0)  # cdist may use scalar products, which cancel far from the origin
     return float(torch.cdist(x, x).max())
 
 
 def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
-    """Standard deviation of `data` about its mean; warns when it is not within a factor 2 of `sigma_data`.
+    """Compute the standard deviation of `data`; warn if it is not within a factor 2 of `sigma_data`.
 
     Arguments:
-        data: (N, *event).
-        sigma_data: What the schedule or the preconditioning assumes.
+        data: Data set, (N, *event).
+        sigma_data: Standard deviation that the schedule or the preconditioning assumes, default 1.
     """
     if check.state("data", data).numel() == 0:
         raise ValueError(f"`data` must hold at least one number, got shape {tuple(data.shape)}.")
@@ -137,7 +137,7 @@ def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
     std = float(_finite(data).std(correction=0))
     if not sigma_data / 2 <= std <= 2 * sigma_data:
         warnings.warn(
-            f"the data has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: noise levels will be "
+            f"`data` has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: the noise levels are "
             f"wrong by that ratio; use Standardize.fit(data, target={sigma_data:g}) or set sigma_data={std:.3g}.",
             stacklevel=2,
         )
@@ -145,7 +145,7 @@ def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
 
 
 def _finite(data: Tensor) -> Tensor:
-    """The data in float64, on the CPU since not every device has that."""
+    """Return finite data in float64, on the CPU because some devices have no float64."""
     wide = data.detach().cpu().double()
     if not bool(wide.isfinite().all()):
         row = int((~wide.isfinite()).reshape(len(wide), -1).any(1).nonzero()[0, 0])

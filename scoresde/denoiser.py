@@ -1,8 +1,8 @@
-r"""One place for parametrisation: a network, its process, and what it predicts.
+r"""Denoisers: a network, its process, and the conversion between prediction types.
 
-A state is :math:`x = \alpha x_0 + \sigma\varepsilon`, and every prediction in use is a linear form
-:math:`a\,x_0 + b\,\varepsilon`: x0 (1, 0), ε (0, 1), score (0, −1/σ), v (−σ, α), velocity (α̇, σ̇) and EDM's F. Two
-equations in two unknowns turn any of them into any other. Knows nothing of solvers.
+A state is :math:`x = \alpha x_0 + \sigma\varepsilon`. Every prediction is a linear form
+:math:`a\,x_0 + b\,\varepsilon`: x0 (1, 0), ε (0, 1), score (0, −1/σ), v (−σ, α), velocity (α̇, σ̇) and EDM's F. These
+two linear equations convert any prediction into any other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from scoresde.sde import SDE
 
 PREDICTIONS = ("eps", "score", "x0", "v", "velocity", "F")
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
-_MEMO = 4096  # coefficients that a denoiser remembers
+_MEMO = 4096  # largest number of entries in the cache of a denoiser
 
 Coefficient = float | Tensor
 Clock = Callable[[Tensor], Tensor]
@@ -39,7 +39,7 @@ class Preconditioning:
         c_{in} = \frac{1}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \;
         c_{noise} = \tfrac14 \log\tfrac{\sigma}{\alpha}
 
-    With ``predicts="F"`` all four are used; with another prediction the input scaling and the clock.
+    With ``predicts="F"`` all four apply. With another prediction only c_in and c_noise apply.
 
     Arguments:
         sigma_data: Standard deviation s of the data.
@@ -54,13 +54,13 @@ class Preconditioning:
         check.number("sigma_data", self.sigma_data, above=0)
 
     def c_in(self, alpha: Coefficient, sigma: Coefficient) -> Any:
-        """Scale of the network's input."""
+        """Scale c_in of the network's input."""
         return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
 
 @dataclass(frozen=True)
 class _Form:
-    """scale · prediction = a x0 + b ε, at one (α, σ); numbers or tensors (B,)."""
+    """Coefficients of scale · prediction = a x0 + b ε at one (α, σ); numbers or tensors (B,)."""
 
     a: Any
     b: Any
@@ -82,18 +82,18 @@ def _form(kind: str, sde: SDE, t: Any, alpha: Any, sigma: Any, sigma_data: float
     return _Form(sigma / (sigma_data * root), -alpha * sigma_data / root)
 
 
-def _mix(have: _Form, want: _Form, alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    """Coefficients (of x, of the output) that turn the prediction `have` into `want`; zero cancels exactly."""
-    det = alpha * have.b - sigma * have.a
-    of_x = (want.a * have.b - want.b * have.a) / (det * want.scale)
-    of_out = (want.b * alpha - want.a * sigma) * have.scale / (det * want.scale)
+def _mix(source: _Form, target: _Form, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """Coefficients of x and of the output that convert `source` to `target`; an exact zero stays exact."""
+    det = alpha * source.b - sigma * source.a
+    of_x = (target.a * source.b - target.b * source.a) / (det * target.scale)
+    of_out = (target.b * alpha - target.a * sigma) * source.scale / (det * target.scale)
     return of_x, of_out
 
 
 class AbstractDenoiser(nn.Module):
-    """What every denoiser offers; a subclass sets ``sde`` and writes :meth:`x0`.
+    """Base class of denoisers: a subclass sets ``sde`` and defines :meth:`x0`.
 
-    All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by name, and
+    All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by keyword. They
     return a tensor of the shape of `x`.
     """
 
@@ -104,7 +104,7 @@ class AbstractDenoiser(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define `x0(x, t, **cond)`.")
 
     def forward(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The data prediction: calling a denoiser denoises."""
+        """Data prediction, the same as :meth:`x0`."""
         return self.x0(x, t, **cond)
 
     def eps(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
@@ -120,7 +120,7 @@ class AbstractDenoiser(nn.Module):
         return self._predict("v", x, t, cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        r"""Velocity of the probability flow, :math:`\dot\alpha x_0 + \dot\sigma\varepsilon = dx/dt`."""
+        r"""Velocity of the probability-flow ODE, :math:`dx/dt = \dot\alpha x_0 + \dot\sigma\varepsilon`."""
         return self._predict("velocity", x, t, cond)
 
     def _predict(self, want: _Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
@@ -130,50 +130,50 @@ class AbstractDenoiser(nn.Module):
         if want == kind:
             return out
         if not isinstance(t, Tensor):
-            a, b = self._numbers(kind, want, t, s)
+            a, b = self._coefficients(kind, want, t, s)
             if a == 0:
                 return out if b == 1 else b * out
-            return torch.add(x * a, out, alpha=b)  # not in place: under vmap one of the two may be shared
+            return torch.add(x * a, out, alpha=b)  # not in place: under vmap one of the two may have no batch axis
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        have, wanted = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
-        of_x, of_out = _mix(have, wanted, alpha, sigma)
+        source, target = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
+        of_x, of_out = _mix(source, target, alpha, sigma)
         of_out = check.expand(of_out, x)
         if isinstance(of_x, float) and of_x == 0:
             return out if isinstance(of_out, float) and of_out == 1 else of_out * out
         result: Tensor = check.expand(of_x, x) * x + of_out * out
         return result
 
-    def _numbers(self, kind: str, want: _Want, t: float, s: float) -> tuple[float, float]:
-        """The coefficients at a time that is a number."""
+    def _coefficients(self, kind: str, want: _Want, t: float, s: float) -> tuple[float, float]:
+        """Coefficients of x and of the output at a time `t` that is a number."""
 
-        def make() -> tuple[float, float]:
+        def compute() -> tuple[float, float]:
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
             try:
-                have, wanted = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
-                of_x, of_out = _mix(have, wanted, alpha, sigma)
+                source, target = _form(kind, self.sde, t, alpha, sigma, s), _wanted(want, self.sde, t, alpha, sigma)
+                of_x, of_out = _mix(source, target, alpha, sigma)
             except ZeroDivisionError:
                 raise _undefined(t, alpha, sigma) from None
             if not math.isfinite(of_x + of_out):
                 raise _undefined(t, alpha, sigma)
             return of_x, of_out
 
-        numbers: tuple[float, float] = self._once((kind, want, t, s), make) if isinstance(want, str) else make()
-        return numbers
+        pair: tuple[float, float] = self._cached((kind, want, t, s), compute) if isinstance(want, str) else compute()
+        return pair
 
-    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, remembered for as long as the process is the same object: samplers ask at few times."""
+    def _cached(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """Result of `compute`, cached under `key` until ``self.sde`` is replaced."""
         if torch.compiler.is_compiling():
-            return make()
+            return compute()
         owner, memo = self.__dict__.get("_memo", (None, {}))
         if owner is not self.sde or len(memo) >= _MEMO:
             memo = {}
             self.__dict__["_memo"] = (self.sde, memo)
         if key not in memo:
-            memo[key] = make()
+            memo[key] = compute()
         return memo[key]
 
 
-# A prediction by name, or as a function of (sde, t, α, σ).
+# Name of a prediction, or a function of (sde, t, α, σ) that returns its form.
 _Want = str | Callable[[SDE, Any, Any, Any], _Form]
 
 
@@ -183,8 +183,8 @@ def _wanted(want: _Want, sde: SDE, t: Any, alpha: Any, sigma: Any) -> _Form:
 
 def _undefined(t: float | Tensor, alpha: Any, sigma: Any) -> ValueError:
     return ValueError(
-        f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: without noise there is "
-        f"no noise to see, without signal no data; ask at t in [t_min, T) or for `x0`."
+        f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: the conversion divides "
+        f"by zero or a coefficient is infinite; evaluate at t in [t_min, T), or evaluate `x0`."
     )
 
 
@@ -202,27 +202,28 @@ def _check_denoiser(denoiser: Any) -> None:
 
 
 class Denoiser(AbstractDenoiser):
-    r"""A network together with its process: what it predicts is said once, here, and converted everywhere else.
+    r"""A network with its process and its prediction type; the methods return every other prediction.
 
     .. math:: \mathrm{out} = \mathrm{net}(c_{in}\,x,\; c_{time}(t),\; \mathrm{cond}), \qquad
               x_0 = c_{skip}\,x + c_{out}\,\mathrm{out}
 
-    The network runs in its own dtype; its input is cast to that and its output back to the dtype of `x`. Its time is
-    a float32 tensor (B,).
+    The input of the network is cast to the network's dtype, and its output to the dtype of `x`. The network's time is a
+    float32 tensor (B,).
 
     Arguments:
-        net: A module or function ``net(x, time, **cond)`` that returns a tensor of the shape of `x`.
-        sde: The process it was, or will be, trained on.
-        predicts: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or, with preconditioning, ``"F"``. There is
-            no default: a wrong guess here gives noise instead of samples. :func:`check_denoiser` diagnoses one.
+        net: Module or function ``net(x, time, **cond)`` that returns a tensor of the shape of `x`.
+        sde: Process that the network is trained on.
+        predicts: Output of the network: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or, with
+            `precondition`, ``"F"``. There is no default, because a wrong value gives noise instead of samples.
+            :func:`check_denoiser` detects a wrong value.
         precondition: EDM's input scaling and clock, and its output scaling when ``predicts="F"``.
-        time: What the network is told: ``"t"``, ``"index"`` (a :class:`Discrete` process' label, fractional between
-            labels), ``"nearest_index"``, ``"sigma"``, ``"log_sigma"``, or a function of a tensor of times. By default
-            the index for discrete processes, ¼ log(σ/α) with preconditioning, else t.
-        learned_variance: The network returns twice the channels, the second half being a variance; it is split off,
-            and :meth:`x0_and_variance` returns it.
-        check_finite: Raise at the first output that is not finite, naming the time. It reads the output back to the
-            host, so leave it off in hot loops on a GPU.
+        time: Time input of the network: ``"t"``, ``"index"`` (label of a :class:`Discrete` process, fractional between
+            labels), ``"nearest_index"``, ``"sigma"``, ``"log_sigma"``, or a function of a tensor of times. The default
+            is ¼ log(σ/α) with `precondition`, otherwise the index for discrete processes, otherwise t.
+        learned_variance: Whether the network returns twice the channels, with a variance in the second half.
+            :meth:`x0_and_variance` returns that half.
+        check_finite: Whether to raise an error, with the time, at the first output that is not finite. The check
+            waits for the GPU, so leave it off for speed.
 
     Example:
         >>> import torch, scoresde as ss
@@ -253,20 +254,20 @@ class Denoiser(AbstractDenoiser):
             )
         if predicts == "F" and precondition is None:
             raise ValueError(
-                "`predicts`='F' is defined by its scaling; give `precondition`=Preconditioning(sigma_data)."
+                "`predicts`='F' needs the scaling of EDM; give `precondition`=Preconditioning(sigma_data)."
             )
         if sde.alpha(sde.T) < 1e-12 * sde.sigma(sde.T):  # cos(π/2) is 6e-17
-            silent = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
-            if silent:
+            uninformative = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
+            if uninformative:
                 raise ValueError(
-                    f"`predicts`={predicts!r} says nothing about data where α = 0, and {type(sde).__name__} has "
-                    f"α(T) = 0 at T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or end the process "
-                    f"earlier with a smaller `T`."
+                    f"`predicts`={predicts!r} does not determine the data where α = 0, and {type(sde).__name__} has "
+                    f"α(T) = 0 at T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or give the process "
+                    f"a smaller `T`."
                 )
             if precondition is not None and time is None:
                 raise ValueError(
-                    f"`time` must be given beside `precondition` where α(T) = 0, as {type(sde).__name__} has at "
-                    f"T = {sde.T:g}: the default clock, log(σ/α) / 4, is infinite there; time='t' is one that is not."
+                    f"`time` must be given with `precondition` where α(T) = 0, as for {type(sde).__name__} at "
+                    f"T = {sde.T:g}: the default, log(σ/α) / 4, is infinite there; use for example time='t'."
                 )
         self.net = net
         self.sde = sde
@@ -278,26 +279,24 @@ class Denoiser(AbstractDenoiser):
         _clock(time, sde, precondition)
 
     def extra_repr(self) -> str:
-        """What is said once, in the module's printout."""
         return f"sde={self.sde}, predicts={self.predicts!r}, precondition={self.precondition}, time={self.time!r}"
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Data prediction, E[x_0 | x_t = x]."""
         return self._predict("x0", x, t, cond)
 
     def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
-        """Data prediction and the network's raw variance output, both of the shape of `x`; one evaluation."""
+        """Data prediction and the network's raw variance output, both of the shape of `x`, from one evaluation."""
         if not self.learned_variance:
-            raise ValueError("this denoiser was made with `learned_variance`=False: its network predicts no variance.")
+            raise ValueError("`x0_and_variance` needs a denoiser with `learned_variance`=True, got False.")
         out, variance = self.output(x, t, **cond)
         assert variance is not None
         return self._convert(self.predicts, out, "x0", x, t, self._sigma_data), variance
 
     def output(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor | None]:
-        """The network's own output, cast up, and its variance part if it has one."""
+        """Output of the network in the dtype of `x`, and its variance part or None."""
         check.state("x", x)
         if self.learned_variance and x.ndim == 1:
-            raise ValueError("`learned_variance` halves the channels, the second axis; `x` of shape (B,) has none.")
+            raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
         _check_cond(cond, len(x))
         net_x = x
         if self.precondition is not None:
@@ -315,7 +314,7 @@ class Denoiser(AbstractDenoiser):
         if tuple(out.shape) != expected:
             hint = "check the network"
             if tuple(out.shape) == double:
-                hint = "twice the channels: a learned variance? give `learned_variance`=True"
+                hint = "it has twice the channels; if the second half is a variance, give `learned_variance`=True"
             raise ValueError(f"`net` returned shape {tuple(out.shape)} where {expected} was expected: {hint}.")
         out = out.to(x.dtype)
         if self.check_finite and not bool(out.isfinite().all()):
@@ -328,12 +327,12 @@ class Denoiser(AbstractDenoiser):
         return mean, variance
 
     def target(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
-        """What the network should return for the state ``sde.perturb(x0, t, eps)``: the training target.
+        """Training target: the network output that belongs to the state ``sde.perturb(x0, t, eps)``.
 
         Arguments:
             x0: Data, (B, *event).
-            t: A number, () or (B,).
-            eps: Standard normal, the shape of `x0`.
+            t: Time, a number, () or (B,).
+            eps: Standard normal noise of the shape of `x0`.
         """
         check.match("eps", eps, "x0", check.state("x0", x0))
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
@@ -351,9 +350,10 @@ class Denoiser(AbstractDenoiser):
 
     def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
         if not isinstance(t, Tensor):
-            # A clock of the user's own may be a module that learns: it is asked each time.
-            own = callable(self.time)
-            label = self._label(t) if own else self._once((self.time, self.precondition, t), lambda: self._label(t))
+            # A user's clock may be a trainable module, so its labels are not cached.
+            custom = callable(self.time)
+            key = (self.time, self.precondition, t)
+            label = self._label(t) if custom else self._cached(key, lambda: self._label(t))
             return torch.full((len(x),), label, dtype=torch.float32, device=x.device)
         s = check.time(t, self.sde.T)
         if s.ndim:
@@ -383,8 +383,8 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
     if time in ("index", "nearest_index"):
         if not isinstance(sde, Discrete):
             raise ValueError(
-                f"`time`={time!r} needs a process with indices, Discrete(betas), got {type(sde).__name__}; for a "
-                f"network trained on scaled times give a function, as in `time=lambda t: 999 * t`."
+                f"`time`={time!r} needs a process with indices, Discrete(betas), got {type(sde).__name__}; if the "
+                f"network was trained on scaled times, give a function such as `time=lambda t: 999 * t`."
             )
         index = sde.index_of_t
         return index if time == "index" else (lambda t: index(t).round())
@@ -394,7 +394,7 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
 
 
 def _dtype_of(net: Any) -> torch.dtype | None:
-    """The floating dtype a network computes in; None where it has no parameters to tell."""
+    """Floating dtype of a network's first parameter, or None."""
     parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
     first = next(parameters, None)
     return first.dtype if first is not None and first.is_floating_point() else None
@@ -406,23 +406,23 @@ def _check_cond(cond: dict[str, Any], rows: int) -> None:
             if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] not in (1, rows):
                 raise ValueError(
                     f"condition `{name}` has {leaf.shape[0]} rows and the state has {rows}; give one row for each "
-                    f"sample, or one for all of them."
+                    f"sample, or one row in all."
                 )
 
 
 @dataclass(frozen=True)
 class Reverse:
-    r"""The reverse family of a denoiser: every process here has the marginals of the forward SDE.
+    r"""Reverse-time process of a denoiser; for every η it has the marginals of the forward SDE.
 
     .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\,g^2\nabla\log p_t(x)\right]dt + \eta\,g\,d\bar w
               = \left[\dot\alpha x_0 + \left(\dot\sigma + \tfrac{\eta^2 g^2}{2\sigma}\right)\varepsilon\right]dt
               + \eta\,g\,d\bar w
 
-    The second form is the one computed: it stays finite where α = 0 or where f x and the score cancel.
+    The code computes the second form: it stays finite where α = 0 or where f x and the score cancel.
 
     Arguments:
-        denoiser: Whose score.
-        eta: 1 for the reverse SDE, 0 for the probability-flow ODE, or any other number.
+        denoiser: Denoiser that gives the score.
+        eta: Noise level η ≥ 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
     """
 
     denoiser: AbstractDenoiser
@@ -433,34 +433,34 @@ class Reverse:
         check.number("eta", self.eta, least=0)
 
     def drift(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The bracket, (B, *event); one evaluation of the network."""
+        """Drift, the bracket above, (B, *event); one evaluation of the network."""
 
-        def want(sde: SDE, t: Any, alpha: Any, sigma: Any) -> _Form:
+        def bracket(sde: SDE, t: Any, alpha: Any, sigma: Any) -> _Form:
             velocity = _form("velocity", sde, t, alpha, sigma)
             if self.eta == 0:
                 return velocity
             return _Form(velocity.a, velocity.b + self.eta**2 * sde.g2(t) / (2 * sigma))
 
-        return self.denoiser._predict(want, x, t, cond)
+        return self.denoiser._predict(bracket, x, t, cond)
 
     def diffusion(self, t: float | Tensor) -> float | Tensor:
-        """η g(t); 0 for the ODE, also where g is infinite."""
+        """Diffusion coefficient η g(t); for η = 0 it is 0 even where g is infinite."""
         if self.eta == 0:
             return torch.zeros_like(t) if isinstance(t, Tensor) else 0.0
         return self.eta * self.denoiser.sde.g(t)
 
 
 class Rescheduled(AbstractDenoiser):
-    r"""A denoiser on another process than its own: swap the schedule after training.
+    r"""A denoiser on another process than the one it was trained on.
 
     .. math:: D'(x, t) = D\!\left(x\,\frac{\alpha_u}{\alpha'_t},\, u\right), \qquad \lambda_u = \lambda'_t
 
-    What a denoiser knows depends on x/α and λ alone, so this is exact. Where the new process is noisier than the old
-    one ever was, the denoiser is asked at its own T; where it is cleaner than t = 0, at 0.
+    The data prediction depends on x/α and λ alone, so this is exact. Where λ' is outside the range of the old process,
+    the denoiser is evaluated at the nearest end, T or 0.
 
     Arguments:
-        denoiser: Whose network.
-        sde: The new process.
+        denoiser: Denoiser on its own process.
+        sde: New process.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
@@ -473,12 +473,11 @@ class Rescheduled(AbstractDenoiser):
         self.sde = _check_sde(sde)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Data prediction, E[x_0 | x_t = x]."""
         old = self.denoiser.sde
         s = check.time(t, self.sde.T)
         lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))
         u = old._t_of_lam(lam).clamp(0.0, old.T)
-        # α_u/α_t and σ_u/σ_t agree; take the one that does not divide by a vanishing number.
+        # α_u/α_t = σ_u/σ_t unless λ is clamped; divide by the larger of α_t and σ_t.
         signal, noise = old.alpha(u) / self.sde.alpha(s), old.sigma(u) / self.sde.sigma(s)
         scale = torch.where(lam > 0, signal, noise)
         if not isinstance(t, Tensor):

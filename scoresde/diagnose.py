@@ -1,9 +1,9 @@
-r"""Is this network what it is said to be? A diagnosis from a few evaluations on data.
+r"""Detection of a wrong prediction type, sign or time input of a network, from a few evaluations on data.
 
-Noise data, ask the network, and read its output as every prediction, of either sign, at every common time scale. The
-reading with the least error :math:`|\hat\varepsilon - \varepsilon|^2` in the noise that was added is what the network
-is: the right one is least at every noise level, the wrong ones are off by orders of magnitude at one level or another,
-so the levels are averaged by their logarithms and a small batch settles it.
+The check adds noise to data, evaluates the network, and interprets its output as every prediction, with either sign and
+every common time input. The interpretation with the smallest error :math:`|\hat\varepsilon - \varepsilon|^2` is taken
+as the right one. A wrong interpretation has a much larger error at some noise level. The errors of the noise levels are
+therefore averaged geometrically, and a small batch is enough.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from scoresde.discrete import Discrete
 from scoresde.noise import Noise
 from scoresde.sde import SDE
 
-_ASKED = "as declared"
-# Errors relative to that of the best linear guess. A right reading of a trained network lies below 1 by what the data
-# has of structure, and above by its own error; a wrong one lies well above.
+_DECLARED = "as declared"
+# Errors relative to the best linear guess. For the right interpretation of a trained network the error is below 1 if
+# the data has structure; for a wrong interpretation the error is well above 1.
 _LITTLE, _USELESS = 0.95, 1.0
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a network's output.
+    """One interpretation of a network's output, and its error.
 
     Arguments:
-        predicts: As this prediction,
-        sign: with this sign,
-        time: its time given this way.
-        error: Squared error of the noise, in units of that of the best linear guess c x + d: the geometric mean over
-            noise levels. 0 is a perfect denoiser, 1 knows nothing of the data.
+        predicts: Prediction type of the output.
+        sign: Sign of the output, 1 or −1.
+        time: Time input of the network.
+        error: Squared error of the noise relative to the best linear guess c x + d, as a geometric mean over noise
+            levels. 0 is perfect; 1 is no better than the linear guess.
     """
 
     predicts: str
@@ -49,21 +49,21 @@ class Reading:
         parts = [f"predicts={self.predicts!r}"]
         if self.sign < 0:
             parts.append("with the opposite sign")
-        if self.time != _ASKED:
+        if self.time != _DECLARED:
             parts.append(f"time={self.time}")
         return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What :func:`check_denoiser` found; true when nothing is wrong, and readable when printed.
+    """Result of :func:`check_denoiser`: it is true if no mistake was detected, and prints its message.
 
     Arguments:
-        ok: Whether the declared reading is about as good as any, and better than a linear guess.
-        message: What is likely wrong and how to mend it.
-        declared: The declared reading.
-        best: The best one.
-        readings: All of them, best first.
+        ok: Whether the declared interpretation is about as good as the best one, and better than a linear guess.
+        message: Likely mistake and its fix.
+        declared: Declared interpretation.
+        best: Best interpretation.
+        readings: All interpretations, best first.
     """
 
     ok: bool
@@ -80,21 +80,19 @@ class Diagnosis:
 
 
 def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float = 0.5, **cond: Any) -> Diagnosis:
-    r"""Diagnose a denoiser on data: wrong ``predicts``, sign or time scale, untrained, or data off scale.
+    r"""Detect a wrong ``predicts``, sign, time input or data scale of a denoiser, or an untrained network.
 
-    The data must have some structure: of isotropic Gaussian data nobody knows more than a linear guess.
+    The data must have some structure, because for isotropic Gaussian data the linear guess is optimal.
 
     Arguments:
-        model: A network with its process.
-        x: A batch of real data, (B, *event), in the scale the network was trained on; 64 samples do,
-            more for data of little structure.
-        seed: Of the noise.
-        margin: The declared reading is called a mistake when its error is this much larger than that of another, as
-            a fraction of the latter.
-        **cond: Conditions, as the network takes them.
+        model: Network with its process.
+        x: Batch of real data, (B, *event), in the scale of the training data; 64 samples are usually enough.
+        seed: Seed of the noise.
+        margin: Relative excess over the error of the best interpretation that makes the declaration a mistake.
+        **cond: Conditions of the network.
 
     Returns:
-        A :class:`Diagnosis`; ``assert check_denoiser(model, x)`` is a test.
+        A :class:`Diagnosis`. Use ``assert check_denoiser(model, x)`` as a test.
 
     Example:
         >>> import torch, scoresde as ss
@@ -104,11 +102,11 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
         The network looks like predicts='eps'; it was declared predicts='x0' ...
     """
     if not isinstance(model, Denoiser):
-        raise TypeError(f"`model` must be a Denoiser, a network with its process, got {type(model).__name__}.")
+        raise TypeError(f"`model` must be a Denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
     check.conditions(cond, check_denoiser)
     check.state("x", x)
     if len(x) < 2 or not bool(x.isfinite().all()):
-        raise ValueError("`x` must be a finite batch of at least 2 data.")
+        raise ValueError("`x` must be a finite batch of at least 2 samples.")
     check.number("margin", margin, above=0)
     scale = float(x.double().std(correction=0))
     times = _informative_times(model.sde, scale)
@@ -131,15 +129,15 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
                         for (of_x, of_out), out, s, e in zip(to_eps[kind], outs, states, eps, strict=True)
                     ]
                     readings.append(Reading(kind, sign, clock_name, _geometric_mean(errors) / guess))
-    declared = next(r for r in readings if (r.predicts, r.sign, r.time) == (model.predicts, 1, _ASKED))
-    least = min(r.error for r in readings)
+    declared = next(r for r in readings if (r.predicts, r.sign, r.time) == (model.predicts, 1, _DECLARED))
+    smallest = min(r.error for r in readings)
 
     def preference(r: Reading) -> tuple[int, float]:
-        changes = (r.time != _ASKED) + (r.sign < 0) + (r.predicts != model.predicts)
+        changes = (r.time != _DECLARED) + (r.sign < 0) + (r.predicts != model.predicts)
         return changes, round(math.log(r.error), 2)
 
-    # Of the readings about as good as the best, the one with the fewest changes.
-    best = min((r for r in readings if r.error <= least * (1 + margin / 2)), key=preference)
+    # Among the interpretations about as good as the best, choose the one with the fewest changes.
+    best = min((r for r in readings if r.error <= smallest * (1 + margin / 2)), key=preference)
     ok, message = _verdict(model, declared, best, margin, scale)
     return Diagnosis(ok, message, declared, best, tuple(sorted(readings, key=lambda r: r.error)))
 
@@ -149,30 +147,30 @@ def _verdict(model: Denoiser, declared: Reading, best: Reading, margin: float, s
     note = ""
     if not sigma_data / 3 <= scale <= 3 * sigma_data:
         note = (
-            f" The data has standard deviation {scale:.3g} where {sigma_data:.3g} is assumed: is it in the scale that "
-            f"the network was trained on? `Standardize.fit` sets it."
+            f" The data has standard deviation {scale:.3g} where {sigma_data:.3g} is assumed; give it the scale of the "
+            f"training data, for example with `Standardize.fit`."
         )
     if math.isinf(best.error):
         return False, f"The network returns values that are not finite.{note}"
     if declared.error <= min(best.error * (1 + margin), _USELESS):
         if declared.error > _LITTLE:
-            note = " That is little: it is barely trained, or the data has little structure." + note
-        return True, f"The denoiser is what it says: its error is {declared.error:.3g} of that of a linear guess.{note}"
+            note = " This is close to 1: the network is barely trained, or the data has little structure." + note
+        return True, f"The declaration is right: the error is {declared.error:.3g} of that of a linear guess.{note}"
     if best.error > _LITTLE:
         return False, (
-            f"The network knows no more of the noise than a linear guess, under any reading: it is untrained, misses "
-            f"its conditions, or the data is not what it was trained on. As declared, {declared}, its error is "
-            f"{declared.error:.3g} of that of a linear guess; if it is trained, it looks most like {best} "
+            f"The network is hardly better than a linear guess under every interpretation: it is untrained, lacks its "
+            f"conditions, or the data differs from the training data. As declared, {declared}, its error is "
+            f"{declared.error:.3g} of that of a linear guess. If it is trained, the likely interpretation is {best} "
             f"({best.error:.3g}).{note}"
         )
     return False, (
-        f"The network looks like {best}; it was declared {declared} (so read, its error is {best.error:.2g} of that of "
-        f"a linear guess, against {declared.error:.2g} as declared).{note}"
+        f"The network looks like {best}; it was declared {declared} (its error is {best.error:.2g} of that of a linear "
+        f"guess, against {declared.error:.2g} as declared).{note}"
     )
 
 
 def _informative_times(sde: SDE, scale: float) -> list[float]:
-    """Times where signal and noise are of a size, as far as the process has them."""
+    """Times where signal and noise have similar size, limited to the range of the process."""
     hi, lo = sde.lam(sde.t_min), max(sde.lam(sde.T), -12.0)
     centre = -math.log(scale) if scale > 0 else 0.0
     lams = [min(max(centre + d, lo + 0.01 * (hi - lo)), hi) for d in (1.0, 0.0, -0.7, -1.4, -2.0)]
@@ -180,9 +178,9 @@ def _informative_times(sde: SDE, scale: float) -> list[float]:
 
 
 def _clocks(sde: SDE) -> dict[str, Callable[[float], float] | None]:
-    """Time inputs that networks of this field are given."""
+    """Common time inputs of networks, by name; None is the declared one."""
     T = sde.T
-    clocks: dict[str, Callable[[float], float] | None] = {_ASKED: None, "'t'": lambda t: t}
+    clocks: dict[str, Callable[[float], float] | None] = {_DECLARED: None, "'t'": lambda t: t}
     if isinstance(sde, Discrete):
         clocks["'index'"] = sde.index_of_t
     if T != 1:
@@ -204,7 +202,7 @@ def _outputs(
     clock: Callable[[float], float] | None,
     cond: dict[str, Any],
 ) -> list[Tensor] | None:
-    """The network's outputs with its time given by `clock`; None where it refuses such labels."""
+    """Outputs of the network with the time input `clock`; None if the network raises an error for it."""
     if clock is None:
         return [model.output(x, t, **cond)[0] for x, t in zip(states, times, strict=True)]
     probe = Denoiser(
@@ -217,21 +215,21 @@ def _outputs(
     )
     try:
         return [probe.output(x, t, **cond)[0] for x, t in zip(states, times, strict=True)]
-    except (IndexError, RuntimeError, ValueError):  # an embedding of integers, say: it was not trained on these
+    except (IndexError, RuntimeError, ValueError):  # for example, an embedding accepts integers only
         return None
 
 
 def _linear_error(x: Tensor, eps: Tensor) -> float:
-    """Mean squared error of the best guess c x + d of the noise, c and d numbers."""
+    """Mean squared error of the best linear guess c x + d of the noise, with numbers c and d."""
     a, b = x.double() - x.double().mean(), eps.double() - eps.double().mean()
     return float(b.square().mean() - (a * b).mean() ** 2 / a.square().mean())
 
 
 def _to_eps(model: Denoiser, kind: str, t: float) -> tuple[float, float]:
-    """Coefficients of the state and of an output, read as `kind`, in the noise."""
+    """Coefficients of the state and of an output of type `kind` that give the noise."""
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
-    have, want = (_form(k, model.sde, t, alpha, sigma, model._sigma_data) for k in (kind, "eps"))
-    return _mix(have, want, alpha, sigma)
+    source, target = (_form(k, model.sde, t, alpha, sigma, model._sigma_data) for k in (kind, "eps"))
+    return _mix(source, target, alpha, sigma)
 
 
 def _mean_square(x: Tensor) -> float:

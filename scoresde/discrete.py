@@ -1,9 +1,8 @@
-r"""β lists: the discrete-time processes that DDPM and latent-diffusion networks were trained on, in continuous time.
+r"""Discrete-time processes of DDPM and latent diffusion, given by a list of β and extended to continuous time.
 
-Time is the textbook's step, t = 0 … N: x_0 is data, x_t for t = 1 … N has :math:`\bar\alpha_t = \prod_{s\le
-t}(1-\beta_s)`, and between the steps log ᾱ is linear, which is the SDE with β(t) = −log(1 − β_i) on each of them.
-Networks count from
-0: the label of step t is exactly t − 1.
+Time is the DDPM step, t = 0 … N: x_0 is data, and x_t for t = 1 … N has :math:`\bar\alpha_t = \prod_{s\le
+t}(1-\beta_s)`. Between steps log ᾱ is linear, which is the SDE with β(t) = −log(1 − β_i) on step i. Network labels
+count from 0: the label of step t is t − 1.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def betas(
     s: float = 0.008,
     max_beta: float = 0.999,
 ) -> Tensor:
-    r"""A list of N noise rates β_1 … β_N, in float64.
+    r"""Compute N noise rates β_1 … β_N, a float64 tensor (N,).
 
     ==============  ==================================================================  ==================
     kind            β_i, with u = (i − 1)/(N − 1)                                       default ends
@@ -42,12 +41,12 @@ def betas(
     ==============  ==================================================================  ==================
 
     Arguments:
-        kind: One of the above.
-        N: How many.
-        beta_start: First β; not for ``"cosine"``.
-        beta_end: Last β; not for ``"cosine"``.
-        s: Offset of ``"cosine"``.
-        max_beta: Largest β of ``"cosine"``, which would end at 1.
+        kind: Schedule, a name of the table.
+        N: Number of steps, default 1000.
+        beta_start: First β, by default that of the table; not for ``"cosine"``.
+        beta_end: Last β, by default that of the table; not for ``"cosine"``.
+        s: Offset of ``"cosine"``, default 0.008.
+        max_beta: Largest β of ``"cosine"``, default 0.999; without it the last β is 1.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
@@ -58,11 +57,11 @@ def betas(
     check.integer("N", N, least=1)
     if kind == "cosine":
         if beta_start is not None or beta_end is not None:
-            raise ValueError("`beta_start` and `beta_end` have no meaning for kind='cosine'; its ends follow from `s`.")
+            raise ValueError("`beta_start` and `beta_end` have no meaning for kind='cosine'; drop them, and use `s`.")
         check.number("s", s, above=0)
         rate = math.pi / 2 / (1 + s)
         i = torch.arange(1, N + 1, dtype=torch.float64)
-        # 1 − cos²a/cos²b = sin(a − b) sin(a + b) / cos²b, which does not cancel.
+        # 1 − cos²a/cos²b = sin(a − b) sin(a + b) / cos²b avoids cancellation.
         a, b = rate * (i / N + s), rate * ((i - 1) / N + s)
         beta = (rate * torch.ones_like(i) / N).sin() * (a + b).sin() / b.cos() ** 2
         return beta.clamp_max(check.number("max_beta", max_beta, above=0, most=1))
@@ -77,23 +76,23 @@ def betas(
 
 
 def zero_terminal_snr(betas: Sequence[float] | Tensor) -> Tensor:
-    r"""Rescale a β list so that nothing of the data is left at the end: ᾱ_N = 0 and ᾱ_1 as before.
+    r"""Rescale a β list to zero terminal signal: ᾱ_N = 0, and ᾱ_1 is unchanged.
 
     .. math:: \sqrt{\bar\alpha_t}' = (\sqrt{\bar\alpha_t} - \sqrt{\bar\alpha_N})
               \frac{\sqrt{\bar\alpha_1}}{\sqrt{\bar\alpha_1} - \sqrt{\bar\alpha_N}}
 
     Arguments:
-        betas: β_1 … β_N, N ≥ 2.
+        betas: Noise rates β_1 … β_N, N ≥ 2.
 
     Returns:
-        The new list in float64; its last entry is 1. Networks on it predict x0, v or velocity.
+        The new rates, a float64 tensor (N,) whose last entry is 1. A network for it predicts x0, v or the velocity.
 
     References:
         | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891
     """
     beta = _beta_tensor(betas)
     if len(beta) < 2:
-        raise ValueError("`betas` must have at least 2 entries for its ends to differ, got 1.")
+        raise ValueError("`betas` must have at least 2 entries, got 1; a list of one step cannot be rescaled.")
     root = (torch.log1p(-beta).cumsum(0) / 2).exp()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     ratio = root[1:] / root[:-1]
@@ -111,25 +110,25 @@ def _beta_tensor(betas: Sequence[float] | Tensor) -> Tensor:
     if bad.any():
         i = int(bad.nonzero()[0, 0])
         raise ValueError(
-            f"`betas` must lie in (0, 1), the last may be 1, got betas[{i}] = {beta[i].item():g}; "
-            f"the signal-to-noise ratio has to fall at every step."
+            f"`betas` must lie in (0, 1), only the last may be 1, got betas[{i}] = {beta[i].item():g}; "
+            f"the signal-to-noise ratio must decrease at every step."
         )
     return beta
 
 
 @dataclass(frozen=True, repr=False)
 class Discrete(SDE):
-    r"""The process of a β list, lifted to continuous time t ∈ [0, N].
+    r"""The process of a β list, extended to continuous time t ∈ [0, N].
 
     .. math:: \log\bar\alpha_t = \sum_{s\le t}\log(1-\beta_s), \quad \alpha_t = \sqrt{\bar\alpha_t}, \quad
               \sigma_t = \sqrt{1-\bar\alpha_t}
 
-    The textbook's quantities are here by name, for integer steps t = 1 … N: :meth:`alpha_bar`, :meth:`beta`,
+    The DDPM quantities for integer steps t = 1 … N are methods: :meth:`alpha_bar`, :meth:`beta`,
     :meth:`q_step`, :meth:`q_sample`, :meth:`posterior_mean`, :meth:`posterior_variance`. The last β may be 1 (zero
     terminal SNR); α is then linear on the last step.
 
     Arguments:
-        betas: β_1 … β_N, as :func:`betas` makes them or as a checkpoint holds them.
+        betas: Noise rates β_1 … β_N, N numbers, from :func:`betas` or from a checkpoint.
 
     Example:
         >>> sde = Discrete(betas("linear", 1000))
@@ -209,10 +208,10 @@ class Discrete(SDE):
         slope = torch.where(last, -torch.ones_like(left), right - left)
         return i + torch.where(last, -torch.expm1(log_alpha - left), (log_alpha - left) / slope)
 
-    # Labels of the network.
+    # Network labels.
 
     def t_of_index(self, index: int | Tensor) -> float | Tensor:
-        """Time of the network's label `index`, 0 … N − 1: exactly index + 1."""
+        """Time of the network label `index`, 0 … N − 1; equal to index + 1."""
         if isinstance(index, Tensor):
             if index.dtype.is_floating_point or index.is_complex():
                 raise TypeError(f"`index` must be an integer tensor, got {str(index.dtype)[6:]}.")
@@ -224,27 +223,27 @@ class Discrete(SDE):
         return float(index + 1)
 
     def index_of_t(self, t: TimeT) -> TimeT:
-        """Label of time t, t − 1; between the steps it is fractional, before the first it is 0."""
+        """Network label t − 1 of time t; fractional between steps, and 0 for t < 1."""
         return self._at(self._index, t)
 
     def _index(self, t: Tensor) -> Tensor:
         return (t - 1).clamp_min(0)
 
-    # The textbook, at integer steps t = 1 … N.
+    # DDPM quantities at integer steps t = 1 … N.
 
     def _step(self, t: int | Tensor) -> int | Tensor:
-        least = 1
+        first = 1
         if isinstance(t, Tensor):
             if t.dtype.is_floating_point or t.is_complex() or t.dtype == torch.bool or t.ndim > 1:
                 raise TypeError(f"`t` must be an integer or an integer tensor of shape () or (B,), got {t.dtype}.")
-            if t.device.type == "cpu" and bool(((t < least) | (t > self.N)).any()):
+            if t.device.type == "cpu" and bool(((t < first) | (t > self.N)).any()):
                 raise ValueError(f"`t` must be a step in 1 … {self.N} (label + 1), got {t.min()} … {t.max()}.")
             return t
-        if check.integer("t", t) > self.N or t < least:
+        if check.integer("t", t) > self.N or t < first:
             raise ValueError(f"`t` must be a step in 1 … {self.N} (label + 1), got {t}.")
         return t
 
-    def _read(self, t: int | Tensor, formula: Callable[[Tensor, Tensor], Tensor]) -> float | Tensor:
+    def _eval(self, t: int | Tensor, formula: Callable[[Tensor, Tensor], Tensor]) -> float | Tensor:
         """Evaluate a formula of (log ᾱ_t, log ᾱ_{t−1}) in float64."""
         step = self._step(t)
         i = step.cpu().long() if isinstance(step, Tensor) else torch.tensor(step)
@@ -254,19 +253,19 @@ class Discrete(SDE):
         return out if step.device.type == "cpu" else out.to(torch.float32).to(step.device)
 
     def alpha_bar(self, t: int | Tensor) -> float | Tensor:
-        r"""ᾱ_t = ∏_{s ≤ t} (1 − β_s), t an integer or an integer tensor (B,) in 1 … N."""
-        return self._read(t, lambda now, before: now.exp())
+        r"""ᾱ_t = ∏_{s ≤ t} (1 − β_s), for a step t in 1 … N, an integer or an integer tensor (B,)."""
+        return self._eval(t, lambda now, before: now.exp())
 
     def beta(self, t: int | Tensor) -> float | Tensor:
-        """β_t."""
-        return self._read(t, lambda now, before: -torch.expm1(now - before))
+        """Noise rate β_t."""
+        return self._eval(t, lambda now, before: -torch.expm1(now - before))
 
     def posterior_variance(self, t: int | Tensor) -> float | Tensor:
         r"""Variance of q(x_{t−1} | x_t, x_0).
 
         .. math:: \tilde\beta_t = \frac{1-\bar\alpha_{t-1}}{1-\bar\alpha_t}\beta_t
         """
-        return self._read(t, lambda now, before: torch.expm1(before) / torch.expm1(now) * -torch.expm1(now - before))
+        return self._eval(t, lambda now, before: torch.expm1(before) / torch.expm1(now) * -torch.expm1(now - before))
 
     def posterior_mean(self, x_t: Tensor, x0: Tensor, t: int | Tensor) -> Tensor:
         r"""Mean of q(x_{t−1} | x_t, x_0).
@@ -277,30 +276,30 @@ class Discrete(SDE):
         Arguments:
             x_t: State, (B, *event).
             x0: Data, the shape of `x_t`.
-            t: An integer or an integer tensor (B,) in 1 … N.
+            t: Step in 1 … N, an integer or an integer tensor (B,).
         """
         check.match("x0", x0, "x_t", check.state("x_t", x_t))
-        of_x0 = self._read(t, lambda now, before: (before / 2).exp() * torch.expm1(now - before) / torch.expm1(now))
-        of_xt = self._read(t, lambda now, before: ((now - before) / 2).exp() * torch.expm1(before) / torch.expm1(now))
+        of_x0 = self._eval(t, lambda now, before: (before / 2).exp() * torch.expm1(now - before) / torch.expm1(now))
+        of_xt = self._eval(t, lambda now, before: ((now - before) / 2).exp() * torch.expm1(before) / torch.expm1(now))
         return check.expand(of_x0, x_t) * x0 + check.expand(of_xt, x_t) * x_t
 
     def q_step(self, x: Tensor, t: int | Tensor, eps: Tensor | None = None) -> Tensor:
-        r"""One forward step from x_{t−1}: :math:`x_t = \sqrt{1-\beta_t}\,x_{t-1} + \sqrt{\beta_t}\,\varepsilon`.
+        r"""Sample x_t from x_{t−1}: :math:`x_t = \sqrt{1-\beta_t}\,x_{t-1} + \sqrt{\beta_t}\,\varepsilon`.
 
         Arguments:
-            x: x_{t−1}, (B, *event).
-            t: An integer or an integer tensor (B,) in 1 … N.
-            eps: Standard normal, the shape of `x`. By default it is drawn from torch's global generator.
+            x: State x_{t−1}, (B, *event).
+            t: Step in 1 … N, an integer or an integer tensor (B,).
+            eps: Standard normal noise, the shape of `x`; by default drawn from torch's global generator.
         """
         return self._add_noise("x", x, t, eps, lambda now, before: now - before)
 
     def q_sample(self, x0: Tensor, t: int | Tensor, eps: Tensor | None = None) -> Tensor:
-        r"""Any step at once: :math:`x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon`.
+        r"""Sample x_t from x_0: :math:`x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\varepsilon`.
 
         Arguments:
             x0: Data, (B, *event).
-            t: An integer or an integer tensor (B,) in 1 … N.
-            eps: Standard normal, the shape of `x0`. By default it is drawn from torch's global generator.
+            t: Step in 1 … N, an integer or an integer tensor (B,).
+            eps: Standard normal noise, the shape of `x0`; by default drawn from torch's global generator.
         """
         return self._add_noise("x0", x0, t, eps, lambda now, before: now)
 
@@ -310,10 +309,10 @@ class Discrete(SDE):
         x: Tensor,
         t: int | Tensor,
         eps: Tensor | None,
-        log_kept: Callable[[Tensor, Tensor], Tensor],
+        log_signal: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         check.state(name, x)
         eps = torch.randn_like(x) if eps is None else check.match("eps", eps, name, x)
-        scale = self._read(t, lambda now, before: (log_kept(now, before) / 2).exp())
-        std = self._read(t, lambda now, before: (-torch.expm1(log_kept(now, before))).sqrt())
+        scale = self._eval(t, lambda now, before: (log_signal(now, before) / 2).exp())
+        std = self._eval(t, lambda now, before: (-torch.expm1(log_signal(now, before))).sqrt())
         return check.expand(scale, x) * x + check.expand(std, x) * eps

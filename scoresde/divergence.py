@@ -1,11 +1,10 @@
-r"""Traces of Jacobians: exact, by probes, and by Hutch++.
+r"""Divergence of a function: exact, by Hutchinson's estimator, and by Hutch++.
 
-For a function f of rows, f(x)_b a function of x_b alone, the divergence of each row is the trace of its Jacobian,
+For a function f that acts on each row separately, the divergence of a row is the trace of its Jacobian,
 
 .. math:: \mathrm{div} f = \mathrm{tr} J = \sum_i e_i^T J e_i = E[v^T J v], \qquad E[v v^T] = I.
 
-A product J v of all rows costs about one evaluation, and many of them go through the network in one call.
-Knows nothing of diffusion.
+A product J v of all rows costs about one evaluation of f, and one call computes many of them.
 
 References:
     | A Stochastic Estimator of the Trace of the Influence Matrix (Hutchinson, 1989), doi:10.1080/03610918908812806
@@ -28,25 +27,25 @@ from scoresde.noise import Noise
 METHODS = ("exact", "hutchinson", "hutch++")
 AUTODIFF = ("reverse", "forward", "loop")
 PROBES = ("orthogonal", "rademacher", "gaussian")
-_AT_ONCE = 1 << 22  # numbers of all the tangents that go through the network together
+_MAX_ENTRIES = 1 << 22  # largest number of entries of the vectors of one call
 Function = Callable[[Tensor], Tensor]
 
 
 def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chunk: int = 0) -> Function:
-    """Products of each row's Jacobian with vectors, as a function of them.
+    """Return a function that multiplies the Jacobian of each row by vectors.
 
     Arguments:
-        f: A function of (B, *event) to the same shape, row by row.
-        x: Where, (B, *event).
-        autodiff: ``"reverse"`` for Jᵀv and ``"forward"`` for J v, many vectors in one call; ``"loop"`` for Jᵀv one
-            backward pass at a time, which asks nothing of a network but a gradient. All have the same trace; the first
-            and the last evaluate f once, the second keeps no activations.
-        chunk: How many vectors go through the network at once; 0 to choose by their size.
+        f: Function of (B, *event) to the same shape, row by row.
+        x: Point at which the Jacobian is taken, (B, *event).
+        autodiff: Mode: ``"reverse"`` for Jᵀv and ``"forward"`` for J v, many vectors in one call; ``"loop"`` for Jᵀv by
+            one backward pass for each vector, which needs only a gradient of f. All modes have the same trace.
+            ``"reverse"`` and ``"loop"`` evaluate f once; ``"forward"`` stores no activations.
+        chunk: Number of vectors in one call; 0 chooses it from their size.
 
     Returns:
-        A function of (K, B, *event) to the same shape.
+        Function of vectors (K, B, *event) to the same shape.
     """
-    step = chunk or max(1, _AT_ONCE // max(1, x.numel()))
+    step = chunk or max(1, _MAX_ENTRIES // max(1, x.numel()))
     if autodiff == "loop":
         return _one_by_one(f, x)
     if autodiff == "reverse":
@@ -56,7 +55,7 @@ def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chun
         one = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,))[1], randomness="same")
 
     def products(v: Tensor) -> Tensor:
-        with warnings.catch_warnings():  # torch warns of its own code where it first differentiates forward
+        with warnings.catch_warnings():  # raised by torch's own code at the first forward-mode call
             warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
             return torch.cat([one(v[k : k + step]) for k in range(0, len(v), step)])
 
@@ -84,19 +83,19 @@ def _one_by_one(f: Function, x: Tensor) -> Function:
 
 @dataclass(frozen=True)
 class Divergence:
-    r"""A way to take the trace, with its probes; one for a whole solve, so that the integrand is smooth.
+    r"""A trace estimator with its probes, which are the same during a whole solve, so that the integrand is smooth.
 
-    Independent probes have an error that falls as 1/√K. Orthogonal ones, √D times K columns of a random rotation, are
-    drawn from D of them without replacement, and the error falls as √((1 − K/D)/K): nothing is left at K = D. Hutch++
-    takes the trace on the span of J S, S being `rank` of the probes, and samples its complement by such columns.
+    Independent probes have an error of order 1/√K. Orthogonal probes are √D times K columns of a random rotation, drawn
+    without replacement from its D columns; the error is of order √((1 − K/D)/K), and 0 at K = D. Hutch++ computes the
+    trace on the span of J S, where S are `rank` of the probes, and estimates the rest from orthogonal columns.
 
     Arguments:
-        method: One of ``"exact"``, ``"hutchinson"``, ``"hutch++"``.
-        probes: Vectors with E[v vᵀ] = I, (K, B, *event); None where the trace is exact.
-        rank: How many of the probes Hutch++ spends on finding the range.
-        population: Out of how many directions the samples are drawn; infinite where they are independent.
-        autodiff: As in :func:`jacobian_products`.
-        chunk: As in :func:`jacobian_products`.
+        method: Estimator: ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
+        probes: Vectors with E[v vᵀ] = I, (K, B, *event); None for the exact trace.
+        rank: Number of probes that Hutch++ uses to find the range.
+        population: Number of directions from which the samples are drawn; infinite for independent probes.
+        autodiff: Mode of differentiation, as in :func:`jacobian_products`.
+        chunk: Number of vectors in one call, as in :func:`jacobian_products`.
     """
 
     method: str
@@ -110,7 +109,7 @@ class Divergence:
     def make(
         cls, method: str, n_probes: int, kind: str, noise: Noise, x: Tensor, autodiff: str, chunk: int
     ) -> Divergence:
-        """Draw the probes for a state `x`; row b's depend on the seed and on sample b alone."""
+        """Draw the probes for a state `x`; those of row b depend only on the seed and on sample b."""
         check.choice("divergence", method, METHODS)
         check.choice("probe", kind, PROBES)
         check.choice("autodiff", autodiff, AUTODIFF)
@@ -122,13 +121,13 @@ class Divergence:
         if method == "hutch++":
             if n_probes < 3:
                 raise ValueError(
-                    f"`n_probes` must be at least 3 for divergence='hutch++', which spends two thirds of the products "
-                    f"on the range, got {n_probes}; use 'hutchinson'."
+                    f"`n_probes` must be at least 3 for divergence='hutch++', which uses two thirds of the products "
+                    f"for the range, got {n_probes}; use divergence='hutchinson'."
                 )
             rank = n_probes // 3
             if n_probes - rank >= size:
                 raise ValueError(
-                    f"`n_probes` = {n_probes} is no less than an exact trace takes, events being of {size} numbers; "
+                    f"`n_probes`={n_probes} costs no less than an exact trace of events of {size} numbers; "
                     f"use divergence='exact'."
                 )
             draws = torch.stack([noise.like(x, j) for j in range(n_probes - rank)])
@@ -141,34 +140,34 @@ class Divergence:
         return cls(method, probes, autodiff=autodiff, chunk=chunk)
 
     def rows(self, rows: Tensor) -> Divergence:
-        """For some of the rows."""
+        """Return the estimator of the rows with these indices."""
         if self.probes is None:
             return self
         return replace(self, probes=self.probes[:, rows])
 
     def products(self, x: Tensor) -> int:
-        """How many products with the Jacobian one trace costs."""
+        """Number of Jacobian products that one trace costs."""
         return math.prod(x.shape[1:]) if self.probes is None else len(self.probes) + self.rank
 
     @property
     def samples(self) -> int:
-        """How many independent estimates a trace returns."""
+        """Number of estimates that a trace returns."""
         return 1 if self.probes is None else len(self.probes) - self.rank
 
     def __call__(self, f: Function, x: Tensor) -> Tensor:
-        """Estimates of the trace, (K, B): their mean is unbiased, and with K = 1 and no probes it is exact."""
-        times = jacobian_products(f, x, autodiff=self.autodiff, chunk=self.chunk)
+        """Estimates of the trace, (K, B), whose mean is unbiased; without probes K = 1 and the value is exact."""
+        multiply = jacobian_products(f, x, autodiff=self.autodiff, chunk=self.chunk)
         if self.probes is None:
-            return _exact(times, x, self.chunk or max(1, _AT_ONCE // max(1, x.numel())))[None]
+            return _exact(multiply, x, self.chunk or max(1, _MAX_ENTRIES // max(1, x.numel())))[None]
         if self.rank == 0:
-            return _dot(self.probes, times(self.probes))
-        sketch = times(self.probes[: self.rank])
+            return _dot(self.probes, multiply(self.probes))
+        sketch = multiply(self.probes[: self.rank])
         basis = _to_rows(_orthonormal(torch.cat([sketch, self.probes[self.rank :]])), self.probes)
-        terms = _dot(basis, times(basis))
+        terms = _dot(basis, multiply(basis))
         return terms[: self.rank].sum(0) + self.population * terms[self.rank :]
 
     def standard_error(self, estimates: Tensor) -> Tensor:
-        """Standard error of the mean of estimates (K, B), which a single one cannot tell."""
+        """Standard error of the mean of estimates (K, B): 0 if it is exact, NaN for a single estimate."""
         K = len(estimates)
         if self.probes is None or self.population <= K:
             return torch.zeros_like(estimates[0])
@@ -178,7 +177,7 @@ class Divergence:
 
 
 def _orthonormal(v: Tensor) -> Tensor:
-    """Columns that span each row's vectors in turn, (K, B, *event) to (B, D, K)."""
+    """Orthonormal basis of the span of each row's vectors, (K, B, *event) to (B, D, K)."""
     q: Tensor = torch.linalg.qr(v.flatten(2).permute(1, 2, 0))[0]
     return q
 
@@ -191,12 +190,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(2).sum(2)
 
 
-def _exact(times: Function, x: Tensor, step: int) -> Tensor:
+def _exact(multiply: Function, x: Tensor, step: int) -> Tensor:
     size = math.prod(x.shape[1:])
     trace = x.new_zeros(len(x))
     for start in range(0, size, step):
         i = torch.arange(start, min(start + step, size), device=x.device)
         unit = torch.nn.functional.one_hot(i, size).to(x.dtype)
-        out = times(unit.reshape(len(i), 1, *x.shape[1:]).expand(-1, *x.shape)).flatten(2)
+        out = multiply(unit.reshape(len(i), 1, *x.shape[1:]).expand(-1, *x.shape)).flatten(2)
         trace = trace + out[torch.arange(len(i), device=x.device), :, i].sum(0)
     return trace

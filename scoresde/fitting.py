@@ -1,22 +1,22 @@
-r"""Plans fitted to a model: the numbers of a table, moved along their gradient towards a fine solve.
+r"""Fit the coefficients of a plan to a model: gradient descent on the distance from a fine solve.
 
-A plan of n evaluations that is exact where the data is one point is three things: the times of its states, the times at
-which the network is asked there, and in each row r weights that sum to one,
+A plan of n evaluations that is exact on one-point data has three parts: the times of its states, the times at which the
+network is evaluated there, and in each row r weights that sum to one,
 
 .. math:: x_r = \frac{\sigma_r}{\sigma_0} x_0 + \Big(\alpha_r - \frac{\sigma_r\alpha_0}{\sigma_0}\Big)
           \sum_{k<r} w_{rk}\, D(x_k, \tau_k), \qquad \sum_k w_{rk} = 1.
 
-All are fitted together by L-BFGS on a fixed set of trajectories and keep that form whatever they become: some
-n(n + 3)/2 numbers, which some dozens of trajectories tell. Others that were held out decide when to stop.
+L-BFGS fits all parts together on a fixed set of trajectories and preserves this form. There are about n(n + 3)/2
+numbers, so some dozens of trajectories suffice. Held-out trajectories decide when to stop.
 
-The loss is robust. With e the distance of a sample from where the teacher brings it,
+The loss is robust. With e the distance of a sample from the result of the teacher,
 
 .. math:: \tfrac12 \operatorname{mean} \log(e^2 + \delta^2), \qquad
           \delta = \mathrm{robust}\cdot\operatorname{median} e,
 
-δ being renewed from round to round: samples that two basins tear apart do not rule the others, and samples that happen
-to be right do not make it rough. Where the flow forks a small error on the way becomes a large one at the end: a plan
-that is to hold its tails is fitted on trajectories of which some are taken there.
+where each round updates δ. Samples near the boundary of two basins do not dominate the loss, and samples with tiny
+errors do not make it rough. Where the flow forks, a small early error becomes a large final error: to reduce the tails
+of the error, fit on trajectories of which some start there (`forks`).
 
 References:
     | Bespoke Non-Stationary Solvers (Shaul et al., 2024), arXiv:2403.01329
@@ -51,10 +51,10 @@ from scoresde.unrolled import Unrolled, unroll
 
 WHAT = ("times", "asked", "weights")
 _STREAM = 0x666974
-_ROUND = 25  # iterations between two looks at what was held out
-_PATIENCE = 3  # rounds without gain
-_CANDIDATES = 10  # starts of which one is taken where the flow forks
-_PILOT = 30  # evaluations to see where that is
+_ROUND = 25  # iterations between two evaluations of the held-out errors
+_PATIENCE = 3  # rounds without improvement before the fit stops
+_CANDIDATES = 10  # candidates for each initial state near a fork
+_PILOT = 30  # evaluations of the plan that locates the forks
 
 
 def fit(
@@ -79,40 +79,39 @@ def fit(
     progress: bool | str = False,
     **cond: Any,
 ) -> Plan:
-    """Fit a plan to a model.
+    """Fit the coefficients of a plan to a model.
 
     Arguments:
-        rule: A plan; or a rule, whose weights then follow the times and are fitted from there.
-        model: The denoiser. Its parameters are left alone.
-        shape_or_x: Shape (B, *event) of the trajectories to fit on, held-out ones included, or their starts: at T with
-            a `gaussian`, otherwise where the plan starts.
-        grid: Times from noise to data, for a rule.
-        what: Of ``"times"`` (of the states), ``"asked"`` (the times that the network is told) and ``"weights"``; by
-            default all, for stochastic plans the last two, their noise being kept as it is.
-        gaussian: Start where the plan starts by the flow of this Gaussian from T, and fit where that is. The plan is
-            then run with ``start=gaussian``.
-        teacher: A fine plan from T, or from the plan's start without `gaussian`; it must draw the same normals if the
-            plan is stochastic, and is followed path by path: what a coarse plan cannot follow it leaves out, so its
-            spread shrinks a little. Or where it ends, (B, *event). By default the default rule with 200 evaluations.
-        held_out: How many of the trajectories decide when to stop instead; by default a third.
-        forks: Share of the trajectories that lie where the flow forks, for the tails: of each ten starts the one that
-            :func:`stretch` finds pulled apart most. They are drawn, so it takes a shape.
-        steps: Iterations at most.
-        robust: Errors below this many medians count as squares, those above as logarithms: small to fit the median,
-            large to fit the mean square.
-        seed: Of the starts.
-        noise: Normals of a stochastic plan, by default of `seed`; ``Noise(seed, path=True)`` to follow a teacher with
+        rule: Plan; or a solver, whose weights follow the times and are corrected by the fit.
+        model: Denoiser; its parameters do not change.
+        shape_or_x: Shape (B, *event) of the trajectories, held-out ones included; or their initial states, at T with
+            `gaussian`, otherwise at the first time of the plan.
+        grid: Times from noise to data, for a solver.
+        what: Parts to fit, of ``"times"`` (of the states), ``"asked"`` (times of the evaluations) and ``"weights"``; by
+            default all; for stochastic plans the last two, and their noise is not changed.
+        gaussian: Gaussian whose flow carries the initial states from T to the first time of the plan, which is then
+            fitted with the other times. Run the result with ``start=gaussian``.
+        teacher: Fine plan from T (without `gaussian`, from the first time of the plan), or its results, (B, *event); by
+            default the default solver with 200 evaluations. The teacher of a stochastic plan must draw the same
+            normals. A coarse plan cannot reproduce all of their effect, so its samples have slightly less variance.
+        held_out: Number of trajectories that are not fitted and decide when to stop; by default a third.
+        forks: Fraction of the trajectories that start where the flow forks, for the tails of the error: the one of ten
+            candidates with the largest :func:`stretch`. The candidates are drawn, so this needs a shape.
+        steps: Largest number of iterations.
+        robust: Multiple of the median error up to which errors count as squares, and above as logarithms: a small one
+            fits the median, a large one the mean square.
+        seed: Seed of the initial states.
+        noise: Normals of a stochastic plan, by default from `seed`; ``Noise(seed, path=True)`` to follow a teacher with
             another grid on the same Brownian paths.
-        batch: How many trajectories to hold in memory at once.
-        grad: ``"full"``, or ``"checkpoint"`` to keep the memory of one evaluation at the price of a second pass.
-        dtype: Of the states, when a shape is given.
-        device: Of the states, when a shape is given; by default the model's.
-        progress: Show a bar with the errors if the terminal is interactive; ``"always"`` shows it wherever it is.
-        **cond: Conditions, handed to the network; tensors with a row for each trajectory.
+        batch: Number of trajectories in memory at once, by default all.
+        grad: Gradients, ``"full"``, or ``"checkpoint"`` for the memory of one evaluation at the cost of a second pass.
+        dtype: Dtype of the states, if a shape is given.
+        device: Device of the states, if a shape is given; by default the model's.
+        progress: True for a progress bar on an interactive terminal; ``"always"`` for one on any output.
+        **cond: Conditions of the network; tensors have a row for each trajectory.
 
     Returns:
-        A plan like any other, with where it comes from in ``plan.meta``. Its error on the held-out trajectories, in the
-        geometric mean, is at most that of the plan it started from.
+        A plan with its origin in ``plan.meta``. The geometric mean of its held-out errors is at most that of `rule`.
 
     Example:
         >>> import torch, scoresde as ss
@@ -137,14 +136,14 @@ def fit(
     if forks:
         if isinstance(shape_or_x, Tensor) or isinstance(teacher, Tensor) or table.plan.stochastic:
             raise ValueError(
-                "`forks` chooses the starts of a deterministic plan, so give a shape and no ends; or choose starts of "
-                "your own by ss.fitting.stretch."
+                "`forks` draws initial states for a deterministic plan: give a shape, and no tensor as `teacher`; or "
+                "select initial states with ss.fitting.stretch."
             )
         again = (_starts(shape_or_x, table, model, gaussian, seed, dtype, device, k) for k in range(1, _CANDIDATES))
         x = _forked(table, model, [x, *again], forks, gaussian is not None, cond)
     n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, least=1)
     if not 0 < n < len(x):
-        raise ValueError(f"`held_out` must leave trajectories on both sides of {len(x)}, got {n}; ask for more.")
+        raise ValueError(f"`held_out` must be in 1 … {len(x) - 1} for {len(x)} trajectories, got {n}; use more.")
     source = noise if isinstance(noise, Noise) else Noise(seed).fork(_STREAM + 1) if noise is None else Noise(noise)
     _check_teacher(teacher, table, source)
     truth, teacher_name = _truth(teacher, table, model, x, gaussian, source, cond)
@@ -195,45 +194,43 @@ def fit(
 def stretch(
     model: AbstractDenoiser, x: Tensor, plan: Plan, *, size: float = 0.02, seed: int = 0, **cond: Any
 ) -> Tensor:
-    r"""How far the flow pulls apart what starts beside each of some points, (B,).
+    r"""Expansion of the flow around each initial state, (B,).
 
     .. math:: \frac{|F(x + \delta) - F(x - \delta)|}{2\,|\delta|}
 
-    in one random direction, F being the result of a plan. Where the data has basins it is large for the few samples
-    between two of them, whose error no short plan can hold and which rule the root mean square.
+    in one random direction, where F is the result of a plan. If the data has basins, it is large for the few samples
+    between two of them, which no short plan solves accurately and which dominate the root mean square error.
 
     Arguments:
-        model: A denoiser.
-        x: Starts of the plan, (B, *event).
-        plan: A deterministic plan of some thirty evaluations.
-        size: Root mean square of δ, over that of all starts.
-        seed: Of the directions.
-        **cond: Conditions, handed to the network.
+        model: Denoiser.
+        x: Initial states of the plan, (B, *event).
+        plan: Deterministic plan of some thirty evaluations.
+        size: Root mean square of δ, relative to that of all initial states.
+        seed: Seed of the directions.
+        **cond: Conditions of the network.
     """
     _check_denoiser(model)
     if plan.stochastic:
-        raise ValueError(
-            "`plan` draws noise, so what lies beside a start does not stay there; give a deterministic one."
-        )
+        raise ValueError("`plan` must be deterministic, but it draws noise; use a deterministic solver such as DDIM.")
     delta = Noise(seed).fork(_STREAM + 2).like(check.state("x", x), 0)
     delta = check.number("size", size, above=0) * x.square().mean().sqrt() * delta
     with torch.no_grad():
         up, down = (run(plan, lambda y, t: model.x0(y, t, **cond), x + side * delta) for side in (1, -1))
-    apart: Tensor = (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
-    return apart
+    ratio: Tensor = (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
+    return ratio
 
 
 def _forked(
     table: _Table, model: AbstractDenoiser, candidates: list[Tensor], share: float, whole: bool, cond: dict[str, Any]
 ) -> Tensor:
-    """Starts of which a share, evenly among them, is the most stretched of all candidates in its row."""
+    """Initial states; in a fraction `share` of the rows, the candidate with the largest :func:`stretch`."""
     x, sde = candidates[0].clone(), model.sde
     start, end = sde.T if whole else float(table.start.start), float(table.start.t[-1])
     pilot = default_solver(_PILOT, model).plan(sde, quadratic_vp(sde, _PILOT, t_start=start, t_end=end))
     places = [i for i in range(len(x)) if int((i + 1) * share + 1e-9) > int(i * share + 1e-9)]
     rows = tree_map(lambda c: c[places] if _of_each(c, len(x)) else c, cond)
-    found = torch.stack([stretch(model, c[places], pilot, **rows) for c in candidates])
-    for i, k in zip(places, found.argmax(0).tolist(), strict=True):
+    expansion = torch.stack([stretch(model, c[places], pilot, **rows) for c in candidates])
+    for i, k in zip(places, expansion.argmax(0).tolist(), strict=True):
         x[i] = candidates[k][i]
     return x
 
@@ -244,7 +241,7 @@ def _of_each(c: Any, size: int) -> bool:
 
 
 def _mean_log(errors: Tensor) -> float:
-    """Geometric mean; infinite where one is not finite."""
+    """Geometric mean; infinite if an error is not finite."""
     return float(errors.clamp_min(1e-30).log().mean().exp()) if bool(errors.isfinite().all()) else math.inf
 
 
@@ -255,7 +252,7 @@ def _summary(errors: Tensor) -> dict[str, float]:
 
 
 def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int) -> int:
-    """A round of L-BFGS; returns how many iterations it took."""
+    """Run a round of L-BFGS; return its number of iterations."""
     optimiser = torch.optim.LBFGS(
         table.knobs, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
     )
@@ -276,11 +273,11 @@ def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int)
             k.grad = g if good else torch.zeros_like(g)
         return total if good else 1e6
 
-    kept = [k.detach().clone() for k in table.knobs]
+    saved = [k.detach().clone() for k in table.knobs]
     optimiser.step(closure)
     if not all(bool(k.isfinite().all()) for k in table.knobs):
         with torch.no_grad():
-            for k, value in zip(table.knobs, kept, strict=True):
+            for k, value in zip(table.knobs, saved, strict=True):
                 k.copy_(value)
     state: dict[str, Any] = next(iter(optimiser.state.values()), {})
     return max(1, int(state.get("n_iter", 1)))
@@ -288,7 +285,7 @@ def _descend(table: _Table, rows: _Rows, which: range, delta: float, steps: int)
 
 @dataclass
 class _Rows:
-    """The trajectories: where they start, where they should end, and what a table makes of them."""
+    """Trajectories: initial states, results of the teacher, conditions; and the errors of a table on them."""
 
     model: AbstractDenoiser
     x: Tensor
@@ -300,7 +297,7 @@ class _Rows:
     grad: str
 
     def parts(self, which: range) -> Iterator[slice]:
-        """The rows, as many at once as memory is to hold."""
+        """Slices of at most `batch` rows."""
         for a in range(which.start, which.stop, self.batch):
             yield slice(a, min(a + self.batch, which.stop))
 
@@ -310,35 +307,34 @@ class _Rows:
             return torch.cat([self.error(table, part) for part in self.parts(which)])
 
     def error(self, table: Unrolled, part: slice) -> Tensor:
-        """Distance from the teacher per number of a state, root mean square over the numbers."""
+        """Distance from the teacher, root mean square over the entries of a state."""
         gap = self.run(table, part).double() - self.truth[part]
         return (gap.flatten(1).square().mean(1) + 1e-36).sqrt().to("cpu")
 
     def run(self, table: Unrolled, part: slice) -> Tensor:
-        """The result of a table."""
         cond = tree_map(lambda c: c[part] if _of_each(c, len(self.x)) else c, self.cond)
         x, sde = self.x[part], self.model.sde
         if self.gaussian is not None:
             x = self.gaussian.flow(x, sde.T, table.start)
 
-        def ask(y: Tensor, t: Any) -> Tensor:
+        def predict(y: Tensor, t: Any) -> Tensor:
             return self.model.x0(y, t, **cond)
 
-        said: list[Tensor] = []
+        denoised: list[Tensor] = []
         drawn = [z[part] for z in self.drawn]
         for r in range(table.nfe):
-            y = table.state(r, x, said, drawn)
+            y = table.state(r, x, denoised, drawn)
             t = table.t[r]
             if isinstance(t, Tensor) and not t.requires_grad:
                 t = float(t)
             grads = self.grad == "checkpoint" and torch.is_grad_enabled()
-            said.append(checkpoint(ask, y, t, use_reentrant=False) if grads else ask(y, t))
-        return table.state(table.nfe, x, said, drawn)
+            denoised.append(checkpoint(predict, y, t, use_reentrant=False) if grads else predict(y, t))
+        return table.state(table.nfe, x, denoised, drawn)
 
 
 @dataclass(frozen=True)
-class _Moving(Unrolled):
-    """A table whose network is asked beside the times of its states.
+class _TimedTable(Unrolled):
+    """A table whose evaluation times may differ from the times of its states.
 
     Arguments:
         levels: Times of the states, (n + 1,).
@@ -348,69 +344,69 @@ class _Moving(Unrolled):
 
 
 class _Table:
-    """A plan as a function of its knobs."""
+    """A plan as a function of its trainable tensors, the knobs."""
 
     def __init__(self, rule: Plan | Solver, sde: SDE, grid: Any, what: Sequence[str] | None, starts_free: bool) -> None:
         self.sde = sde
         self.rule: Solver | None = None
         if isinstance(rule, Plan):
             if grid is not None:
-                raise ValueError("a plan has its own grid; drop `grid`.")
+                raise ValueError("`rule` is a plan, which has its own grid; drop `grid`.")
             self.plan = rule
         elif isinstance(rule, Solver):
             if grid is None or callable(grid):
-                raise ValueError("`grid` must be given for a rule as times, as in grid=ss.karras(sde, 5).")
+                raise ValueError("`grid` must be given as times if `rule` is a solver, as in grid=ss.karras(sde, 5).")
             self.rule, grid = rule, check_grid(sde, grid)
             self.plan = rule.plan(sde, grid)
         else:
-            raise TypeError(f"`rule` must be a Plan or a rule such as UniPC(), got {type(rule).__name__}.")
+            raise TypeError(f"`rule` must be a Plan or a solver such as UniPC(), got {type(rule).__name__}.")
         self.name = self.plan.name or "plan"
         self.start = unroll(self.plan)
         if self.start.nfe == 0:
-            raise ValueError("`rule` must evaluate the network: there is nothing to fit.")
+            raise ValueError("`rule` must evaluate the network at least once: there is nothing to fit.")
         times = [float(self.start.start), *(float(t) for t in self.start.t[1:])]
         known = self.plan.meta.get("levels", ())
-        if len(known) == len(times):  # fitted before
+        if len(known) == len(times):  # the plan was fitted before
             times = [*known]
-        self.what = self._wanted(what)
+        self.what = self._parts(what)
         for word in self.what:
             check.choice("what", word, WHAT)
         moved = grid.tolist() if self.rule is not None else times
         lam = sde.lam(torch.tensor(times[:-1], dtype=torch.float64))
-        # the network is told no cleaner time than it was trained at, unless the plan does
-        self.most = max(sde.lam(sde.t_min), float(lam.max()))
-        self.levels = _Levels(sde, moved, "times" in self.what, starts_free, self.most)
+        # evaluate at no larger λ than in training, unless the plan does
+        self.max_lam = max(sde.lam(sde.t_min), float(lam.max()))
+        self.levels = _Levels(sde, moved, "times" in self.what, starts_free, self.max_lam)
         if "times" in self.what and self.plan.stochastic:
-            raise ValueError("`what` must not hold 'times' for a stochastic plan: its noise belongs to its times.")
+            raise ValueError("`what` must not hold 'times' for a stochastic plan: its noise depends on its times.")
         n = self.start.nfe
         self.base = torch.tensor(times, dtype=torch.float64)
         gaps = sde.lam(torch.tensor([float(t) for t in self.start.t[:-1]], dtype=torch.float64)) - lam
-        self.asked = torch.where(gaps.isfinite(), gaps, 0.0)
+        self.shifts = torch.where(gaps.isfinite(), gaps, 0.0)
         self.weights = torch.zeros(n + 1, n, dtype=torch.float64)
         self.mask = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)
         self.knobs = list(self.levels.knobs)
-        self.knobs += [self.asked] if "asked" in self.what else []
+        self.knobs += [self.shifts] if "asked" in self.what else []
         self.knobs += [self.weights] if "weights" in self.what and n > 1 else []
         if not self.knobs:
-            raise ValueError(f"nothing is left to fit with `what` = {list(self.what)} and {n} evaluation.")
+            raise ValueError(f"`what`={list(self.what)} leaves nothing to fit; evaluations of the plan: {n}.")
         for knob in self.knobs:
             knob.requires_grad_(True)
 
-    def _wanted(self, what: Sequence[str] | None) -> tuple[str, ...]:
+    def _parts(self, what: Sequence[str] | None) -> tuple[str, ...]:
         if what is not None:
             return tuple(what)
         return WHAT[1:] if self.plan.stochastic else WHAT
 
     def now(self, *, detach: bool = False) -> Unrolled:
-        """The table at the present knobs."""
+        """The table at the current knobs."""
         if detach:
             with torch.no_grad():
                 return self._now()
         return self._now()
 
     def levels_of(self, table: Unrolled) -> Any:
-        """Times of its states."""
-        return table.levels if isinstance(table, _Moving) else table.t
+        """Times of the states of a table."""
+        return table.levels if isinstance(table, _TimedTable) else table.t
 
     def _now(self) -> Unrolled:
         times = self.levels()
@@ -426,30 +422,32 @@ class _Table:
         w = self.weights * self.mask
         w = (w - w.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp_min(1)) * self.mask
         first = levels[0] if levels.requires_grad else float(levels[0])
-        return _Moving(self._asked(levels), x, d + size[:, None] * w, self.start.z, self.start.one, first, levels)
+        return _TimedTable(
+            self._network_times(levels), x, d + size[:, None] * w, self.start.z, self.start.one, first, levels
+        )
 
     def _moved(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The start's weights at other times: each row stays exact for data that is one point."""
+        """Initial weights rescaled to other times, so that each row stays exact on one-point data."""
         (a, s), (a0, s0) = ((self.sde.alpha(t), self.sde.sigma(t)) for t in (times, self.base))
         shrink = torch.where(s0 > 0, s / torch.where(s0 > 0, s0, 1.0), 1.0)
         x = self.start.x * shrink * (s0[0] / s[0])
         old, new = a0 - s0 / s0[0] * a0[0], a - s / s[0] * a[0]
         return x, self.start.d * torch.where(old != 0, new / torch.where(old != 0, old, 1.0), 1.0)[:, None]
 
-    def _asked(self, levels: Tensor) -> tuple[Any, ...]:
-        if "asked" not in self.what and not bool(self.asked.any()):
+    def _network_times(self, levels: Tensor) -> tuple[Any, ...]:
+        if "asked" not in self.what and not bool(self.shifts.any()):
             return tuple(levels)
         lam = self.sde.lam(levels[:-1])
         moves = lam.detach().isfinite()
-        shifted = torch.where(moves, lam, 0.0) + self.asked
-        t = self.sde._t_of_lam(shifted.clamp(self.sde.lam(self.sde.T), self.most)).clamp(0.0, self.sde.T)
+        shifted = torch.where(moves, lam, 0.0) + self.shifts
+        t = self.sde._t_of_lam(shifted.clamp(self.sde.lam(self.sde.T), self.max_lam)).clamp(0.0, self.sde.T)
         return (*torch.where(moves, t, levels[:-1]), levels[-1])
 
 
 class _Levels:
-    """Times that stay in order whatever their knobs are: the logarithms of gaps in λ."""
+    """Times that decrease for any values of their knobs, the first λ and the logarithms of gaps in λ."""
 
-    def __init__(self, sde: SDE, times: Sequence[float], free: bool, first: bool, most: float) -> None:
+    def __init__(self, sde: SDE, times: Sequence[float], free: bool, first: bool, max_lam: float) -> None:
         self.sde = sde
         self.times = torch.tensor(times, dtype=torch.float64)
         self.knobs: list[Tensor] = []
@@ -457,20 +455,20 @@ class _Levels:
             return
         if not bool((self.times.diff() < 0).all()):
             raise ValueError(
-                "`what` must not hold 'times' for a plan whose times do not all fall, such as one with stages at the "
-                "time of the next node; give a rule and its `grid` instead, or leave the times."
+                "`what` must not hold 'times' for a plan whose times do not all decrease, such as one with stages at "
+                "the time of the next node; give a solver and its `grid` instead, or drop 'times'."
             )
         lam = sde.lam(self.times)
-        self.silent = not bool(lam[0].isfinite())
-        if self.silent and first:
-            raise ValueError("with a `gaussian` the plan must start where α > 0, as with t_start=0.9 * sde.T.")
-        inner = lam[int(self.silent) :]
-        if not bool(inner[-1].isfinite()):  # the last time is σ = 0: stay where networks are trained
+        self.no_signal = not bool(lam[0].isfinite())
+        if self.no_signal and first:
+            raise ValueError("`gaussian` needs a plan whose first time has α > 0, as with t_start=0.9 * sde.T.")
+        inner = lam[int(self.no_signal) :]
+        if not bool(inner[-1].isfinite()):  # the last time has σ = 0: stay within the times of training
             room = (inner[-2] - inner[0]) / max(1, len(inner) - 2)
-            inner = torch.cat([inner[:-1], torch.maximum(inner.new_tensor(most), inner[-2] + 0.05 * room)[None]])
+            inner = torch.cat([inner[:-1], torch.maximum(inner.new_tensor(max_lam), inner[-2] + 0.05 * room)[None]])
         self.low, self.end = sde.lam(sde.T), float(inner[-1])
         self.head, self.gaps = inner[:1].clone(), inner.diff().log()
-        if first or self.silent:
+        if first or self.no_signal:
             self.knobs.append(self.head)
         self.knobs += [self.gaps] if len(self.gaps) > 1 else []
 
@@ -478,12 +476,12 @@ class _Levels:
         if not self.knobs:
             return self.times
         head = self.head.clamp(max(self.low, self.end - 40.0), self.end - 1.0)
-        share = self.gaps.softmax(0) + 1e-4  # no two times fall together
+        share = self.gaps.softmax(0) + 1e-4  # no two times coincide
         lam = torch.cat([head, head + (self.end - head) * (share / share.sum()).cumsum(0)[:-1]])
         t = self.sde._t_of_lam(lam).clamp(0.0, self.sde.T)
-        fixed = self.silent or not self.head.requires_grad
+        fixed = self.no_signal or not self.head.requires_grad
         return (
-            torch.cat([self.times[:1], t if self.silent else t[1:], self.times[-1:]])
+            torch.cat([self.times[:1], t if self.no_signal else t[1:], self.times[-1:]])
             if fixed
             else torch.cat([t, self.times[-1:]])
         )
@@ -512,19 +510,19 @@ def _starts(
 
 
 def _check_teacher(teacher: Plan | Tensor | None, table: _Table, noise: Noise) -> None:
-    """Refuse what cannot be followed: another process, or normals that the plan does not draw."""
+    """Reject a plan or teacher of another process, and normals that the plan does not draw."""
     of = repr(table.sde)
     for name, plan in (("rule", table.plan), ("teacher", teacher)):
         if isinstance(plan, Plan) and plan.sde and plan.sde != of:
-            raise ValueError(f"`{name}` was written for {plan.sde}, and the model is one of {of}; write it anew.")
+            raise ValueError(f"`{name}` was written for {plan.sde} and not for the model's {of}; make a new plan.")
     if not isinstance(teacher, Plan) or not teacher.stochastic:
         return
     if not table.plan.stochastic:
-        raise ValueError("`teacher` draws noise that the plan does not, so a fit would be its mean; give one without.")
+        raise ValueError("`teacher` draws noise that the plan does not, so a fit would be its mean; use one without.")
     if not noise.path and teacher.draws != table.plan.draws:
         raise ValueError(
-            f"`teacher` draws {teacher.draws} normals and the plan {table.plan.draws}, which have nothing to do with "
-            f"each other; give noise=Noise(seed, path=True) for both to be driven by the same Brownian paths."
+            f"`teacher` draws {teacher.draws} normals and the plan {table.plan.draws}, which are unrelated; "
+            f"give noise=Noise(seed, path=True), so that both use the same Brownian paths."
         )
 
 
@@ -542,20 +540,22 @@ def _truth(
     sde, start, end = model.sde, float(table.start.start), float(table.start.t[-1])
     if teacher is None:
         if table.plan.stochastic:
-            raise ValueError("`teacher` must be given for a stochastic plan: a fine one that draws the same normals.")
+            raise ValueError("`teacher` must be given for a stochastic plan: a fine plan that draws the same normals.")
         times = quadratic_vp(sde, 200, t_start=sde.T if gaussian is not None else start, t_end=end)
         teacher = default_solver(200, model).plan(sde, times)
     if float(teacher.rows[-1].t) != end:
-        raise ValueError(f"`teacher` must end where the plan does, at {end:g}, not at {float(teacher.rows[-1].t):g}.")
+        raise ValueError(f"`teacher` must end where the plan ends, at {end:g}, got {float(teacher.rows[-1].t):g}.")
     with torch.no_grad():
         out = run(teacher, lambda y, t: model.x0(y, t, **cond), x, noise if teacher.stochastic else None)
     if not bool(out.isfinite().all()):
-        raise ValueError("the ends of `teacher` are not all finite; Denoiser(..., check_finite=True) names the time.")
+        raise ValueError(
+            "the results of `teacher` are not all finite; Denoiser(..., check_finite=True) names the time."
+        )
     return out.double(), f"{teacher.name}, {teacher.nfe} evaluations"
 
 
 class _Bar:
-    """A progress bar over iterations, or nothing."""
+    """A progress bar over iterations, if it is enabled."""
 
     def __init__(self, name: str, steps: int, progress: bool | str) -> None:
         self._bar: Any = None

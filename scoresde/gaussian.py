@@ -1,11 +1,11 @@
-r"""A Gaussian in place of the data: exact at high noise, and a start that costs no evaluation.
+r"""Gaussian approximation of the data: it is accurate at high noise, and its probability flow is known exactly.
 
-At high noise the score of any data is that of the Gaussian with its mean m and covariance C, whose probability flow is
-known. In a direction in which the variance is c, with u = x/α centred and ρ = σ/α,
+At high noise the score of the data approaches that of the Gaussian with the same mean m and covariance C. In a
+direction of variance c, with u = x/α − m and ρ = σ/α, the flow of that Gaussian is
 
 .. math:: u_t = \sqrt{\frac{c + \varrho_t^2}{c + \varrho_s^2}}\; u_s.
 
-So a plan may start at some t* < T, all of its evaluations being spent where they matter.
+So sampling may start at some t* < T without any evaluation of the network above t*.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from scoresde.noise import Noise
 from scoresde.sde import SDE
 
 KINDS = ("full", "diagonal", "separable", "low rank")
-_FULL = 1024  # the largest covariance that is estimated whole, in numbers of an event
+_FULL = 1024  # largest event size D for which the full covariance is the default
 _STREAM = 0x67617573
 
 
 class Gaussian(AbstractDenoiser):
     r"""Gaussian data N(m, C): its exact denoiser, flow and samples.
 
-    The covariance is known by variances along orthonormal axes: those of `axes`, (D, r), with `rest` beside them; or
-    products of one basis for each axis of an event; or, with no axes, the numbers of an event themselves.
+    The covariance is given by its variances along orthonormal axes. The axes are the columns of a matrix, or products
+    of one basis for each axis of an event, or the coordinates of an event.
 
     Arguments:
-        sde: The process.
-        mean: m, of shape event.
-        spectrum: Variances along the axes: (r,) with `axes` a matrix, otherwise of shape event.
-        axes: (D, r) with orthonormal columns, D the size of an event; a list of one orthogonal matrix for each axis of
-            an event; or None.
-        rest: Variance in all directions beside a matrix `axes`.
+        sde: Noising process.
+        mean: Mean m, of shape event.
+        spectrum: Variances along the axes: (r,) if `axes` is a matrix, otherwise of shape event.
+        axes: Matrix (D, r) with orthonormal columns, D the size of an event; a list of one orthogonal matrix for each
+            axis of an event; or None for the coordinates.
+        rest: Variance in all directions orthogonal to a matrix `axes`.
 
     Example:
         >>> import torch, scoresde as ss
@@ -68,13 +68,13 @@ class Gaussian(AbstractDenoiser):
         self.event = tuple(m.shape)
         self.rest = check.number("rest", rest, least=0)
         if m.ndim == 0:
-            raise ValueError("`mean` must have the shape of an event, got a number; a single one is shape (1,).")
+            raise ValueError("`mean` must have the shape of an event, got a number; for scalar events use shape (1,).")
         matrices = [axes] if isinstance(axes, Tensor) else list(axes or ())
         sizes = [m.numel()] if isinstance(axes, Tensor) else [*self.event]
         if isinstance(axes, Tensor):
             if axes.ndim != 2 or len(axes) != m.numel() or c.shape != axes.shape[1:]:
                 raise ValueError(
-                    f"`axes` must have shape ({m.numel()}, r) beside a spectrum (r,), got {tuple(axes.shape)} beside "
+                    f"`axes` must have shape ({m.numel()}, r) and `spectrum` (r,), got {tuple(axes.shape)} and "
                     f"{tuple(c.shape)}."
                 )
         elif c.shape != m.shape:
@@ -86,7 +86,7 @@ class Gaussian(AbstractDenoiser):
         ):
             raise ValueError(f"`axes` must be one square matrix for each of the axes {self.event} of an event.")
         if bool((c < 0).any()) or not bool(c.isfinite().all()):
-            raise ValueError(f"`spectrum` must hold finite variances of at least 0, its least is {float(c.min()):g}.")
+            raise ValueError(f"`spectrum` must hold finite variances of at least 0, its minimum is {float(c.min()):g}.")
         self._flat = isinstance(axes, Tensor)
         self.register_buffer("_mean", m)
         self.register_buffer("_spectrum", c)
@@ -96,29 +96,29 @@ class Gaussian(AbstractDenoiser):
 
     @classmethod
     def of(cls, sde: SDE, mean: Tensor, cov: Tensor) -> Gaussian:
-        """From a mean of shape event and a covariance (D, D)."""
+        """Gaussian with a mean of shape event and a covariance (D, D)."""
         c, axes = torch.linalg.eigh(torch.as_tensor(cov, dtype=torch.float64))
         return cls(sde, mean, c.clamp_min(0), axes)
 
     @classmethod
     def estimate(cls, sde: SDE, data: Tensor, kind: str | None = None, *, rank: int = 64) -> Gaussian:
-        """Mean and covariance of data.
+        """Gaussian with the sample mean and an estimate of the covariance of the data.
 
-        ``"full"`` is the covariance itself. ``"separable"`` takes the eigenvectors of the covariance along each axis of
-        an event and measures variances in their products: for images near a cosine transform, with the channels
-        decorrelated. ``"low rank"`` keeps the first axes, and one variance beside them. By default full where there
-        are four data for each number, otherwise separable if an event has axes to separate, otherwise low rank.
+        ``"full"`` is the sample covariance, ``"diagonal"`` its diagonal. ``"separable"`` takes the eigenvectors of the
+        covariance along each axis of an event and the variances along their products. ``"low rank"`` takes the first
+        principal axes, and one variance for all other directions. The default is full for D at most 1024 and N at least
+        4 D, otherwise separable if an event has two or more axes, otherwise low rank.
 
         Arguments:
-            sde: The process.
-            data: (N, *event).
-            kind: ``"full"``, ``"diagonal"``, ``"separable"``, ``"low rank"``, or None.
-            rank: Of ``"low rank"``, at most.
+            sde: Noising process.
+            data: Data, (N, *event).
+            kind: Structure, ``"full"``, ``"diagonal"``, ``"separable"``, ``"low rank"``, or None for the default.
+            rank: Largest number of axes of ``"low rank"``.
         """
         x = check.state("data", data).detach().double()
         N, D = len(x), x[0].numel()
         if N < 2:
-            raise ValueError(f"`data` must hold at least 2 rows to have a covariance, got {N}.")
+            raise ValueError(f"`data` must have at least 2 samples to estimate a covariance, got {N}.")
         if kind is None:
             kind = "full" if D <= _FULL and N >= 4 * D else "separable" if x.ndim > 2 else "low rank"
         check.choice("kind", kind, KINDS)
@@ -130,8 +130,8 @@ class Gaussian(AbstractDenoiser):
             _, s, v = torch.linalg.svd(x.flatten(1), full_matrices=False)
             variance = s**2 / (N - 1)
             r = min(rank, D, N - 1)
-            left = float(variance[r:].sum()) / (D - r) if r < D else 0.0
-            return cls(sde, mean, variance[:r], v[:r].mT.contiguous(), left)
+            rest = float(variance[r:].sum()) / (D - r) if r < D else 0.0
+            return cls(sde, mean, variance[:r], v[:r].mT.contiguous(), rest)
         axes = None
         if kind == "separable":
             along = [x.movedim(i + 1, 0).flatten(1) for i in range(x.ndim - 1)]
@@ -140,20 +140,19 @@ class Gaussian(AbstractDenoiser):
         return cls(sde, mean, x.square().sum(0) / (N - 1), axes)
 
     def extra_repr(self) -> str:
-        """What is shown of it."""
         return f"event={self.event}, sde={self.sde}"
 
     @property
     def mean(self) -> Tensor:
-        """m, of shape event."""
+        """Mean m, of shape event."""
         return self._mean
 
     @property
     def spectrum(self) -> Tensor:
-        """Variances in all D directions, the largest first."""
+        """Variances in all D directions, in descending order."""
         c = self._spectrum.flatten()
-        beside = self._mean.numel() - len(c)
-        return torch.cat([c, c.new_full((beside,), self.rest)]).sort(descending=True).values
+        others = self._mean.numel() - len(c)
+        return torch.cat([c, c.new_full((others,), self.rest)]).sort(descending=True).values
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         r"""Posterior mean, :math:`m + \alpha C(\alpha^2 C + \sigma^2)^{-1}(x - \alpha m)`."""
@@ -165,16 +164,16 @@ class Gaussian(AbstractDenoiser):
 
         Arguments:
             x: State at time `s`, (B, *event).
-            s: From when: a number, () or (B,).
-            t: To when.
+            s: Initial time, a number, () or (B,).
+            t: Target time, a number, () or (B,).
         """
         (a, b), (e, f) = self._scales(s, x), self._scales(t, x)
         return self._affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
 
     def carry(self, z: Tensor, t: float | Tensor) -> Tensor:
-        r"""Normals to the marginal at time `t`, :math:`\alpha m + (\alpha^2 C + \sigma^2)^{1/2} z`.
+        r"""State at time `t` of standard normals `z`, :math:`\alpha m + (\alpha^2 C + \sigma^2)^{1/2} z`.
 
-        Equal normals at different times lie on one trajectory of the flow.
+        The states of one `z` at different times lie on one trajectory of the flow.
         """
         alpha, sigma = self._scales(t, z)
         return self._affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
@@ -185,10 +184,10 @@ class Gaussian(AbstractDenoiser):
         """Samples of the marginal at time `t`, (n, *event); sample i depends on the seed and on i alone.
 
         Arguments:
-            n: How many.
-            t: When.
-            seed: A seed, a :class:`Noise`, or None for a fresh one.
-            dtype: float32 or float64.
+            n: Number of samples.
+            t: Time.
+            seed: Seed, a :class:`Noise`, or None for a random seed.
+            dtype: Dtype of the samples, float32 or float64.
         """
         noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
         return self.carry(noise.normal((n, *self.event), 0, dtype=dtype, device=self._mean.device), t)
@@ -203,23 +202,23 @@ class Gaussian(AbstractDenoiser):
         most: float = math.inf,
         **cond: Any,
     ) -> tuple[Tensor, Tensor]:
-        r"""What a start at t instead of T costs, to first order, in the data.
+        r"""First-order error in the data that a start at t instead of T causes.
 
         .. math:: \delta_0(t) = \int_{\lambda_T}^{\lambda_t} \sqrt{\frac{C}{C + \varrho^2}}\,
                   \big(D(x) - D_{Gauss}(x)\big)\, d\lambda
 
-        along trajectories of the Gaussian's flow: each error of the denoiser, carried to t = 0 by that flow.
+        The integral runs along trajectories of the Gaussian's flow. The root is the linear map of that flow to t = 0.
 
         Arguments:
-            model: The denoiser to compare with.
-            points: Times at which it is asked, even in λ.
-            n: Trajectories.
-            seed: Of their starts.
-            most: Stop once the error is larger.
-            **cond: Conditions, handed to the network.
+            model: Denoiser D to compare with.
+            points: Number of times, uniform in λ, at which `model` is evaluated.
+            n: Number of trajectories.
+            seed: Seed of the initial states.
+            most: Error above which the integration stops.
+            **cond: Conditions of the network.
 
         Returns:
-            Times, from noise to data, and root-mean-square errors per number there.
+            Times, from noise to data, and the root-mean-square error per number at each.
         """
         check.conditions(cond, Gaussian.skip_errors)
         _check_denoiser(model)
@@ -229,34 +228,34 @@ class Gaussian(AbstractDenoiser):
         lam = torch.linspace(first, sde.lam(sde.t_min), points, dtype=torch.float64)
         z = Noise(seed).fork(_STREAM).normal((n, *self.event), 1, dtype=torch.float64, device=self._mean.device)
         times, errors = [sde.T], [0.0]
-        total, before = torch.zeros_like(z), None
+        total, previous = torch.zeros_like(z), None
         with torch.no_grad():
             for t, rho in zip(sde.t_of_lam(lam).tolist(), (-lam).exp().tolist(), strict=True):
                 x = self.carry(z, t)
                 gap = model.x0(x, t, **cond) - self.x0(x, t)
-                now = self._gain(gap, _carried(rho))
-                if before is not None:
-                    total = total + (now + before) * float(lam[1] - lam[0]) / 2
+                integrand = self._gain(gap, _to_data(rho))
+                if previous is not None:
+                    total = total + (integrand + previous) * float(lam[1] - lam[0]) / 2
                     times.append(t)
                     errors.append(float(total.square().mean().sqrt()))
-                before = now
+                previous = integrand
                 if errors[-1] > most:
                     break
         return torch.tensor(times, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
 
     def start_time(self, model: AbstractDenoiser, tol: float = 1e-2, **options: Any) -> float:
-        """The latest time to start from whose cost, by :meth:`skip_errors`, is at most `tol` per number of the data.
+        """Smallest start time whose error, by :meth:`skip_errors`, is at most `tol` per number of the data.
 
         Arguments:
-            model: The denoiser that will be run.
-            tol: Root-mean-square error per number; a fraction of what the plan's own error may be.
-            **options: Those of :meth:`skip_errors`.
+            model: Denoiser to sample from.
+            tol: Root-mean-square error per number; choose a fraction of the error of the solver.
+            **options: Arguments of :meth:`skip_errors`.
         """
         times, errors = self.skip_errors(model, most=check.number("tol", tol, above=0), **options)
         return float(times[errors <= tol].min())
 
     def _scales(self, t: float | Tensor, x: Tensor) -> tuple[Any, Any]:
-        """α and σ as numbers, (), or shaped to multiply the coordinates of states."""
+        """α and σ as numbers, or as tensors that broadcast to the states."""
         check.state("x", x)
         if tuple(x.shape[1:]) != self.event:
             raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}.")
@@ -266,15 +265,15 @@ class Gaussian(AbstractDenoiser):
         alpha, sigma = (check.expand(v.to(self._mean), like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
         return alpha, sigma
 
-    def _affine(self, x: Tensor, before: Any, gain: Callable[[Tensor], Tensor], after: Any) -> Tensor:
-        """after · m + gain(C) (x − before · m)."""
+    def _affine(self, x: Tensor, a: Any, gain: Callable[[Tensor], Tensor], b: Any) -> Tensor:
+        """The affine map b m + gain(C) (x − a m)."""
         m = self._mean.flatten() if self._flat else self._mean
         y = x.to(self._mean).flatten(1) if self._flat else x.to(self._mean)
-        out: Tensor = after * m + self._gain_flat(y - before * m, gain)
+        out: Tensor = b * m + self._gain_flat(y - a * m, gain)
         return out.reshape(x.shape).to(x.dtype)
 
     def _gain(self, x: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
-        """gain(C) x."""
+        """The product gain(C) x."""
         y = x.to(self._mean)
         return self._gain_flat(y.flatten(1) if self._flat else y, gain).reshape(x.shape).to(x.dtype)
 
@@ -292,14 +291,14 @@ class Gaussian(AbstractDenoiser):
 
 
 def _product(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """A matrix along each axis of an event: (B, *event) to the same."""
+    """Product of `x`, (B, *event), with one matrix along each axis of an event."""
     for i, a in enumerate(matrices):
         x = (x.movedim(i + 1, -1) @ a.mT).movedim(-1, i + 1)
     return x
 
 
-def _carried(rho: float) -> Callable[[Tensor], Tensor]:
-    """What becomes of a difference in x/α at noise level ρ when the flow brings it to data of variance c."""
+def _to_data(rho: float) -> Callable[[Tensor], Tensor]:
+    """Gain of the flow from noise level ρ to 0 for a difference in x/α, in a direction of variance c."""
     return lambda c: (c / _positive(c + rho**2)).sqrt()
 
 
@@ -311,12 +310,12 @@ __all__ = ["Gaussian"]
 
 
 def check_gaussian(name: str, gaussian: Any, sde: SDE) -> Gaussian:
-    """Refuse what is no Gaussian, or one of another process than `sde`."""
+    """Raise an error unless `gaussian` is a Gaussian on the process `sde`."""
     if not isinstance(gaussian, Gaussian):
-        raise TypeError(f"`{name}` must be a Gaussian, as Gaussian.estimate gives, got {type(gaussian).__name__}.")
+        raise TypeError(f"`{name}` must be a Gaussian, as from Gaussian.estimate, got {type(gaussian).__name__}.")
     if gaussian.sde != sde:
         raise ValueError(
-            f"`{name}` is a Gaussian under {gaussian.sde!r}, and the model is on {sde!r}: their states at a time are "
-            f"not the same; make it with the model's process, as in Gaussian.estimate(model.sde, data)."
+            f"`{name}` is a Gaussian under {gaussian.sde!r}, but the model is on {sde!r}; build the Gaussian with the "
+            f"process of the model, as in Gaussian.estimate(model.sde, data)."
         )
     return gaussian

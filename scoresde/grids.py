@@ -1,11 +1,9 @@
-r"""At which times: grids from noise to data, as float64 tensors on the CPU.
+r"""Time grids from noise to data, as float64 tensors on the CPU.
 
-A grid of N steps is N + 1 times, strictly decreasing from ``t_start`` (by default T) to ``t_end`` (by default 0, where
-the last step returns E[x_0 | x]; a positive ``t_end`` stops there with its noise still in). Both ends are the given
-numbers to the bit. Grids that are even in λ or in a power of ρ = σ/α cannot reach σ = 0: their last step but one is at
-``t_min`` and the last goes from there to 0, so N steps are N steps and N evaluations for a one-stage method.
-
-Knows processes; knows nothing of solvers.
+A grid of N steps has N + 1 strictly decreasing times, from ``t_start`` (default T) to ``t_end`` (default 0). Both ends
+are exactly the given numbers. A step to 0 returns E[x_0 | x]; with a positive ``t_end`` the result still contains the
+noise of that time. Grids with equal steps in λ or in a power of ρ = σ/α cannot reach σ = 0: N − 1 steps end at
+``t_min``, and the last step goes from there to 0. Zigzag grids also go up, where fresh noise is added.
 """
 
 from __future__ import annotations
@@ -22,26 +20,26 @@ from scoresde.sde import SDE, VP, Shifted
 
 
 def check_grid(sde: SDE, times: Tensor | Sequence[float]) -> Tensor:
-    """A user's own grid, checked: at least two times in [0, T], strictly decreasing.
+    """Check that a user's grid has at least two times in [0, T] and is strictly decreasing.
 
     Arguments:
-        sde: The process whose times these are.
+        sde: The process.
         times: Tensor or list of N + 1 times.
 
     Returns:
-        The grid, float64 on the CPU.
+        Grid, float64 on the CPU.
     """
     if not isinstance(times, Tensor):
-        # Not as_tensor, which makes a list float32.
+        # `as_tensor` would make the list float32.
         numbers = [check.number(f"times[{i}]", t) for i, t in enumerate(times)]
         times = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if times.dtype not in check.FLOATS:
-        reason = "half precision repeats times" if times.is_floating_point() else "an index is not a time"
+        reason = "half precision merges times" if times.is_floating_point() else "an index is not a time"
         raise TypeError(f"`times` must be float32 or float64, got {str(times.dtype)[6:]}: {reason}.")
     grid = times.detach().cpu().double()
     if grid.ndim != 1 or len(grid) < 2:
-        raise ValueError(f"`times` must be a list of at least 2 times, got shape {tuple(grid.shape)}.")
-    slack = check._OUTSIDE * sde.T  # what float32 rounds outside is taken back, as everywhere
+        raise ValueError(f"`times` must have one axis of at least 2 times, got shape {tuple(grid.shape)}.")
+    slack = check._OUTSIDE * sde.T  # times outside by float32 rounding are clamped
     outside = ~((grid >= -slack) & (grid <= sde.T + slack))
     if outside.any():
         i = int(outside.nonzero()[0, 0])
@@ -69,7 +67,7 @@ def _grid(
     *,
     reaches_zero: bool,
 ) -> Tensor:
-    """Lay `steps` steps: rule(first, last, u) maps u from 0 to 1 to times from first to last."""
+    """Make a grid of `steps` steps; rule(first, last, u) maps u in [0, 1] to times from first to last."""
     if not isinstance(sde, SDE):
         raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
     N = check.integer("steps", steps, least=1)
@@ -77,16 +75,14 @@ def _grid(
     end = check.number("t_end", t_end, least=0, below=start)
     if reaches_zero or sde.sigma(end) > 0:
         if t_min is not None and t_min != end:
-            raise ValueError(
-                f"`t_min` = {t_min:g} is where the step to `t_end` = 0 starts; with `t_end` = {end:g} drop it."
-            )
+            raise ValueError(f"`t_min` = {t_min:g} is used only if `t_end` is 0, got `t_end` = {end:g}; drop it.")
         times = [rule(start, end, _ramp(N))]
     else:
         last = sde.t_min if t_min is None else t_min
         if N > 1 and not end < check.number("t_min", last, above=0) < start:
             raise ValueError(
                 f"`t_min` must lie between `t_end` = {end:g} and `t_start` = {start:g}, got {last:g}; "
-                f"give one that does."
+                f"give one in between."
             )
         times = [rule(start, last, _ramp(N - 1)), _ramp(0)] if N > 1 else [_ramp(1)]
     grid = torch.cat(times)
@@ -97,8 +93,8 @@ def _grid(
     if len(rises):
         i = int(rises[0, 0]) + 1
         raise ValueError(
-            f"{N} `steps` between {start:g} and {end:g} leave no room between floats: times {grid[i - 1].item()!r} and "
-            f"{grid[i].item()!r} at index {i}; take fewer steps or a longer interval."
+            f"{N} `steps` between {start:g} and {end:g} are too many for float64: times {grid[i - 1].item()!r} and "
+            f"{grid[i].item()!r} at index {i} do not decrease; take fewer steps or a longer interval."
         )
     return grid
 
@@ -112,13 +108,13 @@ def _between(a: float, b: float, u: Tensor) -> Tensor:
 
 
 def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
-    """Even steps in t.
+    """Grid with equal steps in t.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        t_start: First time, by default T. Less, to start from a noised image (SDEdit).
-        t_end: Last time; 0 ends with the denoised state.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T; a smaller one starts from a noised image (SDEdit).
+        t_end: Last time, default 0, which gives the denoised state.
 
     Example:
         >>> import scoresde as ss
@@ -129,14 +125,14 @@ def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: floa
 
 
 def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
-    r"""Even steps in :math:`t^{1/\mathrm{exponent}}`: 2 is the quadratic grid of DDIM, 1 is :func:`uniform_t`.
+    r"""Equal steps in :math:`t^{1/\mathrm{exponent}}`: 2 is the quadratic grid of DDIM, 1 is :func:`uniform_t`.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        exponent: The larger, the denser at data.
-        t_start: First time, by default T.
-        t_end: Last time; 0 ends with the denoised state.
+        steps: Number of steps; the grid has one more time.
+        exponent: Exponent; a larger one makes the grid denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
 
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
@@ -149,18 +145,17 @@ def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | Non
 def uniform_lam(
     sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
 ) -> Tensor:
-    r"""Even steps in :math:`\lambda = \log(\alpha/\sigma)`, then one from `t_min` to 0.
+    r"""Equal steps in :math:`\lambda = \log(\alpha/\sigma)`, then one step from `t_min` to 0.
 
-    Where α(t_start) = 0, λ is −∞ and is counted from 0.999 t_start instead, or from halfway to the end if that is
-    later; the grid still starts at t_start. Also known as the exponential grid, since σ/α falls by one factor at each
-    step.
+    If λ = −∞ at t_start, the steps use λ at 0.999 t_start or at the middle of the interval, whichever time is larger;
+    the first time remains t_start. Another name is the exponential grid: σ/α decreases by the same factor in each step.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        t_start: First time, by default T.
-        t_end: Last time; positive, it is reached in even steps.
-        t_min: Last positive time when ``t_end`` is 0, by default ``sde.t_min``.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
 
     References:
         | DPM-Solver (Lu et al., 2022), arXiv:2206.00927
@@ -177,19 +172,19 @@ def polyexponential(
     t_end: float = 0.0,
     t_min: float | None = None,
 ) -> Tensor:
-    r"""Steps in λ that follow a power.
+    r"""Grid that follows a power in λ, then one step from `t_min` to 0.
 
     .. math:: \lambda_i = \lambda_{end} - (1-u_i)^\rho(\lambda_{end} - \lambda_{start})
 
-    ρ = 1 is geometric in σ/α: :func:`uniform_lam`, also known as the exponential grid.
+    With ρ = 1 the grid is geometric in σ/α: :func:`uniform_lam`, the exponential grid.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        rho: Power; above 1 denser at data.
-        t_start: First time, by default T.
-        t_end: Last time; positive, it is reached by the rule.
-        t_min: Last positive time when ``t_end`` is 0, by default ``sde.t_min``.
+        steps: Number of steps; the grid has one more time.
+        rho: Exponent ρ; above 1 the grid is denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
     """
     power = check.number("rho", rho, above=0)
 
@@ -212,20 +207,20 @@ def karras(
     t_end: float = 0.0,
     t_min: float | None = None,
 ) -> Tensor:
-    r"""Karras' grid: even steps in :math:`(\sigma/\alpha)^{1/\rho}`, then one from `t_min` to 0.
+    r"""Grid of Karras et al.: equal steps in :math:`(\sigma/\alpha)^{1/\rho}`, then one step from `t_min` to 0.
 
     .. math:: \varrho_i = \left(\varrho_{start}^{1/\rho}
               + u_i(\varrho_{end}^{1/\rho} - \varrho_{start}^{1/\rho})\right)^\rho, \qquad \varrho = \sigma/\alpha
 
-    On :class:`EDM` these are the σ of the paper, with ``steps`` its number of them.
+    On :class:`EDM` the times are the σ of the paper, and `steps` is its N.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        rho: The larger, the denser at data.
-        t_start: First time, by default T.
-        t_end: Last time; positive, it is reached by the rule.
-        t_min: Last positive time when ``t_end`` is 0, by default ``sde.t_min``.
+        steps: Number of steps; the grid has one more time.
+        rho: Exponent; a larger one makes the grid denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
@@ -241,7 +236,7 @@ def karras(
 
 
 def _lam_ends(sde: SDE, a: float, b: float) -> tuple[float, float]:
-    """λ(a) and λ(b); for λ(a) = −∞, λ at the last time after it that floats and networks can tell from pure noise."""
+    """λ(a) and λ(b); if λ(a) = −∞, λ at a slightly smaller time, which networks can distinguish from pure noise."""
     lam = sde.lam(a)
     return lam if math.isfinite(lam) else sde.lam(max(a * (1 - 1e-3), (a + b) / 2)), sde.lam(b)
 
@@ -253,19 +248,19 @@ def _times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
 def quadratic_vp(
     sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
 ) -> Tensor:
-    r"""Steps that would be quadratic in the time of the linear VP process, carried to any process through λ.
+    r"""Quadratic grid of the linear VP process, mapped to any process through λ.
 
     .. math:: \lambda_i = \lambda^{VP}(\tau_i), \qquad
               \sqrt{\tau_i} = (1 - u_i)\sqrt{\tau_{start}} + u_i\sqrt{\tau_{end}}
 
-    with τ the times at which ``VP()`` has the λ of both ends. Dense at data, and never sparse at noise.
+    where ``VP()`` has the λ of the ends at τ_start and τ_end. It is dense near data and not sparse near noise.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        t_start: First time, by default T.
-        t_end: Last time; positive, it is reached by the rule.
-        t_min: Last positive time when ``t_end`` is 0, by default ``sde.t_min``.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
 
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
@@ -282,15 +277,15 @@ def quadratic_vp(
 def beta_quantile(
     sde: SDE, steps: int, a: float = 0.6, b: float = 0.6, *, t_start: float | None = None, t_end: float = 0.0
 ) -> Tensor:
-    """Times at the quantiles of a Beta(a, b) distribution: dense at both ends when a and b are below 1.
+    """Times at the quantiles of a Beta(a, b) distribution: dense at both ends if a and b are below 1.
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        a: First shape; below 1 makes the data end dense.
-        b: Second shape; below 1 makes the noise end dense.
-        t_start: First time, by default T.
-        t_end: Last time; 0 ends with the denoised state.
+        steps: Number of steps; the grid has one more time.
+        a: First shape parameter; below 1 the grid is dense near data.
+        b: Second shape parameter; below 1 the grid is dense near noise.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
 
     References:
         | Beta Sampling is All You Need (Lee et al., 2024), arXiv:2407.12173
@@ -302,29 +297,29 @@ def beta_quantile(
 
 
 def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
-    r"""Even steps of an angle, :math:`t = t_{end} + (t_{start} - t_{end})\cos^2(\pi u/2)`; the Beta(½, ½) quantiles.
+    r"""Equal steps of an angle: :math:`t = t_{end} + (t_{start} - t_{end})\cos^2(\pi u/2)`, quantiles of Beta(½, ½).
 
     Arguments:
         sde: The process.
-        steps: How many steps; the grid has one more time.
-        t_start: First time, by default T.
-        t_end: Last time; 0 ends with the denoised state.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
     """
     rule = lambda first, last, u: _between(last, first, (math.pi / 2 * (1 - u)).sin() ** 2)  # noqa: E731
     return _grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
 
 
 def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
-    r"""Times of `sde` at even steps of the clock of ``Shifted(sde, shift)``.
+    r"""Times of `sde` at equal steps in the time of ``Shifted(sde, shift)``.
 
-    On :class:`Flow`, :math:`t = s u / (1 + (s - 1) u)` for even u, as resolution-dependent flow models are sampled.
+    On :class:`Flow`, :math:`t = s u / (1 + (s - 1) u)` with equal steps in u, as for flow models at high resolution.
 
     Arguments:
         sde: The process the network was trained on.
-        steps: How many steps; the grid has one more time.
-        shift: At least 1; the larger, the denser at noise.
-        t_start: First time, by default T.
-        t_end: Last time; 0 ends with the denoised state.
+        steps: Number of steps; the grid has one more time.
+        shift: Shift s, at least 1; a larger one makes the grid denser near noise.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
 
     References:
         | Scaling Rectified Flow Transformers (Esser et al., 2024), arXiv:2403.03206, eq. 23
@@ -342,35 +337,35 @@ def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None,
 
 
 def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
-    """Times of a subset of a discrete process' indices, then 0: what a network trained on them has seen.
+    """Times of a subset of the indices of a discrete process, then 0.
 
     ==========  =========================================================================================
     spacing     indices, with N labels and n steps
     ==========  =========================================================================================
-    linspace    round(linspace(0, N − 1, n)), from the top: both ends are in; N − 1 where n = 1
+    linspace    round(linspace(0, N − 1, n)), decreasing: both ends are included; N − 1 if n = 1
     leading     i · ⌊N/n⌋ for i < n: the first is 0, the last is not N − 1
     trailing    round(N − i · N/n) − 1 for i < n: the last is N − 1, the first is not 0
     ==========  =========================================================================================
 
-    Halves are rounded to even, as numpy does.
+    Halves are rounded to even, as in NumPy.
 
     Arguments:
         sde: A discrete process.
-        steps: How many steps, at most N; each starts at an index, the last ends at t = 0.
-        spacing: One of the above.
+        steps: Number of steps, at most N; each starts at an index, and the last one ends at t = 0.
+        spacing: Spacing from the table, default ``"linspace"``.
 
     References:
         | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, table 2
     """
     if not isinstance(sde, Discrete):
-        raise TypeError(f"`sde` must be a Discrete process, which has indices, got {type(sde).__name__}.")
+        raise TypeError(f"`sde` must be a Discrete process, because only these have indices, got {type(sde).__name__}.")
     check.choice("spacing", spacing, ("linspace", "leading", "trailing"))
     n, N = check.integer("steps", steps, least=1), sde.N
     if n > N:
         raise ValueError(
-            f"`steps` must be at most the {N} indices of the process, got {n}; `uniform_t` takes any number."
+            f"`steps` must be at most the {N} indices of the process, got {n}; `uniform_t` accepts any number."
         )
-    # Integer arithmetic throughout: a float step loses or repeats an index for some n.
+    # Integers only: a float step skips or repeats an index for some n.
     if spacing == "linspace":
         index = [_nearest(i * (N - 1), n - 1) for i in range(n - 1, 0, -1)] + [0 if n > 1 else N - 1]
     elif spacing == "leading":
@@ -381,7 +376,7 @@ def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
 
 
 def _nearest(a: int, b: int) -> int:
-    """The integer next to a/b; of two, the even one."""
+    """The integer nearest to a/b; the even one of two."""
     whole, rest = divmod(a, b)
     return whole + (2 * rest > b or (2 * rest == b and whole % 2 == 1))
 
@@ -389,13 +384,13 @@ def _nearest(a: int, b: int) -> int:
 def window(
     sde: SDE, times: Tensor | Sequence[float], t_start: float | None = None, t_end: float | None = None
 ) -> Tensor:
-    """The part of a grid between two times, whose ends are put in: start and stop anywhere on any grid.
+    """The part of a grid between two times, with these two times as its ends.
 
     Arguments:
         sde: The process.
         times: A grid.
-        t_start: New first time, by default the grid's own.
-        t_end: New last time, by default the grid's own; below that it adds a step.
+        t_start: New first time, default that of the grid; a larger one adds a step.
+        t_end: New last time, default that of the grid; a smaller one adds a step.
     """
     grid = check_grid(sde, times)
     start = float(grid[0]) if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
@@ -405,18 +400,18 @@ def window(
 
 
 def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Tensor:
-    r"""A zigzag: solve each leg past its end, then add fresh noise back up to it.
+    r"""Zigzag grid of ancestral solvers: each step goes below its target time, then fresh noise is added up to it.
 
     .. math:: \varrho_{down}^2 = \varrho_t^2\left(1 - \eta^2\left(1 - \varrho_t^2/\varrho_s^2\right)\right),
               \qquad \varrho = \sigma/\alpha
 
-    Any solver on it is that solver's ancestral version; DDIM's is DDIM(η), and DDPM with η = 1. Where the bracket is
-    not positive the leg goes down to data.
+    On this grid, DDIM is DDIM(η), which is DDPM for η = 1; other solvers become their ancestral version. If the bracket
+    is not positive, the step goes down to data.
 
     Arguments:
         sde: The process.
         times: A grid.
-        eta: How much of the noise is fresh: 0 returns the grid.
+        eta: Noise level η, at least 0; 0 returns the grid unchanged.
 
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eq. 16
@@ -428,26 +423,26 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Te
     down = lam[1:] - 0.5 * left.clamp_min(0).log()
     below = _times_of_lam(sde, torch.where(left > 0, down, torch.full_like(down, math.inf)))
     out = [grid[:1]]
-    for leg, end in zip(below, grid[1:], strict=True):
-        out.append(torch.stack([leg, end]) if leg < end else end[None])
+    for low, end in zip(below, grid[1:], strict=True):
+        out.append(torch.stack([low, end]) if low < end else end[None])
     return torch.cat(out)
 
 
 def churn(
     sde: SDE, times: Tensor | Sequence[float], s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf
 ) -> Tensor:
-    r"""A zigzag: before each leg add fresh noise, raising ρ = σ/α by the factor 1 + γ.
+    r"""Zigzag grid with churn: before each step but the first, fresh noise multiplies ρ = σ/α by 1 + γ.
 
     .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \varrho \le s_{tmax}
 
-    Nothing is raised above T: at the start of a grid that starts there, nothing is added.
+    No time is raised above T.
 
     Arguments:
         sde: The process.
         times: A grid of N steps.
         s_churn: Amount of fresh noise over the whole grid.
-        s_tmin: Lowest ρ at which it is added.
-        s_tmax: Highest ρ at which it is added.
+        s_tmin: Lowest ρ at which noise is added.
+        s_tmax: Highest ρ at which noise is added.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
@@ -465,14 +460,14 @@ def churn(
 
 
 def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, repeats: int = 1) -> Tensor:
-    """A zigzag: having reached time `low`, add noise back up to `high` and solve down again, `repeats` times.
+    """Zigzag grid with restarts: from time `low`, add noise up to `high` and solve down again, `repeats` times.
 
     Arguments:
         sde: The process.
-        times: A grid; the time nearest to `low` and the one nearest to `high` are the ends of the interval.
-        low: Time to go back from.
-        high: Time to go back to.
-        repeats: How often.
+        times: A grid; its times nearest to `low` and `high` are the ends of the interval.
+        low: Time at which noise is added.
+        high: Time up to which noise is added.
+        repeats: Number of repetitions, default 1.
 
     References:
         | Restart Sampling for Improving Generative Processes (Xu et al., 2023), arXiv:2306.14878
@@ -486,23 +481,23 @@ def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, 
     if a >= b:
         raise ValueError(f"`high` must lie above `low` by at least one step of the grid, got {high:g} and {low:g}.")
     if b == len(grid) - 1:
-        raise ValueError("`low` must lie above the end of the grid: the run ends there.")
+        raise ValueError(f"`low` must lie above the end of the grid by at least one step, got {low:g}.")
     return torch.cat([grid[: b + 1], grid[a : b + 1].repeat(repeats), grid[b + 1 :]])
 
 
 def _beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
     """Quantiles x of Beta(a, b), by Newton's method for log x, or for log(1 − x) in the upper part."""
-    split = (a + 1) / (a + b + 2)  # up to here the fraction below converges
+    split = (a + 1) / (a + b + 2)  # the continued fraction converges up to here
     value, _ = _log_beta_cdf(torch.tensor([math.log(split)], dtype=torch.float64, device="cpu"), a, b)
     upper = q.log() > value
     mass = torch.where(upper, 1 - q, q).log()
-    log_x = most = torch.where(upper, q.new_tensor(1 - split).log(), q.new_tensor(split).log())
+    log_x = limit = torch.where(upper, q.new_tensor(1 - split).log(), q.new_tensor(split).log())
     for _ in range(100):
         pairs = (_log_beta_cdf(log_x, *shapes) for shapes in ((a, b), (b, a)))
         value, slope = (torch.where(upper, high, low) for low, high in zip(*pairs, strict=True))
         step = torch.where(mass == -math.inf, math.inf, (value - mass) / slope)
-        log_x = torch.minimum(log_x - step, most)
-        if bool((step.abs() < 1e-9)[mass.isfinite()].all()):  # the error is now its square
+        log_x = torch.minimum(log_x - step, limit)
+        if bool((step.abs() < 1e-9)[mass.isfinite()].all()):  # convergence is quadratic
             break
     return torch.where(upper, -torch.expm1(log_x), log_x.exp())
 

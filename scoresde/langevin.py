@@ -1,10 +1,10 @@
-r"""Langevin dynamics at a noise level: annealed, and as the corrector of a predictor–corrector sampler.
+r"""Langevin dynamics at a fixed noise level, annealed Langevin dynamics, and the corrector of predictor–corrector.
 
 .. math:: x' = x + \epsilon\,\nabla\log p_t(x) + \sqrt{2\epsilon}\, z
 
-keeps the marginal p_t up to a bias that vanishes with ε: on a Gaussian of variance v its own stationary variance is
-:math:`v / (1 - \epsilon/2v)`. With a fixed ε a step is affine, so annealed dynamics is a plan; with a step size that
-depends on the state it is a hook.
+preserves p_t up to a bias that vanishes with ε: for a Gaussian of variance v, the stationary variance is
+:math:`v / (1 - \epsilon/2v)`. Annealed dynamics has a fixed ε and is a :class:`Solver`; the corrector's ε may depend on
+the state, so the corrector is a hook.
 
 References:
     | Generative Modeling by Estimating Gradients of the Data Distribution (Song & Ermon, 2019), arXiv:1907.05600
@@ -38,16 +38,16 @@ def langevin(
     seed: int | Noise | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Make `n` unadjusted Langevin steps at time `t`; `n` evaluations.
+    """Run `n` unadjusted Langevin steps at time `t`, with `n` evaluations.
 
     Arguments:
         model: A denoiser.
         x: State, (B, *event).
-        t: The noise level's time; σ must not vanish there.
-        step: ε, a number or (B,); stable on a Gaussian of variance v below 2v, and σ(t)² is the least of these.
-        n: Steps.
-        seed: An integer, a :class:`Noise`, or None for a fresh one.
-        **cond: Conditions, handed to the network.
+        t: Time of the noise level, with σ(t) > 0.
+        step: Step size ε, a number or (B,); for a Gaussian of variance v ≥ σ(t)² the step is stable if ε < 2v.
+        n: Number of steps.
+        seed: Integer, :class:`Noise`, or None for a random seed.
+        **cond: Conditions for the network.
     """
     check.conditions(cond, langevin)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
@@ -59,29 +59,29 @@ def langevin(
 
 @dataclass(frozen=True, eq=False)
 class LangevinCorrector:
-    r"""Langevin steps at every node, as the ``hook`` of :func:`scoresde.sampling.solve`, with any predictor.
+    r"""Langevin corrector: a ``hook`` of :func:`scoresde.sampling.solve` that runs Langevin steps at every node.
 
     .. math:: \epsilon_b = 2\left(\mathrm{snr}\,\frac{\sqrt D}{|\nabla\log p_t(x_b)|}\right)^2 \le \sigma_t^2
               \quad\text{or}\quad \epsilon = \tfrac{r}{2}\,\sigma_t^2
 
-    for each sample b by itself, where public code averages norms over the batch; √D, with D numbers in a sample,
-    stands for the norm of the noise, which may not decide the step it is multiplied by. The order: the predictor steps
-    to a node, then the corrector works there, and only then does the predictor ask the network at the node. The start
-    is not corrected, and neither is σ = 0: the last leg denoises the last corrected state.
+    The step size is set for each sample b; the authors' code averages norms over the batch. D is the number of entries
+    of a sample, and √D replaces the norm of the noise, because ε must not depend on the noise it multiplies. At each
+    node the solver steps, the corrector runs, and the solver then evaluates the network at the corrected state. The
+    corrector skips σ = 0 and, by default, the start.
 
-    The first form is for images. A step that depends on the state keeps p/ε, not p: on a Gaussian it inflates the
-    variance by 1 + 2/D in the long run, however small its steps. Where that is more than the steps' own bias of
-    1/(1 − snr²), in fewer than 2/snr² dimensions, the score's norm is taken for its largest expectation √D/σ instead,
-    which makes it the second form with r = 4 snr². That keeps p.
+    The first form, with `snr`, is for images. Its ε depends on the state, so the stationary density is p/ε, not p: for
+    a Gaussian, the variance grows by 1 + 2/D for any step size. In fewer than 2/snr² dimensions this error exceeds the
+    discretisation bias 1/(1 − snr²). There |∇log p| is replaced by √D/σ, the square root of the largest possible
+    E|∇log p|², which is the second form with r = 4 snr².
 
     Arguments:
-        model: A denoiser, usually the one that is solved.
-        snr: Ratio of the steps' drift to their noise; 0.16 suits VP and VE on images.
-        r: Instead: the step size over σ²/2, as in :class:`AnnealedLangevin`.
-        steps: Steps at each node; each is an evaluation, which the solution's `nfe` does not count.
-        seed: An integer, a :class:`Noise`, or None for a fresh one.
-        start: Correct the start as well.
-        cond: Conditions, handed to the network.
+        model: A denoiser, usually the one that is sampled.
+        snr: Ratio of the drift to the noise of a step; 0.16 suits VP and VE on images.
+        r: Step size ε in units of σ²/2, as in :class:`AnnealedLangevin`; if given, `snr` is not used.
+        steps: Number of steps at each node; each needs one evaluation, which is not counted in `nfe` of the solution.
+        seed: Integer, :class:`Noise`, or None for a random seed.
+        start: Correct the start too.
+        cond: Conditions for the network.
 
     Example:
         >>> import torch, scoresde as ss
@@ -108,7 +108,7 @@ class LangevinCorrector:
             object.__setattr__(self, "seed", Noise(self.seed))
 
     def __call__(self, node: int, t: Any, x: Tensor) -> Tensor:
-        """The state at a node, corrected."""
+        """Run the corrector at one node and return the new state."""
         if (node == 0 and not self.start) or _clean(self.model, t):
             return x
         assert isinstance(self.seed, Noise)
@@ -130,22 +130,22 @@ class LangevinCorrector:
 
 @dataclass(frozen=True, repr=False)
 class AnnealedLangevin(Solver):
-    r"""Annealed Langevin dynamics (NCSN): `n` steps at each noise level of the grid, from noise to data.
+    r"""Annealed Langevin dynamics (NCSN): `n` Langevin steps at each noise level of the grid.
 
     .. math:: x' = x + \tfrac{a}{2}\nabla\log p_t(x) + \sqrt{a}\,z, \qquad a = r\,\sigma_t^2
 
-    Between levels x/α is kept. A grid that ends at σ = 0 ends with E[x_0 | x] at its last level, which is the
-    "denoising" that removes the noise of the last steps; one that ends at a positive time makes its steps there too.
+    Between two levels x/α does not change. If the grid ends at σ = 0, the result is E[x_0 | x] at the last level with
+    σ > 0 (the denoising step); otherwise the solver runs `n` steps at the last time too.
 
     Arguments:
-        n: Steps at each level.
-        r: Step size over σ². The paper's ε is r σ_L² at its last level: 2e-5 with σ_L = 0.01 is r = 0.2.
+        n: Number of steps at each level.
+        r: Step size a in units of σ². The paper's ε is r σ_L² at the last level: 2e-5 with σ_L = 0.01 is r = 0.2.
 
     References:
         | Generative Modeling by Estimating Gradients of the Data Distribution (Song & Ermon, 2019), arXiv:1907.05600,
           algorithm 1
         | Adversarial score matching and improved sampling for image generation (Jolicoeur-Martineau et al., 2021),
-          arXiv:2009.05475, on the denoising
+          arXiv:2009.05475, on the denoising step
     """
 
     n: int = 10
@@ -160,12 +160,12 @@ class AnnealedLangevin(Solver):
 
     @property
     def declared_order(self) -> int:
-        """None to speak of: more levels do not make its error vanish, smaller steps and more of them do."""
+        """Order 0: the error does not vanish with more levels, only with more and smaller steps at each level."""
         return 0
 
     @property
     def stages(self) -> int:
-        """Evaluations that one level costs."""
+        """Number of evaluations at each level."""
         return self.n
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
@@ -187,13 +187,11 @@ class AnnealedLangevin(Solver):
         return now, [now]
 
     def _step(self, tape: Tape, now: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
-        """One Langevin step at the level of row `now`, then on to the level of t, x/α unchanged."""
+        """Append one Langevin step at the level of row `now`, followed by a rescaling to the level of t."""
         sde, s = tape.sde, tape.time(now)
         alpha, sigma = sde.alpha(s), sde.sigma(s)
         if not isinstance(alpha, Tensor) and alpha == 0:
-            raise ValueError(
-                f"`times` starts at t = {s:g}, where α = 0 and x/α says nothing; start a little before it."
-            )
+            raise ValueError(f"the grid starts at t = {s:g}, where α = 0 and x/α is undefined; start at a smaller t.")
         scale = sde.alpha(t) / alpha
         return tape.append(
             t,

@@ -1,4 +1,4 @@
-"""Between two data through their codes."""
+"""Interpolation between two data samples through their latent codes."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from scoresde.sampling import decode, encode
 
 
 def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
-    r"""Between two directions along the great circle: a Gaussian code keeps its length, which a mean would lose.
+    r"""Spherical linear interpolation; for Gaussian codes it preserves the typical norm, which a linear mean reduces.
 
     .. math:: \frac{\sin((1-w)\theta)}{\sin\theta}\,a + \frac{\sin(w\theta)}{\sin\theta}\,b, \qquad
               \cos\theta = \frac{a\cdot b}{|a||b|}
 
     Arguments:
-        a: (B, *event).
-        b: The shape of `a`.
-        w: From 0, `a`, to 1, `b`: a number, () or (B,).
+        a: First end, (B, *event).
+        b: Second end, of the shape of `a`.
+        w: Weight in [0, 1], a number, () or (B,); 0 gives `a` and 1 gives `b`.
 
     References:
         | Sampling Generative Networks (White, 2016), arXiv:1609.04468
     """
     check.match("b", b, "a", check.state("a", a))
     u, v = (x.flatten(1) / x.flatten(1).norm(dim=1, keepdim=True).clamp_min(1e-30) for x in (a, b))
-    # From chords: arccos would lose small angles.
+    # atan2 of chords, because arccos is inaccurate at small angles.
     theta = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
     s = w.to(theta) if isinstance(w, Tensor) else torch.as_tensor(float(w)).to(theta)
-    near = theta.sin() < 1e-6
-    safe = torch.where(near, torch.ones_like(theta), theta)
-    left = torch.where(near, 1 - s, ((1 - s) * safe).sin() / safe.sin())
-    right = torch.where(near, s, (s * safe).sin() / safe.sin())
+    collinear = theta.sin() < 1e-6
+    angle = torch.where(collinear, torch.ones_like(theta), theta)
+    left = torch.where(collinear, 1 - s, ((1 - s) * angle).sin() / angle.sin())
+    right = torch.where(collinear, s, (s * angle).sin() / angle.sin())
     return check.expand(left, a) * a + check.expand(right, b) * b
 
 
 def interpolate(
     model: AbstractDenoiser, x_a: Tensor, x_b: Tensor, n: int, *, steps: int = 50, **options: Any
 ) -> Tensor:
-    """Interpolate data: encode both ends, go round the sphere between their codes, decode.
+    """Interpolate between data samples: encode both ends, interpolate the codes by :func:`slerp`, and decode.
 
     Arguments:
         model: A denoiser.
-        x_a: Data, (B, *event).
-        x_b: Data, the shape of `x_a`.
-        n: How many points, both ends included, at least 2.
-        steps: Number of legs of each solve.
-        **options: Those of :func:`scoresde.sampling.encode`, and conditions.
+        x_a: First end, (B, *event).
+        x_b: Second end, of the shape of `x_a`.
+        n: Number of points, at least 2; both ends are included.
+        steps: Number of steps of each solve.
+        **options: Options of :func:`scoresde.sampling.encode`, and conditions.
 
     Returns:
-        (n, B, *event); the ends are the data, to the solver's order.
+        Points, (n, B, *event); the first and last equal `x_a` and `x_b` up to the error of the solver.
 
     Example:
         >>> import torch, scoresde as ss

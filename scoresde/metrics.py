@@ -1,14 +1,14 @@
-r"""How far apart two sets of samples are, and how far apart they would be by chance.
+r"""Distances between two sets of samples, and their noise floors.
 
 Every metric takes samples `x` of shape (N, *event) and `y` of shape (M, *event), flattens the events and returns a
-number. No such number is zero for two finite sets from one distribution, so it means nothing without its noise floor.
-:func:`compare` measures the floor by giving the pooled samples random labels; :func:`moments` carries its own standard
-errors. "Equal to exact samples" is then a statement that a test can make,
+number. Two finite sets from one distribution also have a nonzero distance, so it must be compared with its noise floor.
+:func:`compare` measures the floor with random labels of the pooled samples; :func:`moments` returns standard errors.
+A test can then state that samples are indistinguishable from exact samples,
 
 .. math:: d(x, y) \le q_{95}\{ d(x', y') : (x', y') \text{ a random split of } x \cup y \}.
 
-Sums are taken in float64 on the CPU and in the dtype of the samples elsewhere. Everything is a pure function of the
-samples and of `seed`; torch's global generator is never touched. This module knows nothing of diffusion.
+Sums are taken in float64 on the CPU and in the dtype of the samples elsewhere. The results depend only on the samples
+and on `seed`; torch's global generator is not used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.noise import Noise
 
-_CHUNK = 1 << 20  # numbers in a block of distances or projections: memory stays bounded, and so do caches
-_OCTAVES, _PER_OCTAVE = 48, 1024  # bins of the median distance: 2⁻⁴⁸ of the largest distance up to it, to 0.07 %
-_DIRECTIONS, _ORDERS, _CLASSIFIER = range(3)  # streams of a seed: no two uses share their numbers
+_CHUNK = 1 << 20  # numbers in a block of distances or projections, to bound the memory
+_OCTAVES, _PER_OCTAVE = 48, 1024  # bins of the median distance: from 2⁻⁴⁸ of the largest distance, 0.07 % wide
+_DIRECTIONS, _ORDERS, _CLASSIFIER = range(3)  # random streams of a seed, one for each use
 
 
 # Distances
@@ -38,7 +38,7 @@ def w2_1d(x: Tensor, y: Tensor) -> float:
 
     .. math:: W_2^2(x, y) = \int_0^1 \left( F_x^{-1}(u) - F_y^{-1}(u) \right)^2 du
 
-    The quantile functions are steps; the integral is a finite sum over the union of their jumps, whatever N and M.
+    The quantile functions are piecewise constant: the integral is a finite sum over their jumps, for any N and M.
 
     Arguments:
         x: Samples, (N,) or (N, 1).
@@ -67,9 +67,9 @@ def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> 
 
     .. math:: SW_2^2(x, y) = E_{\theta} \left[ W_2^2(\theta^\top x, \theta^\top y) \right], \qquad |\theta| = 1
 
-    Between a set and itself moved by δ it is :math:`|\delta| / \sqrt{D}` on average over directions: multiply by
-    :math:`\sqrt{D}` to read it as a length in the space of the samples. Its floor falls like
-    :math:`\sqrt{1/N + 1/M}` and not with `n_projections`, which only steadies the mean over directions.
+    The distance of a set from its translate by δ is :math:`|\delta| / \sqrt{D}` on average over directions: multiply by
+    :math:`\sqrt{D}` for a length in the space of the samples. The noise floor decreases like :math:`\sqrt{1/N + 1/M}`;
+    more projections do not lower it, they only reduce the variance of the mean over directions.
 
     Arguments:
         x: Samples, (N, *event).
@@ -91,14 +91,14 @@ def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> 
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
-    r"""Energy distance, with no bandwidth or direction to choose.
+    r"""Energy distance, which needs no bandwidth and no direction.
 
     .. math:: \mathcal{E}(x, y) = 2 E|x - y| - E|x - x'| - E|y - y'|
 
-    This is the V-statistic: the means run over all pairs, a sample with itself included. So it is never negative, it
-    is zero for equal sets only, and for numbers it equals :math:`2 \int (F_x - F_y)^2` to rounding. Under equal
-    distributions its mean is :math:`(1/N + 1/M) E|x - x'|`, its floor. No root is taken:
-    ``scipy.stats.energy_distance`` is its square root.
+    This is the V-statistic: the means run over all pairs, also of a sample with itself. So it is never negative, it is
+    zero only for equal sets, and for D = 1 it equals :math:`2 \int (F_x - F_y)^2` up to rounding. Under equal
+    distributions its mean, the noise floor, is :math:`(1/N + 1/M) E|x - x'|`. It is the square of
+    ``scipy.stats.energy_distance``.
 
     Arguments:
         x: Samples, (N, *event).
@@ -124,13 +124,13 @@ def mmd_rbf(x: Tensor, y: Tensor, bandwidth: float | Sequence[float] | None = No
         \mathrm{MMD}^2(x, y) = E\,k(x, x') + E\,k(y, y') - 2 E\,k(x, y), \qquad k(a, b) = e^{-|a - b|^2 / 2 h^2}
 
     This is the U-statistic: no sample is paired with itself. So its mean is exactly zero under equal distributions,
-    and it is negative about half of the time there.
+    and about half of its values are then negative.
 
     Arguments:
         x: Samples, (N, *event).
         y: Samples, (M, *event).
-        bandwidth: h, a positive number, or several, whose kernels are averaged. None takes the median distance
-            between pooled samples (to 0.1 %), which no relabelling changes.
+        bandwidth: Bandwidth h, a positive number; or several, whose kernels are averaged. None uses the median distance
+            between pooled samples (to 0.1 %), which does not depend on the labels.
 
     References:
         | A Kernel Two-Sample Test (Gretton et al., 2012), https://jmlr.org/papers/v13/gretton12a.html, eq. 3
@@ -151,16 +151,16 @@ def c2st(
     lr: float = 3e-3,
     weight_decay: float = 1.0,
 ) -> float:
-    r"""Classifier two-sample test: how often a small network tells x from y on samples that it has not seen.
+    r"""Classifier two-sample test: balanced accuracy of a small network on held-out samples.
 
     .. math:: \tfrac12 P(\hat c = x \mid x) + \tfrac12 P(\hat c = y \mid y)
 
-    0.5 is "indistinguishable to this network" and 1 is "no overlap", also for N ≠ M: the accuracy is balanced. The
-    network has two hidden layers and is trained in float32 on standardised features, once for each fold, all folds
-    at a time. Under equal distributions the spread is little more than :math:`1 / 2\sqrt{N + M}`; :func:`compare`
-    measures it, at the price of one training for each permutation. A sample that occurs in both sets pushes the answer
-    below 0.5. A few thousand samples teach a network little in many dimensions: 0.5 clears no doubt that
-    :func:`moments` or :func:`sliced_w2` raises.
+    The value is 0.5 if this network cannot distinguish the sets and 1 if they do not overlap, also for N ≠ M. The
+    network has two hidden layers and is trained in float32 on standardised features, once for each fold, all folds at
+    the same time. Under equal distributions the standard deviation is little more than :math:`1 / 2\sqrt{N + M}`;
+    :func:`compare` measures it, at the cost of one training for each permutation. A sample that occurs in both sets
+    lowers the value below 0.5. In many dimensions a few thousand samples do not train the network well: a value of 0.5
+    does not refute a difference that :func:`moments` or :func:`sliced_w2` shows.
 
     Arguments:
         x: Samples, (N, *event).
@@ -169,9 +169,9 @@ def c2st(
         folds: Number of parts, each held out once.
         hidden: Width of the two hidden layers.
         steps: Number of steps of AdamW.
-        batch: Samples of each set in a step.
-        lr: Largest step size; it falls to zero linearly.
-        weight_decay: Decoupled weight decay; without it the network learns the training samples by heart.
+        batch: Number of samples of each set in a step.
+        lr: Initial learning rate; it decreases linearly to zero.
+        weight_decay: Decoupled weight decay; without it the network memorises the training samples.
 
     References:
         | Revisiting Classifier Two-Sample Tests (Lopez-Paz and Oquab, 2017), arXiv:1610.06545
@@ -191,15 +191,15 @@ def c2st(
         std, mean = torch.std_mean(torch.cat([x, y]), 0)
         std = torch.where(std > 0, std, torch.ones_like(std))
         sets = [((v - mean) / std).float() for v in (x, y)]
-        deals = [_Deal(v, folds, noise.fork(i)) for i, v in enumerate(sets)]
-        net = _train(deals, noise, (x.shape[1], hidden, hidden, 1), folds, steps, batch, lr, weight_decay)
+        splits = [_Folds(v, folds, noise.fork(i)) for i, v in enumerate(sets)]
+        net = _train(splits, noise, (x.shape[1], hidden, hidden, 1), folds, steps, batch, lr, weight_decay)
     with torch.no_grad():
-        right = [0, 0]
+        correct = [0, 0]
         for fold in range(folds):
             own = [p[fold : fold + 1] for p in net]
-            right[0] += int((_mlp(deals[0].held_out(fold)[None], own) < 0).sum())
-            right[1] += int((_mlp(deals[1].held_out(fold)[None], own) >= 0).sum())
-    return 0.5 * (right[0] / len(x) + right[1] / len(y))
+            correct[0] += int((_mlp(splits[0].held_out(fold)[None], own) < 0).sum())
+            correct[1] += int((_mlp(splits[1].held_out(fold)[None], own) >= 0).sum())
+    return 0.5 * (correct[0] / len(x) + correct[1] / len(y))
 
 
 # Moments
@@ -211,9 +211,9 @@ class Moments:
 
     Arguments:
         mean: Mean of y minus mean of x, (D,).
-        mean_se: Its standard errors, (D,).
+        mean_se: Standard errors of `mean`, (D,).
         cov: Covariance of y minus covariance of x, (D, D).
-        cov_se: Its standard errors, (D, D).
+        cov_se: Standard errors of `cov`, (D, D).
     """
 
     mean: Tensor
@@ -233,14 +233,14 @@ class Moments:
 
     @property
     def max_z(self) -> float:
-        """Largest difference of all, in standard errors."""
+        """Largest difference of means and covariances, in standard errors."""
         return max(self.mean_z, self.cov_z)
 
     @property
     def z_floor(self) -> float:
-        """What `max_z` exceeds in 5 % of cases under equal distributions: the quantile for independent normals.
+        """95 % quantile of `max_z` under equal distributions, for D + D(D + 1)/2 independent normals.
 
-        There are D + D(D + 1)/2 of them. Dependence makes it smaller than this; few samples or heavy tails, larger.
+        Dependence makes the true quantile smaller; few samples or heavy tails make it larger.
         """
         d = len(self.mean)
         each = 0.95 ** (1 / (d + d * (d + 1) // 2))
@@ -261,10 +261,10 @@ def moments(x: Tensor, y: Tensor) -> Moments:
         \mathrm{Var}(\hat c_{ij}) = \frac{m_{ij} - c_{ij}^2}{N} + \frac{c_{ii} c_{jj} + c_{ij}^2}{N (N - 1)}, \qquad
         m_{ij} = E\left[ (x_i - \bar x_i)^2 (x_j - \bar x_j)^2 \right]
 
-    for each set, exact for any distribution but for the moments, which are those of the samples. Memory is D².
+    for each set; exact for any distribution, except that c and m are estimated from the samples. The memory is O(D²).
 
     Arguments:
-        x: Samples, (N, *event), D numbers in each event.
+        x: Samples, (N, *event), with D numbers in each event.
         y: Samples, (M, *event).
 
     Returns:
@@ -296,13 +296,13 @@ def moments(x: Tensor, y: Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric between two sets of samples beside what it is between two halves of one.
+    """A metric between two sets of samples, and its distribution for two sets from one distribution.
 
     Arguments:
-        value: The metric.
-        floor: Its median under equal distributions.
-        floor_high: Its 95 % quantile under equal distributions.
-        p_value: How often it is at least `value` under equal distributions.
+        value: Value of the metric.
+        floor: Median of the metric under equal distributions.
+        floor_high: 95 % quantile of the metric under equal distributions.
+        p_value: Probability under equal distributions that the metric is at least `value`.
     """
 
     value: float
@@ -317,23 +317,23 @@ class Comparison:
 def compare(
     metric: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, n_permutations: int = 100, seed: int = 0
 ) -> Comparison:
-    r"""Measure a metric and its noise floor: a permutation test.
+    r"""Measure a metric and its noise floor by a permutation test.
 
-    If x and y come from one distribution, then who belongs to which set is arbitrary, so relabelled samples give
-    further values :math:`d_1, \ldots, d_n` of the metric, and
+    If x and y come from one distribution, the labels of the samples are arbitrary. So random labels give further values
+    :math:`d_1, \ldots, d_n` of the metric, and
 
     .. math:: p = \frac{1 + \#\{i : d_i \ge d\}}{1 + n}
 
-    is at most p with probability at most p, at any N and M, for any metric.
+    is a valid p-value, :math:`P(p \le a) \le a`, for any N, any M and any metric.
 
-    :func:`energy_distance` and :func:`mmd_rbf` (also in a ``functools.partial`` with keywords) compute their pairs once
-    for all labellings; any other metric is called n + 1 times.
+    :func:`energy_distance` and :func:`mmd_rbf` (also in a ``functools.partial`` with keywords) compute all pairs once;
+    any other metric is called n + 1 times.
 
     Arguments:
-        metric: A function of two sets of samples to a number, large when they differ.
+        metric: Function of two sets of samples that returns a number, large if they differ.
         x: Samples, (N, *event).
         y: Samples, (M, *event).
-        n_permutations: n; 1 / (1 + n) is the smallest p-value there is.
+        n_permutations: Number n of permutations; the smallest possible p-value is 1 / (1 + n).
         seed: Seed of the labels.
 
     References:
@@ -365,19 +365,19 @@ def compare(
     if bool(values.isnan().any()):
         raise ValueError("`metric` must return a number for every labelling of the samples, got nan.")
     value, others = values[0], values[1:]
-    slack = 1e-9 * values.abs().max()  # labellings that only rename the sets differ by rounding
+    slack = 1e-9 * values.abs().max()  # rounding: a labelling that only swaps the sets has the same value
     floor, high = others.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     p = (1 + int((others >= value - slack).sum())) / (1 + n_permutations)
     return Comparison(float(value), floor, high, p)
 
 
-# The door
+# Checks of the arguments
 
 
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Two sets of samples as matrices (N, D) and (M, D), both moved by the vector that brings their middle to 0.
+    """Check two sets of samples; return matrices (N, D) and (M, D), translated so that their midrange is 0.
 
-    Every metric here is blind to such a move, and sums and products of numbers near 0 keep their digits.
+    The metrics are invariant to the translation, and sums and products of numbers near 0 lose fewer digits.
     """
     for name, value in (("x", x), ("y", y)):
         check.state(name, value)
@@ -398,11 +398,11 @@ def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             at = tuple(bad.nonzero()[0].tolist())
             raise ValueError(
                 f"`{name}` must be finite, got {value[at].item()} at index {at}, one of {int(bad.sum())} such numbers; "
-                f"a distance has no meaning there."
+                f"remove these samples."
             )
     dtype = torch.float64 if x.device.type == "cpu" else torch.promote_types(x.dtype, y.dtype)
     x, y = (value.detach().to(dtype).reshape(len(value), -1) for value in (x, y))
-    # The middle of a constant column is that constant, exactly: it becomes 0 and not a rounding error.
+    # The midrange of a constant column is exactly that constant, so the column becomes exactly 0.
     middle = torch.minimum(x.amin(0), y.amin(0)) / 2 + torch.maximum(x.amax(0), y.amax(0)) / 2
     return x - middle, y - middle
 
@@ -420,7 +420,7 @@ def _transport(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.sort(dim=1).values, y.sort(dim=1).values
     if n == m:
         return (x - y).square().mean(1)
-    # Jumps of the quantile functions at i/n and j/m, in units of 1/(nm): integers, so that equal jumps are equal.
+    # Jumps of the quantile functions at i/n and j/m, in units of 1/(nm): as integers, equal jumps compare equal.
     jumps = torch.cat([torch.arange(n) * m, torch.arange(m) * n]).unique()
     width = torch.cat([jumps, torch.tensor([n * m])]).diff().to(x.dtype) / (n * m)
     i, j, width = (jumps // m).to(x.device), (jumps // n).to(x.device), width.to(x.device)
@@ -431,14 +431,14 @@ def _transport(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _first(x: Tensor, y: Tensor) -> Tensor:
-    """The labelling of the pooled samples, (1, N + M), that is 1 on x and 0 on y."""
+    """Labels of the pooled samples, (1, N + M): 1 for x and 0 for y."""
     return (torch.arange(len(x) + len(y), device=x.device) < len(x)).to(x.dtype)[None]
 
 
 def _distances(z: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Blocks of distances from rows [start, start + r) to rows [start, …): the first r columns are the diagonal block.
 
-    Differences are taken before squares; expanding :math:`|a|^2 - 2ab + |b|^2` loses samples that are close together.
+    Differences are taken before squares; the expansion :math:`|a|^2 - 2ab + |b|^2` is inaccurate for close samples.
     """
     start = 0
     while start < len(z):
@@ -450,12 +450,12 @@ def _distances(z: Tensor) -> Iterator[tuple[int, Tensor]]:
 def _pair_sums(
     z: Tensor, labels: Tensor, kernel: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, float, float]:
-    """Sums of a kernel of distances over ordered pairs inside x, from x to y and inside y, and N and M.
+    """Sums of a kernel of the distance over ordered pairs within x, from x to y and within y; and N and M.
 
     Arguments:
         z: Pooled samples, (Z, D).
-        labels: 1 for x and 0 for y, (S, Z), N ones in every row.
-        kernel: Function of a block of distances; it may work in place.
+        labels: Labels, 1 for x and 0 for y, (S, Z), with N ones in every row.
+        kernel: Function of a block of distances; it may modify the block.
 
     Returns:
         Three (S,) tensors of float64 on the CPU and two numbers.
@@ -464,7 +464,7 @@ def _pair_sums(
     total = torch.zeros(len(rows), dtype=torch.float64)
     for start, d in _distances(z):
         k = kernel(d)
-        k[:, len(k) :] *= 2  # the block below the diagonal mirrors the one beside it
+        k[:, len(k) :] *= 2  # pairs outside the diagonal block count in both orders
         total += ((rows[:, start:] @ k.T) * rows[:, start : start + len(k)]).sum(1).cpu().double()
     xx, yy, both = total.split([len(labels), len(labels), 1])
     n = int(labels[0].sum())
@@ -491,22 +491,22 @@ def _mmd(z: Tensor, labels: Tensor, bandwidth: float | Sequence[float] | None = 
         return k / len(widths)
 
     xx, xy, yy, n, m = _pair_sums(z, labels, kernel)
-    # A sample with itself has k = 1.
+    # Each pair of a sample with itself adds 1 to xx and yy.
     return (xx - n) / (n * (n - 1)) + (yy - m) / (m * (m - 1)) - 2 * xy / (n * m)
 
 
 def _median_distance(z: Tensor) -> float:
-    """Median distance between different samples, from counts in bins of equal ratio: one pass, no store of pairs."""
-    top = 2 * float(z.norm(dim=1).max())  # 0 is in the middle: no distance is longer
+    """Median distance between different samples, from a histogram of its logarithm: no pairs are stored."""
+    top = 2 * float(z.norm(dim=1).max())  # by the triangle inequality, no distance is larger
     if top == 0:
         raise ValueError("`bandwidth` must be given where all samples coincide: their median distance is 0.")
     bins = _OCTAVES * _PER_OCTAVE
     counts = torch.zeros(bins + 1, dtype=torch.int64)
     for _, d in _distances(z):
         bin_of = d.div_(top).log2_().add_(_OCTAVES).mul_(_PER_OCTAVE).clamp_(0, bins).long()
-        for part in (bin_of, bin_of[:, len(bin_of) :]):  # pairs beside the diagonal block count for their mirror too
+        for part in (bin_of, bin_of[:, len(bin_of) :]):  # pairs outside the diagonal block count in both orders
             counts += torch.bincount(part.flatten(), minlength=bins + 1).cpu()
-    counts[0] -= len(z)  # samples with themselves
+    counts[0] -= len(z)  # pairs of a sample with itself
     half = int((counts.cumsum(0) < counts.sum() / 2).sum())
     if half == 0:
         raise ValueError("`bandwidth` must be given where most samples coincide: their median distance is 0.")
@@ -516,8 +516,8 @@ def _median_distance(z: Tensor) -> float:
 # The classifier
 
 
-class _Deal:
-    """One set of samples, shuffled and cut into folds.
+class _Folds:
+    """One set of samples, shuffled and split into folds.
 
     Arguments:
         z: Samples, (N, D).
@@ -531,11 +531,11 @@ class _Deal:
         self.noise = noise
 
     def held_out(self, fold: int) -> Tensor:
-        """The samples that fold does not train on."""
+        """Held-out samples of a fold."""
         return self.z[self.cut[fold] : self.cut[fold + 1]]
 
     def batches(self, steps: int, size: int) -> Tensor:
-        """Rows for training, (steps, folds, size), uniform over what each fold does not hold out."""
+        """Rows of the training batches, (steps, folds, size), uniform over the training samples of each fold."""
         start = torch.tensor(self.cut[1:])[:, None]
         length = len(self.z) - torch.tensor(self.cut).diff()[:, None]
         u = self.noise.uniform((steps, len(start), size), draw=1, dtype=torch.float64)
@@ -543,14 +543,14 @@ class _Deal:
 
 
 def _mlp(z: Tensor, net: list[Tensor]) -> Tensor:
-    """Logits of y, (F, B), of samples (F, B, D) under F networks: weights (F, in, out) and biases (F, 1, out)."""
+    """Logits of class y, (F, B), of samples (F, B, D) by F networks of weights (F, in, out), biases (F, 1, out)."""
     for weight, bias in zip(net[:-2:2], net[1:-2:2], strict=True):
         z = torch.baddbmm(bias, z, weight).relu()
     return torch.baddbmm(net[-1], z, net[-2])[..., 0]
 
 
 def _train(
-    deals: list[_Deal],
+    splits: list[_Folds],
     noise: Noise,
     widths: tuple[int, ...],
     folds: int,
@@ -559,17 +559,17 @@ def _train(
     lr: float,
     weight_decay: float,
 ) -> list[Tensor]:
-    """Train one network for each fold, all at a time; none sees what its fold holds out."""
-    device = deals[0].z.device
+    """Train one network for each fold, all at the same time, without the held-out samples of the fold."""
+    device = splits[0].z.device
     net: list[Tensor] = []
     for layer, (a, b) in enumerate(itertools.pairwise(widths)):
         net += [noise.normal((folds, a, b), draw=layer) * math.sqrt(2 / a), torch.zeros(folds, 1, b)]
     net = [p.to(device).requires_grad_() for p in net]
     adam = torch.optim.AdamW(net, lr=lr, weight_decay=weight_decay)
-    rows = [deal.batches(steps, batch) for deal in deals]
+    rows = [split.batches(steps, batch) for split in splits]
     for step in range(steps):
         adam.param_groups[0]["lr"] = lr * (1 - step / steps)
-        of_x, of_y = (_mlp(deal.z[row[step]], net) for deal, row in zip(deals, rows, strict=True))
+        of_x, of_y = (_mlp(split.z[row[step]], net) for split, row in zip(splits, rows, strict=True))
         softplus = torch.nn.functional.softplus
         loss = (softplus(of_x) + softplus(-of_y)).mean(1).sum()
         adam.zero_grad()
@@ -584,17 +584,17 @@ def _train(
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean (D,) and covariance (D, D) of samples (N, D), each followed by its variance."""
     n = len(x)
-    middle = x.amin(0) / 2 + x.amax(0) / 2  # takes a constant column to 0 exactly, where its mean would round
+    middle = x.amin(0) / 2 + x.amax(0) / 2  # a constant column becomes exactly 0; its mean would round
     x = x - middle
     mean = x.mean(0)
     x = x - mean
     cov = x.T @ x / (n - 1)
     var = cov.diagonal()
     square = x.square()
-    spread = (square.T @ square / n - cov.square()).clamp_min(0.0) / n
-    return middle + mean, var / n, cov, spread + (var[:, None] * var + cov.square()) / (n * (n - 1))
+    leading = (square.T @ square / n - cov.square()).clamp_min(0.0) / n
+    return middle + mean, var / n, cov, leading + (var[:, None] * var + cov.square()) / (n * (n - 1))
 
 
 def _largest_z(difference: Tensor, se: Tensor) -> float:
-    """Largest |difference| / se; a difference of 0 is none, also where nothing varies."""
+    """Largest |difference| / se; a difference of 0 counts as 0, also where se = 0."""
     return float(torch.where(difference == 0, 0.0, difference.abs() / se).max())

@@ -1,8 +1,8 @@
-r"""Exact denoisers: the ground truth of this library.
+r"""Exact denoisers of Gaussian mixtures and of finite data sets.
 
-If data is a Gaussian mixture, so is every marginal, :math:`p_t = \sum_k w_k N(\alpha\mu_k, \alpha^2 C_k + \sigma^2 I)`,
-and score, posterior mean, density and samples are closed forms at any (α, σ). The optimal denoiser of a finite data
-set is the case C = 0. Both are denoisers, so whatever takes a trained network takes them.
+If the data is a Gaussian mixture, every marginal is one:
+:math:`p_t = \sum_k w_k N(\alpha\mu_k, \alpha^2 C_k + \sigma^2 I)`. Score, posterior mean, density and samples have
+closed forms at any (α, σ). A finite data set is the case C = 0. Both classes can replace a trained denoiser.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from scoresde.denoiser import AbstractDenoiser, _check_sde, _undefined, _Want, _
 from scoresde.noise import Noise
 from scoresde.sde import SDE
 
-_CHUNK = 1 << 18  # numbers in a temporary of differences
-_STREAM = 0x6D6978  # samples of a mixture are independent of a sampler's noise at the same seed
+_CHUNK = 1 << 18  # largest number of entries of a temporary tensor of differences
+_STREAM = 0x6D6978  # makes samples independent of the noise of a solver with the same seed
 
 
 def squared_distances(x: Tensor, centres: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
     r"""Squared distances :math:`|x_b - \alpha_b\mu_k|^2`, (B, D) and (K, D) to (B, K).
 
-    By differences, never by expanding the square: near duplicates far from the origin keep their digits.
+    The code squares differences and does not expand the square, which loses digits for close points far from 0.
     """
     if isinstance(alpha, Tensor) and alpha.ndim == 1:
         alpha = alpha[:, None, None]
@@ -36,12 +36,12 @@ def squared_distances(x: Tensor, centres: Tensor, alpha: float | Tensor = 1.0) -
 
 
 def _components_at_once(x: Tensor) -> int:
-    """How many differences of a state from a centre to hold at a time: on a CPU, as many as its caches hold."""
+    """Number of components per chunk; on a CPU a chunk of differences fits in the cache."""
     return max(1, (_CHUNK if x.device.type == "cpu" else _CHUNK << 8) // max(1, x.numel()))
 
 
 class _Exact(AbstractDenoiser):
-    """A denoiser with a density; a subclass keeps ``_points`` (K, D) and ``event``."""
+    """A denoiser with a density; a subclass sets ``_points`` (K, D) and ``event``."""
 
     _points: Tensor
     event: tuple[int, ...]
@@ -49,7 +49,6 @@ class _Exact(AbstractDenoiser):
     _parts: str
 
     def extra_repr(self) -> str:
-        """What is shown of it."""
         return f"{len(self._points)} {self._parts}, event={self.event}, sde={self.sde}"
 
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -63,7 +62,7 @@ class _Exact(AbstractDenoiser):
         return x.flatten(1).to(self._points.dtype)
 
     def _scales(self, t: float | Tensor, rows: int) -> tuple[Any, Any]:
-        """α and σ, as numbers or as columns (B, 1)."""
+        """α and σ as numbers or tensors, () or (B, 1)."""
         if not isinstance(t, Tensor):
             return self.sde.alpha(t), self.sde.sigma(t)
         s = check.time(t, self.sde.T).to(self._points)
@@ -75,22 +74,22 @@ class _Exact(AbstractDenoiser):
 
 
 class GaussianMixture(_Exact):
-    r"""Data that is a mixture of Gaussians, and its exact denoiser under a process.
+    r"""Exact denoiser of data from a mixture of Gaussians.
 
     .. math::
         p_t(x) = \sum_k w_k N(x; \alpha\mu_k, \alpha^2 C_k + \sigma^2 I), \qquad
         \nabla\log p_t = -\sum_k r_k(x)\,(\alpha^2 C_k + \sigma^2 I)^{-1}(x - \alpha\mu_k)
 
-    Give the covariances in one of three ways; all are kept as :math:`C_k = s_k^2 I + U_k \mathrm{diag}(l_k) U_k^T`, and
-    all arithmetic is float64 unless the module is cast with ``.to(dtype)``.
+    Give the covariances by `std`, by `cov`, or by `factor` with an optional `std`. The module stores them as
+    :math:`C_k = s_k^2 I + U_k \mathrm{diag}(l_k) U_k^T`. It computes in float64 unless it is cast with ``.to(dtype)``.
 
     Arguments:
-        sde: The process.
-        means: μ_k, (K, *event).
-        weights: w_k, (K,), positive; normalised here. Equal by default.
-        std: Standard deviations: one number, (K,), or one for each entry, (K, *event).
+        sde: Noising process.
+        means: Means μ_k, (K, *event).
+        weights: Weights w_k, (K,), positive; normalised to sum 1. Default: equal weights.
+        std: Standard deviations, a number, (K,), or (K, *event) for one per entry.
         cov: Full covariances, (K, D, D) with D the size of an event.
-        factor: Low rank: (K, D, r) with C_k = F_k F_kᵀ + std² I, where `std` is a number or (K,), 0 by default.
+        factor: Low-rank factors F_k, (K, D, r), of C_k = F_k F_kᵀ + std² I; `std` is a number or (K,), default 0.
 
     Example:
         >>> import torch, scoresde as ss
@@ -122,7 +121,7 @@ class GaussianMixture(_Exact):
         self.sde = _check_sde(sde)
         mu = _float64("means", means)
         if mu.ndim < 2 or mu.numel() == 0:
-            raise ValueError(f"`means` must have shape (K, *event), got {tuple(mu.shape)}; one number a row is (K, 1).")
+            raise ValueError(f"`means` must have shape (K, *event), got {tuple(mu.shape)}; for scalar data use (K, 1).")
         self.event = tuple(mu.shape[1:])
         mu = mu.flatten(1)
         K, D = mu.shape
@@ -132,37 +131,37 @@ class GaussianMixture(_Exact):
         if (std is None) == (cov is None) and factor is None:
             raise ValueError("give the covariances in one way: `std`, `cov`, or `factor` with an optional `std`.")
         if factor is not None and cov is not None:
-            raise ValueError("`cov` is already the whole covariance; drop `factor`.")
-        iso, spread, basis = _eigen(K, D, self.event, std, cov, factor)
+            raise ValueError("`cov` is the full covariance and excludes `factor`; drop `factor`.")
+        iso, variances, basis = _eigen(K, D, self.event, std, cov, factor)
         self.register_buffer("_points", mu)
         self.register_buffer("_weights", (w / w.sum()).log())
         self.register_buffer("_iso", iso)
-        self.register_buffer("_spread", spread)
+        self.register_buffer("_spread", variances)
         self.register_buffer("_basis", basis)
 
     @property
     def means(self) -> Tensor:
-        """μ_k, (K, *event)."""
+        """Means μ_k, (K, *event)."""
         return self._points.reshape(-1, *self.event)
 
     @property
     def weights(self) -> Tensor:
-        """w_k, (K,)."""
+        """Weights w_k, (K,)."""
         return self._weights.exp()
 
     def under(self, sde: SDE) -> GaussianMixture:
         """The same data under another process."""
-        twin = GaussianMixture.__new__(GaussianMixture)
-        AbstractDenoiser.__init__(twin)
-        twin.sde, twin.event = _check_sde(sde), self.event
+        copy = GaussianMixture.__new__(GaussianMixture)
+        AbstractDenoiser.__init__(copy)
+        copy.sde, copy.event = _check_sde(sde), self.event
         for name, buffer in self.named_buffers():
-            twin.register_buffer(name, buffer)
+            copy.register_buffer(name, buffer)
         if self._basis is None:
-            twin.register_buffer("_basis", None)
-        return twin
+            copy.register_buffer("_basis", None)
+        return copy
 
     def component_covariances(self) -> Tensor:
-        """C_k, (K, D, D)."""
+        """Covariances C_k, (K, D, D)."""
         K, D = self._points.shape
         eye = torch.eye(D).to(self._points)
         iso = self._iso[:, None, None] * eye
@@ -181,7 +180,6 @@ class GaussianMixture(_Exact):
         return within + (centred * self.weights[:, None]).mT @ centred
 
     def log_prob(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
-        """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
         return self._log_joint(x, t).logsumexp(1).to(x.dtype)
 
     def responsibilities(self, x: Tensor, t: float | Tensor = 0.0) -> Tensor:
@@ -194,10 +192,10 @@ class GaussianMixture(_Exact):
         """Exact samples of the marginal at time `t`, (n, *event).
 
         Arguments:
-            n: How many.
-            t: When; 0 gives data.
-            seed: A seed, a :class:`Noise`, or None for a fresh one. Sample i depends on the seed and i alone.
-            dtype: float32 or float64.
+            n: Number of samples.
+            t: Time; 0 gives data.
+            seed: Seed, a :class:`Noise`, or None for a random seed. Sample i depends on the seed and i alone.
+            dtype: Dtype of the samples, float32 or float64.
         """
         check.integer("n", n)
         check.dtype("dtype", dtype)
@@ -214,34 +212,33 @@ class GaussianMixture(_Exact):
         return x.reshape(n, *self.event).to(dtype)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Posterior mean E[x_0 | x_t = x], exact."""
         return self._predict("x0", x, t, cond)
 
     def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        r"""Score, :math:`\nabla_x\log p_t(x)`; also at t = 0, where the data has a density."""
+        r"""Score, :math:`\nabla_x\log p_t(x)`, also at t = 0 if the data has a density."""
         return self._blend(x, t, 0.0, -1.0)
 
     def flow(self, x: Tensor, s: float, t: float) -> Tensor:
-        r"""Exact probability flow of one Gaussian from time s to t.
+        r"""Exact probability flow of a mixture with one component, from time s to t.
 
         .. math:: x_t = \alpha_t\mu + U \sqrt{\frac{\alpha_t^2\Lambda + \sigma_t^2}{\alpha_s^2\Lambda + \sigma_s^2}}
                   U^T (x_s - \alpha_s\mu)
 
         Arguments:
-            x: State at time `s`, (B, *event). The mixture must have one component.
-            s: From when.
-            t: To when.
+            x: State at time `s`, (B, *event).
+            s: Initial time.
+            t: Target time.
         """
         if len(self._points) != 1:
             raise ValueError(
-                f"`flow` is known in closed form for 1 component, this mixture has {len(self._points)}; integrate it "
-                f"with a fine grid instead."
+                f"`flow` has a closed form only for 1 component, this mixture has {len(self._points)}; integrate the "
+                f"probability-flow ODE on a fine grid instead."
             )
         (a, b), (c, d) = ((self.sde.alpha(r), self.sde.sigma(r)) for r in (s, t))
-        iso, spread = self._iso, self._spread[0]
+        iso, total = self._iso, self._iso + self._spread[0]
         centred = self._rows(x) - a * self._points
         side = ((c**2 * iso + d**2) / (a**2 * iso + b**2)).sqrt()
-        along = ((c**2 * (iso + spread) + d**2) / (a**2 * (iso + spread) + b**2)).sqrt()
+        along = ((c**2 * total + d**2) / (a**2 * total + b**2)).sqrt()
         if self._basis is None:
             moved = centred * along
         else:
@@ -255,13 +252,13 @@ class GaussianMixture(_Exact):
 
     @property
     def _full(self) -> bool:
-        """Whether the eigenvectors span the space, so that nothing is left beside them."""
+        """Whether the eigenvectors span the whole space."""
         return self._basis is None or self._basis.shape[1] == self._basis.shape[2]
 
     def _differences(self, x: Tensor, alpha: Any) -> Iterator[tuple[slice, Tensor]]:
-        """x − αμ_k, (k, B, D), some components at a time.
+        """Differences x − αμ_k, (k, B, D), in chunks of components.
 
-        By differences of the vectors, never of their squares or products, which would lose thin directions.
+        Differences of squares or products would lose the directions of small variance to rounding.
         """
         step = _components_at_once(x)
         for k in range(0, len(self._points), step):
@@ -269,15 +266,15 @@ class GaussianMixture(_Exact):
             yield part, x - alpha * self._points[part, None]
 
     def _variances(self, part: slice, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
-        """Variance of x beside the axes, (k, ·, 1), and along them, (k, ·, r); the dot is 1 or B."""
-        floor = torch.finfo(self._points.dtype).tiny ** 0.75  # a square over it is still finite
+        """Variance of x orthogonal to the axes, (k, ·, 1), and along them, (k, ·, r); the dot is 1 or B."""
+        floor = torch.finfo(self._points.dtype).tiny ** 0.75  # a square divided by this number is still finite
         iso = self._iso[part, None, None]
         side = (alpha**2 * iso + sigma**2).clamp_min(floor)
         along = (alpha**2 * (iso + self._spread[part, None]) + sigma**2).clamp_min(floor)
         return side, along
 
     def _joint(self, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
-        """Log of w_k N(x; αμ_k, α²C_k + σ²I), (B, K), and the coordinates U_kᵀ(x − αμ_k), (k, B, r), part by part."""
+        """Log of w_k N(x; αμ_k, α²C_k + σ²I), (B, K), and the coordinates U_kᵀ(x − αμ_k), (k, B, r), in chunks."""
         D = x.shape[1]
         logs, coordinates = [], []
         for part, d in self._differences(x, alpha):
@@ -311,14 +308,15 @@ class GaussianMixture(_Exact):
         return self._blend(x, t, a, b)
 
     def _blend(self, x: Tensor, t: float | Tensor, a: Any, b: Any) -> Tensor:
-        """a E[x_0 | x] + b E[ε | x] / σ, of which the last is minus the score; a and b are numbers or tensors (B,)."""
+        """Sum a E[x_0 | x] + b E[ε | x] / σ = a E[x_0 | x] − b score; a and b are numbers or tensors (B,)."""
         rows = self._rows(x)
         alpha, sigma = self._scales(t, len(x))
         a, b = (c[:, None] if isinstance(c, Tensor) and c.ndim else c for c in (a, b))
         joint, coordinates = self._joint(rows, alpha, sigma)
         r = joint.softmax(1)
 
-        # It is a Σ_k r_k μ_k + Σ_k r_k M_k (x − αμ_k), where M_k shares C_k's axes; its values beside and along them.
+        # The sum is a Σ_k r_k μ_k + Σ_k r_k M_k (x − αμ_k), where M_k has the eigenvectors of C_k. `gains` returns the
+        # eigenvalues of M_k orthogonal to the axes and along them.
         def gains(part: slice) -> tuple[Tensor, Tensor]:
             side, along = self._variances(part, alpha, sigma)
             iso = self._iso[part, None, None]
@@ -330,11 +328,11 @@ class GaussianMixture(_Exact):
             for part, d in self._differences(rows, alpha):
                 m_side, m_along = gains(part)
                 d = d * (m_along if self._basis is None else m_side)
-                # One kernel where there is one component.
+                # One component needs one kernel only.
                 weight = r.mT[part, :, None]
                 out = out.addcmul_(weight[0], d[0]) if len(d) == 1 else out.add_((weight * d).sum(0))
         elif not self._full:
-            # Of E[x_0] alone the gains are bounded, and a difference of sums is as good as a sum of differences.
+            # The gains of E[x_0] are bounded, so a difference of sums is accurate.
             weight = r * gains(slice(None))[0][..., 0].mT
             out = out + weight.sum(1, keepdim=True) * rows - alpha * (weight @ self._points)
         for part, y in coordinates:
@@ -347,14 +345,14 @@ class GaussianMixture(_Exact):
 
 
 class Empirical(_Exact):
-    r"""The optimal denoiser of a finite data set: what a network that had memorised it would return.
+    r"""Optimal denoiser of a finite data set, the output of a network that has memorised the data.
 
     .. math:: E[x_0 \mid x] = \sum_i r_i x_i, \qquad
               r = \mathrm{softmax}_i\!\left(-\frac{|x - \alpha x_i|^2}{2\sigma^2}\right)
 
     Arguments:
-        sde: The process.
-        data: (N, *event), kept in float64 unless the module is cast.
+        sde: Noising process.
+        data: Data, (N, *event), stored in float64 unless the module is cast.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
@@ -387,7 +385,7 @@ class Empirical(_Exact):
         alpha, sigma = self._scales(t, len(x))
         if not isinstance(sigma, Tensor):
             if sigma == 0:
-                raise ValueError(f"`t` must have σ(t) > 0, got {t}: without noise a finite data set has no density.")
+                raise ValueError(f"`t` must have σ(t) > 0, got {t}: a finite data set has no density without noise.")
             sigma = rows.new_tensor(sigma)
         N, D = self._points.shape
         energy = self._distances(rows, alpha) / (2 * sigma**2)
@@ -395,7 +393,7 @@ class Empirical(_Exact):
         return ((-energy).logsumexp(1) - log_z.reshape(-1)).to(x.dtype)
 
     def responsibilities(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Posterior probability of each datum, (B, *event) to (B, N); at σ = 0 all on the nearest."""
+        """Posterior probability of each data point, (B, *event) to (B, N); at σ = 0 it is 1 at the nearest point."""
         rows = self._rows(x)
         alpha, sigma = self._scales(t, len(x))
         distance = self._distances(rows, alpha)
@@ -418,7 +416,6 @@ class Empirical(_Exact):
         return x.reshape(n, *self.event).to(dtype)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Posterior mean E[x_0 | x_t = x], exact."""
         r = self.responsibilities(check.state("x", x).to(self._points.dtype), t)
         return (r @ self._points).reshape(x.shape).to(x.dtype)
 
@@ -429,7 +426,7 @@ class Empirical(_Exact):
 def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
     if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
         raise TypeError(f"`{name}` must be real numbers, got {str(value.dtype)[6:]}.")
-    # Straight to float64: numbers in a list would lose half of their digits on the way through torch's default.
+    # Directly to float64: torch's default dtype would round the numbers of a list to float32.
     out = torch.as_tensor(value, dtype=torch.float64).detach().clone()
     if not bool(out.isfinite().all()):
         raise ValueError(f"`{name}` must be finite, got {out[~out.isfinite()][0].item()}.")
@@ -439,8 +436,8 @@ def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
 def _eigen(
     K: int, D: int, event: tuple[int, ...], std: Any, cov: Any, factor: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Every kind of covariance as (s², (K,)), (l, (K, r)) and (U, (K, D, r)), U = None standing for the identity."""
-    none = torch.zeros(K, dtype=torch.float64)
+    """Covariances of every kind as s² (K,), l (K, r) and U (K, D, r); U = None is the identity."""
+    zeros = torch.zeros(K, dtype=torch.float64)
     if cov is not None:
         c = _float64("cov", cov)
         if c.shape != (K, D, D):
@@ -448,17 +445,18 @@ def _eigen(
                 f"`cov` must have shape ({K}, {D}, {D}), one covariance for each mean, got {tuple(c.shape)}."
             )
         if not torch.allclose(c, c.mT, rtol=1e-8, atol=1e-12):
-            raise ValueError("`cov` must be symmetric; (cov + cov.mT) / 2 is its symmetric part.")
-        spread, u = torch.linalg.eigh(c)
-        if bool((spread < -1e-10 * spread.abs().amax()).any()):
-            raise ValueError(f"`cov` must be positive semidefinite, its least eigenvalue is {spread.min().item():.3g}.")
-        return none, spread.clamp_min(0), u
-    s = none if std is None else _float64("std", std)
+            raise ValueError("`cov` must be symmetric; give its symmetric part, (cov + cov.mT) / 2.")
+        values, u = torch.linalg.eigh(c)
+        if bool((values < -1e-10 * values.abs().amax()).any()):
+            smallest = values.min().item()
+            raise ValueError(f"`cov` must be positive semidefinite, its smallest eigenvalue is {smallest:.3g}.")
+        return zeros, values.clamp_min(0), u
+    s = zeros if std is None else _float64("std", std)
     if bool((s < 0).any()):
         raise ValueError(f"`std` must not be negative, got {s.min().item()}.")
     if factor is not None:
         if s.ndim > 1 or (s.ndim == 1 and len(s) != K):
-            raise ValueError(f"`std` beside `factor` must be a number or ({K},), got shape {tuple(s.shape)}.")
+            raise ValueError(f"`std` with `factor` must be a number or ({K},), got shape {tuple(s.shape)}.")
         F = _float64("factor", factor)
         if F.ndim != 3 or F.shape[:2] != (K, D) or F.shape[2] > D:
             raise ValueError(f"`factor` must have shape ({K}, {D}, r) with r <= {D}, got {tuple(F.shape)}.")
@@ -472,11 +470,11 @@ def _eigen(
         )
     if s.shape != (K, *event):
         raise ValueError(f"`std` must be a number, ({K},) or {(K, *event)}, got shape {tuple(s.shape)}.")
-    return none, s.flatten(1) ** 2, None
+    return zeros, s.flatten(1) ** 2, None
 
 
 def _per_component(z: Tensor, matrices: Tensor, k: Tensor) -> Tensor:
-    """Row-wise z_b @ matrices[k_b], without one matrix for each row."""
+    """Products z_b @ matrices[k_b] of each row b, without a copy of a matrix for each row."""
     out = z.new_zeros(len(z), matrices.shape[2])
     for j in range(len(matrices)):
         rows = k == j

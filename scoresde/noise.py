@@ -1,8 +1,8 @@
-r"""Seeds in, noise out: sample i is the same sample in any batch, order, chunk or rank.
+r"""Reproducible random numbers: sample i is the same in any batch, order, chunk or rank.
 
-Every number is a pure function of (seed, sample index, draw, position), the counter-based generator Philox-4x32-10
-in vectorised torch; nothing is stored and torch's global generator is never touched. Uniform words become normals by
-Box–Muller, :math:`z = \sqrt{-2\log u}\,(\cos 2\pi v, \sin 2\pi v)`.
+Every number is a pure function of (seed, sample index, draw, position), computed by the counter-based generator
+Philox-4x32-10 in vectorised torch. There is no state, and torch's global generator is not used. Box–Muller maps
+uniform words to normals, :math:`z = \sqrt{-2\log u}\,(\cos 2\pi v, \sin 2\pi v)`.
 
 References:
     | Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), doi:10.1145/2063384.2063405
@@ -23,30 +23,30 @@ from scoresde import _checks as check
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_BLOCK = 1 << 14  # counters at a time on a CPU: they stay in a core's cache, and torch in one thread for the integers
-_AHEAD = 1 << 15  # numbers that are drawn ahead
-_DEVICE_BLOCK = 1 << 22  # and on other devices: the working set stays within a few hundred MB
+_BLOCK = 1 << 14  # counters per call on a CPU: they fit a core's cache, and torch uses one thread for the integers
+_AHEAD = 1 << 15  # numbers that `Ahead` draws in one call
+_DEVICE_BLOCK = 1 << 22  # counters per call on other devices: a working set of a few hundred MB
 _Transform = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Philox-4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+    """Compute Philox-4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
 
     Arguments:
         counter: Four int64 tensors of 32-bit words, shapes that broadcast.
-        key: Two of the same, with as many axes as the counter.
+        key: Two int64 tensors of 32-bit words, with as many axes as the counter.
 
     Returns:
-        Two int64 tensors, words (0, 2) and words (1, 3), the pair along a new first axis.
+        Two int64 tensors, words (0, 2) and words (1, 3), each pair stacked along a new first axis.
     """
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
     product = torch.empty_like(even)
-    turn = torch.arange(10, device=c0.device).reshape(10, *[1] * c0.ndim)
-    keys = torch.stack([(k + turn * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)], dim=1)
+    rounds = torch.arange(10, device=c0.device).reshape(10, *[1] * c0.ndim)
+    keys = torch.stack([(k + rounds * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)], dim=1)
     for k in keys:
-        # int64 products wrap modulo 2⁶⁴, which keeps both halves of the unsigned 64-bit product: the upper one is mixed
-        # into the other words, the lower one becomes a word whose upper half is masked off when it is next mixed.
+        # int64 products wrap modulo 2⁶⁴, so both halves of the unsigned 64-bit product are correct. The upper half is
+        # mixed into the other words. The lower half becomes a word; the next round masks the bits above it.
         torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
         torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
         torch.bitwise_right_shift(product, 32, out=even)
@@ -59,17 +59,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 class Noise:
     """A source of normal and uniform numbers keyed by (seed, sample index, draw).
 
-    Row b of any draw belongs to global sample ``offset + b``, or to ``indices[b]``, or, when `seed` is a sequence, to
-    sample 0 of ``seed[b]``. A sampler that works on samples 64 … 127 of a run makes ``Noise(seed, offset=64)`` and
-    gets the same numbers as one that works on all of them.
+    Row b of a draw belongs to the global sample ``offset + b`` or ``indices[b]``. If `seed` is a sequence, row b
+    belongs to sample 0 of ``seed[b]``. A rank that computes samples 64 … 127 of a run uses ``Noise(seed, offset=64)``
+    and gets the same numbers as one that computes all samples.
 
     Arguments:
-        seed: An integer in [0, 2⁶⁴), or one for each row. None takes a fresh seed from the operating system, which
-            ``noise.seed`` then tells.
-        offset: Global index of the first row.
+        seed: Seed, an integer in [0, 2⁶⁴) or one for each row. None takes a fresh seed from the operating system;
+            ``noise.seed`` holds this seed.
+        offset: Global index of the first row, default 0.
         indices: Global index of each row, instead of `offset`.
-        path: Give the stochastic legs of a plan increments of one Brownian path a sample, whatever the number of
-            steps, instead of fresh normals; see :mod:`scoresde.paths` for what that costs.
+        path: Whether the stochastic steps of a plan use increments of one Brownian path per sample, the same for any
+            number of steps, instead of fresh normals; :mod:`scoresde.paths` describes the cost.
 
     Example:
         >>> import torch
@@ -99,11 +99,9 @@ class Noise:
             indices = indices.tolist()
         many = isinstance(seed, Sequence)
         if many and (offset or indices is not None):
-            raise ValueError(
-                "`seed` gives each row its own stream, so `offset` and `indices` have no meaning; drop them."
-            )
+            raise ValueError("`seed` has one entry for each row, so `offset` and `indices` have no meaning; drop them.")
         if indices is not None and offset:
-            raise ValueError("`indices` already says which sample each row is; drop `offset`.")
+            raise ValueError("`indices` already gives the sample of each row; drop `offset`.")
         for value in seed if isinstance(seed, Sequence) else (seed,):
             _word("seed", value, 64)
         for value in indices if indices is not None else (offset,):
@@ -114,10 +112,10 @@ class Noise:
         object.__setattr__(self, "path", bool(path))
 
     def fork(self, stream: int) -> Noise:
-        """An independent source with the same rows: for probes, data or paths beside the sampler's own draws.
+        """Return an independent source with the same rows, for probes, data or paths.
 
         Arguments:
-            stream: Any integer in [0, 2⁶⁴); equal numbers give equal sources.
+            stream: Number of the source, an integer in [0, 2⁶⁴); equal numbers give equal sources.
         """
         _word("stream", stream, 64)
         keys = _mix((self.seed,) if isinstance(self.seed, int) else (self.seed or ()), stream)
@@ -129,7 +127,7 @@ class Noise:
         )
 
     def __getitem__(self, rows: Sequence[int] | Tensor | slice) -> Noise:
-        """The source of some of the rows, by position: for chunks, and when finished samples leave a batch."""
+        """Return the source of some rows, given by position, for a chunk or for the unfinished samples of a batch."""
         if isinstance(rows, Tensor):
             rows = rows.nonzero()[:, 0].tolist() if rows.dtype == torch.bool else rows.tolist()
         if isinstance(rows, slice):
@@ -154,13 +152,13 @@ class Noise:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Standard normal numbers of shape (B, *event).
+        """Draw standard normal numbers of shape (B, *event).
 
         Arguments:
-            shape: (B, *event).
-            draw: Which draw, in [0, 2³²); each gives fresh numbers. One for each row as an int64 tensor (B,).
-            dtype: float32 or float64, the same numbers to rounding.
-            device: Where; the same numbers to float rounding everywhere.
+            shape: Shape of the result, (B, *event).
+            draw: Index of the draw, in [0, 2³²), or an int64 tensor (B,). Each index gives fresh numbers.
+            dtype: Dtype of the result, float32 or float64; the numbers agree to rounding.
+            device: Device of the result; the numbers on all devices agree to rounding.
         """
         return self._fill(_box_muller, shape, draw, dtype, device)
 
@@ -172,13 +170,13 @@ class Noise:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Several draws in one call, (L, B, *event): for states so small that a call costs more than its numbers.
+        """Draw several times in one call, (L, B, *event): faster for small states.
 
         Arguments:
-            shape: (B, *event).
-            draws: Which draws, int64, (L,) or (L, B).
-            dtype: float32 or float64.
-            device: Where.
+            shape: Shape of one draw, (B, *event).
+            draws: Indices of the draws, int64, (L,) or (L, B).
+            dtype: Dtype of the result, float32 or float64.
+            device: Device of the result.
         """
         rows, n = shape[0], math.prod(shape[1:])
         k0, k1, i0, i1 = (w[None] for w in self._keys(rows, torch.device(device)))
@@ -195,11 +193,11 @@ class Noise:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Uniform numbers in (0, 1), of shape (B, *event); the arguments of :meth:`normal`."""
+        """Draw uniform numbers in (0, 1), of shape (B, *event), with the arguments of :meth:`normal`."""
         return self._fill(_uniforms, shape, draw, dtype, device)
 
     def like(self, x: Tensor, draw: int) -> Tensor:
-        """Standard normal numbers with the shape, dtype and device of `x`."""
+        """Draw standard normal numbers with the shape, dtype and device of `x`."""
         check.state("x", x)
         return self.normal(x.shape, draw, dtype=x.dtype, device=x.device)
 
@@ -213,7 +211,7 @@ class Noise:
     ) -> Tensor:
         check.dtype("dtype", dtype)
         if not isinstance(draw, Tensor):
-            _word("draw", draw, 32, "; `fork` gives further streams")
+            _word("draw", draw, 32, "; use `fork` for more streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:
             raise ValueError(f"`shape` must be (B, *event), got {shape!r}; a single number is shape (1,).")
         rows, *event = (check.integer("shape", size) for size in shape)
@@ -227,28 +225,28 @@ class Noise:
             per_row = (*per_row, draw.to(out.device).reshape(rows, 1))
         else:
             per_row = (*per_row, torch.full((1, 1), draw, dtype=torch.int64, device=device))
-        at_once = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
-        across = min(blocks, at_once)
-        down = max(1, at_once // across)
-        for r in range(0, rows, down):
-            part = slice(r, min(r + down, rows))
+        limit = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
+        width = min(blocks, limit)
+        height = max(1, limit // width)
+        for r in range(0, rows, height):
+            part = slice(r, min(r + height, rows))
             k0, k1, i0, i1, words_draw = (w if len(w) == 1 else w[part] for w in per_row)
-            for b in range(0, blocks, across):
-                block = torch.arange(b, min(b + across, blocks), device=device)[None]
+            for b in range(0, blocks, width):
+                block = torch.arange(b, min(b + width, blocks), device=device)[None]
                 numbers = _numbers(words_to_numbers, (block, words_draw, i0, i1), (k0, k1), dtype)
                 stop = min(4 * (b + block.shape[1]), n)
                 out[part, 4 * b : stop] = numbers[:, : stop - 4 * b]
         return out.reshape(tuple(shape))
 
     def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Key and sample index of each row, as 32-bit halves of shape (rows, 1), or (1, 1) for a key shared by all."""
+        """Return key and index of each row, as 32-bit halves of shape (rows, 1), or (1, 1) for a shared key."""
         given = (
             len(self.seed) if isinstance(self.seed, tuple) else len(self.indices) if self.indices is not None else rows
         )
         if given != rows:
             name = "seed" if isinstance(self.seed, tuple) else "indices"
             raise ValueError(f"`{name}` has {given} entries and the state has {rows} rows; give one for each row.")
-        # What one number says is made on the device: to copy it there would make a GPU wait.
+        # Single numbers become tensors on the device: a copy from the host would block a GPU.
         if isinstance(self.seed, tuple):
             halves = torch.tensor([_halves(s) for s in self.seed], dtype=torch.int64, device=device)
             lo, hi = halves.reshape(-1, 2).unbind(1)
@@ -263,11 +261,11 @@ class Noise:
 
 
 class Ahead:
-    """A source whose draws are asked for in order: several in one call, where a call costs more than its numbers.
+    """A source for draws in increasing order: for small states, one call computes several draws.
 
     Arguments:
-        noise: The source.
-        draws: How many draws there are.
+        noise: Source of the numbers.
+        draws: Number of draws in total.
     """
 
     def __init__(self, noise: Noise, draws: int) -> None:
@@ -276,7 +274,7 @@ class Ahead:
         self._chunk: Tensor | None = None
 
     def like(self, x: Tensor, draw: int) -> Tensor:
-        """:meth:`Noise.like`; not to be changed in place."""
+        """Return :meth:`Noise.like`; do not change the result in place."""
         check.state("x", x)
         many = min(self._draws, _AHEAD // max(1, x.numel()))
         if many < 2:
@@ -294,7 +292,7 @@ def _numbers(
     key: tuple[Tensor, Tensor],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Four numbers of each counter, along its last axis."""
+    """Compute four numbers of each counter, along its last axis."""
     words = philox(counter, key)
     numbers = torch.empty((*words[0].shape[1:], 2, 2), dtype=dtype, device=words[0].device)
     for i, pair in enumerate(words_to_numbers(*words, dtype)):
@@ -312,7 +310,7 @@ def _halves(seed: int) -> tuple[int, int]:
 
 
 def _mix(seeds: Sequence[int], stream: int) -> list[int]:
-    """A 64-bit seed for a stream of each seed: Philox once, with a counter that no draw uses."""
+    """Compute a 64-bit seed from each seed and `stream`, by Philox with a counter that no draw uses."""
     lo, hi = torch.tensor([_halves(seed) for seed in seeds], dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
     counter = torch.tensor([*_halves(stream), _MASK, _MASK], device="cpu").reshape(4, 1).expand(4, len(lo))
     even, odd = philox((counter[0], counter[1], counter[2], counter[3]), (lo, hi))
@@ -320,7 +318,7 @@ def _mix(seeds: Sequence[int], stream: int) -> list[int]:
 
 
 def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 32-bit word as a number in (0, 1): the middle of one of 2³² cells."""
+    """Map a 32-bit word to (0, 1): the midpoint of one of 2³² cells."""
     return word.to(dtype).add_(0.5).mul_(2.0**-32)
 
 
@@ -330,7 +328,7 @@ def _uniforms(even: Tensor, odd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def _box_muller(radius: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # log u, from u or from 1 − u, whichever is small: float32 keeps both ends of the radius.
+    # Compute log u from the smaller of u and 1 − u, so that float32 is accurate at both ends of the radius.
     small = _unit(torch.minimum(radius, _MASK - radius), dtype)
     log = torch.where(radius < 1 << 31, small.log(), small.neg().log1p_())
     r = log.mul_(-2).sqrt_()

@@ -1,13 +1,13 @@
-r"""What one adaptive step is: a result and an estimate of its error from the same evaluations.
+r"""Embedded pairs: one adaptive step, with its result and an estimate of its error from the same evaluations.
 
-On a process the probability flow is kept as :math:`y = x/N(\alpha, \sigma)`, whose slope is a prediction
+The probability flow of a process is written in :math:`y = x/N(\alpha, \sigma)`, whose slope is a prediction
 f = p x + q d:
 
 .. math:: y_t = y_s + \sum_j w_j f_j, \qquad w_j = \frac{1}{N_t}\int_{\lambda_s}^{\lambda_t} K\,\ell_j\,d\lambda,
 
-the weights of :mod:`scoresde.quadrature`, here with a step of its own for each sample. In the prediction's own clock c
-the kernel is constant, dy/dc = ±f: for velocity that is flow time, τ = σ/(α + σ), where x/(α + σ) moves with ε − x0 on
-any process. Pairs know neither networks nor control.
+with the weights of :mod:`scoresde.quadrature` and a separate step for each sample. In the prediction's clock c the
+kernel is constant and dy/dc = ±f. For velocity, c is the flow time τ = σ/(α + σ), and x/(α + σ) has the slope ε − x0 on
+any process. :mod:`scoresde.adaptive` controls the step size.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from scoresde.quadrature import LAM, NOISE, VELOCITY, Point, Prediction, weights
 from scoresde.sde import SDE
 
 State = tuple[Tensor, ...]
-"""Tensors (B, ...) that are integrated together; the first one steers the error control."""
+"""Tensors (B, ...) that are integrated together; the error control uses the first one."""
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Weights (k, B) of slopes at `nodes` (k, B) for the step from `s` to `t`, both (B,)."""
+"""Weights (k, B) of the slopes at `nodes` (k, B), for the step from `s` to `t`, both (B,)."""
 
 Ask = Callable[[Tensor, State], State]
-"""Slopes at u (B,) of a state."""
+"""Slopes of a state at clock u, (B,)."""
 
 _NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(8))
 _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # exact for polynomials of degree 15
@@ -58,8 +58,8 @@ class Frame:
 
     Arguments:
         sde: The process.
-        prediction: f, and with it N and its clock.
-        in_lam: Steps are counted in λ; else in the prediction's own clock, which is finite where f is.
+        prediction: Prediction f, which determines N and the clock; default VELOCITY.
+        in_lam: Whether u is λ; otherwise u is the prediction's clock, which is finite where f is. Default False.
     """
 
     sde: SDE
@@ -88,30 +88,30 @@ class Frame:
         return self.prediction.scale(at.alpha, at.sigma)
 
     def rate(self, u: Tensor) -> Tensor:
-        """dy/du in units of f: ±1 in the prediction's own clock."""
+        """The factor of f in dy/du; it is ±1 in the prediction's clock."""
         one = torch.ones((), dtype=torch.float64)
         c = self.prediction.clock(0 * one)
         kappa = 1 / (self.prediction.q(one, one) * self.prediction.scale(one, one) * self.prediction.slope(c))
         return kappa * (self.prediction.slope(self.prediction.clock(u)) if self.in_lam else torch.ones_like(u))
 
     def weigh(self, s: Tensor, t: Tensor, nodes: Tensor) -> Tensor:
-        """The weights of a step, see :data:`Weigh`."""
+        """Weights of a step, see :data:`Weigh`."""
         if not self.in_lam:
             return self.rate(s) * polynomial(s, t, nodes)
-        # W/N is a function of λ alone, so it is taken where α = 1.
+        # W/N depends on λ only, so α is set to 1
         a, b, at = (Point(lam, lam, torch.ones_like(lam), (-lam).exp()) for lam in (s[None], t[None], nodes[None]))
         W = weights(self.prediction, LAM, 0.0, a, b, at, self.sde._t_of_lam)[0]
         return W / self.prediction.scale(b.alpha, b.sigma)
 
 
 class Attempt(NamedTuple):
-    """An attempt at a step.
+    """Result of an attempted step.
 
     Arguments:
-        y: Where it arrives.
-        f: Slopes there, or None where asking for them would be wasted on a step that fails.
-        error: Estimate of the error of y[0], of its shape.
-        power: The error is as the length of the step to this power, a number or (B,).
+        y: State at the end of the step.
+        f: Slopes there, or None if they are evaluated only after the step is accepted.
+        error: Estimate of the error of y[0], of the same shape.
+        power: Exponent of the step length in the error, a number or (B,).
     """
 
     y: State
@@ -121,12 +121,12 @@ class Attempt(NamedTuple):
 
 
 def beside(v: Tensor, x: Tensor) -> Tensor:
-    """Numbers of the host as numbers of x; nobody waits for them."""
+    """Copy coefficients to the device and dtype of `x` without blocking."""
     return v.to(device=x.device, dtype=x.dtype, non_blocking=True)
 
 
 def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
-    """y + Σ w_j f_j, with weights (k, B) that go to the device once."""
+    """Compute y + Σ w_j f_j; the weights, (k, B), are copied to the device once."""
     w = beside(w, y[0])
     out = list(y)
     for weight, f in zip(w, slopes, strict=True):
@@ -137,10 +137,10 @@ def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
 
 @dataclass(frozen=True)
 class Pair:
-    """A step and its error. A subclass writes :meth:`attempt`.
+    """A step with an error estimate; a subclass implements :meth:`attempt`.
 
     Arguments:
-        prediction: The slope that a process' flow is written with.
+        prediction: Prediction that is the slope of the probability flow, default VELOCITY.
     """
 
     prediction: Prediction = field(default=VELOCITY, kw_only=True)
@@ -152,29 +152,29 @@ class Pair:
 
     @property
     def memory(self) -> int:
-        """Slopes it reads: that at the step's start, and those at earlier nodes."""
+        """Number of slopes that a step uses, at its start and at earlier nodes."""
         return 1
 
     @property
     def calls(self) -> int:
-        """Evaluations that an attempt costs, the one at its end included."""
+        """Number of function evaluations per accepted step, including the one at its end."""
         raise NotImplementedError
 
     @property
     def in_lam(self) -> bool:
-        """Whether it steps in λ."""
+        """Whether the steps are in λ."""
         return False
 
     def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
-        """Try the step from s to t.
+        """Attempt the step from s to t.
 
         Arguments:
-            ask: The slopes.
-            weigh: The weights of the problem, see :data:`Weigh`.
-            s: Where each sample is, (B,).
-            t: Where it goes, (B,).
-            y: The state at s.
-            past: Slopes at s and before.
+            ask: Function that evaluates the slopes, see :data:`Ask`.
+            weigh: Function that computes the weights, see :data:`Weigh`.
+            s: Start of the step for each sample, (B,).
+            t: End of the step for each sample, (B,).
+            y: State at s.
+            past: Slopes at s and at earlier nodes.
         """
         raise NotImplementedError
 
@@ -184,9 +184,9 @@ class Past:
     """Slopes at the newest nodes of each sample, newest first.
 
     Arguments:
-        u: Where, a list of (B,).
-        f: The slopes.
-        count: How many are real, (B,).
+        u: Nodes, a list of (B,).
+        f: Slopes at the nodes.
+        count: Number of valid nodes of each sample, (B,).
     """
 
     u: list[Tensor]
@@ -196,16 +196,17 @@ class Past:
 
 @dataclass(frozen=True)
 class Adams(Pair):
-    r"""Variable-step Adams, predict–evaluate–correct: one evaluation a step, and the only one a rejection costs.
+    r"""Variable-step Adams (predict, evaluate, correct): one evaluation per attempt, accepted or rejected.
 
-    It predicts from the slopes at :math:`u_n, \dots, u_{n-k+1}`, asks at the new node, and corrects by the polynomial
-    through all k + 1 slopes. The error is the difference to the corrector without the oldest node. A sample starts at
-    k = 1 and gains one with every step it takes. The corrected state is not asked again.
+    The predictor uses the slopes at :math:`u_n, \dots, u_{n-k+1}`. The slope is then evaluated at the new node, and the
+    corrector uses all k + 1 slopes. The error is the difference to the corrector without the oldest node. A sample
+    starts at k = 1, and k increases by one per accepted step. The slope is not evaluated again at the corrected state.
 
     Arguments:
-        nodes: k, the largest number of earlier slopes; the result is of order k + 1.
-        clock: ``"own"``, the prediction's, or ``"lam"``: with data prediction in λ this is UniPC with error control.
-        prediction: The slope.
+        nodes: Largest number k of earlier slopes, default 4; the order of the result is k + 1.
+        clock: Clock of the steps: ``"own"`` (default) is the prediction's clock, ``"lam"`` is λ. Data prediction in λ
+            gives UniPC with error control.
+        prediction: Prediction that is the slope, default VELOCITY.
 
     References:
         | Computer Solution of Ordinary Differential Equations (Shampine & Gordon, 1975)
@@ -221,39 +222,34 @@ class Adams(Pair):
 
     @property
     def order(self) -> int:
-        """Order of the corrector."""
         return self.nodes + 1
 
     @property
     def memory(self) -> int:
-        """Slopes it reads."""
         return self.nodes
 
     @property
     def calls(self) -> int:
-        """One."""
         return 1
 
     @property
     def in_lam(self) -> bool:
-        """Whether it steps in λ."""
         return self.clock == "lam"
 
     def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
-        """Try a step, see :meth:`Pair.attempt`."""
         u = torch.stack([t, *past.u[: self.nodes]])
         k = past.count.clamp_max(self.nodes)
         predictor, corrector, error = torch.zeros(3, *u.shape, dtype=torch.float64)
         for n in sorted(set(k.tolist())):
-            of = k == n
-            at = u[: n + 1, of]
-            w = weigh(s[of], t[of], at)
-            # Weights that differ by one node differ by a multiple of the divided difference through all nodes.
+            mask = k == n
+            at = u[: n + 1, mask]
+            w = weigh(s[mask], t[mask], at)
+            # Without one node, the weights change by a multiple of the divided difference through all nodes.
             gaps = at[:, None] - at[None] + torch.eye(n + 1, dtype=torch.float64)[..., None]
             difference = 1 / gaps.prod(1)
-            predictor[1 : n + 1, of] = (w - w[0] / difference[0] * difference)[1:]
-            corrector[: n + 1, of] = w
-            error[: n + 1, of] = w[-1] / difference[-1] * difference
+            predictor[1 : n + 1, mask] = (w - w[0] / difference[0] * difference)[1:]
+            corrector[: n + 1, mask] = w
+            error[: n + 1, mask] = w[-1] / difference[-1] * difference
         old = past.f[: self.nodes]
         f = ask(t, advance(y, predictor[1:], old))
         slopes = [f, *old]
@@ -263,13 +259,13 @@ class Adams(Pair):
 
 @dataclass(frozen=True)
 class EmbeddedRungeKutta(Pair):
-    """An explicit tableau whose last stage is the result, with the weights of its error: in the prediction's own clock.
+    """An explicit Runge–Kutta pair in the prediction's clock; the last stage is the result.
 
     Arguments:
-        a: Rows of the lower triangle; the last one makes the result.
-        error: Weights of the error, one for each stage and one for the result.
+        a: Rows of the lower triangular tableau; the last row gives the result.
+        error: Weights of the error estimate, one for each stage and one for the result.
         of_order: Order of the result.
-        prediction: The slope.
+        prediction: Prediction that is the slope, default VELOCITY.
     """
 
     a: tuple[tuple[float, ...], ...] = ()
@@ -279,22 +275,19 @@ class EmbeddedRungeKutta(Pair):
     def __post_init__(self) -> None:
         if [len(row) for row in self.a] != list(range(1, len(self.error))):
             raise ValueError(
-                f"`a` must be a lower triangle with rows of 1 … {len(self.error) - 1} entries, one less than `error` "
-                f"has, got {[len(row) for row in self.a]}."
+                f"`a` must have rows of 1 … {len(self.error) - 1} entries, because `error` has {len(self.error)}; "
+                f"got rows of {[len(row) for row in self.a]} entries."
             )
 
     @property
     def order(self) -> int:
-        """Order of the result."""
         return self.of_order
 
     @property
     def calls(self) -> int:
-        """Stages beyond the first, which is the last of the step before."""
-        return len(self.a)
+        return len(self.a)  # the first stage is the last one of the previous step
 
     def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
-        """Try a step, see :meth:`Pair.attempt`."""
         h = weigh(s, t, s[None])
         slopes = [past.f[0]]
         stage = y
@@ -308,20 +301,20 @@ class EmbeddedRungeKutta(Pair):
 
 
 def BogackiShampine(prediction: Prediction = VELOCITY) -> Pair:
-    """Bogacki–Shampine 3(2): three evaluations a step.
+    """Bogacki–Shampine 3(2), with three evaluations per step.
 
     Arguments:
-        prediction: The slope.
+        prediction: Prediction that is the slope, default VELOCITY.
     """
     b = (2 / 9, 1 / 3, 4 / 9)
     return EmbeddedRungeKutta(((1 / 2,), (0.0, 3 / 4), b), (-5 / 72, 1 / 12, 1 / 9, -1 / 8), 3, prediction=prediction)
 
 
 def DormandPrince(prediction: Prediction = VELOCITY) -> Pair:
-    """Dormand–Prince 5(4): six evaluations a step.
+    """Dormand–Prince 5(4), with six evaluations per step.
 
     Arguments:
-        prediction: The slope.
+        prediction: Prediction that is the slope, default VELOCITY.
     """
     b = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
     low = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
@@ -339,14 +332,14 @@ def DormandPrince(prediction: Prediction = VELOCITY) -> Pair:
 
 @dataclass(frozen=True)
 class DPMPair(Pair):
-    r"""DPM-Solver's embedded pairs in λ: of order 2 with 1 inside, or 3 with 2.
+    r"""Embedded pairs of DPM-Solver in λ: order 2 with an estimate of order 1, or order 3 with one of order 2.
 
-    Order 2 is DPM-Solver-2 with DDIM as the lower one; order 3 is DPM-Solver-3 with r₁ = ⅓, r₂ = ⅔, whose first stage
-    makes the lower one. The slope at the end is asked once the step is accepted.
+    Order 2 is DPM-Solver-2, compared with DDIM. Order 3 is DPM-Solver-3 with r₁ = ⅓, r₂ = ⅔, compared with DPM-Solver-2
+    from its first stage. The slope at the end is evaluated after the step is accepted.
 
     Arguments:
-        of_order: 2 or 3.
-        prediction: ``NOISE`` as published, ``DATA`` for DPM-Solver++.
+        of_order: Order of the result, 2 or 3 (default).
+        prediction: Prediction to interpolate: NOISE (default, as published), or DATA for DPM-Solver++.
 
     References:
         | DPM-Solver (Lu et al., 2022), arXiv:2206.00927, appendix C
@@ -361,21 +354,17 @@ class DPMPair(Pair):
 
     @property
     def order(self) -> int:
-        """Order of the result."""
         return self.of_order
 
     @property
     def calls(self) -> int:
-        """As many as its order."""
         return self.of_order
 
     @property
     def in_lam(self) -> bool:
-        """It does."""
         return True
 
     def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
-        """Try a step, see :meth:`Pair.attempt`."""
         first = past.f[0]
         u = s + (t - s) * (1 / 2 if self.of_order == 2 else 1 / 3)
         g = ask(u, advance(y, weigh(s, u, s[None]), [first]))
@@ -387,26 +376,26 @@ class DPMPair(Pair):
             v = s + (t - s) * (2 / 3)
             slopes.append(ask(v, advance(y, weigh(s, v, torch.stack([s, u])), slopes)))
             a, b = weigh(s, t, torch.stack([s, v]))
-            nothing = torch.zeros_like(a)
-            high = torch.stack([a, nothing, b])
-            gap = high - torch.cat([weigh(s, t, torch.stack([s, u])), nothing[None]])
+            zero = torch.zeros_like(a)
+            high = torch.stack([a, zero, b])
+            gap = high - torch.cat([weigh(s, t, torch.stack([s, u])), zero[None]])
         error = advance((torch.zeros_like(y[0]),), gap, [(f[0],) for f in slopes])[0]
         return Attempt(advance(y, high, slopes), None, error, float(self.of_order))
 
 
 def DPM12(prediction: Prediction = NOISE) -> Pair:
-    """DPM-Solver-12.
+    """The pair DPM-Solver-12, of order 2.
 
     Arguments:
-        prediction: ``NOISE``, or ``DATA`` for DPM-Solver++.
+        prediction: Prediction to interpolate: NOISE (default), or DATA for DPM-Solver++.
     """
     return DPMPair(2, prediction=prediction)
 
 
 def DPM23(prediction: Prediction = NOISE) -> Pair:
-    """DPM-Solver-23.
+    """The pair DPM-Solver-23, of order 3.
 
     Arguments:
-        prediction: ``NOISE``, or ``DATA`` for DPM-Solver++.
+        prediction: Prediction to interpolate: NOISE (default), or DATA for DPM-Solver++.
     """
     return DPMPair(3, prediction=prediction)

@@ -1,13 +1,13 @@
-r"""A plan run in parallel in time: its rows are unknowns of one lower triangular system around the network.
+r"""Parallel-in-time sampling: Picard iteration on all evaluations of a plan at once.
 
-Picard iteration guesses all denoised states of a window of rows, computes all states from them, asks the network at all
-of them in one batch, and repeats:
+Each sweep takes guesses of the denoised states d in a window of rows, computes all states x from them, and evaluates
+the network at these states in one batch:
 
 .. math:: x_r = A_r x_0 + \sum_{k<r} B_{rk}\,d_k + \sum_j C_{rj} z_j, \qquad d_r \leftarrow D(x_r, t_r).
 
-Each sweep settles at least one row exactly, so that nothing is lost but work; on smooth trajectories it settles many,
-and the window slides past those that have stopped moving. Where a batch costs no more time than a sample, the time is
-the number of sweeps. Any plan can be run so, deterministic or with its fixed normals.
+Each sweep makes at least one row exact. On smooth trajectories many rows converge, and the window moves past them. If
+a batch takes no longer than one sample, the run time is proportional to the number of sweeps. This works for any plan,
+deterministic or with fixed normals.
 
 References:
     | Parallel Sampling of Diffusion Models (Shih et al., 2023), arXiv:2305.16317
@@ -35,14 +35,14 @@ from scoresde.unrolled import unroll
 
 @dataclass(frozen=True)
 class Parallel:
-    """What a run in parallel returns.
+    """Result of a parallel run.
 
     Arguments:
-        x: The result, (B, *event).
-        sweeps: Calls of the network one after another.
-        nfe: Evaluations of a state, all rows and sweeps together; a sequential run has ``plan.nfe``.
-        plan: The table that was run.
-        seed: The seed of its noise.
+        x: Samples, (B, *event).
+        sweeps: Number of sequential batched evaluations.
+        nfe: Number of function evaluations for each sample over all sweeps; a sequential run needs ``plan.nfe``.
+        plan: The plan.
+        seed: Seed of the noise.
     """
 
     x: Tensor
@@ -66,21 +66,21 @@ def solve(
     device: torch.device | str | None = None,
     **cond: Any,
 ) -> Parallel:
-    """Run a plan by Picard iteration; it returns what :func:`scoresde.sampling.solve` returns, to the tolerance.
+    """Run a plan by Picard iteration; the result equals that of :func:`scoresde.sampling.solve` up to the tolerance.
 
     Arguments:
-        model: A denoiser; it is asked at a vector of times, one for each state.
-        shape_or_x: As for :func:`scoresde.sampling.solve`.
-        plan: The table.
-        tol: A row is settled once its denoised state and all before it move less than this, root mean square over the
-            numbers of a sample, in every sample. 0 goes on until nothing moves.
-        window: How many rows to hold at once, all by default; memory and the size of the batch grow with it.
-        seed: As for :func:`scoresde.sampling.solve`.
-        data_std: As for :func:`scoresde.sampling.solve`.
-        start: As for :func:`scoresde.sampling.solve`.
-        dtype: Of the state, when a shape is given.
-        device: Of the state, when a shape is given.
-        **cond: Conditions, handed to the network; tensors with a row for each sample are repeated for each state.
+        model: A denoiser; it is evaluated at a vector of times, one for each state.
+        shape_or_x: Shape (B, *event) to start from the prior, or a state at the first time.
+        plan: The plan.
+        tol: Tolerance on the change of d in a sweep, as a root mean square over the entries of a sample. A row has
+            converged if its d and all earlier ones change by at most `tol` in every sample.
+        window: Number of rows in a sweep, by default all; memory and batch size grow with it.
+        seed: Integer, one integer for each sample, :class:`Noise`, or None for a random seed.
+        data_std: Standard deviation of the data, for the prior.
+        start: Gaussian initial distribution, as in :func:`scoresde.sampling.solve`.
+        dtype: Data type of the state, if a shape is given.
+        device: Device of the state, if a shape is given; by default that of the model.
+        **cond: Conditions for the network; tensors with a row for each sample are repeated for each state.
 
     Example:
         >>> import torch, scoresde as ss
@@ -93,7 +93,7 @@ def solve(
     _check_denoiser(model)
     check.conditions(cond, solve)
     if not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must be a Plan, as solver.plan(sde, grid) gives, got {type(plan).__name__}.")
+        raise TypeError(f"`plan` must be a Plan, got {type(plan).__name__}; make one with solver.plan(sde, grid).")
     check.number("tol", tol, least=0)
     table = unroll(plan)
     n = table.nfe
@@ -101,33 +101,33 @@ def solve(
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     with torch.no_grad():
         x = _start(model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
-        given = _given(plan, table.x, table.z, table.one, x, noise)
+        affine = _affine(plan, table.x, table.z, table.one, x, noise)
         B = table.d.to(x)
         times = torch.tensor([float(t) for t in table.t[:n]], dtype=torch.float64).to(x)
-        said = torch.zeros((n, *x.shape), dtype=x.dtype, device=x.device)
-        known, first, sweeps, asked = 0, 0, 0, 0
+        denoised = torch.zeros((n, *x.shape), dtype=x.dtype, device=x.device)
+        known, first, sweeps, nfe = 0, 0, 0, 0
         while first < n:
             rows = slice(first, min(first + width, n))
-            if rows.stop > known:  # new rows are guessed to be told what the last known one was
+            if rows.stop > known:  # the last known d is the first guess for new rows
                 if known:
-                    said[known : rows.stop] = said[known - 1]
+                    denoised[known : rows.stop] = denoised[known - 1]
                 known = rows.stop
-            states = given[rows] + torch.tensordot(B[rows, :known], said[:known], dims=1)
-            new = _ask(model, states, times[rows], cond)
+            states = affine[rows] + torch.tensordot(B[rows, :known], denoised[:known], dims=1)
+            new = _evaluate(model, states, times[rows], cond)
             sweeps += 1
-            asked += len(new)
-            moved = (new - said[rows]).flatten(2).square().mean(2).sqrt().amax(1)
-            # what the first row is told depends on settled rows alone
-            still = int((moved[1:] <= tol).cumprod(0).sum()) + 1
-            said[rows] = new
-            first += still
-        result = given[n] + torch.tensordot(B[n], said, dims=1)
+            nfe += len(new)
+            change = (new - denoised[rows]).flatten(2).square().mean(2).sqrt().amax(1)
+            # The first row depends on converged rows only, so it is exact.
+            converged = int((change[1:] <= tol).cumprod(0).sum()) + 1
+            denoised[rows] = new
+            first += converged
+        result = affine[n] + torch.tensordot(B[n], denoised, dims=1)
     check.warn_unless_finite(result)
-    return Parallel(result, sweeps, asked, replace(plan), noise.seed)
+    return Parallel(result, sweeps, nfe, replace(plan), noise.seed)
 
 
-def _given(plan: Plan, a: Tensor, c: Tensor, one: Tensor, x: Tensor, noise: Noise) -> Tensor:
-    """What each state has of the start and of the normals, (n + 1, B, *event)."""
+def _affine(plan: Plan, a: Tensor, c: Tensor, one: Tensor, x: Tensor, noise: Noise) -> Tensor:
+    """Part of each state that does not depend on d: A x_0 + C z + e, (n + 1, B, *event)."""
     out = torch.einsum("r,...->r...", a.to(x), x)
     out = out + one.to(x).reshape(-1, *[1] * x.ndim)
     if plan.stochastic:
@@ -138,8 +138,8 @@ def _given(plan: Plan, a: Tensor, c: Tensor, one: Tensor, x: Tensor, noise: Nois
     return out
 
 
-def _ask(model: AbstractDenoiser, states: Tensor, times: Tensor, cond: dict[str, Any]) -> Tensor:
-    """The network at all states in one batch."""
+def _evaluate(model: AbstractDenoiser, states: Tensor, times: Tensor, cond: dict[str, Any]) -> Tensor:
+    """Data predictions at all states, in one batch."""
     rows, size = states.shape[:2]
 
     def repeated(c: Any) -> Any:

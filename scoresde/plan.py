@@ -1,12 +1,11 @@
-r"""A sampler as one table of numbers, and the loop that runs any of them.
+r"""Plans: a sampler as a table of coefficients, and the loop that runs it.
 
-Each row makes one state from earlier rows, and may ask the network there:
+Each row computes one state from earlier rows, and may evaluate the denoiser D at this state:
 
 .. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k, \qquad
           d_r = D(x_r, t_r) \approx E[x_0 \mid x_r].
 
-Rows look back only, so states, stages, history and correctors need no separate concepts. This module knows neither
-processes nor how tables are made.
+Stages, history and correctors are rows like any other. :mod:`scoresde.tape` computes the coefficients.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ class Row:
     """One row of a plan.
 
     Arguments:
-        t: Time of the state it makes.
-        x: (row, weight) of each earlier state it reads.
-        d: (row, weight) of each earlier denoised state it reads.
-        z: (draw, weight) of each standard normal it reads.
-        evaluates: Whether the network is asked at this state.
-        node: Number of the grid time that this state settles, None for stages and predictions.
-        note: What the row is, for the reader.
-        one: A constant added to every number.
+        t: Time of the state.
+        x: Pairs (row, weight) of the earlier states in the sum.
+        d: Pairs (row, weight) of the earlier denoised states in the sum.
+        z: Pairs (draw, weight) of the standard normals in the sum.
+        evaluates: Whether the network is evaluated at this state, default False.
+        node: Index of the grid time whose final state this is; None for stages and predicted states.
+        note: Label for printing.
+        one: Constant added to every element of the state.
     """
 
     t: Weight
@@ -59,12 +58,12 @@ class Plan:
     """A table of rows: row 0 is the start, the last row is the result.
 
     Arguments:
-        rows: The table.
-        name: The rule that wrote it.
-        order: The order of convergence that rule declares.
-        sde: ``repr`` of the process it was written for.
-        spans: For each draw the stretch of a Brownian path that it stands for, or None where it is fresh noise.
-        meta: Where it comes from, if it was fitted: numbers and strings, saved with it.
+        rows: Rows of the table.
+        name: Name of the solver that made the plan.
+        order: Order of convergence that the solver declares.
+        sde: ``repr`` of the process.
+        spans: Interval of a Brownian path for each draw, or None for a draw of fresh noise.
+        meta: Numbers and strings that describe how the plan was fitted; they are saved with the plan.
     """
 
     rows: tuple[Row, ...]
@@ -89,22 +88,22 @@ class Plan:
 
     @property
     def draws(self) -> int:
-        """Number of normals drawn for each number of a state."""
+        """Number of standard normals drawn for each element of the state."""
         return 1 + max((k for row in self.rows for k, _ in row.z), default=-1)
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws noise."""
+        """Whether the plan draws noise."""
         return self.draws > 0
 
     @property
     def times(self) -> list[Weight]:
-        """Times of the nodes: the grid it was written on."""
+        """Times of the nodes, which are the grid of the plan."""
         return [row.t for row in self.rows if row.node is not None]
 
     @property
     def memory(self) -> int:
-        """The most states, denoised ones included, that are alive between two rows."""
+        """Largest number of states and denoised states that are stored between two rows."""
         of_x, of_d = self._last_use
         alive = [
             sum(of_x[k] > r for k in range(r + 1)) + sum(self.rows[k].evaluates and of_d[k] > r for k in range(r + 1))
@@ -122,13 +121,13 @@ class Plan:
         return "\n".join([head, *(_line(r, row) for r, row in enumerate(self.rows))])
 
     def join(self, other: Plan) -> Plan:
-        """This plan, then `other` from the time where this one ends; the other's first row becomes this one's last."""
+        """Append `other`, which starts where this plan ends: its row 0 merges with the last row of this plan."""
         last, first = self.rows[-1], other.rows[0]
         end, start = _number(last.t), _number(first.t)
         if end != start:
             raise ValueError(f"`other` must start where this plan ends, at t = {end:g}, but starts at {start:g}.")
         if self.sde != other.sde:
-            raise ValueError(f"the plans are for different processes: {self.sde} and {other.sde}.")
+            raise ValueError(f"the plans are for different processes: {self.sde} and {other.sde}; use one `sde`.")
         shift, nodes = len(self.rows) - 1, max((row.node for row in self.rows if row.node is not None), default=0)
         draws = self.draws
         joint = replace(last, evaluates=last.evaluates or first.evaluates)
@@ -152,9 +151,9 @@ class Plan:
         )
 
     def folded(self) -> Plan:
-        """The same plan without rows that are not evaluated and are read once: their reader reads what they read.
+        """Remove each row that is not evaluated and that only one other row uses, by substitution.
 
-        A node stays unless what reads it adds noise to it and no more, as on a grid that goes up and down.
+        A node is removed only if the row that uses it has no denoised terms, as on a grid that goes up and down.
         """
         rows: list[Row | None] = list(self.rows)
         readers: dict[int, list[int]] = {}
@@ -167,7 +166,7 @@ class Plan:
                 continue
             outer = rows[by[0]]
             assert outer is not None
-            if inner.node is not None and outer.d:  # a corrected state, which hooks and trajectories ask for
+            if inner.node is not None and outer.d:  # hooks and trajectories need the corrected state
                 continue
             w = dict(outer.x)[k]
             rows[by[0]] = replace(
@@ -180,8 +179,8 @@ class Plan:
             for j, _ in inner.x:
                 readers[j] = sorted({by[0], *(r for r in readers[j] if r != k)})
             rows[k] = None
-        kept = [r for r, row in enumerate(rows) if row is not None]
-        place = {old: new for new, old in enumerate(kept)}
+        remaining = [r for r, row in enumerate(rows) if row is not None]
+        place = {old: new for new, old in enumerate(remaining)}
         moved = [
             replace(row, x=tuple((place[k], w) for k, w in row.x), d=tuple((place[k], w) for k, w in row.d))
             for row in rows
@@ -190,7 +189,7 @@ class Plan:
         return Plan(tuple(moved), self.name, self.order, self.sde, self.spans)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings; :meth:`from_dict` gives the plan back to the bit."""
+        """Convert to plain numbers and strings; :meth:`from_dict` restores the plan exactly."""
         return {
             "scoresde": 1,
             "name": self.name,
@@ -213,9 +212,9 @@ class Plan:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_dict` described."""
+        """Make a plan from the output of :meth:`to_dict`."""
         if table.get("scoresde") != 1:
-            raise ValueError(f"`table` must be a plan of format 1, got format {table.get('scoresde')!r}.")
+            raise ValueError(f"`table` must come from `to_dict`, in format 1, got format {table.get('scoresde')!r}.")
         rows = [
             Row(
                 t=row["t"],
@@ -231,45 +230,45 @@ class Plan:
         return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
-        """Write the table to a small JSON file."""
+        """Write the plan to a JSON file."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a table that :meth:`save` wrote, to the bit."""
+        """Read a plan that :meth:`save` wrote; all numbers are exact."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a plan that `save` wrote, or not all of one: {error!r}.") from error
+            raise ValueError(f"`path` {path} is not a plan that `save` wrote, or is incomplete: {error!r}.") from error
 
 
 def _validate(rows: tuple[Row, ...]) -> None:
     if not rows:
         raise ValueError("`rows` must not be empty: row 0 is the start.")
     if rows[0].x or rows[0].d or rows[0].z:
-        raise ValueError("row 0 is the start and reads nothing.")
+        raise ValueError("row 0 is the start; its `x`, `d` and `z` must be empty.")
     for r, row in enumerate(rows):
         if not isinstance(row.t, Tensor) and not (math.isfinite(row.t) and row.t >= 0):
-            raise ValueError(f"row {r} has the time {row.t}; times are finite and not negative.")
+            raise ValueError(f"row {r} has the time {row.t}; `t` must be finite and not negative.")
         if r and not (row.x or row.d or row.z):
-            raise ValueError(f"row {r} reads nothing; only row 0 is given.")
+            raise ValueError(f"row {r} has no terms; only row 0 may have empty `x`, `d` and `z`.")
         if not isinstance(row.one, Tensor) and not math.isfinite(row.one):
-            raise ValueError(f"row {r} adds the constant {row.one}; weights are finite.")
+            raise ValueError(f"row {r} adds the constant {row.one}; `one` must be finite.")
         for column in "xdz":
             terms: Terms = getattr(row, column)
             for k, w in terms:
                 if k < 0 or (column != "z" and k >= r):
-                    raise ValueError(f"row {r} reads {column}[{k}]; a row reads earlier rows only.")
+                    raise ValueError(f"row {r} uses {column}[{k}]; use earlier rows only, and no negative index.")
                 if column == "d" and not rows[k].evaluates:
-                    raise ValueError(f"row {r} reads d[{k}], but row {k} does not evaluate the network.")
+                    raise ValueError(f"row {r} uses d[{k}], but row {k} does not evaluate; set its `evaluates`.")
                 if not isinstance(w, Tensor) and not math.isfinite(w):
-                    raise ValueError(f"row {r} has the weight {w} on {column}[{k}]; weights are finite.")
+                    raise ValueError(f"row {r} has the weight {w} on {column}[{k}]; it must be finite.")
             if len({k for k, _ in terms}) < len(terms):
-                raise ValueError(f"row {r} names an entry of {column} twice; add its weights.")
+                raise ValueError(f"row {r} has an entry of `{column}` twice; add its weights.")
 
 
 def _last_uses(rows: tuple[Row, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The last row that reads each x and each d, its own if none does; the result is read at the end."""
+    """Last row that uses each x and each d, or its own row if none does; the result is used at the end."""
     of_x, of_d = list(range(len(rows))), list(range(len(rows)))
     for r, row in enumerate(rows):
         for k, _ in row.x:
@@ -309,7 +308,7 @@ def _number(w: Weight) -> float:
     if not isinstance(w, Tensor):
         return w
     if w.ndim:
-        raise ValueError("this plan has a number for each sample; make one of each sample's own grid for this.")
+        raise ValueError("the plan has a number for each sample; make one plan for each sample, from its own grid.")
     return float(w.detach())
 
 
@@ -322,14 +321,14 @@ Hook = Callable[[int, Any, Tensor], Tensor]
 
 
 class Step(NamedTuple):
-    """What a run has reached at a node.
+    """State of a run at a node.
 
     Arguments:
-        node: Number of the node.
-        t: Its time.
-        x: The state, (B, *event).
-        x0: The denoised state there, or None where the network is not asked.
-        nfe: Evaluations so far.
+        node: Index of the node; −1 for a last row that is not a node.
+        t: Time of the node.
+        x: State, (B, *event).
+        x0: Denoised state, or None where the network is not evaluated.
+        nfe: Number of function evaluations so far.
     """
 
     node: int
@@ -349,20 +348,20 @@ def run(
     callback: Callable[[Step], None] | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """Run a plan and return its last state; :func:`steps` yields what it passes.
+    """Run a plan and return its last state; :func:`steps` also yields the states at the nodes.
 
     Arguments:
-        plan: The table.
-        denoise: D(x, t), a function of a state (B, *event) and a time.
-        x: Start, (B, *event).
-        noise: Where its normals come from; needed if the plan is stochastic.
-        hook: ``(node, t, x) -> x``, called at every node before the network is asked there.
-        callback: Called with the :class:`Step` at every node after that.
-        overwrite: Make a new state in the memory of the one it replaces, where no row reads that again. For functions
-            that keep no reference to their input and return memory of their own; saves an allocation a row.
+        plan: Plan to run.
+        denoise: Denoiser D(x, t), a function of a state (B, *event) and a time.
+        x: Initial state, (B, *event).
+        noise: Source of the normals; required if the plan is stochastic.
+        hook: Function ``(node, t, x) -> x``, called at every node before the network is evaluated.
+        callback: Function of a :class:`Step`, called at every node after the evaluation.
+        overwrite: Whether to reuse the memory of a state that no later row uses, which saves allocations. `denoise`
+            must then return new memory, and no function may store a reference to its input.
     """
     loop = _loop(plan, denoise, x, noise, hook, overwrite, callback is not None)
-    del x  # here too nothing keeps a state that is not read again
+    del x  # otherwise this reference holds the memory of the initial state
     while True:
         try:
             step = next(loop)
@@ -385,7 +384,7 @@ def steps(
 ) -> Generator[Step, None, Tensor]:
     """Run a plan and yield a :class:`Step` at every node; the last one holds the result, which is also returned.
 
-    A state is forgotten once no later row reads it. Nothing here reads a tensor back to the host.
+    A state is freed once no later row uses it. The loop copies no tensor to the host.
     """
     return _loop(plan, denoise, x, noise, hook, overwrite, True)
 
@@ -398,17 +397,17 @@ def _loop(
     source: Noise | Ahead | PathNoise | None = noise
     if plan.stochastic and isinstance(noise, Noise) and noise.path:
         source = PathNoise(noise, plan.spans)
-    elif plan.stochastic and type(noise) is Noise:  # one's own kind of noise is asked draw by draw
+    elif plan.stochastic and type(noise) is Noise:  # a subclass of Noise is evaluated draw by draw
         source = Ahead(noise, plan.draws)
-    kept: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
+    saved: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
     overwrite = overwrite and not torch.is_grad_enabled()
     nfe, shape = 0, x.shape
     for r, line in enumerate(plan._program):
         if r:
             combine = _add_numbers if line.plain else _add_tensors
-            x = combine(line, kept, source, x, overwrite and line.reuse)
+            x = combine(line, saved, source, x, overwrite and line.reuse)
             for k in line.drop:
-                kept[k] = None
+                saved[k] = None
         if hook is not None and line.node is not None:
             x = hook(line.node, line.t, x)
             if not isinstance(x, Tensor):
@@ -417,19 +416,19 @@ def _loop(
                 raise ValueError(f"`hook` must return a state of shape {tuple(shape)}, got {tuple(x.shape)}.")
         x0 = None
         if line.evaluates:
-            x0 = denoise(x, _beside(line.t, x) if isinstance(line.t, Tensor) else line.t)
+            x0 = denoise(x, _moved(line.t, x) if isinstance(line.t, Tensor) else line.t)
             nfe += 1
             if line.keep_d:
-                kept[2 * r + 1] = x0
+                saved[2 * r + 1] = x0
         if line.keep_x:
-            kept[2 * r] = x
+            saved[2 * r] = x
         if watched and line.shown:
             yield Step(-1 if line.node is None else line.node, line.t, x, x0, nfe)
     return x
 
 
 class _Line(NamedTuple):
-    """A row as the loop wants it: its terms in one list, and what nobody reads after it."""
+    """A row prepared for the loop: its terms in one list, and the entries to free after the sum."""
 
     t: Weight
     node: int | None
@@ -471,7 +470,7 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
                 keep_x=of_x[r] > r,
                 keep_d=of_d[r] > r,
                 drop=tuple(drop[r]),
-                # the start is the caller's
+                # the memory of the start belongs to the caller
                 reuse=bool(row.x) and row.x[0][0] > 0 and 2 * row.x[0][0] in drop[r],
             )
         )
@@ -479,21 +478,21 @@ def _compiled(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...
 
 
 def _add_numbers(
-    line: _Line, kept: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
+    line: _Line, saved: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
 ) -> Tensor:
-    """Σ a x + Σ b d + Σ c z + one: one pass for each term, in place on a fresh tensor, or on the first state."""
+    """Compute Σ a x + Σ b d + Σ c z + one, in place on a new tensor or on the first state."""
     terms = line.terms
     out: Any = None
     if terms:
         (k, w), terms = terms[0], terms[1:]
-        out = kept[k]
+        out = saved[k]
         if line.lerp:
             (k, w), terms = terms[0], terms[1:]
-            out = out.lerp_(kept[k], w) if in_place else torch.lerp(out, kept[k], w)
+            out = out.lerp_(saved[k], w) if in_place else torch.lerp(out, saved[k], w)
         else:
             out = out.mul_(w) if in_place else out * w
     for k, w in terms:
-        out.add_(kept[k], alpha=w)
+        out.add_(saved[k], alpha=w)
     for k, w in line.draws:
         z = noise.like(like, k)  # type: ignore[union-attr]
         out = z * w if out is None else out.add_(z, alpha=w)
@@ -503,27 +502,27 @@ def _add_numbers(
 
 
 def _add_tensors(
-    line: _Line, kept: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
+    line: _Line, saved: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
 ) -> Tensor:
-    """The same where a weight is a tensor: a number a sample, or one that requires grad."""
+    """Compute the same sum if a weight is a tensor: one number per sample, or a weight that requires grad."""
     out: Any = None
     for k, w in line.terms:
-        out = _add(out, kept[k], w)
+        out = _add(out, saved[k], w)
     for k, w in line.draws:
         assert noise is not None
         out = _add(out, noise.like(like, k), w)
     if _nonzero(line.one):
-        out = out + (check.expand(_beside(line.one, out), out, "weight") if isinstance(line.one, Tensor) else line.one)
+        out = out + (check.expand(_moved(line.one, out), out, "weight") if isinstance(line.one, Tensor) else line.one)
     return out  # type: ignore[no-any-return]
 
 
-def _beside(w: Any, x: Tensor) -> Any:
-    """A number a sample, where the samples are."""
+def _moved(w: Any, x: Tensor) -> Any:
+    """Move one number per sample to the device and dtype of `x`."""
     return w.to(x) if isinstance(w, Tensor) and w.ndim and w.device != x.device else w
 
 
 def _add(out: Tensor | None, term: Tensor, w: Weight) -> Tensor:
     if isinstance(w, Tensor):
-        scaled = check.expand(_beside(w, term), term, "weight") * term
+        scaled = check.expand(_moved(w, term), term, "weight") * term
         return scaled if out is None else out + scaled
     return term * w if out is None else out.add_(term, alpha=w)

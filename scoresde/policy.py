@@ -1,9 +1,9 @@
-r"""A stochastic plan as a policy: the Gaussian transition of every row that draws noise, and its log-density.
+r"""A stochastic plan as a policy: Gaussian transitions and their log-densities.
 
 .. math:: x_r \sim N(m_r, s_r^2 I), \qquad m_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k, \quad s_r = |c_r|,
 
-given everything before row r. Reinforcement learning on samplers (DDPO, DPOK, GRPO on flows) needs these, once while
-it samples and again, at the same states, under changed parameters.
+given all states before row r. Reinforcement learning of samplers (DDPO, DPOK, GRPO on flows) computes them twice:
+during sampling, and at the same states with updated parameters.
 
 References:
     | Training Diffusion Models with Reinforcement Learning (Black et al., 2024), arXiv:2305.13301
@@ -26,11 +26,11 @@ from scoresde.plan import Plan, Weight
 
 
 class Transition(NamedTuple):
-    """What a row does with the state.
+    """Transition to the state of one row.
 
     Arguments:
         t: Time of the new state.
-        x: The new state, (B, *event), without gradient: data of the policy.
+        x: New state, (B, *event), without gradient.
         mean: Mean given all earlier states, (B, *event).
         std: Standard deviation, a number or (B,); 0 for rows without noise.
         log_prob: Log-density of `x` in nats, (B,); None for rows without noise.
@@ -52,17 +52,17 @@ def transitions(
     states: Sequence[Tensor] | None = None,
     **cond: Any,
 ) -> Iterator[Transition]:
-    """Run a plan and yield the transition of every row after the start; the last one holds the result.
+    """Run a plan and yield the transition of every row after the start; the last `x` is the result.
 
-    Means and log-densities carry gradients to the network's parameters where grad is enabled; states do not.
+    If gradients are enabled, means and log-densities carry gradients to the parameters of the network; states do not.
 
     Arguments:
-        plan: A table in which each row that draws noise has one normal of its own.
+        plan: Plan with at most one normal per row, used in no other row.
         model: A denoiser.
-        x: Start, (B, *event).
-        noise: Where its normals come from.
-        states: Instead: the `x` of every transition of an earlier run, whose log-density is wanted now.
-        **cond: Conditions, handed to the network.
+        x: Initial state, (B, *event).
+        noise: Source of the normals.
+        states: States `x` of all transitions of an earlier run, to evaluate their log-density; replaces `noise`.
+        **cond: Conditions for the network.
 
     Example:
         >>> import torch, scoresde as ss
@@ -76,9 +76,9 @@ def transitions(
     _check_own_draws(plan)
     check.state("x", x)
     if states is not None and len(states) != len(plan) - 1:
-        raise ValueError(f"`states` must hold the {len(plan) - 1} states of a run of this plan, got {len(states)}.")
+        raise ValueError(f"`states` must have one entry for each of {len(plan) - 1} transitions, got {len(states)}.")
     if (noise is None) == (states is None) and plan.stochastic:
-        raise ValueError("give either `noise`, to draw states, or `states`, to go through those of an earlier run.")
+        raise ValueError("give either `noise`, to sample states, or `states`, to reuse those of an earlier run.")
     source = PathNoise(noise, plan.spans) if noise is not None and noise.path and plan.stochastic else noise
     last_x, last_d = plan._last_use
     xs: dict[int, Tensor] = {0: x}
@@ -118,12 +118,12 @@ def _log_prob(x: Tensor, mean: Tensor, std: Weight) -> Tensor:
 
 
 def _check_own_draws(plan: Plan) -> None:
-    readers = Counter(k for row in plan.rows for k, _ in row.z)
+    uses = Counter(k for row in plan.rows for k, _ in row.z)
     for r, row in enumerate(plan.rows):
-        shared = [k for k, _ in row.z if readers[k] > 1]
+        shared = [k for k, _ in row.z if uses[k] > 1]
         if len(row.z) > 1 or shared:
             raise ValueError(
-                f"row {r} of the plan draws {len(row.z)} normals, {len(shared)} of them shared with other rows, so "
-                f"given the rows before it has no density of its own; take a rule with one normal a leg, such as "
-                f"DDPM or first-order and multistep SDE rules without a corrector."
+                f"row {r} of `plan` uses {len(row.z)} normals, {len(shared)} of them shared with other rows, so it has "
+                f"no density given the earlier rows; use a solver with one normal per step, such as DDPM, or a "
+                f"first-order or multistep SDE solver without a corrector."
             )

@@ -1,4 +1,4 @@
-r"""The one formula behind every exponential solver: Lagrange weights against a kernel.
+r"""Weights of exponential solvers: integrals of Lagrange polynomials times a kernel.
 
 In λ = log(α/σ) the reverse family is :math:`dx = [\tfrac{d\log\alpha}{d\lambda} x - (1+\eta^2)(x - \alpha d)]\,d\lambda
 + \sqrt2\,\eta\,\sigma\,dW` with d = E[x_0 | x]. Interpolate a linear prediction :math:`f = p\,x + q\,d` through earlier
@@ -8,12 +8,12 @@ evaluations, the nodes, in a variable u; variation of constants from s to t then
     x_t = \Phi\,x_s + \sum_j W_j f_j + \mathrm{std}\,z, \qquad W_j = \int_{\lambda_s}^{\lambda_t} K(\lambda)\,
     \ell_j(u(\lambda))\,d\lambda, \qquad K = \Phi(\lambda, t)\,(1+\eta^2)\,\frac{\alpha}{q}.
 
-For η = 0 every prediction keeps :math:`x/N` with its own scale N(α, σ): σ for data, α for noise, α + σ for velocity.
-The kernel is analytic, so Gauss–Legendre in λ is exact to rounding: 80 nodes are enough for steps up to h = 15 (the
-kernel of V has poles at Im λ = ±π/2, so 32 leave 1e-7 at h = 10). Where λ is infinite at an end the integral is taken
-in the prediction's own clock, in which the kernel is constant for η = 0.
+For η = 0, :math:`\Phi = N_t/N_s`, where N(α, σ) is the scale of the prediction: σ for data, α for noise, α + σ for
+velocity. The kernel is analytic, so Gauss–Legendre in λ is exact to rounding: 80 nodes are enough for steps up to
+h = 15 (the kernel of V has poles at Im λ = ±π/2, so 32 nodes have an error of 1e-7 at h = 10). If λ is infinite at an
+end, the integral is computed in the prediction's clock c(λ), in which the kernel is constant for η = 0.
 
-Everything here is elementwise over legs, takes float64 tensors, and is differentiable in the times.
+The functions are elementwise over steps, take float64 tensors, and are differentiable in the times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2
 
 
 def legendre() -> tuple[Tensor, Tensor]:
-    """The Gauss–Legendre nodes and weights on [0, 1], float64."""
+    """Gauss–Legendre nodes and weights on [0, 1], float64."""
     return _NODES, _WEIGHTS
 
 
@@ -40,15 +40,15 @@ class Prediction:
     r"""A linear prediction f = p x + q d to interpolate.
 
     Arguments:
-        name: What to call it.
-        scale: N(α, σ), homogeneous of degree 1: the state x/N has no linear term when η = 0.
-        p: p(α, σ), the weight of the state.
-        q: q(α, σ), the weight of the data prediction; it depends on α/σ alone.
-        clock: c(λ), in which the kernel is constant; finite wherever the prediction is defined.
-        lam_of_clock: Its inverse.
-        slope: dc/dλ as a function of c.
-        silent: Whether it says nothing about data where α = 0.
-        offset: B(λ): what is interpolated is f − B, and B is integrated exactly.
+        name: Name for printing.
+        scale: Function N(α, σ), homogeneous of degree 1: the equation of x/N has no linear term if η = 0.
+        p: Weight p(α, σ) of the state.
+        q: Weight q(α, σ) of the data prediction; it depends on α/σ only.
+        clock: Function c(λ) in which the kernel is constant if η = 0; finite wherever the prediction is defined.
+        lam_of_clock: Inverse of `clock`.
+        slope: Derivative dc/dλ as a function of c.
+        silent: Whether the prediction does not determine the data where α = 0, default False.
+        offset: Function B(λ), None by default: f − B is interpolated and B is integrated exactly.
     """
 
     name: str
@@ -74,7 +74,7 @@ DATA = Prediction(
     lam_of_clock=lambda c: c.log(),
     slope=lambda c: c,
 )
-"""The data prediction, which DPM-Solver++ interpolates and EDM calls the denoiser."""
+"""The data prediction, d: DPM-Solver++; EDM calls it the denoiser."""
 
 NOISE = Prediction(
     "noise",
@@ -97,7 +97,7 @@ VELOCITY = Prediction(
     lam_of_clock=lambda c: torch.log1p(-c) - c.log(),
     slope=lambda c: -c * (1 - c),
 )
-"""ε − d, the velocity of x/(α + σ) in τ = σ/(α + σ): on any process what flow matching predicts."""
+"""ε − d, the velocity of x/(α + σ) in τ = σ/(α + σ): the flow-matching velocity, on any process."""
 
 V = Prediction(
     "v",
@@ -112,7 +112,7 @@ V = Prediction(
 
 
 def edm_prediction(sigma_data: float) -> Prediction:
-    """EDM's network output F as a prediction to interpolate; `sigma_data` as in :class:`Preconditioning`."""
+    """Make a prediction of EDM's network output F, with `sigma_data` as in :class:`Preconditioning`."""
     s = sigma_data
 
     def root(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -131,12 +131,13 @@ def edm_prediction(sigma_data: float) -> Prediction:
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable u to interpolate in.
+    """A variable u in which predictions are interpolated.
 
     Arguments:
-        name: What to call it.
-        of: u(λ, t) of tensors; only one of the two need be used.
-        infinite: Whether u is infinite where σ = 0, so that nothing can be extrapolated to there.
+        name: Name for printing.
+        of: Function u(λ, t) of two tensors; it may ignore one of them.
+        uses_t: Whether `of` uses t, default False.
+        infinite: Whether u is infinite where σ = 0, so that no extrapolation to σ = 0 exists; default False.
     """
 
     name: str
@@ -158,26 +159,26 @@ TAU = Variable("tau", lambda lam, t: (-lam).sigmoid())
 """τ = σ/(α + σ): flow time."""
 
 TIME = Variable("t", lambda lam, t: t, uses_t=True)
-"""The process' own time: DEIS tAB."""
+"""The time t of the process: DEIS tAB."""
 
 
 def transfer(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
-    r"""Φ(s, t), the factor of x_s.
+    r"""Φ(s, t), the coefficient of x_s.
 
     .. math:: \Phi = \left(\frac{\alpha_s}{\alpha_t}\right)^{\eta^2}\left(\frac{N_t}{N_s}\right)^{1+\eta^2}
     """
     ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
     if _is_zero(eta):
         return ratio
-    silent = s.alpha == 0  # a power of 0 has no finite slope
-    kept = torch.where(silent, t.alpha, s.alpha) / t.alpha
-    return torch.where(silent, 0.0, kept ** (eta**2) * ratio ** (1 + eta**2))
+    silent = s.alpha == 0  # the gradient of 0 ** eta**2 is infinite
+    ratio_of_alpha = torch.where(silent, t.alpha, s.alpha) / t.alpha
+    return torch.where(silent, 0.0, ratio_of_alpha ** (eta**2) * ratio ** (1 + eta**2))
 
 
 def spread(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
-    r"""Standard deviation of a leg's noise, :math:`\mathrm{std}^2 = 2\eta^2\int\sigma^2\,\Phi(\lambda,t)^2 d\lambda`.
+    r"""Standard deviation of a step's noise, :math:`\mathrm{std}^2 = 2\eta^2\int\sigma^2\,\Phi(\lambda,t)^2 d\lambda`.
 
-    data: σ_t √(−expm1(−2η²h)); noise: η √((α_t σ_s/α_s)² − σ_t²); others by quadrature.
+    It is σ_t √(−expm1(−2η²h)) for data and η √((α_t σ_s/α_s)² − σ_t²) for noise; others use quadrature.
     """
     if _is_zero(eta):
         return torch.zeros_like(t.sigma)
@@ -188,23 +189,23 @@ def spread(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> T
         return eta * t.sigma * torch.expm1(2 * h).sqrt()
     lam = s.lam[..., None] + h[..., None] * _NODES
     relative = _relative_transfer(prediction, eta, lam, t.lam[..., None])
-    # per unit α_t: σ/α = e^{−λ}
+    # relative to α_t, with σ/α = e^{−λ}
     variance = 2 * eta**2 * h * ((relative * (-lam).exp()) ** 2 @ _WEIGHTS)
     return t.alpha * variance.sqrt()
 
 
 def _is_zero(eta: float | Tensor) -> bool:
-    """Whether η is the number 0; one that is a number a leg takes the general formulas, which have that limit."""
+    """Whether η is the number 0; a tensor η uses the general formulas, which have the same limit."""
     return not isinstance(eta, Tensor) and eta == 0
 
 
 def _gain(eta: float | Tensor) -> float | Tensor:
-    """1 + η², beside an axis of λ."""
+    """1 + η², with a last axis for λ if η is a tensor."""
     return 1 + (eta[..., None] if isinstance(eta, Tensor) else eta) ** 2
 
 
 def _relative_transfer(prediction: Prediction, eta: float | Tensor, lam: Tensor, lam_t: Tensor) -> Tensor:
-    """Φ(λ, t) α_λ/α_t, a function of λ alone; N is taken per unit of α."""
+    """Φ(λ, t) α_λ/α_t, which depends on λ only; it is computed from N/α."""
     one = torch.ones_like(lam)
     ratio = prediction.scale(one, (-lam).exp()) / prediction.scale(one, (-lam_t).exp())
     return ratio ** (-_gain(eta))
@@ -212,7 +213,7 @@ def _relative_transfer(prediction: Prediction, eta: float | Tensor, lam: Tensor,
 
 @dataclass(frozen=True)
 class Point:
-    """Times with what the formula needs of them: t, λ, α and σ, tensors of one shape."""
+    """Times with their λ, α and σ, tensors of one shape."""
 
     t: Tensor
     lam: Tensor
@@ -236,19 +237,19 @@ def weights(
     r"""Quadrature weights :math:`W_j = \int K\,\ell_j\,d\lambda`.
 
     Arguments:
-        prediction: What is interpolated.
-        variable: In what.
-        eta: η of the legs, a number, or one for each of shape (R,), (R, 1) or (R, B).
-        s: Where legs start, fields of shape (R,) or (R, B).
-        t: Where they end.
-        nodes: Where the prediction was evaluated, fields of shape (R, k) or (R, k, B).
-        t_of_lam: The process' inverse of λ, used if `variable` is the time.
-        moments: Instead of the exact moments :math:`\int K (\lambda-\lambda_s)^n d\lambda`, for n = 0, 1, …:
-            ``"exact"``, ``"mid"`` (∫K · h/2), ``"end"`` (K(λ_t) h²/2), or a factor on the exact one. For interpolation
-            in λ.
+        prediction: Prediction to interpolate.
+        variable: Variable of the interpolating polynomial.
+        eta: Noise level η of the steps: a number, or a tensor (R,), (R, 1) or (R, B).
+        s: Start points of the steps, fields (R,) or (R, B).
+        t: End points of the steps, of the shape of `s`.
+        nodes: Points of the earlier evaluations, fields (R, k) or (R, k, B).
+        t_of_lam: Function t(λ) of the process, used if `variable` depends on t.
+        moments: Replacements of the exact moments :math:`\int K (\lambda-\lambda_s)^n d\lambda`, n = 0, 1, …:
+            ``"exact"``, ``"mid"`` (∫K · h/2), ``"end"`` (K(λ_t) h²/2), or a factor on the exact moment. Only for
+            interpolation in λ; None by default.
 
     Returns:
-        (R, k) or (R, k, B).
+        Weights, (R, k) or (R, k, B).
     """
     batched = s.t.ndim == 2
     u = variable.of(nodes.lam, nodes.t)
@@ -265,7 +266,7 @@ def weights(
             kernel = t.alpha[..., None] * torch.ones_like(shape)
             return _lagrange(variable.of(lam, t.t[..., None]), u, batched)[..., 0] * kernel[..., 0].unsqueeze(1)
         a, b = prediction.clock(s.lam), prediction.clock(t.lam)
-        # From α = 0 the kernel is as (c − a)^{η²}, no polynomial: let the nodes crowd there.
+        # From α = 0 the kernel behaves like (c − a)^{η²}, so the quadrature nodes are denser near a.
         m = 1 if _is_zero(eta) else 4
         c = a[..., None] + (b - a)[..., None] * _NODES**m
         lam = prediction.lam_of_clock(c)
@@ -279,7 +280,7 @@ def weights(
 
 
 def constant(prediction: Prediction, eta: float | Tensor, s: Point, t: Point, nodes: Point, W: Tensor) -> Tensor:
-    r"""What the offset adds to a leg, :math:`\int K B\,d\lambda - \sum_j W_j B_j`, on legs with finite ends."""
+    r"""Constant term from the offset, :math:`\int K B\,d\lambda - \sum_j W_j B_j`, if λ is finite at both ends."""
     assert prediction.offset is not None
     h = t.lam - s.lam
     lam = s.lam[..., None] + h[..., None] * _NODES
@@ -295,7 +296,7 @@ def _kernel(prediction: Prediction, eta: float | Tensor, lam: Tensor, t: Point) 
 
 
 def _lagrange(u: Tensor, nodes: Tensor, batched: bool) -> Tensor:
-    """ℓ_j(u): u (R, [B,] Q), nodes (R, k, [B]) to (R, k, [B,] Q)."""
+    """Lagrange basis ℓ_j(u), (R, k, [B,] Q), from u (R, [B,] Q) and nodes (R, k, [B])."""
     k = nodes.shape[1]
     basis = []
     for j in range(k):
@@ -317,7 +318,7 @@ def _moment_change(
     kernel: Tensor,
     moments: Sequence[str | float],
 ) -> Tensor:
-    """What the weights change by when the moments are replaced; Vandermonde in r = (λ − λ_s)/h."""
+    """Change of the weights when moments are replaced, by a Vandermonde system in r = (λ − λ_s)/h."""
     k = nodes.t.shape[1]
     h = t.lam - s.lam
     x = (lam - s.lam[..., None]) / h[..., None]
@@ -325,9 +326,9 @@ def _moment_change(
     total, end = mass.sum(-1), _kernel(prediction, eta, t.lam[..., None], t)[..., 0] * h
     change = []
     for n in range(k):
-        rule = moments[n] if n < len(moments) else "exact"
+        moment = moments[n] if n < len(moments) else "exact"
         exact = (mass * x**n).sum(-1)
-        new = {"exact": exact, "mid": total / 2, "end": end / 2}[rule] if isinstance(rule, str) else rule * exact
+        new = {"exact": exact, "mid": total / 2, "end": end / 2}[moment] if isinstance(moment, str) else moment * exact
         change.append(new - exact)
     r = (nodes.lam - s.lam.unsqueeze(1)) / h.unsqueeze(1)  # (R, k, [B])
     powers = torch.stack([r**n for n in range(k)], dim=1)  # (R, n, k, [B])

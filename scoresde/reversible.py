@@ -1,18 +1,19 @@
-r"""Solves of the probability flow that can be run back exactly, and differentiated with the memory of one step.
+r"""Algebraically reversible solvers of the probability flow ODE, with exact inversion and constant-memory gradients.
 
-A second state z accompanies y = x/(α + σ), in flow time τ = σ/(α + σ). With Ψ_h the increment of any one-step method,
+The solver holds y = x/(α + σ) and a second state z, in the time variable τ = σ/(α + σ). Let Ψ_h be the increment of a
+one-step method. A step is
 
 .. math::
     y_{n+1} &= c\,y_n + (1-c)\,z_n + \Psi_h(\tau_n, z_n), \\
     z_{n+1} &= z_n - \Psi_{-h}(\tau_{n+1}, y_{n+1}),
 
-which has the order of that method and is solved for (y_n, z_n) by hand:
+which has the order of the one-step method. Its inverse is explicit:
 
 .. math::
     z_n &= z_{n+1} + \Psi_{-h}(\tau_{n+1}, y_{n+1}), \\
     y_n &= c^{-1}\left(y_{n+1} - (1-c)\,z_n - \Psi_h(\tau_n, z_n)\right).
 
-Going back is exact but for rounding, whatever the network, the number of steps and their error are.
+The inverse is exact up to rounding, for any network, number of steps and discretisation error.
 
 References:
     | Efficient, Accurate and Stable Gradients for Neural ODEs (McCallum & Foster, 2024), arXiv:2410.11648
@@ -38,11 +39,11 @@ from scoresde.solvers.singlestep import MIDPOINT, Tableau
 
 
 class Twin(NamedTuple):
-    """A state and its companion, both (B, *event): to the method's order they agree.
+    """The two states of a reversible solver; they agree up to the error of the one-step method.
 
     Arguments:
-        x: The state.
-        z: The companion, needed to go back exactly.
+        x: State, (B, *event).
+        z: Second state, (B, *event), required for the exact inverse.
     """
 
     x: Tensor
@@ -51,12 +52,12 @@ class Twin(NamedTuple):
 
 @dataclass(frozen=True)
 class Reversible:
-    """A rule whose solves can be run back exactly: :meth:`solve`, and :meth:`invert` with the same times.
+    """Reversible solver: :meth:`solve` runs the steps, and :meth:`invert` with the same times undoes them.
 
     Arguments:
-        tableau: The one-step method; each of its stages costs two evaluations a step.
-        coupling: c, in (0, 1]: smaller damps the difference of the two states more, and costs c⁻ⁿ of rounding when n
-            steps are run back.
+        tableau: Butcher tableau of the one-step method; each stage costs two evaluations per step.
+        coupling: Coupling c in (0, 1]. A smaller c damps the difference of the two states faster, but the inverse of n
+            steps amplifies rounding by c⁻ⁿ.
 
     Example:
         >>> import torch, scoresde as ss
@@ -84,75 +85,75 @@ class Reversible:
         grad: str = "off",
         **cond: Any,
     ) -> Twin:
-        """Follow the flow along `times`, up or down.
+        """Solve the probability flow along `times`.
 
         Arguments:
             model: A denoiser.
-            x: State (B, *event) at the first time, or a pair of them.
-            times: Positive times where σ > 0, all falling or all rising.
-            grad: ``"off"``, ``"full"``, or ``"reversible"``: the same gradients with the memory of one step; the states
-                are made again by running back.
-            **cond: Conditions, handed to the network.
+            x: State (B, *event) at the first time, or a :class:`Twin`.
+            times: Times with σ > 0, decreasing or increasing.
+            grad: ``"off"``, ``"full"``, or ``"reversible"``, which gives the same gradients with the memory of one
+                step: the inverse recomputes the states.
+            **cond: Conditions for the network.
         """
         check.conditions(cond, Reversible.solve)
         check.choice("grad", grad, ("off", "full", "reversible"))
-        way = self._way(model, times, cond)
-        y = self._enter(way, x, 0)
+        flow = self._flow(model, times, cond)
+        y = self._to_flow(flow, x, 0)
         with torch.set_grad_enabled(grad != "off"):
             if grad == "reversible":
                 leaves = [*model.parameters(), *(v for v in tree_leaves(cond) if isinstance(v, Tensor))]
-                reads = [v for v in leaves if v.requires_grad]
-                y = Twin(*_Retraced.apply(way, *y, *reads))  # type: ignore[no-untyped-call]
+                inputs = [v for v in leaves if v.requires_grad]
+                y = Twin(*_Recomputed.apply(flow, *y, *inputs))  # type: ignore[no-untyped-call]
             else:
-                y = way.forward(y)
-        return self._leave(way, y, -1)
+                y = flow.forward(y)
+        return self._from_flow(flow, y, -1)
 
     def invert(self, model: AbstractDenoiser, twin: Twin, times: Tensor | Sequence[float], **cond: Any) -> Twin:
-        """Where :meth:`solve` with the same model, times and conditions came from.
+        """Recover the initial states of :meth:`solve` from its result.
 
         Arguments:
-            model: A denoiser.
-            twin: What :meth:`solve` returned.
-            times: The times it was given, in the same order.
-            **cond: Conditions, handed to the network.
+            model: Denoiser passed to :meth:`solve`.
+            twin: Result of :meth:`solve`.
+            times: Times passed to :meth:`solve`, in the same order.
+            **cond: Conditions passed to :meth:`solve`.
         """
         check.conditions(cond, Reversible.invert)
-        way = self._way(model, times, cond)
+        flow = self._flow(model, times, cond)
         with torch.no_grad():
-            return self._leave(way, way.backward(self._enter(way, twin, -1)), 0)
+            return self._from_flow(flow, flow.backward(self._to_flow(flow, twin, -1)), 0)
 
-    def _way(self, model: AbstractDenoiser, times: Any, cond: dict[str, Any]) -> _Way:
+    def _flow(self, model: AbstractDenoiser, times: Any, cond: dict[str, Any]) -> _Flow:
         sde = model.sde
         grid = torch.as_tensor(times, dtype=torch.float64)
         rising = len(grid) > 1 and bool(grid[0] < grid[1])
         grid = check_grid(sde, grid.flip(0)).flip(0) if rising else check_grid(sde, grid)
         if bool((sde.sigma(grid) == 0).any()):
-            raise ValueError("`times` must keep away from σ = 0, as in ss.karras(sde, n, t_end=sde.t_min).")
+            raise ValueError("`times` must have σ > 0 everywhere, as in ss.karras(sde, n, t_end=sde.t_min).")
         frame = Frame(sde)
-        return _Way(self, frame, frame.u(grid), lambda u, y: slope(model, frame, u, y, **cond))
+        return _Flow(self, frame, frame.u(grid), lambda u, y: slope(model, frame, u, y, **cond))
 
-    def _enter(self, way: _Way, x: Tensor | Twin, end: int) -> Twin:
+    def _to_flow(self, flow: _Flow, x: Tensor | Twin, end: int) -> Twin:
         pair = Twin(x, x) if isinstance(x, Tensor) else x
-        scale = float(way.frame.scale(way.u[end, None]))
+        scale = float(flow.frame.scale(flow.u[end, None]))
         return Twin(*(check.state("x", v) / scale for v in pair))
 
-    def _leave(self, way: _Way, y: Twin, end: int) -> Twin:
-        scale = float(way.frame.scale(way.u[end, None]))
+    def _from_flow(self, flow: _Flow, y: Twin, end: int) -> Twin:
+        scale = float(flow.frame.scale(flow.u[end, None]))
         return Twin(*(v * scale for v in y))
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
-    """Steps along clocks u with a field."""
+class _Flow:
+    """Discretised flow dy/du = field(u, y) on the grid u."""
 
-    rule: Reversible
+    solver: Reversible
     frame: Frame
     u: Tensor
     field: Callable[[float, Tensor], Tensor]
 
     def increment(self, u: float, h: float, y: Tensor) -> Tensor:
-        """Ψ_h."""
-        tableau = self.rule.tableau
+        """Increment Ψ_h of the one-step method at (u, y)."""
+        tableau = self.solver.tableau
         slopes = [self.field(u, y)]
         for c, row in zip(tableau.c[1:], tableau.a, strict=True):
             stage = y
@@ -165,55 +166,52 @@ class _Way:
         return total
 
     def step(self, n: int, at: Twin) -> Twin:
-        """Step n."""
-        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.rule.coupling
+        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.solver.coupling
         y = c * at.x + (1 - c) * at.z + self.increment(u, v - u, at.z)
         return Twin(y, at.z - self.increment(v, u - v, y))
 
     def back(self, n: int, at: Twin) -> Twin:
-        """Step n undone."""
-        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.rule.coupling
+        """Inverse of step n."""
+        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.solver.coupling
         z = at.z + self.increment(v, u - v, at.x)
         return Twin((at.x - (1 - c) * z - self.increment(u, v - u, z)) / c, z)
 
     def forward(self, at: Twin) -> Twin:
-        """All steps."""
         for n in range(len(self.u) - 1):
             at = self.step(n, at)
         return at
 
     def backward(self, at: Twin) -> Twin:
-        """All steps undone."""
         for n in reversed(range(len(self.u) - 1)):
             at = self.back(n, at)
         return at
 
 
-class _Retraced(torch.autograd.Function):
-    """Gradients step by step, from states that are made again."""
+class _Recomputed(torch.autograd.Function):
+    """Gradients with the memory of one step: the backward pass recomputes the states by inverse steps."""
 
     @staticmethod
-    def forward(ctx: Any, way: _Way, y: Tensor, z: Tensor, *reads: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, flow: _Flow, y: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            end = way.forward(Twin(y, z))
-        ctx.way = way
-        ctx.save_for_backward(*end, *reads)
+            end = flow.forward(Twin(y, z))
+        ctx.flow = flow
+        ctx.save_for_backward(*end, *inputs)
         return end.x, end.z
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_z: Tensor) -> Any:
-        y, z, *reads = ctx.saved_tensors
+        y, z, *inputs = ctx.saved_tensors
         at, grads = Twin(y, z), (grad_y, grad_z)
-        sums = [torch.zeros_like(v) for v in reads]
-        for n in reversed(range(len(ctx.way.u) - 1)):
+        sums = [torch.zeros_like(v) for v in inputs]
+        for n in reversed(range(len(ctx.flow.u) - 1)):
             with torch.no_grad():
-                at = ctx.way.back(n, at)
+                at = ctx.flow.back(n, at)
             with torch.enable_grad():
                 start = Twin(*(v.detach().requires_grad_() for v in at))
-                end = ctx.way.step(n, start)
-                found = torch.autograd.grad(end, (*start, *reads), grads, allow_unused=True)
-            grads = (found[0], found[1])
-            for total, g in zip(sums, found[2:], strict=True):
+                end = ctx.flow.step(n, start)
+                inner = torch.autograd.grad(end, (*start, *inputs), grads, allow_unused=True)
+            grads = (inner[0], inner[1])
+            for total, g in zip(sums, inner[2:], strict=True):
                 if g is not None:
                     total += g
         return (None, *grads, *sums)

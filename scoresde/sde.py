@@ -1,10 +1,10 @@
-r"""What noise does to data: linear SDEs, given by α(t) and σ(t).
+r"""Linear SDEs, given by α(t) and σ(t).
 
 A process takes data at t = 0 to noise at t = T,
 
 .. math:: x_t \mid x_0 \sim N(\alpha_t x_0, \sigma_t^2 I), \qquad \lambda_t = \log(\alpha_t / \sigma_t),
 
-and everything else follows from α and σ. This module knows nothing of networks, solvers or numbers of steps.
+and all other quantities of the process follow from α and σ.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
 
     Arguments:
         fn: Elementwise function of a tensor.
-        t: Where, any shape. The result is differentiable in turn when `t` requires grad.
+        t: Points, a tensor of any shape. The result is differentiable if `t` requires grad and grad mode is on.
     """
-    # torch.func.grad, not autograd.grad: it also works inside other transforms of torch.func.
+    # Unlike autograd.grad, torch.func.grad also works inside other transforms of torch.func.
     with torch.inference_mode(False):
         s = t if t.requires_grad and torch.is_grad_enabled() else t.detach().clone()
         dy: Tensor = torch.func.grad(lambda u: fn(u).sum())(s)
@@ -43,10 +43,10 @@ class Prior:
     r"""The Gaussian :math:`N(\alpha_t m, (\alpha_t^2 s^2 + \sigma_t^2) I)` that a sampler starts from at time t.
 
     Arguments:
-        mean: Its mean, one number.
-        std: Its standard deviation, one number.
-        snr: What is left of the data there, :math:`\alpha_t^2 s^2 / \sigma_t^2`: the gap between this Gaussian and
-            the true marginal vanishes with it.
+        mean: Mean, float.
+        std: Standard deviation, float.
+        snr: Signal-to-noise ratio at t, :math:`\alpha_t^2 s^2 / \sigma_t^2`, float. The gap between this Gaussian
+            and the true marginal vanishes with this ratio.
     """
 
     mean: float
@@ -62,11 +62,11 @@ class Prior:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """Draw a state of shape `shape`, (B, *event); sample i depends on the seed and on i alone."""
+        """Draw a state of shape `shape`, (B, *event). Sample i depends only on the seed, `draw` and i."""
         return self.mean + self.std * noise.normal(shape, draw, dtype=dtype, device=device)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats of each row of `x`, (B, *event) to (B,)."""
+        """Log-density in nats of each sample of `x`, (B, *event) to (B,)."""
         z = (check.state("x", x) - self.mean) / self.std
         per_number = 0.5 * math.log(2 * math.pi) + math.log(self.std)
         return -0.5 * (z**2).flatten(1).sum(1) - per_number * (x[0].numel() if len(x) else 0)
@@ -74,23 +74,23 @@ class Prior:
 
 @dataclass(frozen=True)
 class SDE:
-    r"""A linear SDE, :math:`dx = f(t)\,x\,dt + g(t)\,dw`, known by α(t) and σ(t).
+    r"""A linear SDE, :math:`dx = f(t)\,x\,dt + g(t)\,dw`, defined by α(t) and σ(t).
 
     .. math::
         f = \frac{d \log\alpha_t}{dt}, \qquad
         g^2 = \frac{d\sigma_t^2}{dt} - 2 f \sigma_t^2 = -2\sigma_t^2 \frac{d\lambda_t}{dt}
 
-    Time is 0 at data and `T` at noise, everywhere in this library. Every method of time takes a number (and returns
-    one, computed in float64), a scalar tensor or a tensor of shape (B,) (and returns the like, in its dtype).
+    Time is 0 at data and `T` at noise in the whole library. Every function of time accepts a number, a scalar tensor
+    or a tensor of shape (B,). A number gives a number, computed in float64; a tensor gives a tensor of its dtype.
 
-    A subclass is a frozen dataclass that writes ``_alpha`` and ``_sigma``, elementwise functions of a tensor, or
-    ``_log_alpha`` and ``_log_sigma`` where logarithms are better conditioned. The rest is derived, by automatic
-    differentiation and root finding where no closed form is given. :meth:`from_functions` does without a class.
+    A subclass is a frozen dataclass that defines ``_alpha`` and ``_sigma``, elementwise functions of a tensor, or
+    ``_log_alpha`` and ``_log_sigma`` if logarithms are better conditioned. Automatic differentiation and root finding
+    give all quantities without a closed form. :meth:`from_functions` needs no subclass.
 
     Arguments:
-        T: Last time of the process. The functions do not change with it.
-        t_min: Smallest positive time that networks are trained at and that grids in λ or σ/α step to before the last
-            step to t = 0. 0 stands for the default of the class.
+        T: Last time of the process. α(t) and σ(t) do not depend on `T`.
+        t_min: Smallest positive time. Networks are trained on [t_min, T], and grids in λ or σ/α contain t_min before
+            the last step to t = 0. The value 0 selects the default of the class.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -109,7 +109,7 @@ class SDE:
             ):
                 raise TypeError(
                     f"{cls.__name__} must define `_{name}(self, t)` or `_log_{name}(self, t)`, a function of a tensor; "
-                    f"the public `{name}`, which also takes numbers and checks them, then follows."
+                    f"the public `{name}` calls this function and also accepts numbers."
                 )
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ class SDE:
             object.__setattr__(self, "t_min", self._default_t_min())
         check.number("t_min", self.t_min, above=0, below=self.T)
 
-    # What a subclass writes: functions of a float32 or float64 tensor with values in [0, T].
+    # Functions for subclasses to override. Their argument is a float32 or float64 tensor with values in [0, T].
 
     def _alpha(self, t: Tensor) -> Tensor:
         return self._log_alpha(t).exp()
@@ -156,11 +156,11 @@ class SDE:
         return 1e-3 * self.T
 
     def _inside(self, t: Tensor) -> Tensor:
-        # σ may start as √t, whose derivative is infinite at 0 while g² is not: take the limit from just inside.
+        # If σ ∝ √t near 0, then dσ/dt is infinite at 0 but g² is finite: evaluate g² at a small positive time.
         return t.clamp_min(1e-8 * self.T)
 
     def _invert(self, fn: Callable[[Tensor], Tensor], value: Tensor, *, falling: bool) -> Tensor:
-        """Solve fn(t) = value on [0, T] by bisection in log t; one Newton step carries the gradient."""
+        """Solve fn(t) = value on [0, T] by bisection in log t; one Newton step gives the gradient."""
         target = value.detach()
         lo = torch.full_like(target, math.log(self.T) - 80.0)
         hi = torch.full_like(target, math.log(self.T))
@@ -178,7 +178,7 @@ class SDE:
             t = t + (value - target) / derivative(fn, t)
         return t
 
-    # What follows. Each takes a number, () or (B,) and returns the like.
+    # Derived quantities. Each accepts a number, () or (B,) and returns the same kind.
 
     def _at(self, fn: Callable[[Tensor], Tensor], t: TimeT) -> TimeT:
         if isinstance(t, Tensor):
@@ -202,7 +202,7 @@ class SDE:
         return self._at(self._log_sigma, t)
 
     def lam(self, t: TimeT) -> TimeT:
-        r"""Half log signal-to-noise ratio :math:`\lambda_t = \log(\alpha_t/\sigma_t)`; falls with t."""
+        r"""Half log signal-to-noise ratio :math:`\lambda_t = \log(\alpha_t/\sigma_t)`, decreasing in t."""
         return self._at(lambda s: self._log_alpha(s) - self._log_sigma(s), t)
 
     def f(self, t: TimeT) -> TimeT:
@@ -222,7 +222,7 @@ class SDE:
         return self._at(self._alpha_dot, t)
 
     def sigma_dot(self, t: TimeT) -> TimeT:
-        """dσ/dt; infinite where σ starts as a square root (VP at t = 0)."""
+        """dσ/dt; infinite at t = 0 if σ ∝ √t there, as for VP."""
         return self._at(self._sigma_dot, t)
 
     def t_of_lam(self, lam: TimeT) -> TimeT:
@@ -239,13 +239,13 @@ class SDE:
         v = check.real(name, value)
         if v.device.type == "cpu":
             ends = sorted((fn(0.0), fn(self.T)))
-            # An end computed in float32 rounds outside; how far is a matter of its size.
+            # An end computed in float32 may lie outside by rounding, in proportion to its size.
             slack = (torch.finfo(v.dtype).eps * 64) * (1 + v.detach().abs())
             inside = (v == ends[0]) | (v == ends[1]) | ((v >= ends[0] - slack) & (v <= ends[1] + slack))
             if not bool(inside.all()):
                 bad = v.detach().reshape(-1)[~inside.reshape(-1)][0].item()
                 raise ValueError(
-                    f"`{name}` must lie in [{ends[0]:.6g}, {ends[1]:.6g}], the reach of this process on "
+                    f"`{name}` must lie in [{ends[0]:.6g}, {ends[1]:.6g}], its range for times in "
                     f"[0, {self.T:g}], got {bad:.6g}."
                 )
         t = inverse(v).clamp(0.0, self.T)
@@ -254,7 +254,7 @@ class SDE:
         return float(t)
 
     def transition(self, s: TimeT, t: TimeT) -> tuple[TimeT, TimeT]:
-        r"""Scale and standard deviation of the forward step, s ≤ t.
+        r"""Scale and standard deviation of the forward transition from s to t, s ≤ t.
 
         .. math:: x_t \mid x_s \sim N\!\left(\tfrac{\alpha_t}{\alpha_s} x_s,\;
                   \sigma_t^2 \,(1 - e^{2(\lambda_t - \lambda_s)}) I\right)
@@ -272,7 +272,7 @@ class SDE:
                   v = \sigma_s^2 (1 - e^{2(\lambda_t-\lambda_s)})
 
         Returns:
-            The three numbers (c_t, c_0, v).
+            The tuple (c_t, c_0, v).
         """
         a, b = self._pair(s, t)
         gap = self._gap(a, b)
@@ -298,15 +298,15 @@ class SDE:
             return value
         return float(value)
 
-    # On states of shape (B, *event).
+    # Functions of states of shape (B, *event).
 
     def perturb(self, x0: Tensor, t: float | Tensor, eps: Tensor | None = None) -> Tensor:
-        r"""Noise data: :math:`x_t = \alpha_t x_0 + \sigma_t \varepsilon`.
+        r"""Add noise to data: :math:`x_t = \alpha_t x_0 + \sigma_t \varepsilon`.
 
         Arguments:
             x0: Data, (B, *event).
-            t: A number, () or (B,).
-            eps: Standard normal, the shape of `x0`. By default it is drawn from torch's global generator.
+            t: Time, a number, () or (B,).
+            eps: Standard normal noise, the shape of `x0`; by default drawn from torch's global generator.
         """
         check.state("x0", x0)
         eps = torch.randn_like(x0) if eps is None else check.match("eps", eps, "x0", x0)
@@ -314,16 +314,16 @@ class SDE:
         return alpha * x0 + sigma * eps
 
     def prior(self, t: float | None = None, *, mean: float = 0.0, std: float = 1.0) -> Prior:
-        r"""The Gaussian to start from at time `t` when the data has mean `mean` and standard deviation `std`.
+        r"""The Gaussian that a sampler starts from at time `t`, for data of mean m and standard deviation s.
 
         .. math:: N(\alpha_t m,\; (\alpha_t^2 s^2 + \sigma_t^2) I)
 
-        Warns when the data is still visible there, :math:`\alpha_t^2 s^2 > \sigma_t^2 / 100`.
+        Warns if the signal-to-noise ratio at `t` is too high, :math:`\alpha_t^2 s^2 > \sigma_t^2 / 100`.
 
         Arguments:
-            t: When to start, by default `T`.
-            mean: Mean of the data, one number.
-            std: Standard deviation of the data, one number; 0 gives pure noise of scale σ(t).
+            t: Start time, float, by default `T`.
+            mean: Mean m of the data, float.
+            std: Standard deviation s of the data, float; 0 gives pure noise of scale σ(t).
         """
         t = self.T if t is None else check.number("t", t, above=0, most=self.T)
         check.number("std", std, least=0)
@@ -331,8 +331,8 @@ class SDE:
         snr = (alpha * std / sigma) ** 2
         if snr > 0.01:
             warnings.warn(
-                f"at t = {t:g} the data still shows (signal-to-noise ratio {snr:.2g}), so a Gaussian is a poor start; "
-                f"start later, or from `perturb(x0, t)` of real data.",
+                f"at t = {t:g} the signal-to-noise ratio is {snr:.2g}, too high for a Gaussian prior; "
+                f"start at a later time, or from `perturb(x0, t)` of real data.",
                 stacklevel=2,
             )
         return Prior(alpha * mean, math.hypot(alpha * std, sigma), snr)
@@ -346,15 +346,15 @@ class SDE:
         return self.g(t)
 
     def reverse_drift(self, x: Tensor, t: float | Tensor, score: Tensor, eta: float = 1.0) -> Tensor:
-        r"""Drift of the family of processes that run back along the same marginals.
+        r"""Drift of the family of reverse-time processes with the same marginals.
 
         .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\, g^2 \nabla\log p_t(x)\right] dt + \eta\, g\, d\bar w
 
         Arguments:
             x: State, (B, *event).
-            t: A number, () or (B,).
-            score: ∇log p_t(x), the shape of `x`.
-            eta: 1 for the reverse SDE, 0 for the probability-flow ODE, or any other number.
+            t: Time, a number, () or (B,).
+            score: Score ∇log p_t(x), the shape of `x`.
+            eta: Noise level, at least 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
         """
         eta = check.number("eta", eta, least=0)
         check.match("score", score, "x", check.state("x", x))
@@ -362,11 +362,11 @@ class SDE:
         return f * x - (1 + eta**2) / 2 * g2 * score
 
     def reverse_diffusion(self, t: TimeT, eta: float = 1.0) -> TimeT:
-        """Diffusion η g(t) of the reverse family."""
+        """Diffusion η g(t) of the reverse-time family."""
         return check.number("eta", eta, least=0) * self.g(t)
 
     def flow_drift(self, x: Tensor, t: float | Tensor, score: Tensor) -> Tensor:
-        r"""Probability-flow ODE, :math:`dx/dt = f x - \tfrac12 g^2 \nabla\log p_t(x)`."""
+        r"""Drift of the probability-flow ODE, :math:`dx/dt = f x - \tfrac12 g^2 \nabla\log p_t(x)`."""
         return self.reverse_drift(x, t, score, eta=0.0)
 
     # Processes from functions.
@@ -375,11 +375,11 @@ class SDE:
     def from_functions(
         alpha: Callable[[Tensor], Tensor], sigma: Callable[[Tensor], Tensor], *, T: float = 1.0, t_min: float = 0.0
     ) -> SDE:
-        """Make a process of two functions of time; f, g and the inverses are derived.
+        """Make a process from α(t) and σ(t); f, g and the inverse functions are derived.
 
         Arguments:
-            alpha: α(t), an elementwise function of a tensor on [0, T], not negative.
-            sigma: σ(t), likewise; α/σ must fall.
+            alpha: Function α(t), elementwise on a tensor with values in [0, T], not negative.
+            sigma: Function σ(t), of the same kind. α/σ must decrease with t.
             T: Last time.
             t_min: Smallest positive time, by default T/1000.
 
@@ -394,13 +394,13 @@ class SDE:
     def from_drift(
         f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], *, T: float = 1.0, t_min: float = 0.0
     ) -> SDE:
-        r"""Make a process of its drift and diffusion; α and σ come by Gauss–Legendre quadrature.
+        r"""Make a process from f(t) and g(t); Gauss–Legendre quadrature gives α and σ.
 
         .. math:: \log\alpha_t = \int_0^t f, \qquad \sigma_t^2 = \alpha_t^2 \int_0^t g^2/\alpha^2
 
         Arguments:
-            f: f(t), an elementwise, smooth function of a tensor on [0, T].
-            g: g(t), likewise.
+            f: Drift coefficient f(t), smooth and elementwise on a tensor with values in [0, T].
+            g: Diffusion coefficient g(t), of the same kind.
             T: Last time; f and g must be finite on [0, T].
             t_min: Smallest positive time, by default T/1000.
 
@@ -437,7 +437,7 @@ class VP(SDE):
         check.number("beta_min", self.beta_min, above=0)
         check.number("beta_max", self.beta_max, above=0)
         if self.beta(self.T) <= 0:
-            raise ValueError(f"`beta_max` = {self.beta_max} makes β negative before T = {self.T}; raise it.")
+            raise ValueError(f"`beta_max` = {self.beta_max} makes β negative or 0 at T = {self.T}; increase it.")
 
     def beta(self, t: TimeT) -> TimeT:
         """β(t)."""
@@ -474,7 +474,7 @@ class VP(SDE):
 
 @dataclass(frozen=True)
 class SubVP(VP):
-    r"""Sub-VP: the drift of :class:`VP`, with less noise.
+    r"""Sub-VP: the drift of :class:`VP` with a smaller σ.
 
     .. math:: \alpha_t = e^{-B(t)/2}, \quad \sigma_t = 1 - e^{-B(t)}, \quad g^2 = \beta(t)\,(1 - e^{-2B(t)})
 
@@ -504,8 +504,8 @@ class VE(SDE):
     .. math:: g(t) = \sigma_{\min} r^t \sqrt{2\log r}, \quad r = \sigma_{\max}/\sigma_{\min}, \qquad
               \alpha_t = 1, \quad \sigma_t^2 = \sigma_{\min}^2 (r^{2t} - 1)
 
-    This σ is what the SDE does to x_0, so σ(0) = 0; the form σ_min r^t found elsewhere is larger by 1/r^{2t} of
-    itself and belongs to data that was noised with σ_min first. By default ``sigma(t_min) == sigma_min``.
+    This σ is the noise that the SDE adds to x_0, so σ(0) = 0. The common form σ_min r^t has a variance larger by
+    σ_min²; it assumes data with noise of scale σ_min already added. By default ``sigma(t_min) == sigma_min``.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -553,8 +553,8 @@ class Cosine(SDE):
     .. math:: \alpha_t = \frac{\cos\theta_t}{\cos\theta_0}, \quad \theta_t = \frac{\pi}{2}\,\frac{t+s}{1+s}, \qquad
               \sigma_t^2 = 1 - \alpha_t^2 = \frac{\sin(\theta_t-\theta_0)\sin(\theta_t+\theta_0)}{\cos^2\theta_0}
 
-    α vanishes at t = 1. The default T stops just before, so that any prediction can be used; ``Cosine(T=1.0)`` has
-    zero terminal signal and takes x0, v and velocity networks.
+    α is 0 at t = 1. The default T is smaller, so a network may predict any quantity. ``Cosine(T=1.0)`` has zero
+    terminal signal and needs a network that predicts x0, v or the velocity.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672
@@ -586,7 +586,7 @@ class Cosine(SDE):
         return 2 * self._rate / (self._rate * (1 - t)).tan()
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        # θ by its sine and cosine, then θ − θ_0 by its own, neither of which cancels.
+        # The sines and cosines of θ and of θ − θ_0, written without cancellation.
         sin0, cos0 = math.sin(self._rate * self.s), math.cos(self._rate * self.s)
         signal, noise = (2 * lam).sigmoid(), (-2 * lam).sigmoid()
         cos, sin = cos0 * signal.sqrt(), (sin0**2 + cos0**2 * noise).sqrt()
@@ -671,11 +671,11 @@ class Polynomial(SDE):
 
 @dataclass(frozen=True)
 class Flow(SDE):
-    r"""Straight lines between data and noise (rectified flow, flow matching with a Gaussian source).
+    r"""Linear interpolation of data and noise (rectified flow, flow matching with a Gaussian source).
 
     .. math:: \alpha_t = 1 - t, \quad \sigma_t = t, \quad f = -\frac{1}{1-t}, \quad g^2 = \frac{2t}{1-t}
 
-    α(1) = 0: networks that predict x0, v or the velocity ε − x0.
+    α(1) = 0, so the network must predict x0, v or the velocity ε − x0.
 
     References:
         | Flow Straight and Fast (Liu et al., 2023), arXiv:2209.03003
@@ -707,7 +707,7 @@ class Flow(SDE):
 
 @dataclass(frozen=True)
 class Trig(SDE):
-    r"""A quarter of a circle: variance preserving, with unit speed in the angle.
+    r"""Variance-preserving trigonometric schedule: (α, σ) moves along a quarter circle at constant speed.
 
     .. math:: \alpha_t = \cos\tfrac{\pi t}{2}, \quad \sigma_t = \sin\tfrac{\pi t}{2}, \quad
               g^2 = \pi\tan\tfrac{\pi t}{2}
@@ -742,7 +742,7 @@ class Trig(SDE):
 
 @dataclass(frozen=True)
 class FromFunctions(SDE):
-    """A process given by two functions; made by :meth:`SDE.from_functions`."""
+    """A process given by α(t) and σ(t), the result of :meth:`SDE.from_functions`."""
 
     alpha_fn: Callable[[Tensor], Tensor]
     sigma_fn: Callable[[Tensor], Tensor]
@@ -757,7 +757,7 @@ class FromFunctions(SDE):
                 got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
                 raise ValueError(
                     f"`{name}` must map a tensor of times to a tensor of the same shape, {tuple(t.shape)}, got {got}; "
-                    f"write it with torch functions, and a constant as torch.full_like(t, c)."
+                    f"use torch functions, and torch.full_like(t, c) for a constant c."
                 )
             bad = ~(y.isfinite() & (y >= 0))
             if bad.any():
@@ -780,7 +780,7 @@ class FromFunctions(SDE):
 
 @dataclass(frozen=True)
 class FromDrift(SDE):
-    """A process given by f and g; made by :meth:`SDE.from_drift`."""
+    """A process given by f(t) and g(t), the result of :meth:`SDE.from_drift`."""
 
     f_fn: Callable[[Tensor], Tensor]
     g_fn: Callable[[Tensor], Tensor]
@@ -792,13 +792,13 @@ class FromDrift(SDE):
             y = fn(t)
             if not isinstance(y, Tensor) or y.shape != t.shape or not bool(y.isfinite().all()):
                 raise ValueError(
-                    f"`{name}` must map a tensor of times to a finite tensor of the same shape on [0, T]; end the "
-                    f"process before it becomes infinite with a smaller `T`, and write a constant as full_like(t, c)."
+                    f"`{name}` must map a tensor of times to a finite tensor of the same shape on [0, T]; use a "
+                    f"smaller `T` if the function becomes infinite, and torch.full_like(t, c) for a constant c."
                 )
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         node, weight = _legendre(t)
-        return t * (self.f_fn(t[..., None] * node) * weight).sum(-1)  # @ is half precision under autocast
+        return t * (self.f_fn(t[..., None] * node) * weight).sum(-1)  # @ would use half precision under autocast
 
     def _sigma(self, t: Tensor) -> Tensor:
         node, weight = _legendre(t)
@@ -815,14 +815,13 @@ class FromDrift(SDE):
 
 @dataclass(frozen=True)
 class Shifted(SDE):
-    r"""A process with λ lowered by log `shift`: the base process, run on a shifted clock.
+    r"""The base process at a shifted time u(t): λ is lower by log `shift`.
 
     .. math:: \lambda_t = \lambda^{base}_{u(t)} = \lambda^{base}_t - \log(\mathrm{shift}), \qquad
               (\alpha_t, \sigma_t) = (\alpha^{base}_{u(t)}, \sigma^{base}_{u(t)})
 
-    More pixels need more noise to lose the same detail: going from 64 to d pixels a side is ``shift = d / 64``. On
-    :class:`Flow` this is the time shift u = s t / (1 + (s − 1) t). The process ends where the base ends: u(T) is the
-    base's T.
+    Larger images need more noise to remove the same detail: from 64 to d pixels per side, use ``shift = d / 64``. On
+    :class:`Flow` this is u = s t / (1 + (s − 1) t). The last time T satisfies u(T) = T of the base process.
 
     Example:
         >>> Shifted(Flow(), 3.0).sigma(0.5)
@@ -842,8 +841,8 @@ class Shifted(SDE):
         back = math.log(self.shift)
         if self.shift < 1 and self.base.alpha(self.base.T) > 0:
             raise ValueError(
-                f"`shift` must be at least 1 for a process with α(T) > 0, got {self.shift}: it would end before "
-                f"the base does, at more signal than it has there."
+                f"`shift` must be at least 1 for a `base` with α(T) > 0, got {self.shift}: a smaller shift "
+                f"cannot reach the noise level of `base` at its last time."
             )
         last = self.base.lam(self.base.T) + back
         object.__setattr__(self, "T", self.base.T if math.isinf(last) else self.base.t_of_lam(last))
@@ -853,7 +852,7 @@ class Shifted(SDE):
         return self.base.t_of_lam(min(self.base.lam(self.base.t_min) + math.log(self.shift), self.base.lam(0.0)))
 
     def base_time(self, t: TimeT) -> TimeT:
-        """Time u(t) at which the base process has the same α and σ: the time that its network knows."""
+        """Time u(t) at which the base process has the same α and σ: the input time of a network trained on the base."""
         return self._at(self._u, t)
 
     def _u(self, t: Tensor) -> Tensor:
@@ -877,7 +876,7 @@ class Shifted(SDE):
         return self.base._sigma_dot(self._u(t)) * self._speed(t)
 
     def _speed(self, t: Tensor) -> Tensor:
-        """du/dt; where λ is infinite, at an end, its limit from just inside."""
+        """Compute du/dt; at an end with infinite λ, evaluate just inside."""
         inside = 4 * max(self.shift, 1.0) * torch.finfo(t.dtype).eps  # 1 − u is `shift` times smaller than 1 − t
         s = self._inside(t).clamp_max((1 - max(inside, 1e-7)) * self.T)
         u = self._u(s)
@@ -889,7 +888,7 @@ class Shifted(SDE):
 
 
 def _softplus(x: Tensor) -> Tensor:
-    # torch's softplus returns x itself above 20, which is 2e-9 off in float64.
+    # torch's softplus returns x above 20, an error of 2e-9 in float64.
     return torch.logaddexp(x, torch.zeros_like(x))
 
 

@@ -1,8 +1,7 @@
-r"""Laying the rows of a plan: down by the formula, up by the exact forward transition, or by hand.
+r"""Construction of plans: a solver adds rows to a :class:`Tape`, which computes all weights together.
 
-A rule says which rows there are and what they read; all weights are then computed at once, one call of the quadrature
-for all legs of a kind. A grid may go up as well as down: a down leg is solved, an up leg is the exact forward
-transition with fresh noise.
+A row is a solver step (:meth:`Tape.move`), an exact forward step with fresh noise (:meth:`Tape.diffuse`), or any affine
+combination (:meth:`Tape.append`). One call of :func:`scoresde.quadrature.weights` serves all solver steps of a kind.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from scoresde.sde import SDE
 
 @dataclass(frozen=True)
 class _Move:
-    """A row whose weights are still to be computed."""
+    """A solver step, before its weights are computed."""
 
     row: int
     source: int
@@ -39,7 +38,7 @@ class _Move:
 
 @dataclass(frozen=True)
 class _Leg:
-    """Which leg a draw is the noise of: its rows, κ of its path's clock exp(2κλ), and the lap."""
+    """The step whose noise is one draw: its two rows, κ of the path's clock exp(2κλ), and the lap."""
 
     source: int
     row: int
@@ -48,12 +47,12 @@ class _Leg:
 
 
 class Tape:
-    """Rows in the making.
+    """The rows of a plan under construction.
 
     Arguments:
         sde: The process.
-        t: Time of the start: a number, a float64 tensor (), or (B,) for one grid a sample.
-        evaluates: Whether the network is asked at the start.
+        t: Start time: a number, a float64 tensor (), or (B,) for one grid per sample.
+        evaluates: Whether the network is evaluated at the start, default True.
 
     Example:
         >>> import scoresde as ss
@@ -75,7 +74,7 @@ class Tape:
         self._drawn: dict[int, int] = {}
 
     def draw(self, span: Span | None = None) -> int:
-        """The number of a fresh normal; `span` says which stretch of a Brownian path it may stand for."""
+        """Return the index of a new normal; it may be the increment of a Brownian path over `span`."""
         if span is not None:
             self._given[self._draws] = replace(span, lap=self._laps)
         self._draws += 1
@@ -83,11 +82,11 @@ class Tape:
 
     @property
     def draws(self) -> int:
-        """How many normals there are."""
+        """Number of normals."""
         return self._draws
 
     def along(self, s: Weight, t: Weight, kappa: float) -> Span:
-        """The stretch from time s to t in the clock exp(2κλ): η² for legs of data, −1 for legs of noise."""
+        """Interval from time s to t in the clock exp(2κλ): κ is η² for data prediction and −1 for noise prediction."""
         start, end = (
             (2 * kappa * self.sde.lam(torch.as_tensor(v, dtype=torch.float64))).exp().detach() for v in (s, t)
         )
@@ -109,31 +108,32 @@ class Tape:
         node: int | None = None,
         note: str = "",
     ) -> int:
-        """Go from the state `source` to time t by the formula.
+        """Add a solver step from row `source` to time `t`.
 
         Arguments:
-            source: Row of the state that the leg starts from.
-            t: Where to.
-            nodes: Rows whose evaluations are interpolated, nearest first. Into σ = 0 nothing is extrapolated in λ,
-                which is infinite there, nor with noise: the nearest alone is used. Nodes at an infinite u are left out,
-                and so are those at the time of a nearer one, as a grid that goes up and down may have.
-            evaluates: Whether the network is asked at the new state.
-            prediction: What is interpolated; from α = 0, where noise says nothing, data instead of noise, and on legs
-                with η > 0 data instead of anything.
-            variable: In what.
-            eta: η of the leg: a number, a float64 tensor (), or (B,) for one a sample.
-            moments: See :func:`scoresde.quadrature.weights`.
-            noise: (draw, factor) of normals that share the leg's standard deviation; a fresh one by default if η > 0.
-            through: Stages of this leg, in their order in time, whose normals are carried on to t: each stands for the
-                part of the leg that it ends, and a fresh one for the rest.
-            node: Number of the grid time this settles.
-            note: For the reader.
+            source: Row of the state at the start of the step.
+            t: Target time.
+            nodes: Rows whose predictions are interpolated, nearest first. Nodes at an infinite u, or at the time of a
+                nearer node, are dropped. In a step to σ = 0, only the nearest node is used, with data prediction and
+                no noise, if η > 0 or u is infinite there.
+            evaluates: Whether the network is evaluated at the new state, default True.
+            prediction: Prediction to interpolate. In a step from α = 0, data prediction replaces noise prediction; if
+                η > 0, it replaces every prediction.
+            variable: Variable of the interpolating polynomial.
+            eta: Noise level η of the step: a number, a float64 tensor (), or (B,) for one per sample.
+            moments: Moments of the kernel, see :func:`scoresde.quadrature.weights`.
+            noise: Pairs (draw, factor); the factors multiply the standard deviation. The default is one new draw if
+                η > 0.
+            through: Rows of stages inside this step, in time order, whose normals are used again: each covers the part
+                of the step that ends at its stage, and a new normal covers the last part.
+            node: Index of the grid time whose final state the new row is.
+            note: Label for printing.
 
         Returns:
-            The new row.
+            Index of the new row.
         """
         if not nodes:
-            raise ValueError("`nodes` must name at least one evaluated row, such as the leg's own start.")
+            raise ValueError("`nodes` must hold at least one evaluated row, got none; use `nodes=[source]`.")
         nodes = self._apart(nodes)
         last = _is_clean(self.sde, t)
         if last and (_noisy(eta) or variable.infinite):
@@ -165,7 +165,7 @@ class Tape:
     def _place(
         self, noise: Sequence[tuple[int, float]], source: int, row: int, prediction: Prediction, eta: Weight
     ) -> None:
-        """Note which leg a fresh normal is the noise of: what the normals drawn before it leave of this one."""
+        """Record the interval of each new normal: from the end of the last known normal, or `source`, to `row`."""
         for draw, _ in noise:
             if draw in self._legs:
                 source = self._legs[draw].row
@@ -173,13 +173,13 @@ class Tape:
                 self._legs[draw] = _Leg(source, row, eta**2 if prediction is DATA else -1.0, self._laps)
 
     def spans(self, points: Point | None = None) -> tuple[Span | None, ...]:
-        """The legs of the draws, in the clocks of their paths."""
+        """Interval of a Brownian path for each draw, in the clock of the path; None for fresh noise."""
         if not self._legs and not self._given:
             return ()
         points = self._points() if points is None else points
         plain = points.t.ndim == 1 and not any(isinstance(row.t, Tensor) for row in self._rows)
         spans = [self._given.get(k) for k in range(self._draws)]
-        # Where η differs from leg to leg there is no clock in which all are exact, and one path needs one clock.
+        # If η differs between steps, no clock is exact for all of them, but one path needs one clock.
         varies = len({leg.kappa for leg in self._legs.values() if leg.kappa > 0}) > 1
         for k, leg in self._legs.items():
             kappa = 1.0 if varies and leg.kappa > 0 else leg.kappa
@@ -189,11 +189,11 @@ class Tape:
         return tuple(spans)
 
     def _apart(self, nodes: Sequence[int]) -> list[int]:
-        kept: list[int] = []
+        distinct: list[int] = []
         for k in nodes:
-            if not any(_close(self._rows[k].t, self._rows[j].t) for j in kept):
-                kept.append(k)
-        return kept
+            if not any(_close(self._rows[k].t, self._rows[j].t) for j in distinct):
+                distinct.append(k)
+        return distinct
 
     def diffuse(
         self,
@@ -205,9 +205,9 @@ class Tape:
         factor: float = 1.0,
         span: Span | None = None,
     ) -> int:
-        """Go up to time t by the forward process, with fresh noise, `factor` times as much as belongs there.
+        """Add an exact forward step up to time t, with the standard deviation of the noise multiplied by `factor`.
 
-        With a `span` it is the noise of that stretch, and what was solved below it does not count as solved before.
+        With a `span` the noise is the increment of the path over it; without one, a new lap of the path begins.
         """
         self._laps += span is None
         s = self._rows[source].t
@@ -237,12 +237,12 @@ class Tape:
         node: int | None = None,
         note: str = "",
     ) -> int:
-        """Add a row by hand: any affine combination."""
+        """Add a row with the given terms: any affine combination of earlier rows and normals."""
         self._rows.append(Row(t, tuple(x), tuple(d), tuple(z), evaluates, node, note))
         return len(self._rows) - 1
 
     def evaluate(self, row: int) -> int:
-        """Ask the network at a row after all."""
+        """Evaluate the network at an existing row, and return the row."""
         self._rows[row] = replace(self._rows[row], evaluates=True)
         return row
 
@@ -253,7 +253,7 @@ class Tape:
     def paste(
         self, source: int, rows: Sequence[Row], spans: Sequence[Span | None], *, evaluates: bool, node: int
     ) -> int:
-        """Lay rows that are complete, and count from a start that is `source`; the last settles `node`."""
+        """Append complete rows whose row 0 is `source`; the last one gets `evaluates` and `node`."""
         first = len(self._rows) - 1
         draws = [self.draw(span) for span in spans]
         for row in rows:
@@ -263,19 +263,19 @@ class Tape:
         return len(self._rows) - 1
 
     def plan(self, name: str = "", order: int | None = None) -> Plan:
-        """Compute all weights and return the table, folded."""
+        """Compute all weights and return the folded plan."""
         points = self._points()
         return Plan(tuple(self.rows(points)), name, order, repr(self.sde), self.spans(points)).folded()
 
     def rows(self, points: Point | None = None) -> list[Row]:
-        """The rows as they were laid, with their weights."""
+        """Rows with their weights, before folding."""
         rows = list(self._rows)
         points = self._points() if points is None else points
         finite = _finite(points.lam)
-        seen = {v: _finite(v.of(points.lam, points.t)) for v in {move.variable for move in self._moves}}
+        usable = {v: _finite(v.of(points.lam, points.t)) for v in {move.variable for move in self._moves}}
         groups: dict[Any, list[_Move]] = {}
         for move in self._moves:
-            nodes = tuple(k for k in move.nodes if seen[move.variable][k]) or move.nodes[:1]
+            nodes = tuple(k for k in move.nodes if usable[move.variable][k]) or move.nodes[:1]
             if nodes != move.nodes:
                 move = replace(move, nodes=nodes, moments=None)
             ends = (finite[move.source], finite[move.row])
@@ -302,7 +302,7 @@ class Tape:
         first = moves[0]
         source, target = (points[[getattr(m, name) for m in moves]] for name in ("source", "row"))
         nodes = points[torch.tensor([m.nodes for m in moves])]
-        eta = _together([m.eta for m in moves], source.t.ndim)
+        eta = _stack_etas([m.eta for m in moves], source.t.ndim)
         W = weights(
             first.prediction,
             first.variable,
@@ -316,8 +316,8 @@ class Tape:
         phi = transfer(first.prediction, eta, source, target)
         if first.ends:
             ends = [source, *(points[[m.ends[i] for m in moves]] for i in range(len(first.ends)))]
-            of = first.prediction
-            stds = [spread(of, eta, a, b) * transfer(of, eta, b, target) for a, b in pairwise(ends)]
+            f = first.prediction
+            stds = [spread(f, eta, a, b) * transfer(f, eta, b, target) for a, b in pairwise(ends)]
         else:
             stds = [spread(first.prediction, eta, source, target)] * len(first.draws)
         std = torch.stack(stds, 1) if stds else phi.new_zeros(len(moves), 0, *phi.shape[1:])
@@ -347,9 +347,9 @@ class Tape:
             for k, w in of_x:
                 x[k] = x[k] + w if k in x else w
         z = tuple((k, factor * w) for (k, factor), w in zip(move.draws, std, strict=True))
-        kept = tuple((k, w) for k, w in x.items() if bool((w.detach() != 0).any() if isinstance(w, Tensor) else w))
+        states = tuple((k, w) for k, w in x.items() if bool((w.detach() != 0).any() if isinstance(w, Tensor) else w))
         constant_term = one if move.prediction.offset is not None else 0.0
-        return replace(self._rows[move.row], x=kept, d=tuple(of_d), z=z, one=constant_term)
+        return replace(self._rows[move.row], x=states, d=tuple(of_d), z=z, one=constant_term)
 
 
 def _clock(kappa: float) -> str:
@@ -357,7 +357,7 @@ def _clock(kappa: float) -> str:
 
 
 def _close(a: Weight, b: Weight) -> bool:
-    """Whether two times are one but for rounding, for any sample."""
+    """Whether two times are equal up to rounding, for any sample."""
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         return math.isclose(a, b, rel_tol=1e-9)
     u, v = (torch.as_tensor(t, dtype=torch.float64).detach() for t in (a, b))
@@ -368,8 +368,8 @@ def _noisy(eta: Weight) -> bool:
     return isinstance(eta, Tensor) or eta > 0
 
 
-def _together(etas: list[Weight], ndim: int) -> Weight:
-    """One number for all legs, or a tensor of one for each."""
+def _stack_etas(etas: list[Weight], ndim: int) -> Weight:
+    """One η for all steps, or a tensor with one entry per step."""
     if not any(isinstance(eta, Tensor) for eta in etas) and len(set(etas)) == 1:
         return etas[0]
     eta = torch.stack(torch.broadcast_tensors(*(torch.as_tensor(e, dtype=torch.float64) for e in etas)))
@@ -378,8 +378,8 @@ def _together(etas: list[Weight], ndim: int) -> Weight:
 
 def _finite(values: Tensor) -> list[bool]:
     """Whether each row of (R,) or (R, B) is finite."""
-    seen: list[bool] = values.detach().isfinite().reshape(len(values), -1).all(1).tolist()
-    return seen
+    finite: list[bool] = values.detach().isfinite().reshape(len(values), -1).all(1).tolist()
+    return finite
 
 
 def _check_finite(move: _Move, s: Point, t: Point, *coefficients: Tensor) -> None:
@@ -387,27 +387,27 @@ def _check_finite(move: _Move, s: Point, t: Point, *coefficients: Tensor) -> Non
     if not bool(good.all()):
         i = tuple((~good).nonzero()[0].tolist())
         why = (
-            "it starts at σ = 0, where the flow has no speed; start at a positive time such as `sde.t_min`"
+            "it starts at σ = 0, where the velocity is undefined; start at a positive time such as `sde.t_min`"
             if bool(s.sigma[i] == 0)
-            else "noise cannot be added while solving towards noise; take eta = 0, or let the leg diffuse instead"
+            else "a solver step towards noise cannot add noise; set `eta` = 0, or use `up='diffuse'`"
             if _noisy(move.eta) and bool(t.t[i] > s.t[i])
-            else "with a grid a sample, let all samples start where α = 0 or end where σ = 0 together, or none of them"
+            else "with one grid per sample, all samples or none must start at α = 0, and all or none must end at σ = 0"
             if s.t.ndim == 2
-            else f"interpolation of {move.prediction} in {move.variable} has no limit there"
+            else f"interpolation of {move.prediction} in {move.variable} has no limit there; change one of the two"
         )
         start, end = (float(point.t[i].detach()) for point in (s, t))
-        raise ValueError(f"the leg from t = {start:g} to {end:g} has no finite weights: {why}.")
+        raise ValueError(f"the step from t = {start:g} to {end:g} has no finite weights: {why}.")
 
 
 def _is_clean(sde: SDE, t: Weight) -> bool:
-    """Whether σ(t) = 0: the last step into data."""
+    """Whether σ(t) = 0: no noise is left."""
     if isinstance(t, Tensor):
         return bool((sde.sigma(t.detach()) == 0).all())
     return t == 0 and sde.sigma(0.0) == 0
 
 
 def _is_silent(sde: SDE, t: Weight) -> bool:
-    """Whether α(t) = 0: nothing of the data is left."""
+    """Whether α(t) = 0: no data is left."""
     if isinstance(t, Tensor):
         return bool((sde.alpha(t.detach()) == 0).all())
     return t == sde.T and sde.alpha(t) == 0

@@ -1,9 +1,9 @@
-r"""A plan solved for its states: each evaluated state, and the result, from the start and what the network said.
+r"""Unrolled plans: each evaluated state as a linear combination of the start, denoised states and normals.
 
 .. math:: x_r = A_r\,x_0 + \sum_{k<r} B_{rk}\,d_k + \sum_j C_{rj}\,z_j + e_r
 
-Stages, history and correctors have been substituted. Any plan is one lower triangle B, which is what it costs to fit
-it, to run its rows at once, and to see what it does to data on which d is linear.
+All other states are eliminated by substitution. The strictly lower triangular matrix B then describes the solver:
+fitting, parallel sampling and the analysis of linear denoisers use it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from scoresde.plan import Plan, Row, Weight
 
-_ROUNDING = 1e-15  # what is left where weights cancel
+_ROUNDING = 1e-15  # weights this small are rounding errors of sums that cancel
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """The table of n evaluations, float64 on the CPU; its last row is the result.
+    """Coefficients of a plan with n evaluations, float64 on the CPU; the last row is the result.
 
     Arguments:
-        t: Times at which the network is asked, and that of the result; n + 1 of them.
-        x: A, (n + 1,).
-        d: B, (n + 1, n), strictly lower triangular.
-        z: C, (n + 1, draws).
-        one: e, (n + 1,).
-        start: Time of the start, which may be another than the one at which the network is asked first.
+        t: Times of the n evaluations and of the result.
+        x: Coefficients A of the start, (n + 1,).
+        d: Coefficients B of the denoised states, (n + 1, n), strictly lower triangular.
+        z: Coefficients C of the normals, (n + 1, draws).
+        one: Constants e, (n + 1,).
+        start: Start time; it may differ from the time of the first evaluation.
     """
 
     t: tuple[Weight, ...]
@@ -46,13 +46,13 @@ class Unrolled:
         return len(self.t) - 1
 
     def state(self, r: int, x: Tensor, said: Sequence[Tensor], drawn: Sequence[Tensor] = ()) -> Tensor:
-        """State r, from the start, the denoised states before it and the normals.
+        """Compute state r from the start, the earlier denoised states and the normals.
 
         Arguments:
-            r: Which; n is the result.
-            x: Start, (B, *event).
-            said: Denoised states 0 … r − 1 at least.
-            drawn: All normals.
+            r: Index of the state; n is the result.
+            x: Initial state, (B, *event).
+            said: Denoised states, at least 0 … r − 1.
+            drawn: Normals, all of them or none; none by default.
         """
         out = self.x[r].to(x) * x
         k = min(r, self.nfe)
@@ -65,25 +65,25 @@ class Unrolled:
         return out
 
     def plan(self, like: Plan, *, on_path: bool = True, **changes: Any) -> Plan:
-        """A plan again.
+        """Convert back to a plan.
 
         Arguments:
-            like: Where name, order and process come from.
-            on_path: Whether every state is one of its time, a node; otherwise only the first and the last are.
-            **changes: Other fields.
+            like: Plan whose name, order, process and spans are copied.
+            on_path: Whether every state is a node; otherwise only the first and the last are. Default True.
+            **changes: Fields of the new plan that replace the copied ones.
         """
         begins = float(self.start)
-        apart = int(begins != float(self.t[0]))  # asked first at another time: a row that repeats the start
-        rows = [Row(begins, node=0, note="start")] if apart else []
+        shift = int(begins != float(self.t[0]))  # the first evaluation is at another time: repeat the start in row 1
+        rows = [Row(begins, node=0, note="start")] if shift else []
         for r, t in enumerate(self.t):
-            first, last = r == 0 and not apart, r == self.nfe
+            first, last = r == 0 and not shift, r == self.nfe
             x, *d = (w if abs(w) > _ROUNDING else 0.0 for w in (float(self.x[r]), *self.d[r].tolist()))
             draws = [(k, w) for k, w in enumerate(self.z[r].tolist()) if w]
             rows.append(
                 Row(
                     float(t),
                     x=() if first or not x else ((0, x),),
-                    d=tuple((k + apart, w) for k, w in enumerate(d) if w),
+                    d=tuple((k + shift, w) for k, w in enumerate(d) if w),
                     z=tuple(draws),
                     evaluates=not last,
                     node=(r if on_path else min(r, 1)) if on_path or first or last else None,
@@ -97,21 +97,21 @@ class Unrolled:
 
 
 def unroll(plan: Plan) -> Unrolled:
-    """Solve a plan for its states; differentiable in its weights, if they are float64 tensors ()."""
-    asks = [r for r, row in enumerate(plan.rows) if row.evaluates]
-    n, draws = len(asks), plan.draws
-    place = {r: 1 + i for i, r in enumerate(asks)}
+    """Eliminate the states of a plan; differentiable in weights that are float64 tensors ()."""
+    evaluated = [r for r, row in enumerate(plan.rows) if row.evaluates]
+    n, draws = len(evaluated), plan.draws
+    place = {r: 1 + i for i, r in enumerate(evaluated)}
     unit = torch.eye(2 + n + draws, dtype=torch.float64)
     states: list[Tensor] = [unit[0]]
     for r, row in enumerate(plan.rows[1:], start=1):
         for w in (row.t, row.one, *(w for column in (row.x, row.d, row.z) for _, w in column)):
             if isinstance(w, Tensor) and w.ndim:
-                raise ValueError(f"row {r} has a number for each sample; make one plan of each sample's own grid.")
+                raise ValueError(f"row {r} has a number for each sample; make one plan for each sample's grid.")
         terms = [w * states[k] for k, w in row.x]
         terms += [w * unit[place[k]] for k, w in row.d]
         terms += [w * unit[1 + n + k] for k, w in row.z]
         states.append(sum(terms, row.one * unit[-1]))
-    table = torch.stack([states[r] for r in (*asks, len(plan.rows) - 1)])
-    t = tuple(plan.rows[r].t for r in (*asks, len(plan.rows) - 1))
+    table = torch.stack([states[r] for r in (*evaluated, len(plan.rows) - 1)])
+    t = tuple(plan.rows[r].t for r in (*evaluated, len(plan.rows) - 1))
     x, d, z, one = table[:, 0], table[:, 1 : 1 + n], table[:, 1 + n : -1], table[:, -1]
     return Unrolled(t, x, d, z, one, plan.rows[0].t)

@@ -1,4 +1,4 @@
-"""Ancestral sampling with variances that come from the model: learned ones, and what optimal ones need to know."""
+"""Ancestral sampling with learned variances, and the statistics for optimal (Analytic-DPM) variances."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def sample_learned_variance(
     device: torch.device | str | None = None,
     **cond: Any,
 ) -> Tensor:
-    r"""DDPM's sampler with the network's own variance, a geometric mean of the small and the large one.
+    r"""DDPM with the variance that the network predicts, a geometric mean of the small and the large variance.
 
     .. math:: \log v = \tfrac{1+r}{2}\log\beta + \tfrac{1-r}{2}\log\frac{\beta\,\sigma_t^2}{\sigma_s^2}, \qquad
               \beta = \sigma_s^2\left(1 - e^{-2h}\right)
 
-    The variance depends on the state, so this is a loop of its own and no plan. With equal seeds it starts and draws
-    as ``sample(model, ..., DDPM())`` does.
+    The variance depends on the state, so this sampler has no :class:`Plan`. With the same seed it uses the same start
+    and the same normals as ``sample(model, ..., DDPM())``.
 
     Arguments:
-        model: A denoiser made with ``learned_variance=True``, whose network returns r in [−1, 1] beside its prediction.
+        model: Denoiser made with ``learned_variance=True``; its network returns a prediction and r in [−1, 1].
         shape_or_x: Shape (B, *event) to start from the prior, or a state at the first time.
-        times: From noise to data, (N + 1,).
-        seed: An integer, one for each sample, or a :class:`Noise`.
-        dtype: Of the state, when a shape is given.
-        device: Of the state, when a shape is given; by default the model's.
-        **cond: Conditions, handed to the network.
+        times: Decreasing times, (N + 1,).
+        seed: Integer, one integer for each sample, or a :class:`Noise`.
+        dtype: Data type of the state, if a shape is given.
+        device: Device of the state, if a shape is given; by default that of the model.
+        **cond: Conditions for the network.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672, eq. 15
@@ -61,38 +61,38 @@ def sample_learned_variance(
     with torch.no_grad():
         for i, (s, t) in enumerate(pairwise(grid)):
             d, r = model.x0_and_variance(x, float(s), **cond)
-            keep, gain, std = (float(w) for w in posterior_step(sde, s, t, 1.0))
-            x = keep * x + gain * d
+            c_x, c_d, std = (float(w) for w in posterior_step(sde, s, t, 1.0))
+            x = c_x * x + c_d * d
             if std > 0:
-                # log β − log v_small = 2 log(σ_s/σ_t); the noise is scaled by the root of what that share of it makes
-                widen = sde.sigma(float(s)) / sde.sigma(float(t))
-                x = x + std * widen ** ((1 + r) / 2) * noise.like(x, i)
+                # The large variance is (σ_s/σ_t)² times the small one, so √v = std · (σ_s/σ_t)^((1 + r)/2).
+                ratio = sde.sigma(float(s)) / sde.sigma(float(t))
+                x = x + std * ratio ** ((1 + r) / 2) * noise.like(x, i)
     return x
 
 
 def mean_squared_score(
     model: AbstractDenoiser, data: Tensor, times: Tensor | Sequence[float], *, seed: int = 0, **cond: Any
 ) -> Tensor:
-    r"""E|∇log p_t|²/D at the start of each leg of a grid, over a batch of data: what ``DDPM("optimal")`` needs.
+    r"""Estimate E|∇log p_t|²/D at the start of each step, the `score_square` of DDPM with ``variance="optimal"``.
 
     Arguments:
         model: A denoiser.
-        data: Real data, (B, *event); a few hundred do.
-        times: From noise to data, (N + 1,).
-        seed: Of the noise.
-        **cond: Conditions, handed to the network.
+        data: Data, (B, *event); a few hundred samples are enough.
+        times: Decreasing times, (N + 1,).
+        seed: Seed of the noise.
+        **cond: Conditions for the network.
 
     Returns:
-        (N,), float64.
+        Estimates, (N,), float64.
 
     References:
         | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     check.conditions(cond, mean_squared_score)
     noise, grid = Noise(seed), check_grid(model.sde, times)
-    found = []
+    values = []
     with torch.no_grad():
         for i, t in enumerate(grid[:-1].tolist()):
             x = model.sde.perturb(data, t, noise.like(data, i))
-            found.append(model.score(x, t, **cond).double().square().mean())
-    return torch.stack(found).cpu()
+            values.append(model.score(x, t, **cond).double().square().mean())
+    return torch.stack(values).cpu()

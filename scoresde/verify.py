@@ -1,6 +1,6 @@
-r"""Is a solver what it says? Measured orders, exactness on one point, and error against evaluations.
+r"""Numerical checks of solvers: order of convergence, exactness on one-point data, error against evaluations.
 
-All of it runs on denoisers whose probability flow is known, and works on a user's own rule and denoiser alike.
+The checks use denoisers whose probability flow is known. They accept any solver and any denoiser.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Order:
     """A measured order of convergence.
 
     Arguments:
-        slope: Minus the slope of log error over log steps.
-        declared: What the rule claims.
-        legs: Numbers of legs.
-        errors: Median error over the start points at each.
+        slope: Minus the slope of log error over log number of steps.
+        declared: Order that the solver declares.
+        legs: Numbers of steps.
+        errors: Error for each number of steps.
     """
 
     slope: float
@@ -46,7 +46,7 @@ class Order:
 
     def __str__(self) -> str:
         errors = ", ".join(f"{n}: {e:.2e}" for n, e in zip(self.legs, self.errors, strict=True))
-        return f"order {self.slope:.2f} (declared {self.declared}); error by legs {errors}"
+        return f"order {self.slope:.2f} (declared {self.declared}); error by steps {errors}"
 
 
 def convergence_order(
@@ -62,28 +62,28 @@ def convergence_order(
     n: int = 32,
     seed: int = 0,
 ) -> Order:
-    """Measure the order of a deterministic rule on a model whose flow is known.
+    """Measure the order of a deterministic solver from its median error over initial states.
 
     Arguments:
-        solver: The rule.
-        model: A denoiser; with one Gaussian the flow is closed, otherwise it is solved finely.
-        legs: Numbers of legs, at least two.
-        t_start: Where to start, by default T, or where λ = −4 if α(T) = 0; there must be signal.
-        t_end: Where to end, by default where λ = 2; there must be noise.
-        reference: ``(x, s, t) -> x_t``, the exact flow, if the model is another.
-        grid: A grid maker, by default a mildly uneven one.
-        x: Start points, (B, *event) in float64, for a model that does not know its `event`; by default pure noise.
-        n: How many.
-        seed: Of the start points.
+        solver: Solver to measure.
+        model: Denoiser.
+        legs: Numbers of steps, at least two.
+        t_start: Initial time, by default T, or the time where λ = −4 if α(T) = 0; α must be positive.
+        t_end: Final time, by default where λ = 2; σ must be positive.
+        reference: Exact flow, ``(x, s, t) -> x_t``, by default :func:`exact_flow` of the model.
+        grid: Function that makes a grid, by default a mildly non-uniform one.
+        x: Initial states, (B, *event) in float64, for a model without an attribute `event`; by default pure noise.
+        n: Number of initial states.
+        seed: Seed of the initial states.
     """
     sde = model.sde
     if len(set(legs)) < 2:
-        raise ValueError(f"`legs` must hold at least two numbers for a slope, got {tuple(legs)}.")
+        raise ValueError(f"`legs` must hold at least two different numbers, to fit a slope, got {tuple(legs)}.")
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else sde.t_of_lam(-4.0)
     last = sde.t_of_lam(2.0) if t_end is None else t_end
     for name, t in (("t_start", first), ("t_end", last)):
         if not math.isfinite(sde.lam(t)):
-            raise ValueError(f"`{name}` must be a time with signal and noise, got {t:g}, where λ is infinite.")
+            raise ValueError(f"`{name}` must be a time with α > 0 and σ > 0, got {t:g}, where λ is infinite.")
     if x is None:
         shape = (n, *getattr(model, "event", (1,)))
         x = sde.sigma(first) * Noise(seed).normal(shape, 0, dtype=torch.float64)
@@ -96,19 +96,19 @@ def convergence_order(
             gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
             errors.append(float(gap.median()))
     if 0.0 in errors:
-        raise ValueError("the rule has no error on this model, which so shows no order; take another model.")
+        raise ValueError("`solver` has no error on this `model`, so its order cannot be measured; use another model.")
     return Order(_slope(legs, errors), solver.declared_order, tuple(legs), tuple(errors))
 
 
 def _slope(legs: Sequence[int], errors: Sequence[float]) -> float:
-    """Minus the slope of log error over log legs."""
+    """Minus the slope of log error over log number of steps."""
     a = torch.tensor([math.log(N) for N in legs], dtype=torch.float64)
     b = torch.tensor([math.log(e) for e in errors], dtype=torch.float64)
     return -float(((a - a.mean()) * (b - b.mean())).sum() / ((a - a.mean()) ** 2).sum())
 
 
 def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
-    """Steps in λ whose sizes vary smoothly by a factor of 3: no rule gains from equal steps."""
+    """Grid whose steps in λ vary smoothly by a factor of 3, so that no solver gains from equal steps."""
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     u = u + 0.5 / (2 * math.pi) * (2 * math.pi * u).sin()
     a, b = sde.lam(t_start), sde.lam(t_end)
@@ -118,21 +118,21 @@ def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
 
 
 def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
-    """The probability flow of a model: closed for one Gaussian, else the classical method in flow time, finely.
+    """The probability flow of a model: in closed form for one Gaussian, otherwise by many steps of RK4.
 
     Arguments:
-        model: A denoiser.
-        legs: How many, where there is no closed form.
+        model: Denoiser.
+        legs: Number of steps, if there is no closed form.
 
     Returns:
-        ``(x, s, t) -> x_t``, from time s to time t, up or down, where σ > 0.
+        Function ``(x, s, t) -> x_t`` from time s to time t, in either direction, where σ > 0.
     """
     if isinstance(model, GaussianMixture) and len(model.means) == 1:
         return model.flow
 
     def flow(x: Tensor, s: float, t: float) -> Tensor:
         if model.sde.sigma(t) == 0 or model.sde.sigma(s) == 0:
-            raise ValueError(f"the flow has no speed where σ = 0, got s = {s:g} and t = {t:g}; end at `sde.t_min`.")
+            raise ValueError(f"`s` and `t` must be times with σ > 0, got s = {s:g} and t = {t:g}; end at `sde.t_min`.")
         near = _with_signal(model.sde, s, t), _with_signal(model.sde, t, s)
         grid = _uneven(model.sde, legs, t_start=near[0], t_end=near[1])
         ends = [grid.new_tensor([v]) for v in (s, t)]
@@ -145,27 +145,27 @@ def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
 
 
 def _with_signal(sde: SDE, t: float, other: float) -> float:
-    """The time t, or one just before it where α(t) = 0: flow time is finite there, λ is not."""
+    """The time t; where λ(t) is infinite, a slightly earlier time."""
     return t if math.isfinite(sde.lam(t)) else max(t * (1 - 1e-3), (t + other) / 2)
 
 
 def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
-    r"""How far a plan is from exact when the data is one point, so that D is constant.
+    r"""Error of a plan on data that is one point, so that D is constant.
 
-    The state of an exponential method is then :math:`\alpha_t x_0 + \sigma_t\varepsilon` at every node, and with noise
-    its mean and variance are those of the marginal. The plan is run on its coefficients: no samples are drawn.
+    The state of an exponential method is then :math:`\alpha_t x_0 + \sigma_t\varepsilon` at every node; with noise, its
+    mean and variance are those of the marginal. The error is computed from the coefficients: no samples are drawn.
 
     Arguments:
-        plan: The table.
-        sde: The process it was written for.
-        x0: The point.
+        plan: Plan to check.
+        sde: Process of the plan.
+        x0: Data point.
 
     Returns:
-        The largest distance of the mean from α x₀ and of the deviation from σ, relative to hypot(α x₀, σ), over
-        the rows that settle a node.
+        Largest error of the mean from α x₀ and of the standard deviation from σ, relative to hypot(α x₀, σ), over the
+        rows that are nodes.
     """
     first = float(plan.rows[0].t)
-    # Each state is m + k ε + Σ c z; carry the mean and the coefficients of ε and of every normal.
+    # Each state is m + k ε + Σ c z: `means` holds m, `noises` holds k and c.
     width = 1 + plan.draws
     means: list[float] = [sde.alpha(first) * x0]
     noises: list[Tensor] = [torch.zeros(width, dtype=torch.float64)]
@@ -191,14 +191,14 @@ def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
 
 @dataclass(frozen=True)
 class ExactMoments:
-    """Mean and variance of what a plan returns, in each direction of Gaussian data.
+    """Mean and variance of a plan's result on Gaussian data, in K directions.
 
     Arguments:
-        mean: (K,).
-        variance: (K,).
-        of_start: Covariance with the start's standardized normal, (K,): where the mean goes from a given start.
+        mean: Mean of the result, (K,).
+        variance: Variance of the result, (K,).
+        of_start: Covariance of the result with the standard normal of the start, (K,).
         t: Time of the result.
-        path: At each node: (node, t, mean, variance).
+        path: Tuples (node, t, mean, variance), one for each node.
     """
 
     mean: Tensor
@@ -216,20 +216,20 @@ def exact_moments(
     spectrum: float | Sequence[float] | Tensor = 1.0,
     start: str = "marginal",
 ) -> ExactMoments:
-    r"""Mean and variance of a plan's result on Gaussian data, without drawing a sample.
+    r"""Mean and variance of a plan's result on Gaussian data, without samples.
 
     In the direction of an eigenvector of the covariance, with eigenvalue c and mean m, the denoiser is linear,
 
     .. math:: D(x, t) = m + \frac{\alpha c}{\alpha^2 c + \sigma^2}\,(x - \alpha m),
 
-    so that each state is a known combination of 1, the start, and the normals of the plan.
+    so that each state is a linear combination of 1, the normal of the start, and the normals of the plan.
 
     Arguments:
-        plan: The table.
-        sde: The process it was written for.
+        plan: Plan to analyse.
+        sde: Process of the plan.
         mean: Means m of the data in K directions, or one number.
         spectrum: Variances c of the data in K directions, or one number.
-        start: ``"marginal"``, or ``"prior"`` for N(0, σ²), which knows nothing of the data.
+        start: Law of the start: ``"marginal"`` of the data, or ``"prior"`` for N(0, σ²).
 
     Example:
         >>> import scoresde as ss
@@ -242,18 +242,18 @@ def exact_moments(
     if bool((c < 0).any()):
         raise ValueError(f"`spectrum` must hold variances of at least 0, got {float(c.min()):g}.")
     states: list[Tensor | None] = [None] * len(plan.rows)
-    said: list[Tensor | None] = [None] * len(plan.rows)
-    width = 2 + plan.draws  # the constant, the start's normal, and those of the plan
+    denoised: list[Tensor | None] = [None] * len(plan.rows)
+    width = 2 + plan.draws  # the constant, the normal of the start, the normals of the plan
     last_x, last_d = plan._last_use
     dead: list[list[tuple[list[Tensor | None], int]]] = [[] for _ in range(len(plan.rows) + 1)]
     for k in range(len(plan.rows)):
         dead[last_x[k]].append((states, k))
-        dead[last_d[k]].append((said, k))
+        dead[last_d[k]].append((denoised, k))
     path = []
     state = m.new_zeros(len(m), width)
     for r, row in enumerate(plan.rows):
         if isinstance(row.t, Tensor) and row.t.ndim:
-            raise ValueError("`plan` has a number for each sample; make one of each sample's own grid for this.")
+            raise ValueError("`plan` has a time for each sample; make one plan for each sample.")
         t = float(row.t)
         alpha, sigma = sde.alpha(t), sde.sigma(t)
         if r == 0:
@@ -261,7 +261,7 @@ def exact_moments(
             state[:, 1] = (alpha**2 * c + sigma**2).sqrt() if start == "marginal" else sigma
         else:
             state = m.new_zeros(len(m), width)
-            for store, terms in ((states, row.x), (said, row.d)):
+            for store, terms in ((states, row.x), (denoised, row.d)):
                 for k, w in terms:
                     earlier = store[k]
                     assert earlier is not None
@@ -275,8 +275,8 @@ def exact_moments(
         states[r] = state
         if row.evaluates:
             gain = alpha * c / (alpha**2 * c + sigma**2)
-            said[r] = gain[:, None] * state
-            said[r][:, 0] += m - gain * alpha * m  # type: ignore[index]
+            denoised[r] = gain[:, None] * state
+            denoised[r][:, 0] += m - gain * alpha * m  # type: ignore[index]
         if row.node is not None or r == len(plan.rows) - 1:
             path.append((-1 if row.node is None else row.node, t, state[:, 0], state[:, 1:].square().sum(1)))
         for store, k in dead[r]:
@@ -298,23 +298,23 @@ def weak_order(
     of: str = "law",
     eta: float = 1.0,
 ) -> Order:
-    r"""Measure the weak order of a rule on Gaussian data, from exact moments: no samples, milliseconds.
+    r"""Measure the weak order of a solver on Gaussian data from exact moments, without samples.
 
     The error in a direction is the 2-Wasserstein distance of two Gaussians,
 
     .. math:: W_2^2 = (\mu - \mu^*)^2 + (s - s^*)^2.
 
     Arguments:
-        solver: The rule.
-        sde: The process.
+        solver: Solver to measure.
+        sde: Process.
         mean: Means of the data.
-        spectrum: Its variances.
-        legs: Numbers of legs.
-        t_start: Where to start, from the exact marginal; by default where λ = −2.5.
-        t_end: Where to end, by default where λ = 2.
-        grid: A grid maker, by default a mildly uneven one.
-        of: ``"law"``, or ``"drift"``: the mean of the result given its start, whose order is the declared one.
-        eta: Of the rule, for its drift.
+        spectrum: Variances of the data.
+        legs: Numbers of steps.
+        t_start: Initial time, where the state has the exact marginal; by default where λ = −2.5.
+        t_end: Final time, by default where λ = 2.
+        grid: Function that makes a grid, by default a mildly non-uniform one.
+        of: Quantity: ``"law"``, or ``"drift"``, the mean of the result given its start, which has the declared order.
+        eta: Stochasticity η of the solver, for ``"drift"``.
     """
     check.choice("of", of, ("law", "drift"))
     first = sde.t_of_lam(-2.5) if t_start is None else t_start
@@ -322,38 +322,38 @@ def weak_order(
     m, c = (torch.tensor(v, dtype=torch.float64) for v in (mean, spectrum))
     alpha = sde.alpha(last)
     before, after = (sde.alpha(t) ** 2 * c + sde.sigma(t) ** 2 for t in (first, last))
-    # the reverse SDE shrinks deviations as the flow does, and η² times by the part of it that is not f
-    kept = before.sqrt() * (after / before) ** ((1 + eta**2) / 2) * (sde.alpha(first) / alpha) ** (eta**2)
+    # covariance of the exact result with the normal of the start: the reverse SDE is linear
+    drift = before.sqrt() * (after / before) ** ((1 + eta**2) / 2) * (sde.alpha(first) / alpha) ** (eta**2)
     errors = []
     for N in legs:
         plan = solver.plan(sde, (grid or _uneven)(sde, N, t_start=first, t_end=last))
-        found = exact_moments(plan, sde, mean=m, spectrum=c)
+        result = exact_moments(plan, sde, mean=m, spectrum=c)
         if of == "drift":
-            gap = (found.of_start - kept).square()
+            gap = (result.of_start - drift).square()
         else:
-            gap = (found.mean - alpha * m).square() + (found.variance.sqrt() - after.sqrt()).square()
+            gap = (result.mean - alpha * m).square() + (result.variance.sqrt() - after.sqrt()).square()
         errors.append(float(gap.mean().sqrt()))
     declared = solver.declared_order if of == "drift" else solver.weak_order
     return Order(_slope(legs, errors), declared, tuple(legs), tuple(errors))
 
 
 def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
-    r"""Residuals of the order conditions: what each leg leaves of D = (λ − λ_s)ⁿ/n!, for n = 0 … degree.
+    r"""Residuals of the order conditions: the error of each step for D = (λ − λ_s)ⁿ/n!, n = 0 … degree.
 
-    A leg that starts from exact states is run on a data prediction that is a polynomial of λ; its error is divided by
-    :math:`\alpha_t h^{n+1}`. A rule of order p has residuals for n < p that are 0, if it interpolates data in λ, or
-    vanish with h.
+    A step starts from exact states, and the data prediction is a polynomial of λ; the error is divided by
+    :math:`\alpha_t h^{n+1}`. For a solver of order p the residuals with n < p are 0 if it interpolates the data
+    prediction in λ; otherwise they vanish with h.
 
     Arguments:
-        plan: A deterministic table whose legs are solved.
-        sde: The process it was written for.
+        plan: Deterministic plan.
+        sde: Process of the plan.
         degree: Largest n.
 
     Returns:
-        (legs, degree + 1), NaN where σ vanishes at an end.
+        Residuals, (steps, degree + 1); NaN where α or σ vanishes at an end of the step.
     """
     if plan.stochastic:
-        raise ValueError("`plan` draws noise; order conditions are for deterministic plans.")
+        raise ValueError("`plan` draws noise; order conditions are for deterministic plans, such as those of DDIM.")
     node, weight = legendre()
     times = torch.tensor([float(row.t) for row in plan.rows], dtype=torch.float64)
     lam = sde.lam(times)
@@ -388,13 +388,13 @@ def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Error of one rule on one grid at one budget.
+    """Error of one solver on one grid at one budget.
 
     Arguments:
-        solver: Name of the rule.
-        grid: Name of the grid maker.
-        nfe: Evaluations spent.
-        median: Median error over the start points.
+        solver: Name of the solver.
+        grid: Name of the function that makes the grid.
+        nfe: Number of function evaluations.
+        median: Median error over the initial states.
         rmse: Root of the mean squared error.
     """
 
@@ -417,18 +417,18 @@ def work_precision(
     seed: int = 0,
     **window: Any,
 ) -> list[Work]:
-    """Error against evaluations, for rules × grids × budgets, on a model whose flow is known.
+    """Error against number of evaluations, for solvers × grids × budgets.
 
     Arguments:
-        solvers: The rules.
-        model: A denoiser.
-        grids: Grid makers.
-        nfes: Budgets.
-        x: Start points at ``t_start``, by default `n` from the prior.
-        truth: Where they end, by default by :func:`exact_flow`.
-        n: Start points.
-        seed: Of the start points.
-        **window: ``t_start``, ``t_end`` and ``t_min`` of the grids.
+        solvers: Solvers to compare.
+        model: Denoiser.
+        grids: Functions that make the grids.
+        nfes: Budgets of function evaluations.
+        x: Initial states at ``t_start``, by default `n` from the prior.
+        truth: Exact results from `x`, by default from :func:`exact_flow`.
+        n: Number of initial states.
+        seed: Seed of the initial states.
+        **window: Options ``t_start``, ``t_end`` and ``t_min`` of the grids.
     """
     sde = model.sde
     check.integer("n", n, least=1)

@@ -191,7 +191,7 @@ def test_denoisers_are_compared_over_time() -> None:
     assert torch.allclose(
         in_x0, 0.01 * torch.tensor([ss.VP().sigma(0.5) / ss.VP().alpha(0.5)]).double() ** 2, rtol=1e-5
     )
-    with pytest.raises(ValueError, match="different processes"):
+    with pytest.raises(ValueError, match="the models have different processes"):
         ss.denoiser_error(mix, mixture(ss.Flow()), x, [0.5])
 
 
@@ -240,9 +240,9 @@ def test_slerp_is_the_great_circle_at_any_angle(angle: float) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"variance": "large"}, "`variance`='large' is of steps on a grid"),
-        ({"continuous": False}, "`grid` must say the steps of a bound on VP"),
-        ({"grid": [1.0, 0.5], "continuous": True}, "drop it"),
+        ({"variance": "large"}, "`variance`='large' needs a grid"),
+        ({"continuous": False}, "`grid` must be given with `continuous`=False: VP has no steps"),
+        ({"grid": [1.0, 0.5], "continuous": True}, "drop one of them"),
         ({"grid": [1.0, 0.5, 0.0]}, "from T = 1 to a positive time"),
         ({"grid": [0.9, 0.5]}, "from T = 1 to a positive time"),
         ({"grid": [1.0, 0.5], "t_min": 0.1}, "`t_min` is for continuous time"),

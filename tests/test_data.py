@@ -126,7 +126,7 @@ def test_a_constant_entry_has_no_scale_even_where_its_mean_rounds() -> None:
     data[:, 1] = 0.1
     rounded = data[:, 1].mean() - 0.1
     assert rounded != 0, "the mean of 1000 times 0.1 is not 0.1"
-    with pytest.raises(ValueError, match="never varies has no scale: drop it, or fit with per='scalar'"):
+    with pytest.raises(ValueError, match="is constant, drop this entry, or fit with per='scalar'"):
         Standardize.fit(data, "entry")
     assert Standardize.fit(data, "scalar").std.shape == (1,)
 

@@ -409,7 +409,7 @@ WITHOUT_SIGNAL = {
 def test_without_signal_x0_and_v_and_velocity_work_and_eps_and_score_are_refused(name: str) -> None:
     sde = WITHOUT_SIGNAL[name]
     for kind in ("eps", "score"):
-        with pytest.raises(ValueError, match=rf"`predicts`='{kind}' says nothing about data where α = 0.*smaller `T`"):
+        with pytest.raises(ValueError, match=rf"`predicts`='{kind}' does not determine the data where α.*smaller `T`"):
             ss.Denoiser(Recorder(), sde, predicts=kind)
     x0, eps = normal(4, 3, seed=1), normal(4, 3, seed=2)
     T = sde.T
@@ -447,7 +447,7 @@ def test_without_signal_a_velocity_network_works(name: str) -> None:
 
 
 def test_a_velocity_that_vanishes_without_signal_is_refused() -> None:
-    with pytest.raises(ValueError, match="'velocity' says nothing about data where α = 0"):
+    with pytest.raises(ValueError, match="'velocity' does not determine the data where α = 0"):
         ss.Denoiser(Recorder(), SDES["Polynomial"], predicts="velocity")
     ss.Denoiser(Recorder(), ss.Polynomial(n=2.0, T=0.99), predicts="velocity")
 
@@ -758,12 +758,12 @@ BAD = {
     "variance of a state without channels": (
         lambda: ss.Denoiser(fine, VP, predicts="eps", learned_variance=True).x0(torch.zeros(2), 0.5),
         ValueError,
-        "`learned_variance` halves the channels",
+        "`learned_variance` needs channels",
     ),
     "variance not asked for": (
         lambda: ss.Denoiser(fine, VP, predicts="eps").x0_and_variance(x23, 0.5),
         ValueError,
-        "`learned_variance`=False",
+        "`x0_and_variance` needs a denoiser with `learned_variance`=True, got False",
     ),
     "condition of another length": (
         lambda: ss.Denoiser(fine, VP, predicts="eps").x0(x23, 0.5, label=torch.zeros(3)),

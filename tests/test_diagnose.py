@@ -65,7 +65,7 @@ def test_a_right_denoiser_passes(name: str) -> None:
         assert found and found.ok, (sde, kind, str(found))
         assert (found.best.predicts, found.best.sign, found.best.time) == (kind, 1, "as declared"), (sde, kind)
         assert found.declared == found.best and found.declared.error < 0.6
-        assert str(found).startswith("The denoiser is what it says"), (sde, kind)
+        assert str(found).startswith("The declaration is right"), (sde, kind)
         assert "standard deviation" not in str(found), "nothing to say about data of unit scale"
 
 
@@ -160,7 +160,7 @@ def test_an_untrained_network_is_told(name: str, case: str) -> None:
     for kind in kinds(name):
         found = ss.check_denoiser(ss.Denoiser(UNTRAINED[case], SDES[name], predicts=kind), data())
         assert not found, (name, kind, str(found))
-        assert "no more of the noise than a linear guess" in str(found) and "untrained" in str(found), (name, kind)
+        assert "hardly better than a linear guess" in str(found) and "untrained" in str(found), (name, kind)
         assert found.best.error > 0.95
 
 
@@ -277,8 +277,8 @@ BAD = {
         "`model` must be a Denoiser.*got Identity",
     ),  # type: ignore[arg-type]
     "an exact denoiser": (lambda: ss.check_denoiser(mixture(ss.VP()), data()), TypeError, "got GaussianMixture"),  # type: ignore[arg-type]
-    "one datum": (lambda: ss.check_denoiser(MODEL, data(1)), ValueError, "at least 2 data"),
-    "no data": (lambda: ss.check_denoiser(MODEL, data(0)), ValueError, "at least 2 data"),
+    "one datum": (lambda: ss.check_denoiser(MODEL, data(1)), ValueError, "at least 2 samples"),
+    "no data": (lambda: ss.check_denoiser(MODEL, data(0)), ValueError, "at least 2 samples"),
     "nan": (lambda: ss.check_denoiser(MODEL, data() * math.nan), ValueError, "`x` must be a finite batch"),
     "integers": (lambda: ss.check_denoiser(MODEL, data().int()), TypeError, "int32"),
     "list": (lambda: ss.check_denoiser(MODEL, [1.0]), TypeError, "got list"),  # type: ignore[arg-type]

@@ -136,7 +136,7 @@ def test_states_of_others_are_refused_by_name() -> None:
         ema.load_state_dict(EMA(nn.Linear(2, 3)).state_dict() | {})
     with pytest.raises(ValueError, match="must have weights, updates"):
         ema.load_state_dict({"weights": {}})
-    with pytest.raises(ValueError, match="the state tracks"):
+    with pytest.raises(ValueError, match="`state` has `stds`="):
         PowerEMA(nn.Linear(2, 2)).load_state_dict(PowerEMA(nn.Linear(2, 2), stds=(0.1,)).state_dict())
     with pytest.raises(ValueError, match="`decay` must be"):
         EMA(nn.Linear(1, 1), decay=1.0)

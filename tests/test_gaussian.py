@@ -172,7 +172,7 @@ def test_codes_live_at_T() -> None:
         (lambda: Gaussian(ss.VP(), torch.zeros(3), torch.ones(2)), "`spectrum`"),
         (lambda: Gaussian(ss.VP(), torch.zeros(3), torch.ones(2), torch.ones(4, 2)), "`axes`"),
         (lambda: Gaussian(ss.VP(), torch.zeros(3), -torch.ones(3)), "at least 0"),
-        (lambda: Gaussian.estimate(ss.VP(), torch.zeros(1, 3)), "at least 2 rows"),
+        (lambda: Gaussian.estimate(ss.VP(), torch.zeros(1, 3)), "at least 2 samples"),
         (lambda: Gaussian.estimate(ss.VP(), torch.zeros(9, 3), "dct"), "`kind`"),
         (lambda: Gaussian(ss.VP(), torch.zeros(3), torch.ones(3)).flow(torch.zeros(1, 4), 1.0, 0.5), "`x`"),
     ],

@@ -212,9 +212,9 @@ def test_momentum_is_the_published_loop_and_begins_anew_with_every_run() -> None
 
 def test_momentum_refuses_what_has_no_order() -> None:
     model = guided(4.0, rule=Momentum())
-    with pytest.raises(TypeError, match="`t` must be one time for all samples: Momentum remembers"):
+    with pytest.raises(TypeError, match="`t` must be one time for all samples, because Momentum sums"):
         model.x0(X, torch.linspace(0.1, 0.9, 6), label=LABEL)
-    with pytest.raises(RuntimeError, match="which a gradient that asks again does not see"):
+    with pytest.raises(RuntimeError, match="Momentum changes with every evaluation, so its gradient would be wrong"):
         model.x0(X.clone().requires_grad_(), 0.4, label=LABEL)
     with pytest.raises(ValueError, match="`beta` must be finite and above -1 and below 1, got -1"):
         Momentum(beta=-1)
@@ -316,7 +316,7 @@ def test_a_classifier_may_know_a_condition_that_the_network_does_not() -> None:
     each = lambda x, t, label: torch.stack([log_label(k)(x, t) for k in range(3)])[label, torch.arange(len(x))]  # noqa: E731
     model = ClassifierGuidance(base, each, known=["label"])
     torch.testing.assert_close(model.x0(X, 0.4, label=LABEL), VP.x0(X, 0.4, label=LABEL), rtol=1e-9, atol=1e-9)
-    with pytest.raises(ValueError, match="the condition label is missing: `log_prob` is to know it"):
+    with pytest.raises(ValueError, match="the condition label is missing: `known` lists it"):
         model.x0(X, 0.4)
 
 
@@ -349,19 +349,19 @@ def test_errors_name_what_is_wrong() -> None:
         guided(torch.ones(6, 2)).x0(X, 0.4, label=LABEL)
     with pytest.raises(ValueError, match="the condition label is missing"):
         guided(2.0).x0(X, 0.4)
-    with pytest.raises(TypeError, match="`null` must name what stands for no condition"):
+    with pytest.raises(TypeError, match="`null` must be a dictionary of null conditions"):
         ClassifierFree(VP, 2.0, null={})
     with pytest.raises(ValueError, match=r"`null` of `label` has shape \(5,\)"):
         ClassifierFree(VP, 2.0, null={"label": torch.zeros(5)}).x0(X, 0.4, label=LABEL)
-    with pytest.raises(ValueError, match="`null` of `label` must be a tree like the condition's"):
+    with pytest.raises(ValueError, match="`null` of `label` must be a tree like the condition: "):
         ClassifierFree(VP, 2.0, null={"label": {"other": 3}}).x0(X, 0.4, label={"class": LABEL})
-    with pytest.raises(ValueError, match="`one_forward` needs conditions with a row"):
+    with pytest.raises(ValueError, match="`one_forward` needs a tensor with one row for each sample"):
         ClassifierFree(VP, 2.0, null={"label": None}, one_forward=True).x0(X, 0.4, label=LABEL)
     with pytest.raises(ValueError, match="`interval"):
         guided(2.0, interval=(0.5, 0.2))
     with pytest.raises(ValueError, match="on the same process"):
         AutoGuidance(VP, Labelled(ss.EDM()), 2.0)
-    with pytest.raises(ValueError, match="`weights` must be one for each of 1 experts"):
+    with pytest.raises(ValueError, match="`weights` must have one entry for each of 1 experts"):
         Compose(VP, [VP], [1.0, 2.0])
     with pytest.raises(TypeError, match="`model` must be a denoiser"):
         Clamp(lambda x, t: x)  # type: ignore[arg-type]

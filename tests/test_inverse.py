@@ -233,7 +233,7 @@ def test_dps_is_the_published_algorithm() -> None:
     model = DPS(prior, Measurement(A, SEEN.y, 0.0), dps_scale(VP, grid, 0.5), norm=True)
     ours = ss.sample(model, start, ss.DDPM(), grid=grid, seed=3)
     torch.testing.assert_close(ours, x, rtol=1e-8, atol=1e-8)
-    with pytest.raises(ValueError, match="the scale is known at the 12 times of its grid"):
+    with pytest.raises(ValueError, match="`dps_scale` is defined at the 12 start times of its grid"):
         model.x0(start, 0.123)
 
 
@@ -555,19 +555,19 @@ def test_errors_name_what_is_wrong() -> None:
         lambda: daps(prior, KNOWN, (2, 4), 3),
         lambda: twisted_smc(prior, KNOWN, (2, 4), 3),
     ):
-        with pytest.raises(ValueError, match=r"`std` must be greater than 0 for .*, got 0: say how well y is known"):
+        with pytest.raises(ValueError, match=r"`std` must be greater than 0 for .*, got 0; give the noise level of y"):
             call()
-    with pytest.raises(TypeError, match="`measurement` must be of a Mask"):
+    with pytest.raises(TypeError, match="`measurement` must have a Mask as its operator"):
         Replacement(VP, SEEN)
-    with pytest.raises(TypeError, match="needs a linear operator"):
+    with pytest.raises(TypeError, match="`operator` must be Linear"):
         PiGDM(prior, Measurement(Operator(torch.square, (4,)), torch.zeros(1, 4), 0.1))
     with pytest.raises(TypeError, match="`measurement` must be Measurement"):
         DDNM(prior, A)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`mixture` must be a GaussianMixture"):
         posterior(Given(prior), SEEN)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the operator is for states of shape \(4,\), the mixture has \(3,\)"):
+    with pytest.raises(ValueError, match=r"`measurement` is for states of shape \(4,\), `mixture` has shape \(3,\)"):
         posterior(mixture(VP, 3), SEEN)
     with pytest.raises(ValueError, match="`y` must be one measurement"):
         posterior(prior, Measurement(A, rand(2, 2), 0.3))
-    with pytest.raises(ValueError, match=r"`x` must have shape \(B, 4\), the operator's, got \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"`x` must have the operator's shape \(B, 4\), got \(2, 5\)"):
         DDNM(mixture(VP, 5), SEEN).x0(torch.zeros(2, 5), 0.5)

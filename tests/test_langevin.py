@@ -175,7 +175,7 @@ def test_annealed_dynamics_depends_on_the_process_through_its_levels_alone(sde: 
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="start a little before"):
+    with pytest.raises(ValueError, match="x/α is undefined; start at a smaller t"):
         AnnealedLangevin().plan(ss.Flow(), [1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match="`snr`"):
         LangevinCorrector(GAUSSIAN, snr=0.0)

@@ -107,7 +107,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "`gaussian` is a Gaussian under Flow",
     ),
-    "bits without levels": (lambda: ss.bits_per_dim(torch.zeros(1), 64), TypeError, "`levels` must say.*256 for bytes"),
+    "bits without levels": (lambda: ss.bits_per_dim(torch.zeros(1), 64), TypeError, "`levels` must be.*256 for bytes"),
     "encode with noise": (
         lambda: ss.encode(MIX, DATA, ss.EulerAncestral()),
         ValueError,
@@ -184,7 +184,7 @@ def test_a_fit_follows_only_what_it_can() -> None:
         with pytest.raises(ValueError, match=message):
             ss.fit(rule, model, (24, 1), steps=1, **how)
     blind = ss.Denoiser(lambda x, t: x * float("nan"), ss.VP(), predicts="eps")
-    with pytest.raises(ValueError, match="the ends of `teacher` are not all finite"):
+    with pytest.raises(ValueError, match="the results of `teacher` are not all finite"):
         ss.fit(flow, blind, (24, 1), steps=1)
     ss.fit(noisy, model, (24, 1), steps=1, teacher=fine, noise=ss.Noise(0, path=True))
 
@@ -201,7 +201,7 @@ def test_a_trainer_wants_a_loss_and_an_optimiser_of_it() -> None:
     model.net = torch.nn.ModuleList([net])
     with pytest.raises(TypeError, match="`loss` must be a loss such as DSM"):
         ss.Trainer(model, torch.zeros(8, 2), batch=8)
-    with pytest.raises(ValueError, match="`optimiser` moves none of the parameters"):
+    with pytest.raises(ValueError, match="`optimiser` has none of the parameters"):
         ss.Trainer(ss.DSM(model), torch.zeros(8, 2), torch.optim.Adam(other.parameters()), batch=8)
 
 

@@ -702,7 +702,7 @@ BAD = {
         ValueError,
         "must be symmetric",
     ),
-    "covariance not positive": (lambda: gm(cov=-COV), ValueError, "positive semidefinite, its least eigenvalue is -1"),
+    "covariance not positive": (lambda: gm(cov=-COV), ValueError, "semidefinite, its smallest eigenvalue is -1"),
     "factor of another shape": (
         lambda: gm(factor=torch.ones(3, 2, 1)),
         ValueError,
@@ -712,7 +712,7 @@ BAD = {
     "std of entries beside a factor": (
         lambda: gm(factor=torch.ones(3, 3, 1), std=torch.ones(3, 3)),
         ValueError,
-        "`std` beside `factor`",
+        "`std` with `factor`",
     ),
     "state of another event": (lambda: gm(std=1.0).x0(torch.zeros(2, 4), 0.5), ValueError, r"\(B, 3\), got \(2, 4\)"),
     "integer state": (lambda: gm(std=1.0).score(x23.int(), 0.5), TypeError, "int32"),

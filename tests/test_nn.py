@@ -300,8 +300,8 @@ def test_a_state_of_another_shape_is_refused() -> None:
     [
         (lambda: UNet(1, dims=3), "`dims` must be 1"),
         (lambda: UNet(0), "`channels` must be at least 1"),
-        (lambda: UNet(1, multipliers=()), "`multipliers` must name"),
-        (lambda: UNet(1, attention=(3,)), "`attention` names level 3; there are levels 0 to 2"),
+        (lambda: UNet(1, multipliers=()), "`multipliers` must have an entry"),
+        (lambda: UNet(1, attention=(3,)), "`attention` must hold levels from 0 to 2, got 3"),
         (lambda: UNet(1, width=6, multipliers=(1,), attention=()), "`heads` must divide the 6 channels"),
         (lambda: UNet(1, dropout=1.0), "`dropout` must be"),
         (lambda: MLP(2, classes=0), "`classes` must be at least 1"),

@@ -207,7 +207,7 @@ def test_sampling_on_a_path() -> None:
     tape = Tape(MIX.sde, 1.0)
     tape.append(0.5, x=[(0, 1.0)], z=[(tape.draw(), 1.0)])
     by_hand = tape.plan()
-    with pytest.raises(ValueError, match="no leg of this plan has a place"):
+    with pytest.raises(ValueError, match="no step of this plan uses a Brownian path"):
         run(by_hand, MIX.x0, torch.zeros(1, 2), seed)
 
 

@@ -122,7 +122,7 @@ def test_plans_without_densities_are_refused() -> None:
     plan = plan_of(RULES[0])
     with pytest.raises(ValueError, match="either `noise`"):
         list(transitions(plan, MODEL, X))
-    with pytest.raises(ValueError, match="must hold the 6 states"):
+    with pytest.raises(ValueError, match="one entry for each of 6 transitions"):
         list(transitions(plan, MODEL, X, states=[X]))
 
 

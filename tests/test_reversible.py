@@ -123,7 +123,7 @@ def test_the_pair_can_be_given_and_arguments_are_checked() -> None:
     assert isinstance(whole, Twin) and whole.x.dtype == torch.float64
     plain = ss.Denoiser(lambda x, t: 0.5 * x, sde, predicts="x0")
     assert rule.solve(plain, x.float(), times).x.dtype == torch.float32
-    with pytest.raises(ValueError, match="keep away from σ = 0"):
+    with pytest.raises(ValueError, match="`times` must have σ > 0"):
         rule.solve(mlp(sde), x, ss.karras(sde, 8))
     with pytest.raises(ValueError, match="coupling"):
         ss.Reversible(coupling=0.0)

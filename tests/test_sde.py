@@ -295,7 +295,7 @@ def test_prior_has_the_moments_of_the_marginal_at_the_real_start(name: str, star
     alpha, sigma = sde.alpha(start), sde.sigma(start)
     visible = (alpha * std / sigma) ** 2 > 0.01
     if visible:
-        with pytest.warns(UserWarning, match="the data still shows"):
+        with pytest.warns(UserWarning, match="too high for a Gaussian prior"):
             prior = sde.prior(start, mean=mean, std=std)
     else:
         prior = sde.prior(start, mean=mean, std=std)

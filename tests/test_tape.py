@@ -378,7 +378,7 @@ def bad(grid: list[float], *, up: str = "diffuse", rule: Solver | None = None, s
 
 
 BAD = {
-    "no nodes": (lambda: Tape(VP, 1.0).move(0, 0.5, nodes=[]), "`nodes` must name at least one evaluated row"),
+    "no nodes": (lambda: Tape(VP, 1.0).move(0, 0.5, nodes=[]), "`nodes` must hold at least one evaluated row"),
     "a node that is not evaluated": (
         lambda: (t := Tape(VP, 1.0, evaluates=False), t.move(0, 0.5, nodes=[0]), t.plan()),
         "row 0 does not evaluate",
@@ -389,15 +389,15 @@ BAD = {
     ),
     "noise on the way up": (
         bad([0.1, 0.5], up="solve", rule=Multistep(1, eta=1.0)),
-        "from t = 0.1 to 0.5 .*noise cannot be added while solving towards noise; take eta = 0",
+        "from t = 0.1 to 0.5 .*a solver step towards noise cannot add noise; set `eta` = 0",
     ),
     "ends of some samples": (
         bad([[1.0, 1.0], [0.5, 0.4], [0.0, 0.1]]),  # type: ignore[list-item]
-        "from t = 0.5 to 0 .*let all samples start where α = 0 or end where σ = 0 together, or none",
+        "from t = 0.5 to 0 .*all samples or none must start at α = 0, and all or none must end at σ = 0",
     ),
     "starts of some samples": (
         bad([[1.0, 0.9], [0.5, 0.4], [0.2, 0.1]], rule=Multistep(1, NOISE)),  # type: ignore[list-item]
-        "from t = 1 to 0.5 .*let all samples",
+        "from t = 1 to 0.5 .*all samples or none",
     ),
 }
 

@@ -253,7 +253,7 @@ def test_data_come_as_tensors_by_name_or_data_sets() -> None:
     assert size(pairs) == size(DATA) == 100
     trainer = make(data=pairs, unpack=lambda batch: (batch[0], {"label": batch[1]}))
     trainer.fit(2)
-    with pytest.raises(TypeError, match="a stream has no order"):
+    with pytest.raises(TypeError, match="a stream cannot be resumed"):
         size(iter([1]))
     with pytest.raises(ValueError, match="one length"):
         size({"x": DATA, "label": torch.zeros(3)})
@@ -394,7 +394,7 @@ def test_a_torn_checkpoint_is_passed_over_when_resuming(tmp_path: Path) -> None:
     newest = tmp_path / "step-000000004.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     trainer = make(5, folder=tmp_path)
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped a checkpoint"):
         assert trainer.resume()
     assert trainer.step == 2
 
@@ -424,18 +424,18 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             make(**options)
     from accelerate import Accelerator
 
-    with pytest.raises(ValueError, match="give it `accumulate`=4 instead"):
+    with pytest.raises(ValueError, match="`accumulate`=4 instead"):
         make(accelerator=Accelerator(gradient_accumulation_steps=4))
-    with pytest.raises(ValueError, match="precision of its own"):
+    with pytest.raises(ValueError, match="`accelerator` sets the precision"):
         make(accelerator=Accelerator(), precision="bf16")
     make()  # after which accelerate's state is that of one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were launched and accelerate sees 1"):
         make()
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="hidden in a function"):
+    with pytest.raises(ValueError, match=r"must be an nn\.Module, not a function"):
         Trainer(ss.DSM(ss.Denoiser(lambda x, t: x, ss.VP(), predicts="eps")), DATA)
-    with pytest.raises(ValueError, match="`folder` says"):
+    with pytest.raises(ValueError, match="`folder` is None"):
         make().resume()
-    with pytest.raises(ValueError, match="`folder` says"):
+    with pytest.raises(ValueError, match="`folder` is None"):
         make().save()

@@ -200,7 +200,7 @@ def test_what_cannot_be_is_said() -> None:
             bad()
     with pytest.raises(ValueError, match="λ\\(T\\) = −∞"):
         T.LikelihoodImportance(math.inf).sample(ss.Flow(), 2)
-    with pytest.raises(ValueError, match="puts nothing in the reach"):
+    with pytest.raises(ValueError, match="no probability inside the range"):
         T.LogNormalSigma(300.0, 0.1).sample(ss.EDM(), 2)
     with pytest.raises(ValueError, match="one seed and an `offset`"):
         T.Stratified().sample(ss.VP(), 2, ss.Noise([1, 2]))

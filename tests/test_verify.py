@@ -85,7 +85,7 @@ def test_the_slope_is_the_regression_over_all_legs_and_prints() -> None:
     line = np.polyfit(np.log(found.legs), np.log(found.errors), 1)
     assert math.isclose(found.slope, -line[0], rel_tol=1e-10)
     assert str(Order(1.987, 2, (10, 20), (1e-2, 2.5e-3))) == (
-        "order 1.99 (declared 2); error by legs 10: 1.00e-02, 20: 2.50e-03"
+        "order 1.99 (declared 2); error by steps 10: 1.00e-02, 20: 2.50e-03"
     )
 
 
@@ -134,25 +134,25 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one number of legs": (
         lambda: convergence_order(ss.DDIM(), MODEL, legs=(40,)),
         ValueError,
-        r"`legs` must hold at least two numbers for a slope, got \(40,\)",
+        r"`legs` must hold at least two different numbers, to fit a slope, got \(40,\)",
     ),
     "one number twice": (lambda: convergence_order(ss.DDIM(), MODEL, legs=(40, 40)), ValueError, "at least two"),
     "an end in data": (
         lambda: convergence_order(ss.DDIM(), MODEL, t_end=0.0),
         ValueError,
-        "`t_end` must be a time with signal and noise, got 0",
+        "`t_end` must be a time with α > 0 and σ > 0, got 0",
     ),
     "a start without signal": (
         lambda: convergence_order(ss.DDIM(), two(ss.Flow()), t_start=1.0),
         ValueError,
-        "`t_start` must be a time with signal and noise, got 1",
+        "`t_start` must be a time with α > 0 and σ > 0, got 1",
     ),
     "an exact rule": (
         lambda: convergence_order(
             ss.DDIM(), MODEL, legs=(1, 2), reference=lambda x, s, t: run(ss.DDIM().plan(VP, [s, t]), MODEL.x0, x)
         ),
         ValueError,
-        "the rule has no error on this model",
+        "`solver` has no error on this `model`",
     ),
     "a rule that draws": (
         lambda: convergence_order(Multistep(1, eta=1.0), MODEL, reference=lambda x, s, t: x),
@@ -162,7 +162,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a flow into data": (
         lambda: exact_flow(MODEL)(torch.zeros(1, 2, **F64), 1.0, 0.0),
         ValueError,
-        "the flow has no speed where σ = 0",
+        "`s` and `t` must be times with σ > 0",
     ),
     "residuals of noise": (
         lambda: order_residuals(Multistep(1, eta=1.0).plan(VP, [1.0, 0.5, 0.1]), VP),

@@ -1,8 +1,8 @@
-r"""Guidance: denoisers made from denoisers.
+r"""Guidance: denoisers that change or combine the predictions of other denoisers.
 
-A score that is tilted towards a condition, :math:`\nabla\log p(x) + s\,(\nabla\log p(x \mid c) - \nabla\log p(x))`,
-is one of data predictions with the same weights, because the score is an affine function of the data prediction. So
-every rule here answers ``x0`` and works under every solver, plan and backend unchanged. Knows no solver.
+The guided score is :math:`\nabla\log p(x) + s\,(\nabla\log p(x \mid c) - \nabla\log p(x))`. The score is an affine
+function of the data prediction, so the guided data prediction has the same form. Every class here defines ``x0`` and
+therefore works with every solver, plan and backend.
 """
 
 from scoresde.guidance.base import Scale

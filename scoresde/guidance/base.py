@@ -1,4 +1,4 @@
-"""What all guidance shares: denoisers made from one other, and scales that may depend on sample and time."""
+"""Base class and argument checks of guidance; a scale may depend on the sample and on time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Scale = float | Tensor | Callable[[Any], Any]
 
 
 def scale_at(scale: Scale, t: Any, x: Tensor, name: str = "scale") -> Any:
-    """A number, or a tensor that multiplies the state."""
+    """Value of a scale at time `t`: a number, or a tensor that broadcasts to the state."""
     value = scale(t) if callable(scale) else scale
     if not isinstance(value, Tensor):
         return check.number(name, value)
@@ -24,30 +24,30 @@ def scale_at(scale: Scale, t: Any, x: Tensor, name: str = "scale") -> Any:
 
 
 def check_scale(scale: Any, name: str = "scale") -> Scale:
-    """A scale as it was given, if it is one."""
+    """Return `scale`; raise an error unless it is a number, a tensor or a function of t."""
     if not isinstance(scale, Tensor) and not callable(scale):
         check.number(name, scale)
     return scale  # type: ignore[no-any-return]
 
 
 def check_model(model: Any, name: str = "model") -> AbstractDenoiser:
-    """The model, if it is a denoiser."""
+    """Return `model`; raise an error unless it is a denoiser."""
     if not isinstance(model, AbstractDenoiser):
         raise TypeError(f"`{name}` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
     return model
 
 
 def same_process(model: AbstractDenoiser, other: AbstractDenoiser, name: str) -> None:
-    """Refuse a model on another process."""
+    """Raise an error if `other` is on another process than `model`."""
     if repr(model.sde) != repr(other.sde):
         raise ValueError(
-            f"`{name}` is on {other.sde!r} and the model on {model.sde!r}; ss.Rescheduled({name}, model.sde) puts it "
-            f"on the same process."
+            f"`{name}` is on {other.sde!r} and the model is on {model.sde!r}; use ss.Rescheduled({name}, model.sde) to "
+            f"put both on the same process."
         )
 
 
 class Wrapped(AbstractDenoiser):
-    """A denoiser made from one other."""
+    """Base class of a denoiser that changes the prediction of another one."""
 
     def __init__(self, model: AbstractDenoiser) -> None:
         super().__init__()

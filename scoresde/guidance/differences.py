@@ -1,4 +1,4 @@
-"""Guidance by the difference of two predictions: with and without a condition, of a better and a worse model."""
+"""Guidance by the difference of two predictions: with and without a condition, or of a better and a worse model."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from scoresde.guidance.rules import Rule, linear
 
 
 class ClassifierFree(Wrapped):
-    r"""Classifier-free guidance: from what the network says without the condition, through what it says with it.
+    r"""Classifier-free guidance: extrapolation from the unconditional to the conditional prediction.
 
     .. math:: D = D(x, \varnothing) + s\,(D(x, c) - D(x, \varnothing)), \qquad
               \nabla\log p + s\,(\nabla\log p(\cdot \mid c) - \nabla\log p)
 
-    At s = 1 it is the conditional model and at s = 0 the unconditional one, bit for bit, in one evaluation where the
-    scale is a number; otherwise it costs two. The marginals of the tilted score are not those of any diffusion of
-    :math:`p\,(p(\cdot\mid c)/p)^s`: at s > 1 samples are a product of the guidance, not of a stated density. Large
-    scales make the flow stiff; data prediction of order 2, such as ``ss.DPMSolverPP(2)``, bears them best.
+    With the default rule the result for s = 1 is exactly the conditional prediction, and for s = 0 the unconditional
+    one. Each costs one evaluation if the scale is a number; otherwise guidance costs two. For s > 1 the guided score is
+    not the score of a diffusion of :math:`p\,(p(\cdot\mid c)/p)^s`, so samples do not follow that density. Large scales
+    make the flow stiff; a solver of order 2 on the data prediction, such as ``ss.DPMSolverPP(2)``, is then best.
 
     Arguments:
-        model: The conditional denoiser.
-        scale: s: a number, (B,), or a function of t that returns either.
-        null: What stands for no condition, by name, as in training: each a tree like the condition's, whose leaves
-            broadcast to a row of it, or anything at all (None too) with two forwards. Conditions that are not named
-            are given both times.
-        one_forward: Ask the network once on a doubled batch instead of twice; the same numbers to rounding.
-        interval: (low, high) times between which there is guidance; outside, the conditional model alone.
-        rule: How the two become one: :func:`~scoresde.guidance.rules.linear`, ``Rescale``, ``APG``, ``Momentum`` or
-            ``ZeroStar``.
+        model: Conditional denoiser.
+        scale: Scale s, a number, (B,), or a function of t that returns either.
+        null: Null conditions by name, as in training. Each is a tree like the condition, and its leaves broadcast to
+            one row; without `one_forward` any other value, such as None, is allowed. Conditions without a null value
+            are the same in both evaluations.
+        one_forward: Whether to evaluate the network once on a doubled batch; the result is the same up to rounding.
+        interval: Times (low, high) between which guidance is on; outside, the result is the conditional prediction.
+        rule: Rule, :func:`~scoresde.guidance.rules.linear`, ``Rescale``, ``APG``, ``Momentum`` or ``ZeroStar``.
 
     References:
         | Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), arXiv:2207.12598
@@ -64,7 +63,7 @@ class ClassifierFree(Wrapped):
     ) -> None:
         super().__init__(model)
         if not isinstance(null, Mapping) or not null:
-            raise TypeError(f"`null` must name what stands for no condition, as in null={{'label': 10}}, got {null!r}.")
+            raise TypeError(f"`null` must be a dictionary of null conditions, such as {{'label': 10}}, got {null!r}.")
         self.scale = check_scale(scale)
         self.null = dict(null)
         self.one_forward = one_forward
@@ -72,48 +71,47 @@ class ClassifierFree(Wrapped):
         self.rule = rule
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The guided data prediction."""
         check.state("x", x)
         _check_cond(cond, len(x))
         missing = sorted(set(self.null) - set(cond))
         near = {name: difflib.get_close_matches(name, cond, n=1) for name in missing}
         if any(near.values()):
-            name, (meant, *_) = next((name, found) for name, found in near.items() if found)
+            name, (meant, *_) = next((name, matches) for name, matches in near.items() if matches)
             raise ValueError(
                 f"`null` names {name}, which is not among the conditions given, {', '.join(sorted(cond))}; did you "
                 f"mean null={{{meant!r}: ...}}?"
             )
         if missing:
             raise ValueError(
-                f"the condition {', '.join(missing)} is missing: guidance needs it beside its null value; give it by "
-                f"name, as in ss.sample(model, shape, {missing[0]}=...)."
+                f"the condition {', '.join(missing)} is missing: guidance needs the condition and its null value; give "
+                f"the condition by name, as in ss.sample(model, shape, {missing[0]}=...)."
             )
         scale = _inside(self.interval, t, scale_at(self.scale, t, x), x)
         if _is(scale, 1):
             return self.model.x0(x, t, **cond)
-        null = {name: _nothing(name, tree, self.null[name], len(x)) for name, tree in cond.items() if name in self.null}
+        null = {name: _null_of(name, tree, self.null[name], len(x)) for name, tree in cond.items() if name in self.null}
         if _is(scale, 0) and self.rule is linear:
             return self.model.x0(x, t, **{**cond, **null})
         if self.one_forward:
-            both = {name: _stack(name, tree, null.get(name, tree), len(x)) for name, tree in cond.items()}
+            stacked = {name: _stack(name, tree, null.get(name, tree), len(x)) for name, tree in cond.items()}
             tt = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-            strong, weak = self.model.x0(torch.cat([x, x]), tt, **both).chunk(2)
+            strong, weak = self.model.x0(torch.cat([x, x]), tt, **stacked).chunk(2)
         else:
             strong, weak = self.model.x0(x, t, **cond), self.model.x0(x, t, **{**cond, **null})
         return self.rule(self.model, x, t, strong, weak, scale)
 
 
 class AutoGuidance(Wrapped):
-    r"""Guidance by a weaker version of the model itself: smaller, less trained, or otherwise degraded.
+    r"""Guidance by a weaker version of the model: smaller, less trained, or otherwise degraded.
 
     .. math:: D = D_{weak} + s\,(D - D_{weak})
 
     Arguments:
-        model: The denoiser.
-        weak: The weaker one, on the same process; both get all conditions.
-        scale: s: a number, (B,), or a function of t.
-        interval: (low, high) times between which there is guidance.
-        rule: How the two become one.
+        model: Denoiser.
+        weak: Weaker denoiser on the same process; both are evaluated with all conditions.
+        scale: Scale s, a number, (B,), or a function of t.
+        interval: Times (low, high) between which guidance is on.
+        rule: Rule that combines the two predictions.
 
     References:
         | Guiding a Diffusion Model with a Bad Version of Itself (Karras et al., 2024), arXiv:2406.02507
@@ -136,7 +134,6 @@ class AutoGuidance(Wrapped):
         self.rule = rule
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The guided data prediction."""
         scale = _inside(self.interval, t, scale_at(self.scale, t, check.state("x", x)), x)
         if _is(scale, 1):
             return self.model.x0(x, t, **cond)
@@ -147,8 +144,8 @@ class Given(Wrapped):
     """A denoiser with some of its conditions fixed.
 
     Arguments:
-        model: The denoiser.
-        **cond: What it is told at every call; a condition given at the call goes before.
+        model: Denoiser.
+        **cond: Fixed conditions; a condition given at the call takes precedence.
     """
 
     def __init__(self, model: AbstractDenoiser, **cond: Any) -> None:
@@ -156,22 +153,21 @@ class Given(Wrapped):
         self.cond = cond
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Data prediction under the fixed conditions."""
         return self.model.x0(x, t, **{**self.cond, **cond})
 
 
 class Compose(Wrapped):
-    r"""A product of experts: several conditions at once, and with negative weights what is not wanted.
+    r"""Product of experts: several conditions at once; a negative weight excludes a condition.
 
     .. math:: D = D_0 + \sum_i w_i\,(D_i - D_0), \qquad
               p \propto p_0 \prod_i \left(\frac{p_i}{p_0}\right)^{w_i} \text{ at } t = 0
 
-    One expert is classifier-free guidance.
+    With one expert this is classifier-free guidance.
 
     Arguments:
-        model: What all conditions tilt, D₀: usually ``Given(model, **null)``.
-        experts: D_i: denoisers on the same process, such as ``Given(model, label=3)``.
-        weights: w_i, one for each: a number, (B,), or a function of t.
+        model: Base denoiser D₀, usually ``Given(model, **null)``.
+        experts: Denoisers D_i on the same process, such as ``Given(model, label=3)``.
+        weights: Weights w_i, one for each expert: a number, (B,), or a function of t.
 
     References:
         | Compositional Visual Generation with Composable Diffusion Models (Liu et al., 2022), arXiv:2206.01714
@@ -182,21 +178,17 @@ class Compose(Wrapped):
         for i, expert in enumerate(experts):
             same_process(model, check_model(expert, f"experts[{i}]"), f"experts[{i}]")
         if len(weights) != len(experts):
-            raise ValueError(f"`weights` must be one for each of {len(experts)} experts, got {len(weights)}.")
+            raise ValueError(f"`weights` must have one entry for each of {len(experts)} experts, got {len(weights)}.")
         self.experts = torch.nn.ModuleList(experts)
         self.weights = [check_scale(w, f"weights[{i}]") for i, w in enumerate(weights)]
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The composed data prediction."""
         base = self.model.x0(x, t, **cond)
         out = base
         for i, (expert, weight) in enumerate(zip(self.experts, self.weights, strict=True)):
             assert isinstance(expert, AbstractDenoiser)
             out = out + scale_at(weight, t, x, f"weights[{i}]") * (expert.x0(x, t, **cond) - base)
         return out
-
-
-# Intervals and conditions.
 
 
 def _check_interval(interval: Any) -> tuple[float, float] | None:
@@ -209,7 +201,7 @@ def _check_interval(interval: Any) -> tuple[float, float] | None:
 
 
 def _inside(interval: tuple[float, float] | None, t: Any, scale: Any, x: Tensor) -> Any:
-    """The scale inside the interval, 1 outside."""
+    """Scale that is `scale` inside the interval and 1 outside."""
     if interval is None:
         return scale
     low, high = interval
@@ -223,8 +215,8 @@ def _is(scale: Any, value: float) -> bool:
     return not isinstance(scale, Tensor) and scale == value
 
 
-def _nothing(name: str, cond: Any, null: Any, rows: int) -> Any:
-    """The null condition in the shape of the condition."""
+def _null_of(name: str, cond: Any, null: Any, rows: int) -> Any:
+    """Null condition with the shape of the condition."""
 
     def leaf(c: Any, n: Any) -> Any:
         if not isinstance(c, Tensor) or c.ndim == 0 or not isinstance(n, Tensor | float | int):
@@ -234,8 +226,8 @@ def _nothing(name: str, cond: Any, null: Any, rows: int) -> Any:
             return value.expand(rows, *c.shape[1:])
         except RuntimeError:
             raise ValueError(
-                f"`null` of `{name}` has shape {tuple(value.shape)} and does not broadcast to {(rows, *c.shape[1:])}, "
-                f"the condition's."
+                f"`null` of `{name}` has shape {tuple(value.shape)} and does not broadcast to the shape of the "
+                f"condition, {(rows, *c.shape[1:])}."
             ) from None
 
     if isinstance(null, Tensor | float | int):
@@ -247,11 +239,11 @@ def _nothing(name: str, cond: Any, null: Any, rows: int) -> Any:
     except (ValueError, TypeError) as error:
         if "does not broadcast" in str(error):
             raise
-        raise ValueError(f"`null` of `{name}` must be a tree like the condition's: {error}") from None
+        raise ValueError(f"`null` of `{name}` must be a tree like the condition: {error}") from None
 
 
 def _stack(name: str, cond: Any, null: Any, rows: int) -> Any:
-    """Condition and null condition along the batch."""
+    """Concatenation of the condition and the null condition along the batch."""
 
     def leaf(c: Any, n: Any) -> Any:
         if isinstance(c, Tensor) and c.ndim > 0 and isinstance(n, Tensor):
@@ -259,8 +251,8 @@ def _stack(name: str, cond: Any, null: Any, rows: int) -> Any:
         if c is n or (not isinstance(c, Tensor) and not isinstance(n, Tensor) and c == n):
             return c
         raise ValueError(
-            f"`one_forward` needs conditions with a row for each sample, and their null values too; `{name}` has "
-            f"{type(c).__name__} and {type(n).__name__}: use one_forward=False."
+            f"`one_forward` needs a tensor with one row for each sample as condition and as null value; `{name}` has "
+            f"{type(c).__name__} and {type(n).__name__}; use one_forward=False."
         )
 
     try:
@@ -268,4 +260,4 @@ def _stack(name: str, cond: Any, null: Any, rows: int) -> Any:
     except ValueError as error:
         if "one_forward" in str(error):
             raise
-        raise ValueError(f"`null` of `{name}` must be a tree like the condition's: {error}") from None
+        raise ValueError(f"`null` of `{name}` must be a tree like the condition: {error}") from None

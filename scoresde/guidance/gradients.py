@@ -1,4 +1,4 @@
-"""Guidance by a gradient with respect to the noisy state, and the graph it goes through."""
+"""Guidance by a gradient with respect to the noisy state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scoresde.denoiser import AbstractDenoiser, Denoiser
 from scoresde.guidance.base import Scale, Wrapped, check_scale, scale_at
 from scoresde.sde import SDE
 
-_FAINT = 1e-3  # least α/σ at which a derivative with respect to x_t is asked for
+_MIN_RATIO = 1e-3  # smallest α/σ at which a derivative with respect to x_t is computed
 
 
 class ClassifierGuidance(Wrapped):
@@ -24,19 +24,19 @@ class ClassifierGuidance(Wrapped):
     .. math:: D = D(x) + s\,\frac{\sigma^2}{\alpha}\,\nabla_x \log p(c \mid x), \qquad
               \nabla\log p + s\,\nabla\log p(c \mid \cdot)
 
-    The classifier sees the noisy state and its time, for which it was trained; or, with ``sees="x0"``, the denoised
-    state, where the gradient goes through the network. It is with respect to x in any case, under ``torch.no_grad``
-    too. The loss need not be a classifier's: any function with a gradient guides. Where α/σ < 10⁻³ the question is
-    asked at the time where it is 10⁻³, since at α = 0 the two factors are infinite and zero.
+    The likelihood may be that of a classifier or any differentiable function. Its input is the noisy state and the time
+    or, with ``sees="x0"``, the denoised state; the gradient then goes through the network. The gradient is always with
+    respect to x, also under ``torch.no_grad``. Times where α/σ < 10⁻³ are replaced by the time where α/σ = 10⁻³,
+    because σ²/α is infinite at α = 0.
 
     Arguments:
-        model: The denoiser.
-        log_prob: ``log_prob(x, t, **cond)``, or ``log_prob(x0, **cond)`` with ``sees="x0"``, to (B,).
-        scale: s: a number, (B,), or a function of t.
-        sees: ``"x_t"`` or ``"x0"``.
-        through_net: With ``sees="x0"``: False takes ∂x0/∂x = 1/α, as if ε did not depend on x, and spares the backward
-            pass and its memory.
-        known: Names of conditions that `log_prob` gets and the network does not.
+        model: Denoiser.
+        log_prob: Function ``log_prob(x, t, **cond)``, or ``log_prob(x0, **cond)`` with ``sees="x0"``, to (B,).
+        scale: Scale s, a number, (B,), or a function of t.
+        sees: Input of `log_prob`, ``"x_t"`` or ``"x0"``.
+        through_net: Whether the gradient with ``sees="x0"`` goes through the network. False uses ∂x0/∂x = 1/α, as if ε
+            did not depend on x, and saves the backward pass and its memory.
+        known: Names of the conditions that go to `log_prob` and not to the network.
 
     References:
         | Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), arXiv:2105.05233
@@ -63,13 +63,12 @@ class ClassifierGuidance(Wrapped):
         self.known = tuple(known)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The guided data prediction."""
         t = before_silence(self.sde, t)
         alpha, sigma = (check.expand(fn(t), x) for fn in (self.sde.alpha, self.sde.sigma))
         gain: Any = scale_at(self.scale, t, check.state("x", x)) * sigma**2 / alpha
         missing = sorted(set(self.known) - set(cond))
         if missing:
-            raise ValueError(f"the condition {', '.join(missing)} is missing: `log_prob` is to know it.")
+            raise ValueError(f"the condition {', '.join(missing)} is missing: `known` lists it; give it by name.")
         known = {name: cond[name] for name in self.known}
         rest = {name: tree for name, tree in cond.items() if name not in self.known}
         if self.sees == "x_t":
@@ -93,15 +92,15 @@ class ClassifierGuidance(Wrapped):
 
 
 def before_silence(sde: SDE, t: Any) -> Any:
-    """The time, or where α/σ is less than 10⁻³, the one where it is that."""
-    if sde.alpha(sde.T) >= _FAINT * sde.sigma(sde.T):
+    """Time `t`, limited to the times where α/σ is at least 10⁻³."""
+    if sde.alpha(sde.T) >= _MIN_RATIO * sde.sigma(sde.T):
         return t
-    latest = sde.t_of_lam(math.log(_FAINT))
+    latest = sde.t_of_lam(math.log(_MIN_RATIO))
     return t.clamp_max(latest) if isinstance(t, Tensor) else min(t, latest)
 
 
 def gradient(fn: Callable[[Tensor], Tensor], x: Tensor, owner: torch.nn.Module) -> Tensor:
-    """Gradient of each row's value with respect to that row, whatever the grad mode; (B, *event)."""
+    """Gradient of the value of each row with respect to that row, (B, *event), also under ``torch.no_grad``."""
     differentiable = _recorded(x, owner)
     with _enabled():
         leaf = x if differentiable and x.requires_grad else x.detach().requires_grad_()
@@ -115,10 +114,10 @@ def gradient(fn: Callable[[Tensor], Tensor], x: Tensor, owner: torch.nn.Module) 
 
 
 class Graph:
-    """One evaluation of a denoiser that remembers how its output depends on the state.
+    """One evaluation of a denoiser, differentiable with respect to the state.
 
     Arguments:
-        model: The denoiser.
+        model: Denoiser.
         x: State, (B, *event).
         t: Time.
         cond: Conditions.
@@ -128,13 +127,13 @@ class Graph:
         self._differentiable = _recorded(x, model)
         with _enabled():
             self._leaf = x if self._differentiable and x.requires_grad else x.detach().requires_grad_()
-            with _listening(model):
+            with _require_gradients(model):
                 self.x0 = model.x0(self._leaf, t, **cond)
         if not self.x0.requires_grad:
             raise _no_gradient("the network")
 
     def pull(self, v: Tensor) -> Tensor:
-        """(∂x0/∂x)ᵀ v of each row: one backward pass."""
+        """Product (∂x0/∂x)ᵀ v of each row, by one backward pass."""
         with _enabled():
             out = torch.autograd.grad(
                 self.x0, self._leaf, v, retain_graph=True, create_graph=self._differentiable, allow_unused=True
@@ -144,20 +143,20 @@ class Graph:
         return out if self._differentiable else out.detach()
 
     def release(self, result: Tensor) -> Tensor:
-        """The result, with a graph only if the caller records one."""
+        """The result, detached unless autograd is recording."""
         return result if self._differentiable else result.detach()
 
 
 @contextmanager
-def _listening(model: AbstractDenoiser) -> Iterator[None]:
-    """Refuse networks whose output has no gradient: beside x in the data prediction its absence would not be seen."""
+def _require_gradients(model: AbstractDenoiser) -> Iterator[None]:
+    """Raise an error if a network's output has no gradient, which the term in x of the data prediction would hide."""
 
-    def heard(net: torch.nn.Module, args: Any, out: Any) -> None:
+    def check_output(net: torch.nn.Module, args: Any, out: Any) -> None:
         if isinstance(out, Tensor) and not out.requires_grad:
             raise _no_gradient("the network")
 
     nets = {d.net for d in model.modules() if isinstance(d, Denoiser) and isinstance(d.net, torch.nn.Module)}
-    handles = [net.register_forward_hook(heard) for net in nets]
+    handles = [net.register_forward_hook(check_output) for net in nets]
     try:
         yield
     finally:
@@ -172,14 +171,14 @@ def _recorded(x: Tensor, owner: torch.nn.Module) -> bool:
 def _enabled() -> Any:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            "this guidance differentiates through the network, which torch.inference_mode() forbids; use "
-            "torch.no_grad(), or nothing: `sample` records no graph of its own."
+            "this guidance computes a gradient, which torch.inference_mode() forbids; use torch.no_grad() instead, or "
+            "no context, because `sample` records no graph."
         )
     return torch.enable_grad()
 
 
 def _no_gradient(what: str) -> ValueError:
     return ValueError(
-        f"{what} has no gradient with respect to the state: for autograd its output does not depend on its input. Is "
-        f"it wrapped in torch.no_grad(), or does it detach? `through_net`=False, where a method has it, needs none."
+        f"{what} has no gradient with respect to the state: for autograd its output does not depend on its input. "
+        f"Remove torch.no_grad() or detach() from it, or use `through_net`=False where a method has this argument."
     )

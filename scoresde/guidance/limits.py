@@ -1,4 +1,4 @@
-"""Limits on the data prediction."""
+"""Limits on the values of the data prediction: clipping and dynamic thresholding."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from scoresde.guidance.base import Wrapped
 
 
 class Clamp(Wrapped):
-    r"""Data known to lie in an interval: :math:`D = \mathrm{clip}(D, low, high)`.
+    r"""Clipping to the range of the data: :math:`D = \mathrm{clip}(D, low, high)`.
 
     Arguments:
-        model: The denoiser.
-        low: Least value.
-        high: Largest value.
+        model: Denoiser.
+        low: Smallest value of the data.
+        high: Largest value of the data.
     """
 
     def __init__(self, model: AbstractDenoiser, low: float = -1.0, high: float = 1.0) -> None:
@@ -28,21 +28,20 @@ class Clamp(Wrapped):
         self.high = check.number("high", high, above=self.low)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The clipped data prediction."""
         return self.model.x0(x, t, **cond).clamp(self.low, self.high)
 
 
 class DynamicThreshold(Wrapped):
-    r"""Dynamic thresholding: each sample is clipped at its own quantile and scaled back to the range of data.
+    r"""Dynamic thresholding: each sample is clipped at its own quantile and scaled back to the range of the data.
 
     .. math:: D = \frac{m}{s}\,\mathrm{clip}(D, -s, s), \qquad s = \max(m, \mathrm{quantile}_q |D|)
 
-    Per sample, over all numbers of its event. It is for pixels; latents have no range.
+    The quantile is over all numbers of one sample. Use this for pixels; latents have no fixed range.
 
     Arguments:
-        model: The denoiser.
-        quantile: q.
-        limit: m, the largest absolute value of data.
+        model: Denoiser.
+        quantile: Quantile q, in (0, 1].
+        limit: Largest absolute value m of the data.
 
     References:
         | Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding (Saharia et al., 2022),
@@ -55,12 +54,11 @@ class DynamicThreshold(Wrapped):
         self.limit = check.number("limit", limit, above=0)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The thresholded data prediction."""
         x0 = self.model.x0(x, t, **cond)
         flat = x0.flatten(1)
         rank = self.quantile * (flat.shape[1] - 1)
         low = math.floor(rank)
-        # By the largest values alone: torch.quantile sorts everything, and refuses more than 2²⁴ numbers.
+        # topk, because torch.quantile sorts all numbers and raises an error for more than 2²⁴ of them.
         top = flat.abs().topk(flat.shape[1] - low, dim=1).values
         s = torch.lerp(top[:, -1], top[:, -2], rank - low) if top.shape[1] > 1 else top[:, -1]
         s = s.clamp_min(self.limit)[:, None]

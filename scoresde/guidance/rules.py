@@ -1,4 +1,4 @@
-"""How a strong and a weak data prediction become one."""
+"""Rules that combine a strong and a weak data prediction D_s and D_w into a guided one."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ Rule = Callable[[AbstractDenoiser, Tensor, Any, Tensor, Tensor, Any], Tensor]
 
 
 def linear(model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-    r"""The plain rule, :math:`D = D_w + s\,(D_s - D_w)`; exact to the bit at s = 0 and s = 1.
+    r"""Plain guidance, :math:`D = D_w + s\,(D_s - D_w)`; bitwise equal to D_w at s = 0 and to D_s at s = 1.
 
     Arguments:
-        model: The denoiser, for its process.
+        model: Denoiser, which gives the process.
         x: State, (B, *event).
         t: Time.
-        strong: Prediction to go towards, (B, *event).
-        weak: Prediction to go away from, (B, *event).
-        scale: s, a number or (B, 1, ...).
+        strong: Strong prediction D_s, (B, *event).
+        weak: Weak prediction D_w, (B, *event).
+        scale: Scale s, a number or (B, 1, ...).
     """
     return torch.lerp(weak, strong, scale)
 
 
 @dataclass(frozen=True)
 class Rescale:
-    r"""Guidance whose output keeps the standard deviation of the conditional prediction, per sample.
+    r"""Guidance rescaled towards the standard deviation of the strong prediction, per sample.
 
     .. math:: D = \varphi\, \frac{\mathrm{std}(D_s)}{\mathrm{std}(D_g)} D_g + (1 - \varphi)\, D_g, \qquad
               D_g = D_w + s\,(D_s - D_w)
 
     Arguments:
-        phi: How much; 0 is plain guidance.
-        of: The prediction that is rescaled: the data by default, or what the network predicts, as is usual elsewhere.
+        phi: Weight φ of the rescaled prediction, in [0, 1]; 0 is plain guidance.
+        of: Prediction to rescale, ``"x0"`` by default; other libraries often rescale the output of the network.
 
     References:
         | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, section 3.4
@@ -55,7 +55,6 @@ class Rescale:
         check.choice("of", self.of, PREDICTIONS)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        """The guided data prediction."""
         guided = model._convert("x0", torch.lerp(weak, strong, scale), self.of, x, t)
         target = model._convert("x0", strong, self.of, x, t)
         ratio = _rows_std(target) / _rows_std(guided).clamp_min(torch.finfo(x.dtype).tiny)
@@ -64,7 +63,7 @@ class Rescale:
 
 @dataclass(frozen=True)
 class APG:
-    r"""Adaptive projected guidance: the part of the difference along the prediction, which saturates, is turned down.
+    r"""Adaptive projected guidance: it reduces the difference parallel to the prediction, which causes saturation.
 
     .. math:: D = D_s + (s - 1)\,(\Delta_\perp + \eta\,\Delta_\parallel), \qquad
               \Delta = (D_s - D_w)\,\min\!\left(1, \frac{r}{\lVert D_s - D_w\rVert}\right)
@@ -73,8 +72,8 @@ class APG:
     ``Momentum(APG(...))``.
 
     Arguments:
-        eta: How much of the parallel part is kept.
-        norm: r, the largest norm of the difference.
+        eta: Factor η of the parallel part.
+        norm: Largest norm r of the difference.
 
     References:
         | Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models (Sadat et al., 2025),
@@ -90,7 +89,6 @@ class APG:
             check.number("norm", self.norm, above=0)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        """The guided data prediction."""
         tiny = torch.finfo(x.dtype).tiny
         delta = strong - weak
         if self.norm < math.inf:
@@ -101,19 +99,18 @@ class APG:
 
 
 class Momentum:
-    r"""A rule whose difference of predictions remembers those before it: the momentum of adaptive projected guidance.
+    r"""Guidance with momentum: a running sum of the differences of the predictions, as in adaptive projected guidance.
 
     .. math:: \bar\Delta_n = D_s - D_w + \beta\,\bar\Delta_{n-1}, \qquad
-              \text{the rule then goes from } D_s - \bar\Delta_n \text{ to } D_s
+              D = \mathrm{rule}(D_s,\, D_s - \bar\Delta_n,\, s)
 
-    It is no function of (x, t) and the only thing here that changes when it is used: one object for one run at a time.
-    It begins anew wherever time does not fall, at the start of the next run and where noise is added back. Every
-    evaluation counts, also those of stages; the paper has one for each step, as ``ss.DDIM()`` and multistep rules do.
-    Runs that ask at other times for each sample, at many times at once or twice at one time are refused.
+    The sum is stored in the object, so use one object for one run at a time. It restarts whenever the time does not
+    decrease: at the start of a run and after noise is added. Every evaluation updates it, also within a step; the paper
+    has one evaluation per step, as ``ss.DDIM()`` and multistep solvers have. One time per sample raises an error.
 
     Arguments:
-        rule: What is done with the difference, usually :class:`APG`.
-        beta: β; less than 0 to turn away from where guidance went before, −0.75 to −0.5 in the paper.
+        rule: Rule that uses the running sum as the difference, usually :class:`APG`.
+        beta: Factor β in (−1, 1); the paper uses −0.75 to −0.5, which reduces the previous direction.
 
     References:
         | Eliminating Oversaturation and Artifacts of High Guidance Scales in Diffusion Models (Sadat et al., 2025),
@@ -131,13 +128,12 @@ class Momentum:
         return f"Momentum({self.rule!r}, {self.beta:g})"
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        """The guided data prediction."""
         if isinstance(t, Tensor) and t.ndim:
-            raise TypeError("`t` must be one time for all samples: Momentum remembers what was said before, in order.")
+            raise TypeError("`t` must be one time for all samples, because Momentum sums over successive times.")
         if strong.requires_grad:
             raise RuntimeError(
-                "Momentum changes with every call, which a gradient that asks again does not see; sample without one, "
-                "or use the rule alone."
+                "Momentum changes with every evaluation, so its gradient would be wrong; sample without a gradient, or "
+                "use the rule without Momentum."
             )
         delta = strong - weak
         if self._last is not None and float(t) < self._last[0] and self._last[1].shape == delta.shape:
@@ -148,14 +144,14 @@ class Momentum:
 
 @dataclass(frozen=True)
 class ZeroStar:
-    r"""CFG-Zero*: the weak velocity is first fitted to the strong one, per sample.
+    r"""CFG-Zero*: guidance with the weak velocity rescaled to fit the strong one, per sample.
 
     .. math:: v = s\,v_s + (1 - s)\,\gamma\,v_w, \qquad \gamma = \frac{\langle v_s, v_w\rangle}{\lVert v_w\rVert^2}
 
-    Made for flow matching, where early velocities are the least certain: above `zero_above` the velocity is zero.
+    The rule is for flow matching, where the velocity is inaccurate at high noise and may be set to zero there.
 
     Arguments:
-        zero_above: Time above which a state stands still, where there is guidance; None for nowhere.
+        zero_above: Time above which the guided velocity is zero, or None.
 
     References:
         | CFG-Zero*: Improved Classifier-Free Guidance for Flow Matching Models (Fan et al., 2025), arXiv:2503.18886
@@ -168,7 +164,6 @@ class ZeroStar:
             check.number("zero_above", self.zero_above, least=0)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        """The guided data prediction."""
         v_s, v_w = (model._convert("x0", d, "velocity", x, t) for d in (strong, weak))
         gamma = _rows_dot(v_s, v_w) / _rows_dot(v_w, v_w).clamp_min(torch.finfo(x.dtype).tiny)
         v = torch.lerp(gamma * v_w, v_s, scale)
@@ -178,22 +173,21 @@ class ZeroStar:
 
 
 def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Any], Any]:
-    r"""The scale, as a function of t, with which :class:`ClassifierFree` under DDIM on this grid is CFG++.
+    r"""Scale, as a function of t, for which :class:`ClassifierFree` with DDIM on this grid is CFG++.
 
     CFG++ denoises with guidance and renoises with the unconditional ε:
     :math:`x_s = \alpha_s D_\lambda + \sigma_s (x_t - \alpha_t D_w)/\sigma_t` with :math:`D_\lambda = D_w +
-    \lambda (D_s - D_w)`. It changes the update, not the denoiser. But collecting the differences gives DDIM's update
-    with the scale
+    \lambda (D_s - D_w)`. This changes the update and not the denoiser. The update equals that of DDIM with the scale
 
     .. math:: s = \frac{\lambda}{1 - e^{\lambda_t - \lambda_s}}, \qquad \lambda_t = \log(\alpha_t/\sigma_t)
 
-    for the leg t → s. It grows without bound as legs get short: CFG++ belongs to a grid and has no continuous limit.
-    Times between the grid's, as stages have, take the scale of their leg.
+    for the step t → s. The scale grows without bound as the step size goes to 0, so CFG++ has no continuous limit.
+    Times inside a step, as in multistage solvers, have the scale of that step.
 
     Arguments:
-        sde: The process.
-        grid: A grid that goes down.
-        scale: CFG++'s λ, in [0, 1] in the paper.
+        sde: Noising process.
+        grid: Decreasing grid of times.
+        scale: Scale λ of CFG++, in [0, 1] in the paper.
 
     References:
         | CFG++: Manifold-constrained Classifier Free Guidance for Diffusion Models (Chung et al., 2025),

@@ -1,12 +1,12 @@
-r"""Posteriors as denoisers: methods that put another posterior mean in the place of the network's.
+r"""Denoisers that approximate the posterior mean given a measurement; they work with every solver.
 
-With :math:`D = E[x_0 \mid x_t]` and a likelihood of the state, Tweedie's formula gives
+With :math:`D = E[x_0 \mid x_t]` and the likelihood of a measurement y, Tweedie's formula gives exactly
 
 .. math:: E[x_0 \mid x_t, y] = D + \frac{\sigma^2}{\alpha}\nabla_{x_t}\log p(y \mid x_t), \qquad
           p(y \mid x_t) = \int p(y \mid x_0)\, p(x_0 \mid x_t)\, dx_0
 
-exactly; the methods differ in what they take for p(x₀ | x_t), and each runs under every solver. Gradients go through
-the network unless it is said otherwise; where α/σ < 10⁻³ they are asked for at the time where it is 10⁻³.
+The methods differ in their approximation of p(x₀ | x_t). They differentiate through the network unless their
+description states otherwise. Where α/σ < 10⁻³, the gradient is evaluated at the time where α/σ = 10⁻³.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from scoresde.sde import SDE
 
 
 class _Posterior(Wrapped):
-    """A denoiser and a measurement."""
-
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model)
         if not isinstance(measurement, Measurement):
@@ -40,11 +38,9 @@ class _Posterior(Wrapped):
 
 
 class _LinearPosterior(_Posterior):
-    """The same where the operator is linear."""
-
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model, measurement)
-        measurement.linear  # noqa: B018  # raises at the door
+        measurement.linear  # noqa: B018  # raises early for nonlinear operators
 
     @property
     def A(self) -> Linear:
@@ -52,23 +48,22 @@ class _LinearPosterior(_Posterior):
 
 
 class DPS(_Posterior):
-    r"""Diffusion posterior sampling: x₀ is taken to be D, with no spread.
+    r"""Diffusion posterior sampling: p(x₀ | x_t) is approximated by a point mass at D.
 
     .. math:: \nabla\log p(y \mid x_t) \approx \nabla_{x_t}\log p(y \mid x_0 = D(x_t))
               = -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
 
-    for any differentiable A; of :class:`~scoresde.inverse.measurements.Counts` it is their likelihood. That is the
-    paper's approximation; its spread being 0, the pull towards y is too strong and stiff wherever p(x₀ | x_t) is wide
-    beside `std`. What the paper runs is a step of fixed length,
-    :math:`x_s \mathrel{-}= \zeta\,\nabla_{x_t}\lVert y - A(D)\rVert`, after each of DDPM's: with ``norm=True`` the
-    denoiser is :math:`D - \mathrm{scale}\,\nabla\lVert y - A(D)\rVert`, and ``scale=dps_scale(sde, grid, zeta)`` under
-    ``ss.DDPM()`` on that grid is the published algorithm.
+    for any differentiable A. For :class:`~scoresde.inverse.measurements.Counts`, the Poisson likelihood replaces the
+    Gaussian one. The guidance is too strong, and stiff, where the standard deviation of p(x₀ | x_t) exceeds `std`.
+    The published algorithm adds :math:`x_s \mathrel{-}= \zeta\,\nabla_{x_t}\lVert y - A(D)\rVert` after each DDPM
+    step. To reproduce it, use ``norm=True`` and ``scale=dps_scale(sde, grid, zeta)`` with ``ss.DDPM()`` on the same
+    grid; the denoiser is then :math:`D - \mathrm{scale}\,\nabla\lVert y - A(D)\rVert`.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Its operator need not be linear.
-        scale: A number, (B,), or a function of t.
-        norm: Use the gradient of the norm; `std` is then not needed.
+        model: Denoiser of the prior.
+        measurement: Measurement with any differentiable operator.
+        scale: Guidance scale: a number, (B,), or a function of t.
+        norm: Use the gradient of the norm; `std` is then not used.
 
     References:
         | Diffusion Posterior Sampling for General Noisy Inverse Problems (Chung et al., 2023), arXiv:2209.14687,
@@ -85,7 +80,6 @@ class DPS(_Posterior):
         self.norm = norm
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Approximate posterior mean, E[x_0 | x_t, y]."""
         gain = scale_at(self.scale, t, x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
@@ -100,45 +94,48 @@ class DPS(_Posterior):
 
 
 def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable[[Any], float]:
-    r"""The scale with which :class:`DPS` with ``norm=True`` under DDPM's steps moves ζ along the gradient.
+    r"""Scale for :class:`DPS` with ``norm=True``: each DDPM step then moves by ζ times the gradient.
 
-    A step t → s holds :math:`c_0 D`, so the scale is :math:`\zeta / c_0`,
-    :math:`c_0 = \alpha_s (1 - e^{2(\lambda_t - \lambda_s)})`: it belongs to the grid, and grows without bound as legs
-    get short.
+    A DDPM step t → s multiplies D by :math:`c_0 = \alpha_s (1 - e^{2(\lambda_t - \lambda_s)})`, so the scale is
+    :math:`\zeta / c_0`. It is defined at the start times of the steps only, and it diverges as the steps become small.
 
     Arguments:
         sde: The process.
-        grid: A grid that goes down.
+        grid: Decreasing times.
         zeta: ζ, 0.3 to 1 in the paper.
+
+    Returns:
+        The scale as a function of t.
     """
     times = check_grid(sde, grid).tolist()
     scales: dict[float, float] = {t: zeta / sde.posterior(s, t)[1] for t, s in pairwise(times)}
 
-    def of_t(t: Any) -> float:
+    def scale(t: Any) -> float:
         at = float(t)
         if at not in scales:
             raise ValueError(
-                f"the scale is known at the {len(scales)} times of its grid; t = {at!r} is not one of them."
+                f"`dps_scale` is defined at the {len(scales)} start times of its grid only, got t = {at!r}; use the "
+                f"same grid in `sample`."
             )
         return scales[at]
 
-    return of_t
+    return scale
 
 
 class PiGDM(_LinearPosterior):
-    r"""Pseudo-inverse guidance: p(x₀ | x_t) is taken to be isotropic.
+    r"""Pseudo-inverse guidance: p(x₀ | x_t) is approximated by the isotropic Gaussian N(D, r² I).
 
     .. math:: \nabla\log p(y \mid x_t) \approx \left(\frac{\partial D}{\partial x_t}\right)^T A^T
               (r^2 A A^T + \mathrm{std}^2)^{-1}(y - A D), \qquad
               r^2 = \frac{\sigma^2 s^2}{\alpha^2 s^2 + \sigma^2}
 
-    With data of standard deviation s and no structure, N(0, s² I), it is exact.
+    The result is exact for data N(0, s² I).
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear; `std` may be 0.
-        data_std: s.
-        through_net: False takes ∂D/∂x_t = r² α/σ², which spares the backward pass.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator; `std` may be 0.
+        data_std: Standard deviation s of the data.
+        through_net: Differentiate through the network; False uses ∂D/∂x_t = r² α/σ² and needs no backward pass.
 
     References:
         | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023),
@@ -153,7 +150,6 @@ class PiGDM(_LinearPosterior):
         self.through_net = through_net
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Approximate posterior mean, E[x_0 | x_t, y]."""
         variance = isotropic_variance(self.sde, t, self.data_std)
         if not self.through_net:
             x0 = self.model.x0(x, t, **cond)
@@ -171,19 +167,19 @@ class PiGDM(_LinearPosterior):
 
 
 class MMPS(_LinearPosterior):
-    r"""Moment matching: p(x₀ | x_t) is taken to be Gaussian with the covariance that the denoiser itself implies.
+    r"""Moment matching: p(x₀ | x_t) is approximated by a Gaussian with the covariance V from the denoiser's Jacobian.
 
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T (A V A^T + \mathrm{std}^2)^{-1} (y - A D), \qquad
               V = \mathrm{Cov}[x_0 \mid x_t] = \frac{\sigma^2}{\alpha}\frac{\partial D}{\partial x_t}
 
-    Each iteration of the Krylov solve costs one backward pass through the network. For a Gaussian prior it is exact. A
-    network's V is neither symmetric nor positive where noise is high, and conjugate gradients may then diverge; the
-    solve is one by least residuals, after which (A V Aᵀ + std²) u is never further from y − A D than 0 is.
+    The result is exact for a Gaussian prior. A Krylov method solves the linear system; each of its iterations costs one
+    backward pass through the network, and one more follows. At high noise the V of a network is neither symmetric nor
+    positive definite, and conjugate gradients may diverge. The method here minimises the residual, which never grows.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear, std > 0.
-        iterations: Of the solve; a rank that V A^T has is reached in as many.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator and std > 0.
+        iterations: Number of Krylov iterations; rank(A V Aᵀ) + 1 are enough.
 
     References:
         | Learning Diffusion Priors from Observations by Expectation Maximization (Rozet et al., 2024),
@@ -197,35 +193,34 @@ class MMPS(_LinearPosterior):
         self.iterations = check.integer("iterations", iterations, least=1)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """Approximate posterior mean, E[x_0 | x_t, y]."""
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
         gain = _tweedie(self.sde, t, x)
         A = self.A
 
-        def spread(u: Tensor) -> Tensor:
-            """V Aᵀ u; V is symmetric for a true posterior."""
+        def covariance(u: Tensor) -> Tensor:
+            """V Aᵀ u, computed as (σ²/α)(∂D/∂x_t)ᵀ Aᵀ u: V is symmetric for an exact denoiser."""
             out: Tensor = gain * graph.pull(A.adjoint(u))
             return out
 
-        return graph.release(graph.x0 + spread(self._solve(self.measurement.residual(graph.x0), spread)))
+        return graph.release(graph.x0 + covariance(self._solve(self.measurement.residual(graph.x0), covariance)))
 
-    def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
+    def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
         variance = self.measurement.std**2
-        return least_residual(lambda u: variance * u + A(spread(u)), r, self.iterations)
+        return least_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
 
 
 class TMPD(MMPS):
-    r"""Tweedie moment projection with a diagonal in the place of A V Aᵀ: its row sums.
+    r"""Tweedie moment projection: as :class:`MMPS`, with A V Aᵀ replaced by the diagonal of its row sums.
 
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T\, \frac{y - A D}{\mathrm{std}^2 + A V A^T \mathbf{1}}
 
-    Two backward passes. Where rows of A V Aᵀ sum to less than nothing, 0 is taken.
+    The cost is two backward passes. Negative row sums are set to 0.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear, std > 0.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator and std > 0.
 
     References:
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
@@ -234,43 +229,42 @@ class TMPD(MMPS):
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model, measurement)
 
-    def _solve(self, r: Tensor, spread: Callable[[Tensor], Tensor]) -> Tensor:
+    def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
-        return r / (self.measurement.std**2 + A(spread(torch.ones_like(r))).clamp_min(0))
+        return r / (self.measurement.std**2 + A(covariance(torch.ones_like(r))).clamp_min(0))
 
 
 class DDNM(_LinearPosterior):
-    r"""The range of A from the measurement, its null space from the network; y is taken for exact.
+    r"""Null-space projection: y determines the component in the row space of A, the network the null space.
 
     .. math:: D' = A^+ y + (I - A^+ A)\, D
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear; `std` is not used: noise in y stays in the result.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator; `std` is not used, and noise in y stays in the result.
 
     References:
         | Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model (Wang et al., 2023), arXiv:2212.00490
     """
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The network's data prediction, made to agree with the measurement."""
         x0 = self.model.x0(x, t, **cond)
         return x0 + self.A.pinv(self.measurement.residual(x0))
 
 
 class DiffPIR(_LinearPosterior):
-    r"""Plug-and-play: the data prediction is moved to the nearest state that fits the measurement.
+    r"""Plug-and-play restoration: the proximal point of the data prediction under the measurement's likelihood.
 
     .. math:: D' = \arg\min_z \lVert y - A z\rVert^2 + \kappa\lVert z - D\rVert^2
               = D + A^T(A A^T + \kappa)^{-1}(y - A D), \qquad
               \kappa = \lambda\,\mathrm{std}^2\,\frac{\alpha^2}{\sigma^2}
 
-    The published sampler is this denoiser under ``ss.DDIM()`` on the grid ``renoised(sde, times, zeta)``.
+    The published sampler is this denoiser with ``ss.DDIM()`` on the grid ``renoised(sde, times, zeta)``.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear; `std` may be 0.
-        weight: λ, of the prior.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator; `std` may be 0.
+        weight: Weight λ of the prior.
 
     References:
         | Denoising Diffusion Models for Plug-and-Play Image Restoration (Zhu et al., 2023), arXiv:2305.08995,
@@ -282,29 +276,29 @@ class DiffPIR(_LinearPosterior):
         self.weight = check.number("weight", weight, above=0)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        """The proximal point of the data prediction."""
         A = self.A
         x0 = self.model.x0(x, t, **cond)
         r = self.measurement.residual(x0)
         if self.measurement.std == 0:
             return x0 + A.pinv(r)
         alpha, sigma = (check.expand(fn(t), r) for fn in (self.sde.alpha, self.sde.sigma))
-        # Both sides times σ², so that σ = 0 is no exception: then the system is κ alone.
+        # Both sides are multiplied by σ², so that σ = 0 needs no special case.
         kappa = self.weight * self.measurement.std**2 * alpha**2
         return x0 + check.expand(self.sde.sigma(t), x) ** 2 * A.adjoint(A.solve(r, sigma**2, kappa))
 
 
 def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
-    r"""A zigzag on which a share ζ of the noise variance at every time is fresh: DiffPIR's, and DDIM's as it writes it.
+    r"""Grid of DiffPIR: after each step, a fraction ζ of the noise variance is replaced by fresh noise.
 
     .. math:: x_s = \alpha_s D + \sigma_s(\sqrt{1 - \zeta}\,\varepsilon + \sqrt{\zeta}\,z)
 
-    Each leg is solved to the time where σ/α is :math:`\sqrt{1-\zeta}` times what it is at s, and noise added back.
+    Each step ends at a lower time, where σ/α is :math:`\sqrt{1-\zeta}` times its value at s. The grid then returns
+    to s, and the solver adds the missing noise.
 
     Arguments:
         sde: The process.
-        times: A grid that goes down.
-        zeta: In [0, 1); 0 returns the grid.
+        times: Decreasing times.
+        zeta: Fraction ζ in [0, 1); 0 returns `times`.
     """
     grid = check_grid(sde, times)
     zeta = check.number("zeta", zeta, least=0, below=1)
@@ -322,11 +316,11 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
 
 
 def isotropic_variance(sde: SDE, t: Any, data_std: float) -> Any:
-    r"""Variance of x₀ given x_t for data N(0, s² I): :math:`\sigma^2 s^2 / (\alpha^2 s^2 + \sigma^2)`."""
+    r"""Variance of x₀ given x_t for data N(0, s² I), :math:`\sigma^2 s^2 / (\alpha^2 s^2 + \sigma^2)`."""
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     return sigma**2 * data_std**2 / (alpha**2 * data_std**2 + sigma**2)
 
 
 def _tweedie(sde: SDE, t: Any, x: Tensor) -> Any:
-    """σ²/α, what turns a score into a data prediction."""
+    """σ²/α, the factor that maps ∇log p(y | x_t) to a shift of the data prediction."""
     return check.expand(sde.sigma(t) ** 2 / sde.alpha(t), x)

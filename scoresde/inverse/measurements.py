@@ -1,4 +1,4 @@
-r"""Measurements: an operator, what it saw, and with how much noise. Knows no diffusion."""
+r"""Measurements :math:`y = A(x_0)` + noise, Gaussian or Poisson, and their likelihoods."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from scoresde.inverse.operators import Linear, Operator
 
 
 class Measurement(nn.Module):
-    r"""What was seen: :math:`y = A x_0 + \mathrm{std}\cdot n`, n standard normal.
+    r"""Measurement with Gaussian noise, :math:`y = A(x_0) + \mathrm{std}\cdot n`, where n is standard normal.
 
     Arguments:
-        operator: A, an :class:`Operator`; most methods need a :class:`Linear` one.
-        y: (1, *out), one measurement for all samples, or (B, *out), one for each.
-        std: Standard deviation of the noise; 0 for an exact measurement, which some methods do not take.
+        operator: Operator A; most methods need a :class:`Linear` one.
+        y: Observed values: (1, *out), one measurement for all samples, or (B, *out), one for each.
+        std: Standard deviation of the noise; 0 for an exact measurement, which some methods do not accept.
     """
 
     y: Tensor
@@ -25,8 +25,8 @@ class Measurement(nn.Module):
         super().__init__()
         if not isinstance(operator, Operator):
             raise TypeError(
-                f"`operator` must be an operator such as Mask(mask), or Linear(forward, event) for a function of "
-                f"yours, got {type(operator).__name__}."
+                f"`operator` must be an Operator such as Mask(mask), got {type(operator).__name__}; wrap your own "
+                f"function as Linear(forward, event) or Operator(forward, event)."
             )
         self.operator = operator
         self.register_buffer("y", operator._check_y(y))
@@ -34,10 +34,11 @@ class Measurement(nn.Module):
 
     @property
     def linear(self) -> Linear:
-        """The operator, if it is linear."""
+        """The operator; a TypeError if it is not linear."""
         if not isinstance(self.operator, Linear):
             raise TypeError(
-                "this method needs a linear operator, with an adjoint; DPS and ClassifierGuidance take any function."
+                f"`operator` must be Linear for this method, got {type(self.operator).__name__}; DPS and "
+                f"ClassifierGuidance accept any differentiable operator."
             )
         return self.operator
 
@@ -46,11 +47,11 @@ class Measurement(nn.Module):
         return self.data(x0) - self.operator(x0)
 
     def data(self, x: Tensor) -> Tensor:
-        """y beside a state: (1, *out) or (B, *out), in its dtype."""
+        """y with the dtype and device of `x`, (1, *out) or (B, *out); checks the number of rows."""
         if len(self.y) not in (1, len(x)):
             raise ValueError(
-                f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples, or one "
-                f"for each: a part of a batch needs its part of `y`."
+                f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples or one "
+                f"for each sample. If you split the batch, split `y` as well."
             )
         return self.y.to(x)
 
@@ -61,33 +62,33 @@ class Measurement(nn.Module):
         return -0.5 * z.square().sum(1) - z.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
     def likely(self, who: str) -> None:
-        """Refuse a measurement without a density."""
+        """Raise an error if y has no likelihood; `who` is the method named in the message."""
         self.noisy(who)
 
     def noisy(self, who: str) -> float:
-        """The standard deviation, which must be positive."""
+        """Return `std`; raise an error if it is 0. `who` is the method named in the message."""
         if self.std == 0:
             raise ValueError(
-                f"`std` must be greater than 0 for {who}, which divides by it, got 0: say how well y is known, such as "
-                f"1e-3; for an exact measurement there are DDNM, DDRM and Replacement."
+                f"`std` must be greater than 0 for {who}, which divides by it, got 0; give the noise level of y, such "
+                f"as 1e-3. For an exact measurement use DDNM, ddrm or Replacement."
             )
         return self.std
 
 
 class Counts(Measurement):
-    r"""Counts of what comes in one by one: :math:`y \sim \mathrm{Poisson}(A(x_0))`, as of photons.
+    r"""Measurement with Poisson noise, :math:`y \sim \mathrm{Poisson}(A(x_0))`, such as photon counts.
 
     .. math:: \log p(y \mid x_0) = \sum_j y_j\log\mu_j - \mu_j - \log y_j!, \qquad \mu = A(x_0)
 
-    The operator holds the gain and what makes rates positive, as in ``Operator(lambda x: 50 * (x + 1), event)`` for
-    data in [−1, 1]. Where a state has :math:`\mu < \varepsilon` the logarithm is continued by its tangent at ε, so that
-    its gradient leads back. For :class:`~scoresde.inverse.denoisers.DPS` and ``guidance.ClassifierGuidance``; methods
-    that need Gaussian noise refuse it.
+    The operator returns the expected counts; for data in [−1, 1] it may be ``Operator(lambda x: 50 * (x + 1), event)``.
+    For :math:`\mu < \varepsilon` the tangent at ε replaces log μ, so the gradient is finite for μ ≤ 0 too.
+    :class:`~scoresde.inverse.denoisers.DPS` and ``guidance.ClassifierGuidance`` accept counts; methods that need
+    Gaussian noise raise an error.
 
     Arguments:
-        operator: A, linear or not: the expected counts.
+        operator: Operator A, linear or not, that returns the expected counts μ.
         y: Counts, (1, *out) or (B, *out), at least 0.
-        least: ε, the smallest rate that is told from none.
+        least: Threshold ε below which log μ is linear.
     """
 
     def __init__(self, operator: Operator, y: Tensor, least: float = 1e-2) -> None:
@@ -98,9 +99,9 @@ class Counts(Measurement):
 
     @property
     def linear(self) -> Linear:
-        """Refused: what asks for it takes the noise for Gaussian."""
         raise TypeError(
-            "this method needs Gaussian noise, Measurement(operator, y, std); DPS and ClassifierGuidance take Counts."
+            "this method needs Gaussian noise, Measurement(operator, y, std), got Counts; DPS and ClassifierGuidance "
+            "accept Counts."
         )
 
     def log_prob(self, x0: Tensor) -> Tensor:
@@ -111,8 +112,7 @@ class Counts(Measurement):
         return (y * log_mu - mu - (y + 1).lgamma()).flatten(1).sum(1)
 
     def likely(self, who: str) -> None:
-        """Counts have a density."""
+        pass  # the Poisson likelihood always exists
 
     def noisy(self, who: str) -> float:
-        """Refused: no standard deviation says it all."""
-        raise TypeError(f"{who} needs Gaussian noise, Measurement(operator, y, std); Counts have none.")
+        raise TypeError(f"{who} needs Gaussian noise, Measurement(operator, y, std), got Counts.")

@@ -1,8 +1,8 @@
-r"""Operators: what a measurement sees of a state.
+r"""Measurement operators A.
 
-An operator is a function of states with a known shape; a linear one has an adjoint, :math:`\langle Ax, y\rangle =
-\langle x, A^T y\rangle`, by automatic differentiation unless it is given, and solves
-:math:`(a A A^T + b) u = y`, in closed form where it has one. Knows no diffusion.
+An operator is a function from states (B, *event) to outputs (B, *out). A linear operator has an adjoint,
+:math:`\langle Ax, y\rangle = \langle x, A^T y\rangle`, by automatic differentiation unless it is given. It solves
+:math:`(a A A^T + b) u = y`, in closed form if there is one and otherwise by conjugate gradients.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from scoresde import _checks as check
 
-_DENSE = 1 << 26  # numbers in a matrix that is still made
+_DENSE = 1 << 26  # largest number of entries of a dense matrix
 
 
 class Operator(nn.Module):
-    """Any function of a state, linear or not; the methods that differentiate take it.
+    """Any differentiable function of a state, linear or not.
 
     Arguments:
-        forward: ``forward(x)``, (B, *event) to (B, *out), each row by itself.
+        forward: Function ``forward(x)``, (B, *event) to (B, *out), that treats rows independently.
         event: Shape of a state.
-        out: Shape of what it returns; by default it is asked once, with a state of zeros on the CPU.
+        out: Shape of an output; by default from one evaluation at a float32 state of zeros on the CPU.
     """
 
     event: tuple[int, ...]
@@ -37,32 +37,31 @@ class Operator(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(forward):
-            raise TypeError(f"`forward` must be a function of states, got {type(forward).__name__}.")
+            raise TypeError(f"`forward` must be a function (B, *event) to (B, *out), got {type(forward).__name__}.")
         self._function = forward
         self.event = tuple(check.integer("event", n, least=1) for n in event)
-        self.out = self._ask() if out is None else tuple(check.integer("out", n, least=1) for n in out)
+        self.out = self._output_shape() if out is None else tuple(check.integer("out", n, least=1) for n in out)
 
-    def _ask(self) -> tuple[int, ...]:
+    def _output_shape(self) -> tuple[int, ...]:
         try:
             with torch.no_grad():
-                seen = self._apply_to(torch.zeros(1, *self.event))
+                y = self._apply_to(torch.zeros(1, *self.event))
         except RuntimeError as error:
             raise ValueError(
-                f"`forward` failed on a float32 state of zeros on the CPU ({error}); let it follow its input, as in "
-                f"x @ M.to(x), or give `out`, the shape of what it returns."
+                f"`forward` failed on a float32 state of zeros on the CPU ({error}); use the dtype and device of its "
+                f"input, as in x @ M.to(x), or give `out`, the shape of its output."
             ) from error
-        if not isinstance(seen, Tensor) or seen.ndim == 0 or len(seen) != 1:
-            raise ValueError(
-                "`forward` must map (B, *event) to (B, *out); of one zero state it did not return one row."
-            )
-        return tuple(seen.shape[1:])
+        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) != 1:
+            got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(f"`forward` must map (B, *event) to (B, *out), got {got} for one state.")
+        return tuple(y.shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         """A x, (B, *event) to (B, *out)."""
         check.state("x", x)
         if tuple(x.shape[1:]) != self.event:
             raise ValueError(
-                f"`x` must have shape (B, {', '.join(map(str, self.event))}), the operator's, got {tuple(x.shape)}."
+                f"`x` must have the operator's shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}."
             )
         return self._apply_to(x)
 
@@ -73,20 +72,20 @@ class Operator(nn.Module):
         check.state("y", y)
         if tuple(y.shape[1:]) != self.out:
             raise ValueError(
-                f"`y` must have shape (B, {', '.join(map(str, self.out))}), what the operator returns, got "
+                f"`y` must have shape (B, {', '.join(map(str, self.out))}), the output of the operator, got "
                 f"{tuple(y.shape)}."
             )
         return y
 
 
 class Spectrum(NamedTuple):
-    """A = U diag(s) Vᵀ as three functions; r is the rank.
+    """Singular value decomposition A = U diag(s) Vᵀ of rank r.
 
     Arguments:
-        s: Singular values, (r,), positive.
-        of_state: Vᵀx, (B, *event) to (B, r).
-        to_state: V c, (B, r) to (B, *event).
-        of_data: Uᵀy, (B, *out) to (B, r).
+        s: Positive singular values, (r,).
+        of_state: Function x ↦ Vᵀx, (B, *event) to (B, r).
+        to_state: Function c ↦ V c, (B, r) to (B, *event).
+        of_data: Function y ↦ Uᵀy, (B, *out) to (B, r).
     """
 
     s: Tensor
@@ -96,13 +95,13 @@ class Spectrum(NamedTuple):
 
 
 class Linear(Operator):
-    """Any linear map that can be computed: a function, with its adjoint by automatic differentiation.
+    """Linear operator given by a function; the adjoint uses automatic differentiation.
 
     Arguments:
-        forward: ``forward(x)``, (B, *event) to (B, *out).
+        forward: Linear function ``forward(x)``, (B, *event) to (B, *out).
         event: Shape of a state.
-        adjoint: ``adjoint(y)``, (B, *out) to (B, *event), where there is a cheaper one.
-        out: Shape of what it returns, see :class:`Operator`.
+        adjoint: Function ``adjoint(y)``, (B, *out) to (B, *event), if a cheaper one is available.
+        out: Shape of an output, see :class:`Operator`; if given, linearity is not checked.
 
     Example:
         >>> import torch
@@ -131,8 +130,8 @@ class Linear(Operator):
             whole, parts = self(2 * x[:1] - x[1:]), 2 * self(x[:1]) - self(x[1:])
         if not torch.allclose(whole, parts, rtol=1e-4, atol=1e-4 * float(parts.abs().max()) + 1e-30):
             raise ValueError(
-                "`forward` is not linear: A(2x − z) differs from 2Ax − Az; `Operator` takes any function, for the "
-                "methods that need no adjoint."
+                "`forward` is not linear: A(2x − z) differs from 2Ax − Az; use `Operator` and a method that needs no "
+                "adjoint."
             )
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -151,13 +150,13 @@ class Linear(Operator):
         """A as a dense matrix, (M, D), float64."""
         D, M = math.prod(self.event), math.prod(self.out)
         if D * M > _DENSE:
-            raise ValueError(f"a dense matrix of {M} × {D} numbers is too large here; use `forward` and `adjoint`.")
+            raise ValueError(f"the dense matrix would have {M} × {D} entries, too many; use `forward` and `adjoint`.")
         with torch.no_grad():
             eye = torch.eye(D, dtype=torch.float64, device=self._device()).reshape(D, *self.event)
             return self._apply_to(eye).reshape(D, M).mT.contiguous()
 
     def spectrum(self) -> Spectrum:
-        """The singular value decomposition; by way of the dense matrix unless the operator knows better."""
+        """Singular value decomposition, from the dense matrix; a subclass may have a closed form."""
         if "_svd" not in self.__dict__:
             A = self.matrix()
             U, s, Vh = torch.linalg.svd(A, full_matrices=False)
@@ -172,12 +171,12 @@ class Linear(Operator):
         )
 
     def pinv(self, y: Tensor) -> Tensor:
-        """A⁺ y, the least-squares state of least norm, (B, *out) to (B, *event)."""
+        """A⁺ y, the least-squares solution of minimal norm, (B, *out) to (B, *event)."""
         s, _, to_state, of_data = self.spectrum()
         return to_state(of_data(self._check_y(y)) / s.to(y))
 
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        """(a A Aᵀ + b)⁻¹ y for numbers or tensors (B, 1, …), by conjugate gradients unless there is a closed form."""
+        """(a A Aᵀ + b)⁻¹ y for a and b numbers or tensors (B, 1, …), by conjugate gradients."""
         return conjugate_gradients(lambda u: a * self._apply_to(self._adjoint(u)) + b * u, self._check_y(y))
 
     def _device(self) -> torch.device:
@@ -188,13 +187,13 @@ class Linear(Operator):
 def conjugate_gradients(
     matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int | None = None, tolerance: float | None = None
 ) -> Tensor:
-    """Solve S u = y for each row, S symmetric positive; rows that are solved stand still.
+    """Solve S u = y for each row by conjugate gradients, S symmetric positive definite; solved rows do not change.
 
     Arguments:
-        matvec: S u, (B, *out) to the same.
-        y: (B, *out).
-        iterations: At most this many; by default four times the size of a row, and no more than 1000.
-        tolerance: Norm of the residual, relative to y's; by default what the dtype allows.
+        matvec: Function u ↦ S u, (B, *out) to (B, *out).
+        y: Right-hand side, (B, *out).
+        iterations: Number of iterations; by default at most four times the size of a row, and at most 1000.
+        tolerance: Norm of the residual relative to that of `y`; by default ε^0.8 with ε of the dtype.
     """
     rows = (len(y), *[1] * (y.ndim - 1))
     norm = y.flatten(1).norm(dim=1).reshape(rows)
@@ -217,15 +216,14 @@ def conjugate_gradients(
 
 
 def least_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int) -> Tensor:
-    """Minimise ‖y − S u‖ over the Krylov space of each row, S any matrix (Orthodir).
+    """Minimise ‖y − S u‖ over the Krylov space of each row, for any matrix S (Orthodir).
 
-    The residual never grows, so that ‖S u‖ ≤ 2‖y‖ however wrong S is: what conjugate gradients promise for a positive S
-    alone.
+    The residual never grows, so ‖S u‖ ≤ 2‖y‖ also if S is not symmetric or not positive definite.
 
     Arguments:
-        matvec: S u, (B, *out) to the same.
-        y: (B, *out).
-        iterations: How many; each asks for S once.
+        matvec: Function u ↦ S u, (B, *out) to (B, *out).
+        y: Right-hand side, (B, *out).
+        iterations: Number of iterations; each calls `matvec` once.
 
     References:
         | Generalized Conjugate-Gradient Acceleration of Nonsymmetrizable Iterative Methods (Young and Jea, 1980),
@@ -238,32 +236,31 @@ def least_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: in
         return (a * b).flatten(1).sum(1).reshape(rows)
 
     u, r, p = torch.zeros_like(y), y, y
-    kept: list[tuple[Tensor, Tensor]] = []  # directions p with q = S p orthonormal
+    directions: list[tuple[Tensor, Tensor]] = []  # pairs (p, S p), with orthonormal S p
     for _ in range(iterations):
         q = matvec(p)
-        least = small * dot(q, q)
-        for p_j, q_j in kept:
+        floor = small * dot(q, q)
+        for p_j, q_j in directions:
             c = dot(q, q_j)
             p, q = p - c * p_j, q - c * q_j
         left = dot(q, q)
-        live = left > least  # and no square root of 0, whose derivative is infinite
+        live = left > floor  # avoids rsqrt(0), whose derivative is infinite
         gain = torch.where(live, torch.where(live, left, 1.0).rsqrt(), 0.0)
         p, q = gain * p, gain * q
         c = dot(q, r)
         u, r = u + c * p, r - c * q
-        kept.append((p, q))
+        directions.append((p, q))
         p = q
     return u
 
 
-class _Even(Linear):
-    """A linear map with A Aᵀ = g I: all its singular values are √g."""
+class _ScaledIsometry(Linear):
+    """Linear operator with A Aᵀ = g I: all singular values are √g."""
 
     gram: float
 
     def spectrum(self) -> Spectrum:
-        """The singular value decomposition: U = 1, V = Aᵀ/√g."""
-        root = math.sqrt(self.gram)
+        root = math.sqrt(self.gram)  # U = I, V = Aᵀ/√g
         s = torch.full((math.prod(self.out),), root, dtype=torch.float64, device=self._device())
         return Spectrum(
             s,
@@ -273,21 +270,19 @@ class _Even(Linear):
         )
 
     def pinv(self, y: Tensor) -> Tensor:
-        """A⁺ y = Aᵀ y / g."""
         return self.adjoint(y) / self.gram
 
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        """(a A Aᵀ + b)⁻¹ y = y / (a g + b)."""
         gain: Any = a * self.gram + b
         return self._check_y(y).div(gain)
 
 
-class Mask(_Even):
-    """Inpainting: the numbers of a state where the mask is true, (B, m).
+class Mask(_ScaledIsometry):
+    """Inpainting: the m entries of a state where the mask is True, (B, m).
 
     Arguments:
-        mask: Of dtype bool, True where the state is known.
-        event: Shape of a state, to which the mask broadcasts; by default the mask's.
+        mask: Boolean tensor, True where the state is known.
+        event: Shape of a state, to which the mask broadcasts; by default the shape of `mask`.
     """
 
     mask: Tensor
@@ -301,9 +296,9 @@ class Mask(_Even):
         try:
             whole = mask.expand(shape)
         except RuntimeError:
-            raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not broadcast to the event {shape}.") from None
+            raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not broadcast to `event` = {shape}.") from None
         if not bool(whole.any()):
-            raise ValueError("`mask` knows nothing: no entry is True.")
+            raise ValueError("`mask` has no True entry; set it to True where the state is known.")
         nn.Module.__init__(self)
         self.register_buffer("mask", whole.contiguous())
         index = whole.flatten().nonzero()[:, 0]
@@ -320,13 +315,13 @@ class Mask(_Even):
         return x.index_copy(1, self._index, y).reshape(-1, *self.event)
 
 
-class Downsample(_Even):
-    """Super-resolution: means over blocks of k along the last axes.
+class Downsample(_ScaledIsometry):
+    """Super-resolution: means over blocks of size k along the last axes.
 
     Arguments:
-        k: Size of a block.
+        k: Size of a block along each axis.
         event: Shape of a state.
-        dims: How many of its last axes are blocked: 2 for pictures, 1 for signals.
+        dims: Number of last axes to downsample: 2 for images, 1 for signals.
     """
 
     def __init__(self, k: int, event: Sequence[int], dims: int = 2) -> None:
@@ -334,7 +329,7 @@ class Downsample(_Even):
         check.integer("dims", dims, least=1)
         shape = tuple(event)
         if len(shape) < dims or any(n % k for n in shape[-dims:]):
-            raise ValueError(f"`k` = {k} must divide the last {dims} axes of the event {shape}; crop or pad the data.")
+            raise ValueError(f"`k` = {k} must divide the last {dims} axes of `event` = {shape}; crop or pad the data.")
         nn.Module.__init__(self)
         self.k, self.dims, self.gram = k, dims, float(k) ** -dims
         self.event, self.out = shape, (*shape[:-dims], *(n // k for n in shape[-dims:]))
@@ -350,12 +345,12 @@ class Downsample(_Even):
         return y * self.gram
 
 
-class Grey(_Even):
+class Grey(_ScaledIsometry):
     """Colourisation: a weighted sum of the channels, the first axis of an event.
 
     Arguments:
         event: Shape of a state, (C, ...).
-        weights: One for each channel; by default those of luma for three channels, else equal ones.
+        weights: Weight of each channel; by default the luma weights for three channels, otherwise 1/C.
     """
 
     weights: Tensor
@@ -381,10 +376,10 @@ class Grey(_Even):
 
 
 class Blur(Linear):
-    """Convolution with a kernel along the last axes, periodic.
+    """Periodic convolution with a kernel along the last axes.
 
     Arguments:
-        kernel: Centred, with one axis for each axis that is blurred; sizes are odd.
+        kernel: Centred kernel of odd sizes, with one axis for each blurred axis.
         event: Shape of a state.
     """
 
@@ -394,12 +389,12 @@ class Blur(Linear):
         nn.Module.__init__(self)
         n, shape = kernel.ndim, tuple(event)
         if n > len(shape) or any(k % 2 == 0 or k > m for k, m in zip(kernel.shape, shape[-n:], strict=False)):
-            raise ValueError(f"`kernel` of shape {tuple(kernel.shape)} must have odd sizes within the event {shape}.")
+            raise ValueError(f"`kernel` of shape {tuple(kernel.shape)} must have odd sizes, at most `event` = {shape}.")
         centred = torch.zeros(shape[-n:], dtype=torch.float64)
         centred[tuple(slice(0, k) for k in kernel.shape)] = kernel.double()
         self._axes = tuple(range(-n, 0))
         centred = centred.roll([-(k // 2) for k in kernel.shape], self._axes)
-        # As two real parts: modules cast their floating buffers, and complex ones with a warning.
+        # Real and imaginary parts, because Module.to() casts complex buffers with a warning.
         self.register_buffer("kernel", torch.view_as_real(torch.fft.rfftn(centred)))
         self.event = self.out = shape
 
@@ -410,14 +405,12 @@ class Blur(Linear):
         return self._filter(y, self._kernel(y).conj())
 
     def pinv(self, y: Tensor) -> Tensor:
-        """A⁺ y; frequencies that the kernel takes away stay away."""
-        k = self._kernel(self._check_y(y))
+        k = self._kernel(self._check_y(y))  # frequencies with k ≈ 0 are set to 0
         power = k.abs().square()
-        seen = power > power.max() * torch.finfo(y.dtype).eps
-        return self._filter(y, torch.where(seen, k.conj() / torch.where(seen, power, 1.0), 0.0))
+        positive = power > power.max() * torch.finfo(y.dtype).eps
+        return self._filter(y, torch.where(positive, k.conj() / torch.where(positive, power, 1.0), 0.0))
 
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        """(a A Aᵀ + b)⁻¹ y, a division of frequencies."""
         self._check_y(y)
         return self._filter(y, 1 / (a * self._kernel(y).abs().square() + b))
 
@@ -431,10 +424,10 @@ class Blur(Linear):
 
 
 class FourierMask(Linear):
-    """Some frequencies of a state, as in magnetic resonance: orthonormal, (B, ..., m, 2), real and imaginary part.
+    """Some frequencies of a state, as in magnetic resonance imaging: orthonormal FFT, (B, ..., m, 2) as (real, imag).
 
     Arguments:
-        mask: Of dtype bool, over the last axes of a state, frequency 0 first as ``torch.fft.fftn`` has it.
+        mask: Boolean tensor of the shape of the last axes, in the order of ``torch.fft.fftn`` (frequency 0 first).
         event: Shape of a state.
     """
 
@@ -449,7 +442,7 @@ class FourierMask(Linear):
         shape, n = tuple(event), mask.ndim
         if n > len(shape) or tuple(mask.shape) != shape[-n:]:
             raise ValueError(
-                f"`mask` must have the shape of the last axes of the event {shape}, got {tuple(mask.shape)}."
+                f"`mask` must have the shape of the last axes of `event` = {shape}, got {tuple(mask.shape)}."
             )
         nn.Module.__init__(self)
         self.register_buffer("mask", mask)
@@ -468,11 +461,11 @@ class FourierMask(Linear):
 
 
 class Matrix(Linear):
-    """A matrix on the numbers of a state.
+    """Dense matrix that multiplies the flattened state.
 
     Arguments:
-        A: (M, D).
-        event: Shape of a state, with D numbers; (D,) by default.
+        A: Matrix, (M, D).
+        event: Shape of a state with D entries; (D,) by default.
     """
 
     A: Tensor
@@ -481,7 +474,7 @@ class Matrix(Linear):
         check.state("A", A)
         shape = (A.shape[-1],) if event is None else tuple(event)
         if A.ndim != 2 or A.shape[1] != math.prod(shape):
-            raise ValueError(f"`A` must have shape (M, D) with D the size of an event {shape}, got {tuple(A.shape)}.")
+            raise ValueError(f"`A` must have shape (M, D) with D the size of `event` = {shape}, got {tuple(A.shape)}.")
         nn.Module.__init__(self)
         values, vectors = torch.linalg.eigh((A @ A.mT).double())
         self.register_buffer("A", A)
@@ -499,7 +492,6 @@ class Matrix(Linear):
         return (y @ self.A.to(y)).reshape(-1, *self.event)
 
     def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        """(a A Aᵀ + b)⁻¹ y, by the eigenvectors of A Aᵀ."""
         u = self._vectors.to(self._check_y(y))
         gain: Tensor = a * self._values.to(y) + b
         return ((y @ u) / gain) @ u.mT

@@ -1,7 +1,6 @@
-r"""Posterior samplers that are more than a denoiser: they change the update, the noise or the number of states.
+r"""Posterior samplers that change the update, the noise or the number of states, not only the denoiser.
 
-All take a denoiser, a :class:`Measurement` and a grid, and draw from a :class:`Noise`. None differentiates for the
-caller: they run without a graph of their own.
+Each takes a denoiser, a :class:`Measurement` and a grid. The result carries no gradient.
 """
 
 from __future__ import annotations
@@ -35,18 +34,18 @@ _START, _STEPS, _CHOICES, _FINAL = range(4)  # streams of a seed
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    r"""Inpainting by replacement, as a hook: at every node the known part is put to what it would be at that time.
+    r"""Inpainting by replacement: a hook that sets the known entries to a noised measurement at every node.
 
     .. math:: x_t \leftarrow m\,(\alpha_t y + \sigma_t z) + (1 - m)\,x_t
 
-    At σ = 0 that is y itself, so under every solver known pixels are exact at the end. What is unknown is only told
-    of the known part at its own noise level; :func:`repaint`'s grid gives it time to agree.
+    At σ = 0 the known entries equal y, with every solver. The unknown entries depend on the known ones only through
+    the noisy state, so the two parts may disagree; the grid of :func:`repaint` repeats steps to reduce this error.
 
     Arguments:
         sde: The process.
-        measurement: Of a :class:`Mask`; `std` is not used.
-        seed: Of z; a seed or a :class:`Noise`.
-        fresh: Whether every node has its own z, or all of them one.
+        measurement: Measurement with a :class:`Mask`; `std` is not used.
+        seed: Seed of z, or a :class:`Noise`.
+        fresh: Draw a new z at every node; False uses the same z at all nodes.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -70,13 +69,13 @@ class Replacement:
     def __post_init__(self) -> None:
         if not isinstance(self.measurement.operator, Mask):
             raise TypeError(
-                f"`measurement` must be of a Mask: only there are the known numbers themselves part of the state, got "
-                f"{type(self.measurement.operator).__name__}; DDNM replaces what any linear operator saw."
+                f"`measurement` must have a Mask as its operator, got {type(self.measurement.operator).__name__}; use "
+                f"DDNM for other linear operators."
             )
-        object.__setattr__(self, "_noise", _source(self.seed).fork(_STEPS))
+        object.__setattr__(self, "_noise", _as_noise(self.seed).fork(_STEPS))
 
     def __call__(self, node: int, t: Any, x: Tensor) -> Tensor:
-        """The state with its known part replaced."""
+        """Replace the known entries of the state."""
         mask = self.measurement.operator
         assert isinstance(mask, Mask)
         alpha, sigma = (check.expand(fn(t), x) for fn in (self.sde.alpha, self.sde.sigma))
@@ -86,15 +85,16 @@ class Replacement:
 
 
 def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Tensor:
-    """RePaint's zigzag: every `jump` legs are gone through `resample` times, with noise added back in between.
+    """Grid of RePaint: each block of `jump` steps is repeated `resample` times, with noise added back in between.
 
-    With :class:`Replacement` as hook, under ``ss.DDPM()``, it is RePaint; from data (σ = 0) there is no way back up.
+    With :class:`Replacement` as the hook and the solver ``ss.DDPM()``, this grid gives RePaint. The last block, which
+    usually ends at σ = 0, is solved once.
 
     Arguments:
         sde: The process.
-        times: A grid that goes down.
-        jump: How many legs to go back.
-        resample: How often each stretch is gone through; 1 returns the grid.
+        times: Decreasing times.
+        jump: Number of steps in a block.
+        resample: Number of times that each block is solved; 1 returns `times`.
 
     References:
         | RePaint: Inpainting Using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), arXiv:2201.09865
@@ -123,10 +123,10 @@ def ddrm(
     seed: int | Noise | None = None,
     **cond: Any,
 ) -> Tensor:
-    r"""Denoising diffusion restoration: DDIM in the singular coordinates of A, each with its own noise.
+    r"""Denoising diffusion restoration (DDRM): DDIM in the singular coordinates of A, each with its own noise level.
 
-    For a coordinate that A sees with singular value d, with :math:`\bar y = u^T y / d` and :math:`n = \alpha_s\,
-    \mathrm{std}/d`:
+    A coordinate with singular value d > 0 has :math:`\bar y = u^T y / d` and :math:`n = \alpha_s\,\mathrm{std}/d`; a
+    coordinate in the null space of A is unseen:
 
     .. math::
         x_s = \begin{cases}
@@ -136,22 +136,22 @@ def ddrm(
         \end{cases}
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear; `std` may be 0.
-        shape_or_x: Shape (B, *event), or a state at the grid's first time.
-        grid: Times that go down, or a number of legs.
-        eta: η.
-        eta_b: η_b.
-        seed: Of its noise.
-        **cond: Conditions, handed to the network.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator; `std` may be 0.
+        shape_or_x: Shape (B, *event), or a state at the first time.
+        grid: Decreasing times, or a number of steps.
+        eta: Stochasticity η in [0, 1], without effect where σ_s ≥ n.
+        eta_b: Weight η_b of the measurement where σ_s ≥ n, in [0, 1].
+        seed: Seed of the noise, or a :class:`Noise`.
+        **cond: Conditions for the network.
 
     Returns:
-        (B, *event).
+        Samples, (B, *event).
 
     References:
         | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
     """
-    sde, times, noise = _ready(model, measurement, grid, seed)
+    sde, times, noise = _prepare(model, measurement, grid, seed)
     check.conditions(cond, ddrm)
     check.number("eta", eta, least=0, most=1)
     check.number("eta_b", eta_b, least=0, most=1)
@@ -169,18 +169,18 @@ def ddrm(
         left = sigma**2 - (alpha * std / d) ** 2
         c = of_state(x)
         x = x + to_state(torch.where(left > 0, alpha * y + left.clamp_min(0).sqrt() * c / sigma, c) - c)
-    keep = math.sqrt(1 - eta**2)
+    c_eps = math.sqrt(1 - eta**2)
     for k, (t, s) in enumerate(pairwise(times)):
         x0 = model.x0(x, t, **cond)
         alpha, sigma = sde.alpha(s), sde.sigma(s)
         z = steps.like(x, k)
         eps = (x - sde.alpha(t) * x0) / sde.sigma(t)
-        x = alpha * x0 + sigma * (keep * eps + eta * z)
+        x = alpha * x0 + sigma * (c_eps * eps + eta * z)
         n = alpha * std / d
         seen, z_seen = of_state(x0), of_state(z)
         sharp = alpha * ((1 - eta_b) * seen + eta_b * y) + (sigma**2 - (eta_b * n) ** 2).clamp_min(0).sqrt() * z_seen
         tiny = torch.finfo(x.dtype).tiny
-        blunt = alpha * seen + sigma * (keep * alpha * (y - seen) / n.clamp_min(tiny) + eta * z_seen)
+        blunt = alpha * seen + sigma * (c_eps * alpha * (y - seen) / n.clamp_min(tiny) + eta * z_seen)
         x = x + to_state(torch.where(sigma >= n, sharp, blunt) - of_state(x))
     return x
 
@@ -198,45 +198,45 @@ def daps(
     seed: int | Noise | None = None,
     **cond: Any,
 ) -> Tensor:
-    r"""Decoupled annealing: at each noise level solve to data, sample around that with the measurement, noise again.
+    r"""Decoupled annealing (DAPS): at each noise level, solve to data, sample given y, and add noise again.
 
     .. math:: \hat x_0 = \text{flow}(x_t), \qquad
               x_0 \sim N(x_0; \hat x_0, r^2 I)\, N(y; A x_0, \mathrm{std}^2 I), \qquad
               x_s = \alpha_s x_0 + \sigma_s z, \qquad r^2 = \frac{\sigma^2 s^2}{\alpha^2 s^2 + \sigma^2}
 
-    The middle step is Gaussian for a linear A and is sampled exactly here, where the paper runs Langevin dynamics; the
-    paper's r = σ/α is ``data_std=math.inf``, which an exact sample bears only where σ/α is of the size of the data.
+    The distribution of x₀ given y is Gaussian for a linear A and is sampled exactly; the paper runs Langevin dynamics.
+    ``data_std=math.inf`` gives the paper's r = σ/α; use it only if σ/α is not much larger than the data.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear, std > 0.
-        shape_or_x: Shape (B, *event), or a state at the grid's first time.
-        grid: Noise levels that go down, or how many.
-        steps: Legs of each inner solve; the evaluations are their product with the grid's.
-        solver: Of the inner solves; by default DPM-Solver++ of order 2.
-        data_std: s, the data's standard deviation.
-        seed: Of its noise.
-        **cond: Conditions, handed to the network.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator and std > 0.
+        shape_or_x: Shape (B, *event), or a state at the first time.
+        grid: Decreasing times, or a number of noise levels.
+        steps: Number of steps of each inner solve; all of them together take about ``steps`` × levels evaluations.
+        solver: Solver of the inner solves; by default DPM-Solver++ of order 2.
+        data_std: Standard deviation s of the data.
+        seed: Seed of the noise, or a :class:`Noise`.
+        **cond: Conditions for the network.
 
     Returns:
-        (B, *event).
+        Samples, (B, *event).
 
     References:
         | Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing (Zhang et al., 2025),
           arXiv:2407.01521, algorithm 1
     """
     check.conditions(cond, daps)
-    sde, times, noise = _ready(model, measurement, grid, seed)
+    sde, times, noise = _prepare(model, measurement, grid, seed)
     std, A = measurement.noisy("daps"), measurement.linear
-    rule = DPMSolverPP(2) if solver is None else solver
+    inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = noise.fork(_STEPS)
     x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     for k, (t, s) in enumerate(pairwise(times)):
         inner = quadratic_vp(sde, steps if t > sde.t_min else 1, t_start=t)
-        x0 = sample(model, x, rule, grid=inner, **cond)
+        x0 = sample(model, x, inner_solver, grid=inner, **cond)
         ratio = sde.sigma(t) / max(sde.alpha(t), 1e-12)
         var = ratio**2 if data_std == math.inf else isotropic_variance(sde, t, data_std)
-        # Matheron's rule: a draw from the prior part, moved by what it and its own measurement miss.
+        # Matheron's rule: a prior sample, corrected with the residual of its own simulated measurement.
         drawn = x0 + math.sqrt(var) * draws.like(x, 3 * k)
         r = measurement.residual(drawn)
         r = r + std * draws.normal(r.shape, 3 * k + 1, dtype=r.dtype, device=r.device)
@@ -256,33 +256,33 @@ def red_diff(
     seed: int | Noise | None = None,
     **cond: Any,
 ) -> Tensor:
-    r"""Regularisation by denoising: one state that fits the measurement and that the network cannot improve.
+    r"""Regularisation by denoising (RED-diff): Adam on a state μ, with one step for each time of the grid.
 
     .. math:: \nabla_\mu \tfrac12\lVert y - A(\mu)\rVert^2 + w\,\frac{\sigma}{\alpha}\,(\varepsilon_\theta(x_t) -
               \varepsilon), \qquad x_t = \alpha\mu + \sigma\varepsilon
 
-    followed by Adam, once for each time of the grid. It is a variational fit of a point: an optimum, not a sample; its
-    spread is that of the noise in the optimisation and says nothing of the posterior's.
+    is the gradient in μ. The result is an optimum, not a posterior sample: its variance comes from the noise in the
+    optimisation, not from the posterior.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Any differentiable operator; `std` is not used, `weight` is in its place.
-        shape_or_x: Shape (B, *event) to start from A⁺y, or from zero if A is not linear; or the start.
-        grid: Times that go down, or how many; a last one at σ = 0 is left out.
-        lr: Of Adam.
-        weight: w.
-        seed: Of ε.
-        **cond: Conditions, handed to the network.
+        model: Denoiser of the prior.
+        measurement: Measurement with any differentiable operator; `weight` replaces `std`, which is not used.
+        shape_or_x: Initial state, or shape (B, *event) to start from A⁺y (from 0 if A is not linear).
+        grid: Decreasing times, or a number of steps; a time with σ = 0 is skipped.
+        lr: Learning rate of Adam.
+        weight: Weight w of the regulariser.
+        seed: Seed of ε, or a :class:`Noise`.
+        **cond: Conditions for the network.
 
     Returns:
-        (B, *event).
+        Optimised states, (B, *event).
 
     References:
         | A Variational Perspective on Solving Inverse Problems with Diffusion Models (Mardani et al., 2024),
           arXiv:2305.04391, algorithm 1
     """
     check.conditions(cond, red_diff)
-    sde, times, noise = _ready(model, measurement, grid, seed)
+    sde, times, noise = _prepare(model, measurement, grid, seed)
     draws = noise.fork(_STEPS)
     if isinstance(shape_or_x, Tensor):
         mu = check.state("x", shape_or_x).detach().clone()
@@ -304,13 +304,13 @@ def red_diff(
 
 @dataclass(frozen=True)
 class Particles:
-    """What sequential Monte Carlo returns.
+    """Weighted samples from sequential Monte Carlo.
 
     Arguments:
-        x: States, (N, *event).
-        log_weights: Their normalised log-weights, (N,).
+        x: Particles, (N, *event).
+        log_weights: Normalised log-weights, (N,).
         ess: Effective sample size at every time of the grid, before resampling.
-        log_evidence: Estimate of log p(y), in nats; its exponential is unbiased for the discretised prior.
+        log_evidence: Estimate of log p(y) in nats; its exponential is unbiased for the discretised prior.
     """
 
     x: Tensor = field(repr=False)
@@ -319,8 +319,8 @@ class Particles:
     log_evidence: float
 
     def resampled(self, seed: int | Noise | None = None) -> Tensor:
-        """As many states with equal weights, (N, *event)."""
-        return self.x[systematic(self.log_weights, _source(seed).fork(_FINAL), 0)]
+        """Resample N particles with equal weights, (N, *event)."""
+        return self.x[systematic(self.log_weights, _as_noise(seed).fork(_FINAL), 0)]
 
 
 @torch.no_grad()
@@ -335,39 +335,39 @@ def twisted_smc(
     seed: int | Noise | None = None,
     **cond: Any,
 ) -> Particles:
-    r"""Twisted diffusion sampler: particles that are guided, weighted by what the guidance got wrong, and resampled.
+    r"""Twisted diffusion sampler: sequential Monte Carlo with guided proposals.
 
-    With DDPM's steps :math:`p(x_s \mid x_t) = N(m, v)` and the twist :math:`\tilde p(y \mid x_t) = N(y; A D,
+    With the DDPM step :math:`p(x_s \mid x_t) = N(m, v)` and the twist :math:`\tilde p(y \mid x_t) = N(y; A D,
     \mathrm{std}^2 + r^2 A A^T)`,
 
     .. math:: x_s \sim q = N\!\left(m + c_0\tfrac{\sigma^2}{\alpha}\nabla\log\tilde p(y \mid x_t),\, v\right), \qquad
               w \mathrel{*}= \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)}\,\frac{\tilde p(y \mid x_s)}{\tilde p(y \mid x_t)}
 
-    and :math:`\tilde p = p(y \mid x_0)` at the end: exact for the discretised prior as the number of particles grows,
-    whatever the twist. All particles are samples of one posterior.
+    and :math:`\tilde p = p(y \mid x_0)` at the last time. The result is exact for the discretised prior as N grows, for
+    any twist. All particles are samples of one posterior.
 
     Arguments:
-        model: The prior's denoiser.
-        measurement: Linear, one y, std > 0.
-        shape_or_x: Shape (N, *event) of the particles, or their states at the grid's first time.
-        grid: Times that go down, or a number of legs.
-        data_std: Of the twist, see :class:`PiGDM`.
-        threshold: Resample when fewer than this share of the particles are effective.
-        seed: Of its noise.
-        **cond: Conditions, handed to the network.
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator, one y and std > 0.
+        shape_or_x: Shape (N, *event), or particles at the first time.
+        grid: Decreasing times, or a number of steps.
+        data_std: Standard deviation s of the data in r², see :class:`PiGDM`.
+        threshold: Fraction in [0, 1]; the particles are resampled when the effective sample size is below this × N.
+        seed: Seed of the noise, or a :class:`Noise`.
+        **cond: Conditions for the network.
 
     References:
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
     check.conditions(cond, twisted_smc)
-    sde, times, noise = _ready(model, measurement, grid, seed)
+    sde, times, noise = _prepare(model, measurement, grid, seed)
     std, A = measurement.noisy("twisted_smc"), measurement.linear
     if len(measurement.y) != 1:
-        raise ValueError(f"`y` must be one measurement, (1, *out), for all particles; got {len(measurement.y)} rows.")
+        raise ValueError(f"`y` must be one measurement, (1, *out), for all particles, got {len(measurement.y)} rows.")
     check.number("threshold", threshold, least=0, most=1)
     d, _, _, of_data = A.spectrum()
-    unseen = math.prod(A.out) - len(d)
+    unseen = math.prod(A.out) - len(d)  # dimensions of y outside the range of A
     steps, choices = noise.fork(_STEPS), noise.fork(_CHOICES)
     x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     d = d.to(x)
@@ -376,19 +376,19 @@ def twisted_smc(
         r = measurement.residual(x0)
         seen = of_data(r)
         total = std**2 + variance * d**2
-        beside = (r.flatten(1).square().sum(1) - seen.square().sum(1)).clamp_min(0) if unseen else 0.0
-        energy = (seen**2 / total + (2 * math.pi * total).log()).sum(1) + beside / std**2
+        outside = (r.flatten(1).square().sum(1) - seen.square().sum(1)).clamp_min(0) if unseen else 0.0
+        energy = (seen**2 / total + (2 * math.pi * total).log()).sum(1) + outside / std**2
         return -0.5 * (energy + unseen * math.log(2 * math.pi * std**2))
 
-    def look(x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Data prediction, log-twist and its gradient."""
+    def evaluate(x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Data prediction, log-twist and the gradient of the log-twist."""
         variance = isotropic_variance(sde, t, data_std)
         graph = Graph(model, x, before_silence(sde, t), cond)
         slope = graph.pull(gradient(lambda x0: log_twist(x0, variance), graph.x0, model))
         x0 = graph.x0.detach()
         return x0, log_twist(x0, variance), slope
 
-    x0, twist, slope = look(x, times[0])
+    x0, twist, slope = evaluate(x, times[0])
     log_w, log_z, ess = twist, 0.0, []
     for k, (t, s) in enumerate(pairwise(times)):
         ess.append(_effective(log_w))
@@ -399,7 +399,7 @@ def twisted_smc(
             log_w = torch.zeros_like(log_w)
         c_t, c_0, v = sde.posterior(s, t)
         mean = c_t * x + c_0 * x0
-        if v == 0:  # into data the step is the data prediction: nothing to choose, nothing to weigh
+        if v == 0:  # a step to σ = 0 is deterministic, so p/q = 1
             x, log_pq = mean, torch.zeros_like(twist)
         else:
             u = before_silence(sde, t)
@@ -410,7 +410,7 @@ def twisted_smc(
         if k == len(times) - 2:
             new = measurement.log_prob(x)
         else:
-            x0, new, slope = look(x, s)
+            x0, new, slope = evaluate(x, s)
         log_w = log_w + log_pq + new - twist
         twist = new
     ess.append(_effective(log_w))
@@ -419,7 +419,7 @@ def twisted_smc(
 
 
 def systematic(log_weights: Tensor, noise: Noise, draw: int) -> Tensor:
-    """Rows chosen in proportion to their weights, each floor or ceil of N w times, (N,) int64."""
+    """Systematic resampling: row indices (N,) int64, where a row of weight w appears ⌊N w⌋ or ⌈N w⌉ times."""
     n = len(log_weights)
     u = noise.uniform((1, 1), draw, dtype=torch.float64)[0].to(log_weights.device)
     places = (torch.arange(n, device=log_weights.device) + u) / n
@@ -435,15 +435,15 @@ def _log_mean(log_w: Tensor) -> float:
     return float(log_w.double().logsumexp(0)) - math.log(len(log_w))
 
 
-def _ready(
+def _prepare(
     model: AbstractDenoiser, measurement: Measurement, grid: Grid, seed: int | Noise | None
 ) -> tuple[SDE, list[float], Noise]:
     sde = check_model(model).sde
     if not isinstance(measurement, Measurement):
         raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
     times = quadratic_vp(sde, grid) if isinstance(grid, int) else check_grid(sde, grid)
-    return sde, times.tolist(), _source(seed)
+    return sde, times.tolist(), _as_noise(seed)
 
 
-def _source(seed: int | Noise | None) -> Noise:
+def _as_noise(seed: int | Noise | None) -> Noise:
     return seed if isinstance(seed, Noise) else Noise(seed)

@@ -1,4 +1,4 @@
-"""Networks that are enough to train for real and small enough to read: MLP, UNet and VAE."""
+"""Small reference networks: MLP, UNet and VAE, and embeddings of the time and of conditions."""
 
 from scoresde.nn.embedding import Conditioning, Fourier, Sinusoidal
 from scoresde.nn.mlp import MLP

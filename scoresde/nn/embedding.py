@@ -1,13 +1,13 @@
-r"""What a network is told beside its state: the time, and a class, as features.
+r"""Embeddings of the conditions of a network: time, class and context.
 
-A network's label of time may be t in [0, 1], an index in [0, 1000), ¼ log σ/α in ±3, or σ up to 100. One ladder of
-frequencies cannot read them all: what resolves t aliases on indices. So every embedding first takes the label c to
+The time label of a network may be t in [0, 1], an index in [0, 1000), ¼ log σ/α in ±3, or σ up to 100. One set of
+frequencies cannot resolve all of them: frequencies that resolve t alias on indices. So every embedding first maps c to
 
 .. math:: w = \operatorname{asinh}(32\,c),
 
-linear near 0, logarithmic beyond; all of the above then lie within ±11 and need one resolution. Read linearly off 64
-features, λ is wrong by less than 0.5 % of its spread on each; off the usual ladder for indices, by 8 % when told t.
-¼ log σ/α, the clock of :class:`Preconditioning`, is the one to prefer: it spreads the noise levels evenly.
+which is linear near 0 and logarithmic beyond. All of these labels then lie within ±11 and need one resolution. A linear
+fit of λ on 64 features has an error below 0.5 % of its range for each label; with the usual frequencies for indices the
+error is 8 % for t. Prefer ¼ log σ/α, the label of :class:`Preconditioning`: it spaces the noise levels evenly.
 
 References:
     | Fourier Features Let Networks Learn High Frequency Functions (Tancik et al., 2020), arXiv:2006.10739
@@ -23,19 +23,19 @@ from torch import Tensor, nn
 
 from scoresde import _checks as check
 
-_LOWEST, _HIGHEST = -3, 4  # log2 of the angular frequencies: half a turn, and 56, over w in ±11
+_LOWEST, _HIGHEST = -3, 4  # log2 of the angular frequencies: 0.4 and 56 periods over w in ±11
 
 
 def times(time: float | Tensor, x: Tensor) -> Tensor:
-    """A time, a number, () or (B,), as float32 (B,) on the device of the state `x`, (B, *event)."""
+    """Expand a time label, a number, () or (B,), to float32 (B,) on the device of the state `x`, (B, *event)."""
     c = time if isinstance(time, Tensor) else torch.full((), time, device=x.device)
     if c.ndim > 1 or (c.ndim == 1 and c.shape[0] not in (1, len(x))):
-        raise ValueError(f"`time` must be a number, () or ({len(x)},), one for each sample, got {tuple(c.shape)}.")
+        raise ValueError(f"`time` must be a number or of shape () or ({len(x)},), got shape {tuple(c.shape)}.")
     return c.to(device=x.device, dtype=torch.float32).expand(len(x))
 
 
 def _waves(time: Tensor, omega: Tensor) -> Tensor:
-    """(sin ωw, cos ωw) of labels (B,); a logarithm's infinity, at σ = 0, is a label like any other."""
+    """(sin ωw, cos ωw) of labels (B,); infinite labels, such as log σ/α at σ = 0, are clamped."""
     w = torch.asinh(32 * time.float()).clamp(-16, 16)
     phase = w[:, None] * omega
     return torch.cat([phase.sin(), phase.cos()], dim=1)
@@ -43,17 +43,17 @@ def _waves(time: Tensor, omega: Tensor) -> Tensor:
 
 def _even(features: int) -> int:
     if check.integer("features", features, least=2) % 2:
-        raise ValueError(f"`features` must be even, a sine and a cosine for each frequency, got {features}.")
+        raise ValueError(f"`features` must be even (a sine and a cosine for each frequency), got {features}.")
     return features
 
 
 class Sinusoidal(nn.Module):
-    r"""Positional embedding of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, ω geometric from 1/8 to 16.
+    r"""Sinusoidal embedding of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, with geometric ω from 1/8 to 16.
 
-    Computed in float32 whatever the network's dtype; it has no parameters.
+    The embedding is computed in float32, whatever the network's dtype, and has no parameters.
 
     Arguments:
-        features: How many, even.
+        features: Number of features, even.
     """
 
     def __init__(self, features: int) -> None:
@@ -68,12 +68,12 @@ class Sinusoidal(nn.Module):
 class Fourier(nn.Module):
     r"""Random Fourier features of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, ω drawn once from N(0, scale²).
 
-    The frequencies are a buffer: saved with the network, never trained.
+    The frequencies are a buffer: they are saved with the network and not trained.
 
     Arguments:
-        features: How many, even.
+        features: Number of features, even.
         scale: Standard deviation of the angular frequencies.
-        seed: Of the draw.
+        seed: Seed of the frequencies.
     """
 
     omega: Tensor
@@ -84,7 +84,7 @@ class Fourier(nn.Module):
         check.number("scale", scale, above=0)
         generator = torch.Generator().manual_seed(check.integer("seed", seed))
         omega = scale * torch.randn(features // 2, generator=generator, dtype=torch.float32, device="cpu")
-        # Eight bits each, so that casting the network to half precision does not move them.
+        # Rounded to eight bits, so that a cast of the network to half precision does not change them.
         self.register_buffer("omega", omega.bfloat16().to(torch.get_default_device(), torch.float32))
 
     def forward(self, time: Tensor) -> Tensor:
@@ -93,16 +93,16 @@ class Fourier(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """Time, class and context as one vector (B, width), which modulates every block of a network.
+    """Embedding of time, class and context in one vector (B, width), which modulates every block of a network.
 
-    One class beyond the last, index `classes`, stands for "no class": condition dropout trains it, and no `label` at
-    all means it.
+    The index `classes`, one beyond the last class, means "no class". Condition dropout trains it, and it is used if no
+    `label` is given.
 
     Arguments:
-        time: An embedding of times, such as :class:`Sinusoidal`.
-        width: Of the vector.
-        classes: How many classes there are; None for a network that takes no `label`.
-        context: Size of a vector (B, context) to condition on; 0 for none.
+        time: Embedding of the time, such as :class:`Sinusoidal`.
+        width: Size of the vector.
+        classes: Number of classes; None for a network without `label`.
+        context: Size of the condition ``context``, (B, context); 0 for none.
     """
 
     def __init__(self, time: Sinusoidal | Fourier, width: int, *, classes: int | None = None, context: int = 0) -> None:
@@ -115,18 +115,18 @@ class Conditioning(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, time: float | Tensor, label: Any = None, context: Tensor | None = None) -> Tensor:
-        """The vector for the samples of the state `x`, (B, *event)."""
+        """Conditioning vectors, (B, width), for the samples of the state `x`, (B, *event)."""
         weight = self.hidden.weight
         h = self.hidden(self.time(times(time, x)).to(weight.dtype))
         if self.label is not None:
             h = h + self.label(self._labels(label, x))
         elif label is not None:
-            raise ValueError("`label` was given to a network without classes; make it with `classes`=how many.")
+            raise ValueError("`label` was given to a network without classes; create it with their number, `classes`.")
         if (context is None) != (self.context is None):
             raise ValueError(
-                "`context` is missing: this network is conditioned on one."
+                "`context` is missing: this network needs one vector for each sample."
                 if context is None
-                else "`context` was given to a network without one; make it with `context`=its size."
+                else "`context` was given to a network without one; create it with `context`=size of a vector."
             )
         if context is not None and self.context is not None:
             h = h + self.context(context.to(weight))
@@ -143,7 +143,7 @@ class Conditioning(nn.Module):
             raise TypeError(f"`label` must be class indices, int64, got {str(given.dtype)[6:]}; use label.argmax(1).")
         if given.ndim > 1 or (given.ndim == 1 and given.shape[0] not in (1, len(x))):
             raise ValueError(f"`label` must be None, a number, () or ({len(x)},), got shape {tuple(given.shape)}.")
-        if given.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere, looking would be waiting
+        if given.device.type == "cpu" and not torch.compiler.is_compiling():  # no synchronisation
             outside = (given < 0) | (given > self.classes)
             if bool(outside.any()):
                 raise ValueError(

@@ -1,4 +1,4 @@
-r"""A network for vectors."""
+r"""A residual multilayer perceptron for vectors."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class _Block(nn.Module):
 
 
 class MLP(nn.Module):
-    r"""Residual SiLU blocks, modulated by Fourier features of the time; the output starts at 0.
+    r"""Residual SiLU blocks, modulated by Fourier features of the time; the output is 0 at initialisation.
 
     .. math:: h \leftarrow h + W\,\mathrm{silu}(V\,\mathrm{silu}((1 + a)\,\mathrm{norm}(h) + b)), \qquad
               \mathrm{out} = W\,((1 + a)\,h + b), \quad (a, b) = \text{linear in the condition}
 
-    h itself is never normalised, so what is exact for Gaussian data, a linear map of x that changes with the time, is
-    within reach at any scale of x. Norms are computed in float32 or better; the output has the dtype of `x`.
+    h itself is never normalised. So the network can approximate the exact denoiser of Gaussian data, a linear map of x
+    that depends on the time, at any scale of x. Norms are computed in float32 or better; the output has the dtype of x.
 
     Arguments:
-        features: Size D of an event; the state is (B, D), or (B, *event) with as many entries.
+        features: Size D of an event; the state is (B, D), or (B, *event) with D entries in an event.
         hidden: Width of the blocks.
         depth: Number of blocks.
         classes: Number of classes of a condition ``label``, which may be None or `classes` for no class.
         context: Size of a conditioning vector ``context``, (B, context); 0 for none.
         out_features: Size of an output, D by default; 2 D for a learned variance.
-        seed: Of the initial weights; None draws from torch's global generator.
+        seed: Seed of the initial weights; None draws from torch's global generator.
 
     ``MLP(2)`` has 256,642 parameters, ``MLP(32, hidden=64, classes=10)`` has 71,456.
 
@@ -79,16 +79,16 @@ class MLP(nn.Module):
         initialise(self, [m.last for m in self.modules() if isinstance(m, (MLP, _Block))], seed)
 
     def forward(self, x: Tensor, time: float | Tensor, *, label: Any = None, context: Tensor | None = None) -> Tensor:
-        """The prediction, of the shape and dtype of `x`, (B, *event).
+        """The prediction, of the shape (except for `out_features`) and dtype of `x`.
 
         Arguments:
-            x: State.
-            time: Label of time, a number, () or (B,).
+            x: State, (B, *event).
+            time: Time label, a number, () or (B,).
             label: Class indices (B,), or None for no class.
             context: Conditioning vectors, (B, context).
         """
         if x.ndim < 2 or x.shape[1:].numel() != self.features:
-            raise ValueError(f"`x` must be (B, {self.features}), or as many numbers a sample, got {tuple(x.shape)}.")
+            raise ValueError(f"`x` must be (B, {self.features}), or (B, *event) of that size, got {tuple(x.shape)}.")
         condition = self.condition(x, time, label, context)
         h = self.first(x.flatten(1).to(dtype_of(self)))
         for block in self.blocks:

@@ -1,4 +1,4 @@
-r"""A network for images and signals."""
+r"""A U-Net for images and signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scoresde.nn.embedding import Conditioning, Sinusoidal
 
 
 class _Stage(nn.Module):
-    """A residual block, with attention after it or not."""
+    """A residual block, followed by attention or not."""
 
     def __init__(self, residual: Residual, attention: Attention | None) -> None:
         super().__init__()
@@ -27,26 +27,26 @@ class _Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    r"""The DDPM++ network: residual blocks down and up a pyramid of resolutions, joined by skips.
+    r"""The DDPM++ network: residual blocks on a pyramid of resolutions, with skip connections.
 
-    A level halves the resolution of the one before, to ⌈n/2⌉; on the way up each returns to the exact size it had, so
-    every size of grid will do. Time and class modulate each block by a scale and a shift. The output starts at 0, and
-    has the dtype of `x`. The state should have a variance near 1: give the denoiser of VE or EDM a preconditioning.
+    Each level halves the resolution of the level before, to ⌈n/2⌉. The way up restores the exact sizes, so the network
+    accepts grids of every size. Time and class modulate each block by a scale and a shift. The output is 0 at
+    initialisation and has the dtype of `x`. The state should have a variance near 1: use a preconditioning for VE, EDM.
 
     Arguments:
-        channels: Channels C of the state, (B, C, *space).
-        dims: Axes of space: 1 for signals, 2 for images.
-        width: Channels of the first level.
-        multipliers: Channels of each level, in units of `width`.
-        blocks: Residual blocks of each level, on the way down; one more on the way up.
-        attention: Levels whose blocks are followed by self-attention, 0 being the full resolution; the coarsest has
-            one in its middle in any case. Its cost is quadratic in the number of positions.
-        heads: Of each attention; a divisor of its channels.
+        channels: Number C of channels of the state, (B, C, *space).
+        dims: Number of axes of space: 1 for signals, 2 for images.
+        width: Number of channels of the first level.
+        multipliers: Number of channels of each level, in units of `width`.
+        blocks: Number of residual blocks of each level on the way down; the way up has one more.
+        attention: Levels whose blocks are followed by self-attention; level 0 has the full resolution. The middle of
+            the network, at the coarsest level, always has one. The cost is quadratic in the number of positions.
+        heads: Number of heads of each attention; a divisor of its number of channels.
         classes: Number of classes of a condition ``label``, which may be None or `classes` for no class.
-        image_condition: Channels of a condition ``image``, (B, image_condition, *space), which is concatenated with x.
-        dropout: Probability, in each block.
-        out_channels: Channels of the output, C by default; 2 C for a learned variance.
-        seed: Of the initial weights; None draws from torch's global generator.
+        image_condition: Number of channels of a condition ``image``, which is concatenated with x; 0 for none.
+        dropout: Dropout probability in each block.
+        out_channels: Number of channels of the output, C by default; 2 C for a learned variance.
+        seed: Seed of the initial weights; None draws from torch's global generator.
 
     ``UNet(1)`` has 6,946,881 parameters, ``UNet(1, width=32, blocks=1)`` has 1,195,329,
     ``UNet(3, width=128, blocks=4)`` has 45,271,427 and ``UNet(2, dims=1, width=16, classes=10)`` has 222,834.
@@ -94,11 +94,11 @@ class UNet(nn.Module):
         check.number("dropout", dropout, least=0, below=1)
         widths = [width * check.integer("multipliers", m, least=1) for m in multipliers]
         if not widths:
-            raise ValueError("`multipliers` must name at least one level, got none.")
+            raise ValueError("`multipliers` must have an entry for each level, at least one, got none.")
         for level in attention:
             if check.integer("attention", level) >= len(widths):
                 raise ValueError(
-                    f"`attention` names level {level}; there are levels 0 to {len(widths) - 1}; () is none."
+                    f"`attention` must hold levels from 0 to {len(widths) - 1}, got {level}; use () for none."
                 )
         outputs = channels if out_channels is None else check.integer("out_channels", out_channels, least=1)
         size = 4 * width
@@ -132,13 +132,13 @@ class UNet(nn.Module):
         initialise(self, [m.last for m in self.modules() if isinstance(m, (UNet, Residual, Attention))], seed)
 
     def forward(self, x: Tensor, time: float | Tensor, *, label: Any = None, image: Tensor | None = None) -> Tensor:
-        """The prediction, of the shape (but for `out_channels`) and dtype of `x`, (B, C, *space).
+        """The prediction, of the shape (except for `out_channels`) and dtype of `x`.
 
         Arguments:
-            x: State.
-            time: Label of time, a number, () or (B,).
+            x: State, (B, C, *space).
+            time: Time label, a number, () or (B,).
             label: Class indices (B,), or None for no class.
-            image: What is concatenated with `x`, (B, image_condition, *space); one row serves all samples.
+            image: Condition to concatenate with `x`, (B, image_condition, *space); one row is used for all samples.
         """
         condition = self.condition(x, time, label)
         h = self.first(self._input(x, image).to(dtype_of(self)))
@@ -159,14 +159,14 @@ class UNet(nn.Module):
     def _input(self, x: Tensor, image: Tensor | None) -> Tensor:
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
             space = ", ".join(f"n{i + 1}" for i in range(self.dims))
-            raise ValueError(f"`x` must be (B, {self.channels}, {space}), got {tuple(x.shape)}.")
+            raise ValueError(f"`x` must be (B, {self.channels}, {space}), got shape {tuple(x.shape)}.")
         if image is None:
             if self.image_condition:
-                raise ValueError("`image` is missing: this network is conditioned on one; zeros stand for none.")
+                raise ValueError("`image` is missing: this network needs one; use zeros for no condition.")
             return x
         if not self.image_condition:
-            raise ValueError("`image` was given to a network without one; make it with `image_condition`=its channels.")
+            raise ValueError("`image` was given to a network without one; create it with `image_condition`=channels.")
         shape = (self.image_condition, *x.shape[2:])
         if tuple(image.shape[1:]) != shape or image.shape[0] not in (1, len(x)):
-            raise ValueError(f"`image` must be {(len(x), *shape)}, on the grid of `x`, got {tuple(image.shape)}.")
+            raise ValueError(f"`image` must be {(len(x), *shape)} to match `x`, got shape {tuple(image.shape)}.")
         return torch.cat([x, image.to(x).expand(len(x), *shape)], dim=1)

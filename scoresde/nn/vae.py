@@ -1,4 +1,4 @@
-r"""A variational autoencoder: a smaller space for diffusion to work in, with a bound on the likelihood.
+r"""A variational autoencoder: a small latent space for diffusion models, with a lower bound on the likelihood.
 
 .. math:: \log p(x) \ge E_{q(z|x)}[\log p(x \mid z)] - \mathrm{KL}(q(z \mid x) \,\|\, N(0, I))
 """
@@ -24,11 +24,11 @@ def _sum(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Independent:
-    """A Gaussian with independent entries, of which q(z | x) and p(x | z) are made.
+    """A Gaussian with independent entries, the form of q(z | x) and p(x | z).
 
     Arguments:
-        mean: (B, *event).
-        log_var: Logarithm of the variance, of the shape of `mean` or one that broadcasts to it.
+        mean: Mean, (B, *event).
+        log_var: Logarithm of the variance, of a shape that broadcasts to that of `mean`.
     """
 
     mean: Tensor
@@ -38,8 +38,8 @@ class Independent:
         r"""A reparametrised sample, :math:`\mu + \sigma\varepsilon`.
 
         Arguments:
-            eps: Standard normal of the shape of `mean`, or the keyed noise to draw it from; by default it comes from
-                torch's global generator.
+            eps: Standard normal of the shape of `mean`, or a :class:`Noise` to draw it from; by default it is drawn
+                from torch's global generator.
         """
         if eps is None:
             eps = torch.randn_like(self.mean)
@@ -68,20 +68,20 @@ class Bound(NamedTuple):
 class VAE(nn.Module):
     r"""Gaussian encoder and decoder, :math:`q(z|x) = N(\mu(x), \sigma^2(x))` and :math:`p(x|z) = N(m(z), s^2)`.
 
-    Images (B, C, *space) go to latents (B, latent, *space) that are 2^(levels − 1) times shorter along each axis of
-    space, vectors (B, C) to (B, latent). The attributes `encoder` (x to mean and log-variance, along the second axis)
-    and `decoder` (z to m) are plain modules and may be replaced. Densities and divergences have the dtype of the data,
-    float32 or float64. The call is :meth:`elbo`.
+    Images (B, C, *space) are encoded as latents (B, latent, *space) that are 2^(levels − 1) times shorter along each
+    axis of space; vectors (B, C) as (B, latent). The attributes `encoder` (x to mean and log-variance, joined along the
+    second axis) and `decoder` (z to m) are plain modules and may be replaced. Densities and divergences have the dtype
+    of the data, float32 or float64. A call of the module computes :meth:`elbo`.
 
     Arguments:
-        channels: Channels C of the data.
-        latent: Channels of the latent.
-        dims: Axes of space: 2 for images, 1 for signals, 0 for vectors.
-        width: Channels of the first level.
-        multipliers: Channels of each level, in units of `width`; each further level halves the resolution.
-        blocks: Residual blocks of each level; for vectors, plain layers.
-        std: Standard deviation s of the decoder; None learns it, one number, beginning at 1.
-        seed: Of the initial weights; None draws from torch's global generator.
+        channels: Number C of channels of the data.
+        latent: Number of channels of the latent.
+        dims: Number of axes of space: 2 for images, 1 for signals, 0 for vectors.
+        width: Number of channels of the first level.
+        multipliers: Number of channels of each level, in units of `width`; each further level halves the resolution.
+        blocks: Number of residual blocks of each level; for vectors, of plain layers.
+        std: Standard deviation s of the decoder; None learns one number, which starts at 1.
+        seed: Seed of the initial weights; None draws from torch's global generator.
 
     ``VAE(1, 4)`` has 1,658,954 parameters, ``VAE(32, 2, dims=0)`` has 63,013.
 
@@ -118,7 +118,7 @@ class VAE(nn.Module):
         check.integer("blocks", blocks, least=1)
         widths = [width * check.integer("multipliers", m, least=1) for m in multipliers]
         if not widths:
-            raise ValueError("`multipliers` must name at least one level, got none.")
+            raise ValueError("`multipliers` must have an entry for each level, at least one, got none.")
         self.dims = dims
         self.factor = 2 ** (len(widths) - 1) if dims else 1
         self.log_std = nn.Parameter(torch.zeros(())) if std is None else math.log(check.number("std", std, above=0))
@@ -137,7 +137,7 @@ class VAE(nn.Module):
         if channels != self.channels or len(space) != self.dims or any(n % self.factor for n in space):
             raise ValueError(
                 f"the data must have {self.channels} channels and {self.dims} axes of space, each a multiple of "
-                f"{self.factor}, got shape {tuple(shape)}; pad it, or take fewer `multipliers`."
+                f"{self.factor}, got shape {tuple(shape)}; pad the data, or use fewer `multipliers`."
             )
         return (rows, self.latent, *(n // self.factor for n in space))
 
@@ -153,7 +153,7 @@ class VAE(nn.Module):
         return out
 
     def forward(self, x: Tensor, eps: Tensor | Noise | None = None) -> Bound:
-        """The evidence lower bound: as a call, so that wrappers that train a module in parallel can wrap this one."""
+        """The evidence lower bound, as :meth:`elbo`: wrappers for parallel training need a call."""
         return self.elbo(x, eps)
 
     @property
@@ -166,11 +166,11 @@ class VAE(nn.Module):
         return Independent(self.decode(z), torch.as_tensor(2 * self.log_std, dtype=z.dtype, device=z.device))
 
     def elbo(self, x: Tensor, eps: Tensor | Noise | None = None) -> Bound:
-        """The evidence lower bound, with one latent for each sample; minus its mean over the batch is the loss.
+        """The evidence lower bound from one latent for each sample; the loss is minus its mean over the batch.
 
         Arguments:
             x: Data, (B, C, *space).
-            eps: Where the latents' noise comes from, as in :meth:`Independent.sample`.
+            eps: Noise of the latents, as in :meth:`Independent.sample`.
         """
         q = self.encode(x)
         reconstruction, kl = self.likelihood(q.sample(eps)).log_prob(x), q.kl()
@@ -179,11 +179,11 @@ class VAE(nn.Module):
     def importance_bound(self, x: Tensor, samples: int = 64, noise: Noise | None = None) -> Tensor:
         r"""A tighter bound, :math:`\log\tfrac1K\sum_k p(x, z_k) / q(z_k | x)`, in nats, (B,).
 
-        Its mean grows with K from the evidence lower bound at K = 1 to log p(x).
+        Its mean increases with K, from the evidence lower bound at K = 1 towards log p(x).
 
         Arguments:
             x: Data, (B, C, *space).
-            samples: K, evaluated one after the other.
+            samples: Number K of latents, evaluated one after the other.
             noise: Keyed noise of the latents; by default it comes from torch's global generator.
         """
         q = self.encode(x)
@@ -195,12 +195,12 @@ class VAE(nn.Module):
         return torch.stack(logs).logsumexp(0) - math.log(samples)
 
     def sample(self, shape: Sequence[int], *, seed: int | Noise | None = None, noisy: bool = False) -> Tensor:
-        """New data: the decoder's mean at latents from N(0, I).
+        """Generate data: the decoder's mean at latents from N(0, I).
 
         Arguments:
-            shape: Of the data, (B, C, *space).
-            seed: A seed, a :class:`Noise`, or None for a fresh one.
-            noisy: Add the decoder's own noise: exact samples of the model, where means are cleaner to look at.
+            shape: Shape of the data, (B, C, *space).
+            seed: Seed, a :class:`Noise`, or None for a fresh seed.
+            noisy: True to add the decoder's noise, for exact samples of the model; means look cleaner.
         """
         noise = seed if isinstance(seed, Noise) else Noise(seed)
         device = next(self.decoder.parameters()).device
@@ -209,7 +209,7 @@ class VAE(nn.Module):
 
 
 def _pyramid(dims: int, inputs: int, outputs: int, widths: list[int], blocks: int, *, down: bool) -> nn.Sequential:
-    """Residual blocks at each level, of these widths, and half or twice the resolution between two levels."""
+    """Residual blocks on levels of these widths; between two levels the resolution is halved or doubled."""
     parts: list[nn.Module] = [conv(dims, inputs, widths[0])]
     for level, width in enumerate(widths):
         before = widths[max(0, level - 1)]
@@ -220,7 +220,7 @@ def _pyramid(dims: int, inputs: int, outputs: int, widths: list[int], blocks: in
 
 
 def _layers(inputs: int, outputs: int, widths: list[int], blocks: int) -> nn.Sequential:
-    """A plain network for vectors: `blocks` layers of each width."""
+    """A fully connected network for vectors: `blocks` layers of each width."""
     parts: list[nn.Module] = []
     for width in widths:
         for _ in range(blocks):

@@ -1,1 +1,1 @@
-"""Rules that write plans: patterns of nodes, and the catalogue of published solvers by name."""
+"""Solvers: the classes that build plans, and the published solvers by name."""

@@ -1,12 +1,12 @@
-r"""Rules with fresh noise: down past the end of a leg, then up to it by the exact forward transition.
+r"""Solvers with fresh noise: each step solves past its end time, then returns to it by the exact forward transition.
 
-Both halves of such a leg keep the marginals, so the noise costs no accuracy, whatever its amount. With one evaluation
-the two halves are one row, and with h = λ_t − λ_s
+Both parts of such a step preserve the marginals, so any amount of noise leaves the accuracy unchanged. With one
+evaluation the two parts are one row; with h = λ_t − λ_s
 
 .. math:: x_t = \sigma_t\sqrt{\ell}\,\frac{x_s}{\sigma_s} + \alpha_t\left(1 - e^{-h}\sqrt{\ell}\right) d_s
-          + \eta\,\sigma_t\sqrt{1 - e^{-2h}}\,z, \qquad \ell = 1 - \eta^2\left(1 - e^{-2h}\right),
+          + \eta\,\sigma_t\sqrt{1 - e^{-2h}}\,z, \qquad \ell = 1 - \eta^2\left(1 - e^{-2h}\right).
 
-which is DDIM(η), and with η = 1 the posterior of DDPM.
+This is DDIM(η); with η = 1 it is the posterior of DDPM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from scoresde.tape import Tape
 
 
 def posterior_step(sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of x_s, of d_s and of the normal, as above; where ℓ is not positive the leg goes down to data."""
+    """Return the weights of x_s, d_s and z in the equation above; a negative ℓ is set to 0, a step down to data."""
     h = sde.lam(t) - sde.lam(s)
     fresh = eta**2 * -torch.expm1(-2 * h)
     log_left = torch.log1p(-fresh.clamp(max=1.0))
@@ -42,20 +42,20 @@ def posterior_step(sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor,
 
 @dataclass(frozen=True, repr=False)
 class Posterior(Solver):
-    r"""One evaluation and one normal a leg: DDIM(η), and DDPM with its choices of variance.
+    r"""DDIM(η), and DDPM with a choice of variance: one evaluation and one Gaussian increment per step.
 
-    The mean is that of the row above. ``"large"`` gives it the variance of the forward step, :math:`\sigma_s^2(1 -
-    e^{-2h})`, ``"optimal"`` adds the variance of x₀ that is left in the mean,
+    The mean is that of the equation above. ``"large"`` uses the variance of the forward step, :math:`\sigma_s^2(1 -
+    e^{-2h})`. ``"optimal"`` adds the mean variance of x₀ given x_s times the squared weight of d_s:
 
     .. math:: \alpha_t^2\left(1 - e^{-h}\sqrt\ell\right)^2 \frac{\sigma_s^2}{\alpha_s^2}
               \left(1 - \sigma_s^2\,\tfrac1D E|\nabla\log p_s|^2\right).
 
     Arguments:
         eta: Standard deviation of the noise in units of the posterior's: a number or a function of time.
-        variance: ``"small"`` (what belongs to η), ``"large"`` or ``"optimal"``.
-        score_square: For ``"optimal"``, E|∇log p|²/D as a function of time, or one number for each leg.
+        variance: Variance of the noise: ``"small"`` (given by η), ``"large"`` or ``"optimal"``.
+        score_square: E|∇log p|²/D for ``"optimal"``: a function of time, or one number per step.
         s_noise: Factor on the noise.
-        label: Name of the plans.
+        label: Name of the solver in its plans.
     """
 
     eta: Eta = 1.0
@@ -69,16 +69,15 @@ class Posterior(Solver):
         check.number("s_noise", self.s_noise, least=0)
         check.choice("variance", self.variance, ("small", "large", "optimal"))
         if self.variance == "large" and self.eta != 1:
-            raise ValueError("`variance`='large' is DDPM's, with `eta` = 1; give one of the two.")
+            raise ValueError(f"`variance`='large' requires `eta` = 1, got {said(self.eta)}; change one of the two.")
         if (self.variance == "optimal") != (self.score_square is not None):
-            raise ValueError("`variance`='optimal' and `score_square`, E|score|²/D by time, belong together.")
+            raise ValueError("`score_square`, E|score|²/D, must be given for `variance`='optimal', and only for it.")
 
     def __repr__(self) -> str:
-        return _named(self, "Posterior", eta=0.0 if self.label == "DDIM" else 1.0, variance="small", s_noise=1.0)
+        return _format(self, "Posterior", eta=0.0 if self.label == "DDIM" else 1.0, variance="small", s_noise=1.0)
 
     @property
     def declared_order(self) -> int:
-        """Order of convergence, and of the law."""
         return 1
 
     @property
@@ -91,7 +90,7 @@ class Posterior(Solver):
             new = tape.move(now, t, history[:1], evaluates=asks, node=node)
             return new, [new]
         keep, gain, std = on_leg(s, t, lambda a, b: self._weights(tape.sde, a, b, eta, node))
-        z = [(tape.draw(_stretch(tape, s, t, self.eta)), self.s_noise * std)]
+        z = [(tape.draw(_noise_span(tape, s, t, self.eta)), self.s_noise * std)]
         new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
         return new, [new]
 
@@ -102,22 +101,22 @@ class Posterior(Solver):
         if self.score_square is not None:
             given = self.score_square
             if not callable(given) and node > len(given):
-                raise ValueError(f"`score_square` must have a number for each leg, got {len(given)} for leg {node}.")
+                raise ValueError(f"`score_square` must have one number per step, got {len(given)} for step {node}.")
             square = given(s) if callable(given) else given[node - 1]
-            left = (sde.sigma(s) / sde.alpha(s)) ** 2 * (1 - sde.sigma(s) ** 2 * square)
-            std = (std**2 + gain**2 * left.clamp(min=0.0)).sqrt()
+            rest = (sde.sigma(s) / sde.alpha(s)) ** 2 * (1 - sde.sigma(s) ** 2 * square)
+            std = (std**2 + gain**2 * rest.clamp(min=0.0)).sqrt()
         return keep, gain, std
 
 
 @dataclass(frozen=True, repr=False)
 class Ancestral(Solver):
-    """Any rule with fresh noise: each leg solves past its end and adds noise up to it; see :func:`grids.ancestral`.
+    """Ancestral version of any solver: each step solves past its end and adds noise; see :func:`grids.ancestral`.
 
     Arguments:
-        rule: What solves.
-        eta: How much of the noise at the end of a leg is fresh: a number or a function of time.
+        rule: Solver of the downward part.
+        eta: Stochasticity, a number or a function of time: 0 for no fresh noise, 1 for as much as in DDPM.
         s_noise: Factor on the noise.
-        label: Name of the plans.
+        label: Name of the solver in its plans.
     """
 
     rule: Solver = Multistep(1)  # noqa: RUF009
@@ -130,30 +129,26 @@ class Ancestral(Solver):
         check.number("s_noise", self.s_noise, least=0)
 
     def __repr__(self) -> str:
-        return _named(self, "Ancestral", eta=1.0, s_noise=1.0)
+        return _format(self, "Ancestral", eta=1.0, s_noise=1.0)
 
     @property
     def declared_order(self) -> int:
-        """Order of the rule."""
         return self.rule.declared_order
 
     @property
     def weak_order(self) -> int:
-        """Order of the rule, unless it remembers evaluations from before the noise."""
-        return min(self.declared_order, 1) if _remembers(self.rule) else self.declared_order
+        """Order of the solver; at most 1 if the solver uses evaluations from before the noise."""
+        return min(self.declared_order, 1) if _uses_history(self.rule) else self.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """As many legs as the rule makes of it."""
         rule, legs = self.rule.for_nfe(nfe, clean=clean)
         return replace(self, rule=rule), legs
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table for a grid, see :meth:`Solver.plan`; without noise the rule's own."""
         if self.eta == 0:
             return replace(self.rule.plan(sde, times, up=up), name=self.name)
         return super().plan(sde, times, up=up)
@@ -167,34 +162,34 @@ class Ancestral(Solver):
         if ends_clean(sde, t) or (not isinstance(eta, Tensor) and eta == 0):
             return self.rule._leg(tape, now, history, t, asks, node)
 
-        def turn(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        def lowest_time(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
             fresh = eta**2 * -torch.expm1(2 * (sde.lam(a) - sde.lam(b)))
             down = sde.lam(b) - torch.log1p(-fresh.clamp(max=1.0)) / 2
             return (torch.minimum(grids._times_of_lam(sde, down), b),)
 
-        (down,) = on_leg(tape.time(now), t, turn)
+        (down,) = on_leg(tape.time(now), t, lowest_time)
         below, history = self.rule._leg(tape, now, history, down, False, node)
-        span = _stretch(tape, tape.time(now), t, self.eta)
+        span = _noise_span(tape, tape.time(now), t, self.eta)
         new = tape.diffuse(below, t, evaluates=asks, node=node, factor=self.s_noise, span=span)
         return new, self.rule._after_noise(tape, new, history) if asks else history
 
 
 @dataclass(frozen=True, repr=False)
 class Churn(Solver):
-    r"""Any rule with churn: each state but the first gets fresh noise, raising ρ = σ/α by 1 + γ, before it is asked.
+    r"""Any solver with churn: noise multiplies ρ = σ/α of each state but the first by 1 + γ before its evaluation.
 
     .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \varrho \le s_{tmax}
 
-    Nodes are the raised times. Nothing is raised above T.
+    The nodes of the plan are the raised times, which are at most T.
 
     Arguments:
-        rule: What solves.
-        s_churn: Amount of fresh noise over the whole grid of N legs.
-        s_tmin: Lowest ρ at which it is added.
-        s_tmax: Highest ρ at which it is added.
-        s_noise: Factor on it.
-        legs: N, by default that of the grid.
-        label: Name of the plans.
+        rule: Solver of the steps.
+        s_churn: Amount of fresh noise over the whole grid of N steps.
+        s_tmin: Lowest ρ at which noise is added.
+        s_tmax: Highest ρ at which noise is added.
+        s_noise: Factor on the noise.
+        legs: Number of steps N, by default that of the grid.
+        label: Name of the solver in its plans.
     """
 
     rule: Solver
@@ -212,30 +207,26 @@ class Churn(Solver):
             raise ValueError(f"`s_tmax` must be at least `s_tmin` = {self.s_tmin:g}, got {self.s_tmax}.")
 
     def __repr__(self) -> str:
-        return _named(self, "Churn", s_churn=None, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
+        return _format(self, "Churn", s_churn=None, s_tmin=0.0, s_tmax=math.inf, s_noise=1.0)
 
     @property
     def declared_order(self) -> int:
-        """Order of the rule."""
         return self.rule.declared_order
 
     @property
     def weak_order(self) -> int:
-        """Order of the rule, unless it remembers evaluations from before the noise."""
-        return min(self.declared_order, 1) if _remembers(self.rule) and self.s_churn else self.declared_order
+        """Order of the solver; at most 1 if the solver uses evaluations from before the noise."""
+        return min(self.declared_order, 1) if _uses_history(self.rule) and self.s_churn else self.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """As many legs as the rule makes of it."""
         rule, legs = self.rule.for_nfe(nfe, clean=clean)
         return replace(self, rule=rule), legs
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table for a grid, see :meth:`Solver.plan`; without noise the rule's own."""
         if self.s_churn == 0:
             return replace(self.rule.plan(sde, times, up=up), name=self.name)
         legs = len(times) - 1 if self.legs is None else self.legs
@@ -245,12 +236,12 @@ class Churn(Solver):
         sde, legs = tape.sde, self.legs or 1
         gamma = min(self.s_churn / legs, math.sqrt(2) - 1)
 
-        def turn(_: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        def raised_time(_: Tensor, b: Tensor) -> tuple[Tensor, ...]:
             lam = sde.lam(b)
             inside = ((-lam).exp() >= self.s_tmin) & ((-lam).exp() <= self.s_tmax)
             return (torch.where(inside, torch.maximum(grids._times_of_lam(sde, lam - math.log1p(gamma)), b), b),)
 
-        (raised,) = on_leg(tape.time(now), t, turn) if asks and gamma > 0 else (t,)
+        (raised,) = on_leg(tape.time(now), t, raised_time) if asks and gamma > 0 else (t,)
         if raised is t or (not isinstance(t, Tensor) and raised == t):
             return self.rule._leg(tape, now, history, t, asks, node)
         below, history = self.rule._leg(tape, now, history, t, False, node)
@@ -260,13 +251,13 @@ class Churn(Solver):
 
 @dataclass(frozen=True, repr=False)
 class Restart(Solver):
-    """Any rule that goes back: from time `low` fresh noise up to `high` and down again; see :func:`grids.restart`.
+    """Any solver with restarts: noise from time `low` up to `high`, then down again; see :func:`grids.restart`.
 
     Arguments:
-        rule: What solves.
-        low: Time to go back from.
-        high: Time to go back to.
-        repeats: How often.
+        rule: Solver of the downward steps.
+        low: Time at which noise is added.
+        high: Time to which the noise leads.
+        repeats: Number of restarts.
 
     References:
         | Restart Sampling for Improving Generative Processes (Xu et al., 2023), arXiv:2306.14878, algorithm 1
@@ -282,34 +273,32 @@ class Restart(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of the rule."""
         return self.rule.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.rule.stages
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """Refused: how many legs are repeated depends on the grid."""
-        raise ValueError(f"`nfe` = {nfe} cannot be turned into legs for {self!r}, which repeats some; give `steps`.")
+        """Raise an error: the number of repeated steps depends on the grid."""
+        raise ValueError(f"`nfe` = {nfe} cannot be used with {self!r}, which repeats steps of its grid; give `steps`.")
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table for a grid that goes down; the legs between `high` and `low` are repeated."""
+        """Build the plan for a decreasing grid; the steps between `high` and `low` are repeated."""
         plan = self.rule.plan(sde, grids.restart(sde, times, self.low, self.high, self.repeats), up=up)
         return replace(plan, name=self.name)
 
 
 @dataclass(frozen=True, repr=False)
 class Consistency(Solver):
-    """Each leg jumps to data and adds noise up to its end: x_t = α_t d_s + σ_t z."""
+    """Multistep consistency sampling: each step predicts the data and adds noise, x_t = α_t d_s + σ_t z."""
 
     def __repr__(self) -> str:
         return "ConsistencySampling()"
 
     @property
     def declared_order(self) -> int:
-        """None: it is exact for a model that maps states to the ends of their trajectories, and with D never is."""
+        """0, because the solver has no order with a denoiser; it is exact with a consistency model."""
         return 0
 
     @property
@@ -325,14 +314,14 @@ class Consistency(Solver):
 
 @dataclass(frozen=True, repr=False)
 class TwoStage(Solver):
-    """DPM-Solver++ SDE: a stage inside the leg and the leg itself, both with fresh noise, read off one Brownian path.
+    """DPM-Solver++ SDE: the stage and the end of each step get fresh noise from one Brownian path.
 
     Arguments:
-        eta: As in :class:`Posterior`.
-        r: Where the stage is, a fraction of the leg in λ.
+        eta: Stochasticity, as in :class:`Posterior`.
+        r: Fraction of the step in λ at which the stage is.
         s_noise: Factor on the noise.
-        one_path: Whether both normals are read off one Brownian path in ρ = σ/α, as published; independent ones are of
-            weak order 1.
+        one_path: Whether both Gaussian increments are from one Brownian path in ρ = σ/α, as published; with
+            independent ones the weak order is 1.
     """
 
     eta: Eta = 1.0
@@ -346,21 +335,19 @@ class TwoStage(Solver):
         check.number("s_noise", self.s_noise, least=0)
 
     def __repr__(self) -> str:
-        return _named(self, "DPMPPSDE", eta=1.0, r=0.5, s_noise=1.0, one_path=True)
+        return _format(self, "DPMPPSDE", eta=1.0, r=0.5, s_noise=1.0, one_path=True)
 
     @property
     def declared_order(self) -> int:
-        """Order of its mean."""
         return 2
 
     @property
     def weak_order(self) -> int:
-        """2, and 1 with independent normals."""
+        """2 with one path or no noise; 1 with independent increments."""
         return 2 if self.one_path or self.eta == 0 else 1
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 2
 
     @property
@@ -386,27 +373,27 @@ class TwoStage(Solver):
         return new, [new]
 
 
-def _stretch(tape: Tape, s: Weight, t: Weight, eta: Eta) -> Span:
-    """What the noise of a leg is the increment of: as in the reverse SDE with this η, and exactly so with η = 1."""
+def _noise_span(tape: Tape, s: Weight, t: Weight, eta: Eta) -> Span:
+    """Span of a step's noise on the Brownian path: that of the reverse SDE with this η; exact for η = 1."""
     return tape.along(s, t, 1.0 if callable(eta) else eta**2)
 
 
 def _share(sde: SDE, s: Tensor, t: Tensor, r: float) -> Tensor:
-    """Part of a leg's length in ρ that lies before its stage: (ρ_s − ρ_m)/(ρ_s − ρ_t)."""
+    """Fraction of a step in ρ that lies before its stage: (ρ_s − ρ_m)/(ρ_s − ρ_t)."""
     h = sde.lam(t) - sde.lam(s)
     return torch.expm1(-r * h) / torch.expm1(-h)
 
 
-def _remembers(rule: Solver) -> bool:
-    """Whether a rule owes its order to evaluations of earlier legs."""
-    return isinstance(rule, Multistep) or rule.stages == 1
+def _uses_history(solver: Solver) -> bool:
+    """Whether the order of a solver may depend on evaluations from earlier steps."""
+    return isinstance(solver, Multistep) or solver.stages == 1
 
 
-def _named(rule: Any, name: str, **defaults: Any) -> str:
-    """The rule as one writes it, with the arguments that are not the default."""
-    values = {key: getattr(rule, key) for key in defaults}
+def _format(solver: Any, name: str, **defaults: Any) -> str:
+    """Format a solver as a call, with the arguments that differ from their defaults."""
+    values = {key: getattr(solver, key) for key in defaults}
     changed = [(key, v) for key, v in values.items() if callable(v) or v != defaults[key]]
-    label = getattr(rule, "label", "")
-    parts = [] if label or not hasattr(rule, "rule") else [repr(rule.rule)]
+    label = getattr(solver, "label", "")
+    parts = [] if label or not hasattr(solver, "rule") else [repr(solver.rule)]
     parts += [f"{key}={said(v)}" for key, v in changed]
     return f"{label or name}({', '.join(parts)})"

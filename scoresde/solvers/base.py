@@ -1,4 +1,4 @@
-"""What a rule is: something frozen that writes a plan for a process and a grid. It never sees a network."""
+"""The base class of the solvers: a frozen object that builds a plan from a process and a grid, without a network."""
 
 from __future__ import annotations
 
@@ -16,125 +16,125 @@ from scoresde.sde import SDE
 from scoresde.tape import Tape
 
 Eta = float | Callable[[Any], Any]
-"""Stochasticity: a number, or a function of time, which takes a number (or a tensor, where times are tensors)."""
+"""Stochasticity η: a number, or a function of time. The time is a number, or a tensor if the grid is one."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A frozen rule. A subclass lays one leg in ``_leg``; grids, up legs and the end are handled here."""
+    """Base class of the solvers. A subclass defines one step in ``_leg``; `plan` handles the grid."""
 
     @property
     def name(self) -> str:
-        """What the plans it writes are called."""
+        """Name of the plans that the solver builds."""
         return repr(self)
 
     @property
     def declared_order(self) -> int:
-        """The order of convergence it claims, which the tests measure."""
+        """Order of convergence, which the tests measure."""
         raise NotImplementedError(f"{type(self).__name__} must define the property `declared_order`, an integer.")
 
     @property
     def weak_order(self) -> int:
-        """The order it claims for the law of its result; without noise that of convergence."""
+        """Order of convergence in distribution; without noise it equals `declared_order`."""
         return self.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
+        """Number of function evaluations per step; a step into σ = 0 needs only one."""
         return 1
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """A rule and a number of legs that spend a budget of evaluations, or as much of it as whole legs can.
+        """Return a solver and the largest number of steps (at least 1) that `nfe` evaluations allow.
 
         Arguments:
-            nfe: The budget.
+            nfe: Number of function evaluations, at least 1.
             clean: Whether the grid ends at σ = 0.
         """
         check.integer("nfe", nfe, least=1)
         return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table for a grid.
+        """Build the plan for a grid.
 
         Arguments:
-            sde: The process.
-            times: From noise to data; a float64 tensor (N + 1,), which may require grad, or (N + 1, B) for one grid a
-                sample. Legs that go up in time add fresh noise, exactly.
-            up: ``"diffuse"``, or ``"solve"`` to solve legs that go up like those that go down: encoding.
+            sde: Process.
+            times: Grid from noise to data: a float64 tensor (N + 1,), which may require grad, or (N + 1, B) for one
+                grid per sample.
+            up: Steps that go up in time: ``"diffuse"`` adds exact forward noise, ``"solve"`` is the solver (inversion).
         """
-        grid, legs = _legs(sde, times, check.choice("up", up, ("diffuse", "solve")))
+        grid, legs = _check_times(sde, times, check.choice("up", up, ("diffuse", "solve")))
         tape = Tape(sde, grid[0], evaluates=legs[0])
         history: list[int] = [0]
         now = 0
-        ready = self._side_by_side(sde, grid, legs) if self._forgets and not isinstance(grid[0], Tensor) else {}
+        computed = self._batched_steps(sde, grid, legs) if self._forgets and not isinstance(grid[0], Tensor) else {}
         for i, t in enumerate(grid[1:]):
             last = i == len(legs) - 1
-            asks = not last and legs[i + 1]
-            if i in ready:
-                now = tape.paste(now, *ready[i], evaluates=asks, node=i + 1)
+            evaluates = not last and legs[i + 1]
+            if i in computed:
+                now = tape.paste(now, *computed[i], evaluates=evaluates, node=i + 1)
                 history = [now]
             elif legs[i]:
-                laid = self._leg(tape, now, history, t, asks, i + 1)
-                if not (isinstance(laid, tuple) and len(laid) == 2):
-                    raise TypeError(f"`_leg` of {type(self).__name__} must return (row, history), got {laid!r}.")
-                now, history = laid
+                result = self._leg(tape, now, history, t, evaluates, i + 1)
+                if not (isinstance(result, tuple) and len(result) == 2):
+                    raise TypeError(f"`_leg` of {type(self).__name__} must return (row, history), got {result!r}.")
+                now, history = result
             else:
-                now = tape.diffuse(now, t, evaluates=not last and legs[i + 1], node=i + 1)
+                now = tape.diffuse(now, t, evaluates=evaluates, node=i + 1)
                 history = self._after_noise(tape, now, history)
         return tape.plan(self.name, self.declared_order)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        """Lay one solved leg from row `now` to time t.
+        """Add the rows of one step from row `now` to time t.
 
         Arguments:
-            tape: Where to.
-            now: Row of the state the leg starts from.
+            tape: Tape that receives the rows.
+            now: Row of the state at the start of the step.
             history: Evaluated rows, newest first; the first is at the time of `now`.
-            t: Where the leg ends.
-            asks: Whether the network is to be asked at the new node.
-            node: Number of the new node.
+            t: Time at the end of the step.
+            asks: Whether the network is evaluated at the new state.
+            node: Index in the grid of the time `t`.
 
         Returns:
-            The new state's row and the new history.
+            The row of the new state, and the new history.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must define `_leg(tape, now, history, t, asks, node)`, which lays one leg and "
-            f"returns its last row and the history; the page on a solver of your own has one."
+            f"{type(self).__name__} must define `_leg(tape, now, history, t, asks, node)`, which adds the rows of "
+            f"one step and returns (row, history); docs/howto/own-solver.md has an example."
         )
 
     @property
     def _forgets(self) -> bool:
-        """Whether each leg is laid by itself, and in one way, so that all can be laid at once."""
+        """Whether every step has the same form and needs no history, so that all steps can be computed in one batch."""
         return False
 
-    def _side_by_side(
+    def _batched_steps(
         self, sde: SDE, grid: list[Any], legs: list[bool]
     ) -> dict[int, tuple[list[Row], list[Span | None]]]:
-        """The rows, and spans of their draws, of legs between finite λ: one is laid, as if each were a sample."""
+        """Rows and noise spans of all steps between finite λ, computed as one step with a batch of times."""
         t = torch.tensor(grid, dtype=torch.float64)
         finite = sde.lam(t).isfinite().tolist()
-        which = [i for i, solved in enumerate(legs) if solved and finite[i] and finite[i + 1]]
-        if len(which) < 2:
+        indices = [i for i, solved in enumerate(legs) if solved and finite[i] and finite[i + 1]]
+        if len(indices) < 2:
             return {}
-        tape = Tape(sde, t[which])
-        self._leg(tape, 0, [0], t[[i + 1 for i in which]], True, 1)
-        columns = zip(*(_columns(row, len(which)) for row in tape.rows()[1:]), strict=True)
+        tape = Tape(sde, t[indices])
+        self._leg(tape, 0, [0], t[[i + 1 for i in indices]], True, 1)
+        columns = zip(*(_unbatch(row, len(indices)) for row in tape.rows()[1:]), strict=True)
         spans = tape.spans() or (None,) * tape.draws
         return {
-            i: (list(rows), [_at(span, k) for span in spans])
-            for k, (i, rows) in enumerate(zip(which, columns, strict=True))
+            i: (list(rows), [_span_of(span, k) for span in spans])
+            for k, (i, rows) in enumerate(zip(indices, columns, strict=True))
         }
 
     def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
-        """What is remembered across fresh noise: nothing, unless a rule knows better."""
+        """Return the history after fresh noise is added: by default the new row alone."""
         return [now]
 
 
-def _legs(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
-    """The times, as numbers or tensors, and whether each leg is solved."""
+def _check_times(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
+    """Return the times, as numbers or tensors, and for each step whether the solver applies."""
     grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
     if grid.dtype != torch.float64:
-        raise TypeError(f"`times` must be a float64 grid, got {str(grid.dtype)[6:]}; the grid makers give one.")
+        raise TypeError(f"`times` must have dtype float64, got {str(grid.dtype)[6:]}; use `times.double()`.")
     if grid.ndim not in (1, 2) or len(grid) < 2:
         raise ValueError(f"`times` must have shape (N + 1,) or (N + 1, B) with N >= 1, got {tuple(grid.shape)}.")
     plain = grid.detach()
@@ -146,20 +146,20 @@ def _legs(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
     down, rising = (step < 0).all(1), (step > 0).all(1)
     if not bool((down | rising).all()):
         i = int((~(down | rising)).nonzero()[0, 0]) + 1
-        raise ValueError(f"`times` repeats a time at index {i} (t = {plain[i].tolist()}); drop one of the two.")
+        raise ValueError(f"`times` repeats a time at index {i} (t = {plain[i].tolist()}); remove one of the two.")
     solved = [True] * (len(grid) - 1) if up == "solve" else down.tolist()
     if not solved[0] or not solved[-1]:
         raise ValueError(
-            "`times` must start and end with a leg towards data; give times.flip(0) if your grid runs from data to "
-            "noise, or use `encode`."
+            "`times` must decrease in its first and last steps. Use `times.flip(0)` if the grid goes from data to "
+            "noise; use `encode` for inversion."
         )
     if grid.ndim == 2 or grid.requires_grad:
         return list(grid), solved
     return grid.tolist(), solved
 
 
-def _columns(row: Row, n: int) -> list[Row]:
-    """A row with a weight a sample as a row for each."""
+def _unbatch(row: Row, n: int) -> list[Row]:
+    """Split a row with n weights per term into n rows."""
 
     def numbers(w: Weight) -> list[float]:
         return w.tolist() if isinstance(w, Tensor) and w.ndim else [float(w)] * n
@@ -179,25 +179,25 @@ def _columns(row: Row, n: int) -> list[Row]:
     ]
 
 
-def _at(span: Span | None, i: int) -> Span | None:
-    """The span of one leg of many."""
+def _span_of(span: Span | None, i: int) -> Span | None:
+    """The noise span of step i of a batch."""
     return span and replace(span, start=float(span.start[i]), end=float(span.end[i]))
 
 
 def check_eta(name: str, eta: Eta) -> Eta:
-    """Refuse what is neither a function nor a number of at least 0."""
+    """Return `eta` if it is a function or a number of at least 0, else raise an error."""
     return eta if callable(eta) else check.number(name, eta, least=0)
 
 
 def said(value: Any) -> str:
-    """A number, a function's name, or anything else, as a rule's name shows it."""
+    """Format a number, a function or any other value for the name of a solver."""
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
     return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
-    """Stochasticity of a leg that ends at t. Any value keeps the marginals, so within a leg it may be constant."""
+    """Evaluate η for a step that ends at t. η is constant within a step, since any value preserves the marginals."""
     value = eta(t) if callable(eta) else eta
     if isinstance(value, Tensor) and (isinstance(t, Tensor) or value.requires_grad):
         return value
@@ -205,7 +205,7 @@ def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
 
 
 def on_leg(s: Weight, t: Weight, formula: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Weights of a row by hand: numbers if both times are numbers, else tensors."""
+    """Evaluate `formula` at two times; return numbers if both times are numbers, and tensors otherwise."""
     a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
     values = formula(a, b)
     if isinstance(s, Tensor) or isinstance(t, Tensor) or any(v.requires_grad for v in values):
@@ -214,17 +214,17 @@ def on_leg(s: Weight, t: Weight, formula: Callable[[Tensor, Tensor], tuple[Tenso
 
 
 def ends_clean(sde: SDE, t: Weight) -> bool:
-    """Whether σ(t) = 0, for any sample."""
+    """Whether σ(t) = 0 for at least one sample."""
     return bool((sde.sigma(t.detach()) == 0).any()) if isinstance(t, Tensor) else sde.sigma(t) == 0
 
 
 def starts_silent(sde: SDE, s: Weight) -> bool:
-    """Whether α(s) = 0, for any sample."""
+    """Whether α(s) = 0 for at least one sample."""
     return bool((sde.alpha(s.detach()) == 0).any()) if isinstance(s, Tensor) else sde.alpha(s) == 0
 
 
 def between(sde: SDE, s: Weight, t: Weight, r: float) -> Weight:
-    """The time at a fraction r of the way from s to t in λ."""
+    """Time at the fraction r between s and t, measured in λ."""
     if isinstance(s, Tensor) or isinstance(t, Tensor):
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         lam = sde.lam(a) + r * (sde.lam(b) - sde.lam(a))

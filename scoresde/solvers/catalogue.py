@@ -1,4 +1,4 @@
-"""Published solvers by name. Each is one function that says which pattern of nodes the paper's equations are."""
+"""Published solvers by name. Each function configures the solver class for the equations of one paper."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _order(order: int, *allowed: int) -> int:
 
 
 def DDIM(eta: Eta = 0.0) -> Solver:
-    r"""DDIM: exact for data concentrated in one point. Without noise it is DPM-Solver-1, with η = 1 DDPM's sampler.
+    r"""DDIM, exact for data concentrated in one point; η = 0 is DPM-Solver-1, and η = 1 is DDPM's sampler.
 
     .. math:: x_t = \alpha_t d_s + \sqrt{\sigma_t^2 - c^2}\,\varepsilon_s + c z, \qquad
               c = \eta\,\sigma_t\sqrt{1 - \frac{\alpha_s^2\sigma_t^2}{\alpha_t^2\sigma_s^2}}
@@ -42,7 +42,7 @@ def DDIM(eta: Eta = 0.0) -> Solver:
     Order 1, weak order 1.
 
     Arguments:
-        eta: The noise, whose variance goes as η²: a number, or a function of the time where a leg ends.
+        eta: Stochasticity η: a number, or a function of the time at the end of a step. The noise has variance c² ∝ η².
 
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eqs. 12 and 16
@@ -51,17 +51,17 @@ def DDIM(eta: Eta = 0.0) -> Solver:
 
 
 def Euler(clock: str = "t") -> Solver:
-    """Euler steps on the probability flow dx/dt, or dx/dλ with ``clock="lam"``. DDIM is as cheap and more accurate."""
+    """Euler's method on the probability flow dx/dt or dx/dλ. DDIM is more accurate at the same cost."""
     return RungeKutta(EULER, None, clock, "Euler")
 
 
 def Heun(clock: str = "t") -> Solver:
-    """Heun steps on the probability flow dx/dt or dx/dλ; :func:`EDMHeun` is the one in σ/α."""
+    """Heun's method on the probability flow dx/dt or dx/dλ; :func:`EDMHeun` is Heun's method in σ/α."""
     return RungeKutta(HEUN, None, clock, "Heun")
 
 
 def Midpoint(clock: str = "t") -> Solver:
-    """Midpoint steps on the probability flow dx/dt or dx/dλ."""
+    """The midpoint method on the probability flow dx/dt or dx/dλ."""
     return RungeKutta(MIDPOINT, None, clock, "Midpoint")
 
 
@@ -74,7 +74,7 @@ def EDMHeun(alpha: float = 1.0) -> Solver:
     r"""EDM's deterministic sampler: Heun on :math:`d(x/\alpha)/d(\sigma/\alpha) = \varepsilon`, Euler into σ = 0.
 
     Arguments:
-        alpha: Where the second stage is: 1 is Heun, ½ the midpoint, ⅔ Ralston.
+        alpha: Fraction of the step at the second stage: 1 is Heun, ½ the midpoint method, ⅔ Ralston.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
@@ -84,20 +84,20 @@ def EDMHeun(alpha: float = 1.0) -> Solver:
 
 
 def DPM2() -> Solver:
-    """Midpoint in log σ of the noise: one stage at the geometric mean of the leg's σ/α, whose noise is used alone.
+    """DPM-2: the noise prediction at the geometric mean of the step's two σ/α gives the whole step.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
-          as k-diffusion has it
+          in the form of k-diffusion
     """
     return SingleStep(2, NOISE, reads=(1,), label="DPM2")
 
 
 def DEISRungeKutta(tableau: Tableau = HEUN) -> Solver:
-    """ρRK-DEIS: a Butcher tableau on the noise in ρ = σ/α.
+    """ρRK-DEIS: a Runge–Kutta method on the noise prediction in ρ = σ/α.
 
     Arguments:
-        tableau: Any explicit tableau.
+        tableau: Explicit Butcher tableau.
 
     References:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902
@@ -114,30 +114,30 @@ def _lambda_solver(
         return Mixed((), prediction, label)
     if kind == "single":
         _order(order, 1, 2, 3)
-        two = None if form == "exact" else _FORMS["mid"]
+        moments = _FORMS["mid"] if order == 2 and form != "exact" else None
         reads = (0, 1, 2) if order == 3 and form == "exact" else ()
-        return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=two if order == 2 else None, label=label)
+        return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments, label=label)
     if r:
-        raise ValueError("`r` places the stages of single steps; with kind='multi' there are none.")
+        raise ValueError(f"`r` must be empty for `kind`='multi', got {tuple(r)}; remove it, or use `kind`='single'.")
     if form == "published" and order == 3:
         return PublishedThree(3, prediction, moments=_FORMS["mid"], start=start, label=f"{label}[published]")
-    two = None if form == "exact" or (form == "published" and order > 3) else _FORMS["mid"]
-    return Multistep(order, prediction, moments=two, start=start, label=label)
+    moments = None if form == "exact" or (form == "published" and order > 3) else _FORMS["mid"]
+    return Multistep(order, prediction, moments=moments, start=start, label=label)
 
 
 def DPMSolver(
     order: int = 3, kind: str = "single", form: str = "mid", r: Sequence[float] = (), start: str = "ramp"
 ) -> Solver:
-    r"""DPM-Solver: exponential integrators in λ that interpolate the noise.
+    r"""DPM-Solver: exponential integrators in λ that interpolate the noise prediction.
 
     Arguments:
-        order: 1, 2 or 3; multistep any.
-        kind: ``"single"`` with stages inside each leg, ``"multi"`` through earlier legs, ``"fast"`` the published
-            mixture of single steps of orders 3, 2 and 1 that spends a budget exactly.
-        form: Of two-node rows: ``"mid"`` as published (∫K · h/2), or ``"exact"``. ``"published"`` differs in multistep
-            3 alone: it carries half of the second-derivative term, as the public code does, and is of order 2.
-        r: Fractions of the stages of single steps, by default ½, or ⅓ and ⅔.
-        start: Of multistep: ``"ramp"``, or ``"self"`` to start at full order.
+        order: Order of the method: 1, 2 or 3, and any order for ``kind="multi"``.
+        kind: Type of steps: ``"single"`` (stages inside each step), ``"multi"`` (history of earlier steps) or
+            ``"fast"`` (the published mixture of single steps of orders 3, 2 and 1 for a given `nfe`).
+        form: Weights of rows with two nodes: ``"mid"`` as published (∫K · h/2), or ``"exact"``. ``"published"`` only
+            differs for multistep order 3: it halves the second-derivative term, as in public code, and has order 2.
+        r: Fractions of the stages if ``kind="single"``, by default ½, or ⅓ and ⅔.
+        start: First steps of multistep solvers: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | DPM-Solver (Lu et al., 2022), arXiv:2206.00927, algorithms 1 and 2, eq. B.4
@@ -154,11 +154,11 @@ def DPMSolverPP(
               - \frac{\alpha_t(e^{-h}-1)}{2}\,\frac{d_s - d_r}{r} \qquad\text{(2M)}
 
     Arguments:
-        order: 1, 2 or 3; multistep any.
-        kind: ``"multi"``, ``"single"`` or ``"fast"``, see :func:`DPMSolver`.
-        form: ``"mid"`` as published, ``"exact"``, or ``"published"``, see :func:`DPMSolver`.
-        r: Fractions of the stages of single steps, by default ½, or ⅓ and ⅔.
-        start: Of multistep: ``"ramp"``, or ``"self"`` to start at full order.
+        order: Order of the method: 1, 2 or 3, and any order for ``kind="multi"``.
+        kind: Type of steps: ``"multi"``, ``"single"`` or ``"fast"``, see :func:`DPMSolver`.
+        form: Weights: ``"mid"`` as published, ``"exact"``, or ``"published"``, see :func:`DPMSolver`.
+        r: Fractions of the stages if ``kind="single"``, by default ½, or ⅓ and ⅔.
+        start: First steps of multistep solvers: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, algorithms 1 and 2
@@ -169,49 +169,49 @@ def DPMSolverPP(
 def UniPC(
     order: int = 3, variant: str = "bh2", prediction: Prediction = DATA, corrector: bool = True, start: str = "ramp"
 ) -> Solver:
-    r"""UniPC: predict with `order` nodes, correct with one more; the corrected state is not asked again.
+    r"""UniPC: a predictor with `order` nodes and a corrector with one more, without evaluation at the corrected state.
 
-    Two-node rows use :math:`B(h) = e^h - 1` (``"bh2"``, ∫K · h/2) or :math:`B(h) = h` (``"bh1"``, K(λ_t) h²/2); rows
-    with more nodes are exact whatever B is, so ``"exact"`` (which is also ``vary_coeff`` with all of its rows) differs
-    there alone.
+    Rows with two nodes use :math:`B(h) = e^h - 1` (``"bh2"``, ∫K · h/2) or :math:`B(h) = h` (``"bh1"``, K(λ_t) h²/2).
+    Rows with more nodes are exact for any B. Therefore ``"exact"``, which equals ``vary_coeff`` with all of its rows,
+    differs only in the rows with two nodes.
 
     Arguments:
-        order: Nodes of the predictor; the corrected method has one order more.
-        variant: ``"bh2"``, ``"bh1"`` or ``"exact"``.
-        prediction: ``DATA`` or ``NOISE``.
-        corrector: Whether to correct.
-        start: ``"ramp"``, or ``"self"`` to start at full order.
+        order: Number of nodes of the predictor; the corrector raises the order by one.
+        variant: Weights of rows with two nodes: ``"bh2"``, ``"bh1"`` or ``"exact"``.
+        prediction: Prediction to interpolate: ``DATA`` or ``NOISE``.
+        corrector: Whether to apply the corrector.
+        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | UniPC (Zhao et al., 2023), arXiv:2302.04867, algorithms 1 and 2
     """
     check.choice("variant", variant, ("bh2", "bh1", "exact"))
     moments = _FORMS[{"bh2": "mid", "bh1": "end", "exact": "exact"}[variant]]
-    more = check.integer("order", order, least=1) + 1 if corrector else 0
-    return Multistep(order, prediction, corrector=more, moments=moments, start=start, label="UniPC")
+    corrector_nodes = check.integer("order", order, least=1) + 1 if corrector else 0
+    return Multistep(order, prediction, corrector=corrector_nodes, moments=moments, start=start, label="UniPC")
 
 
 def with_corrector(solver: Solver, order: int | None = None, *, reevaluate: bool = False) -> Solver:
-    """A multistep rule with a corrector on top: UniC for any predictor.
+    """Add a corrector (UniC) to a multistep solver.
 
     Arguments:
-        solver: A multistep rule.
-        order: Nodes of the corrector, by default one more than the predictor's.
-        reevaluate: Ask the network again at the corrected state.
+        solver: Multistep solver.
+        order: Number of nodes of the corrector, by default one more than the predictor's.
+        reevaluate: Whether to evaluate the network again at the corrected state.
     """
     if not isinstance(solver, Multistep):
-        raise TypeError(f"`solver` must be a multistep rule, got {solver!r}.")
+        raise TypeError(f"`solver` must be a multistep solver, got {solver!r}.")
     nodes = solver.order + 1 if order is None else check.integer("order", order, least=1)
     return replace(solver, corrector=nodes, reevaluate=reevaluate)
 
 
 def DEIS(order: int = 3, variable: str = "t", start: str = "ramp") -> Solver:
-    r"""DEIS: Adams–Bashforth on the noise, with polynomials in t (tAB), ρ = σ/α (ρAB) or λ (λAB).
+    r"""DEIS: Adams–Bashforth on the noise prediction, with polynomials in t (tAB), ρ = σ/α (ρAB) or λ (λAB).
 
     Arguments:
-        order: Nodes, one more than the polynomial's degree.
-        variable: ``"t"``, ``"rho"`` or ``"lam"``.
-        start: ``"ramp"``, or ``"self"`` to start at full order.
+        order: Number of nodes, one more than the degree of the polynomial.
+        variable: Variable of the interpolating polynomial: ``"t"``, ``"rho"`` or ``"lam"``.
+        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902
@@ -221,21 +221,21 @@ def DEIS(order: int = 3, variable: str = "t", start: str = "ramp") -> Solver:
 
 
 def LMS(order: int = 4) -> Solver:
-    """Linear multistep in σ/α, as k-diffusion has it: ρAB-DEIS under its older name, with exact integrals."""
+    """The linear multistep method of k-diffusion in σ/α: ρAB-DEIS, with exact integrals."""
     return Multistep(order, NOISE, RHO, label="LMS")
 
 
 def RES(order: int = 3, c2: float = 0.5, c3: float = 1.0) -> Solver:
-    r"""Refined exponential solver: single steps that meet the stiff order conditions.
+    r"""RES, the refined exponential solver: single steps that satisfy the stiff order conditions.
 
-    Order 2 is the exact form of DPM-Solver++ 2S with its stage at c2. Order 3 has
-    :math:`\gamma = c_3(3c_3-2)/(c_2(2-3c_2))`; some public code has c₃³ for c₃² in it, which is of order 2 unless c₃ =
-    1.
+    Order 2 is the exact form of DPM-Solver++ 2S with its stage at c₂. Order 3 uses
+    :math:`\gamma = c_3(3c_3-2)/(c_2(2-3c_2))`. Some public code has c₃³ in place of c₃² in γ; its order is 2 unless
+    c₃ = 1.
 
     Arguments:
-        order: 2 or 3.
+        order: Order of the method: 2 or 3.
         c2: Fraction of the second stage.
-        c3: Fraction of the third stage.
+        c3: Fraction of the third stage, for order 3.
 
     References:
         | Improved Order Analysis and Design of Exponential Integrator for Diffusion Models Sampling (Zhang et al.,
@@ -256,11 +256,11 @@ def ETDRK4() -> Solver:
 
 
 def VelocityAB(order: int = 3, start: str = "ramp") -> Solver:
-    r"""Adams–Bashforth on the flow velocity ε − d in τ = σ/(α + σ): few calls, any process.
+    r"""Adams–Bashforth on the flow velocity ε − d in τ = σ/(α + σ), for any process.
 
     Arguments:
-        order: Nodes.
-        start: ``"ramp"``, or ``"self"`` to start at full order.
+        order: Number of nodes.
+        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747, for the velocity
@@ -269,30 +269,30 @@ def VelocityAB(order: int = 3, start: str = "ramp") -> Solver:
 
 
 def DPMSolverV3(statistics: Statistics, order: int = 3, corrector: bool = True, start: str = "ramp") -> Solver:
-    """DPM-Solver-v3 with one set of statistics for all entries of a state.
+    """DPM-Solver-v3 with the same statistics for all entries of a state.
 
     Arguments:
-        statistics: Tables of l, s and b, given or from :meth:`Statistics.estimate`.
-        order: Nodes of the predictor.
-        corrector: Whether to correct, with the same number of nodes, the new one included, plus one.
-        start: ``"ramp"``, or ``"self"`` to start at full order.
+        statistics: Tables of l, s and b, for example from :meth:`Statistics.estimate`.
+        order: Number of nodes of the predictor.
+        corrector: Whether to apply a corrector with `order` + 1 nodes, including the new one.
+        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
 
     References:
         | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268, algorithms 1 and 2
     """
-    more = order + 1 if corrector else 0
-    return Multistep(order, statistics.prediction(), corrector=more, start=start, label="DPMSolverV3")
+    corrector_nodes = order + 1 if corrector else 0
+    return Multistep(order, statistics.prediction(), corrector=corrector_nodes, start=start, label="DPMSolverV3")
 
 
 def analytic_first_step(plan: Plan, sde: SDE, data_std: float = 1.0) -> Plan:
-    r"""The same plan without its first evaluation: at high noise data looks Gaussian, and its denoiser is known.
+    r"""Replace the first evaluation of a plan by the denoiser of Gaussian data, which is accurate at high noise.
 
     .. math:: D(x, T) \approx \frac{\alpha c^2}{\alpha^2 c^2 + \sigma^2}\,x
 
     Arguments:
-        plan: A plan whose first row is evaluated.
-        sde: The process it was written for.
-        data_std: Standard deviation c of the data, whose mean is taken as 0.
+        plan: Plan whose first row is evaluated.
+        sde: Process of the plan.
+        data_std: Standard deviation c of the data; the mean is assumed to be 0.
 
     References:
         | Genie (Dockhorn et al., 2022), arXiv:2210.05475, appendix; AMED-Solver (Zhou et al., 2024), arXiv:2312.00094
@@ -313,7 +313,7 @@ def analytic_first_step(plan: Plan, sde: SDE, data_std: float = 1.0) -> Plan:
 
 
 def PLMS() -> Solver:
-    """PNDM without Runge–Kutta legs: Adams–Bashforth coefficients for equal steps on the noise, raised leg by leg.
+    """PLMS: Adams–Bashforth on the noise with the coefficients of equal steps; the order rises step by step.
 
     References:
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), arXiv:2202.09778
@@ -322,12 +322,12 @@ def PLMS() -> Solver:
 
 
 def IPNDM(order: int = 4) -> Solver:
-    """iPNDM: Adams–Bashforth coefficients for equal steps, on any grid, as published. Of order 2 at most.
+    """iPNDM: Adams–Bashforth with the coefficients of equal steps on any grid, as published; order at most 2.
 
-    With the coefficients that belong to the grid it is :func:`DEIS` in ρ.
+    :func:`DEIS` in ρ is the same method with the coefficients of the actual grid.
 
     Arguments:
-        order: Nodes, 1 to 4.
+        order: Number of nodes, 1 to 4.
 
     References:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902, appendix
@@ -349,11 +349,10 @@ def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
 
 @dataclass(frozen=True, repr=False)
 class PublishedThree(Multistep):
-    """Multistep 3 of the DPM-Solver line as public code has it: half of the second-derivative term, so of order 2."""
+    """Multistep DPM-Solver of order 3 as in public code: its second-derivative term is halved, so its order is 2."""
 
     @property
     def declared_order(self) -> int:
-        """Order of convergence."""
         return self._corrected(2)
 
     def _many(self, nodes: int) -> tuple[str | float, ...] | None:
@@ -362,12 +361,12 @@ class PublishedThree(Multistep):
 
 @dataclass(frozen=True, repr=False)
 class Mixed(Solver):
-    """Single steps of a given order each: the "fast" mixture that spends any budget exactly.
+    """Single steps, each with its own order: the published "fast" mixture for a given number of evaluations.
 
     Arguments:
-        orders: Order of each leg.
-        prediction: What is interpolated.
-        label: Name of the plans.
+        orders: Order of each step.
+        prediction: Prediction to interpolate.
+        label: Name of the solver in its plans.
     """
 
     orders: tuple[int, ...]
@@ -379,13 +378,13 @@ class Mixed(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of its lowest leg among many: the first legs' for the published mixtures."""
+        """Highest order in `orders`; a last step of order 1 reduces the measured order to 2."""
         return max(self.orders, default=3)
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """The published mixture: legs of order 3, then 2 and 1, or 1, or 2 to finish the budget.
+        """Return the published mixture: steps of order 3, then (2, 1), (1) or (2), for exactly `nfe` evaluations.
 
-        A leg into σ = 0 asks once: two legs of order 1 then stand for the one of order 2.
+        A step into σ = 0 costs one evaluation, so with `clean` two steps of order 1 replace the last one of order 2.
         """
         K = check.integer("nfe", nfe, least=1) // 3
         tail = {0: (2, 1), 1: (1,), 2: (1, 1) if clean else (2,)}[nfe % 3]
@@ -393,11 +392,11 @@ class Mixed(Solver):
         return replace(self, orders=orders), len(orders)
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        """Write the table; the grid must have one leg for each order."""
+        """Build the plan; the grid must have one step per entry of `orders`."""
         if not self.orders or len(times) != len(self.orders) + 1:
             raise ValueError(
-                f"`times` must have one leg for each of the orders {self.orders}, got {len(times) - 1} legs; "
-                f"`for_nfe(nfe)` gives the mixture and its number of legs."
+                f"`times` must have one step for each of the orders {self.orders}, got {len(times) - 1} steps; "
+                f"`for_nfe(nfe)` returns the solver and its number of steps."
             )
         return super().plan(sde, times, up=up)
 

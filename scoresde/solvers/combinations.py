@@ -1,6 +1,6 @@
-r"""Rules that extrapolate the noise prediction by fixed coefficients: PNDM's line and its relatives.
+r"""Solvers that extrapolate the noise prediction with fixed coefficients, such as PNDM.
 
-Each leg is DDIM's, with a combination of noise predictions in place of one,
+Each step is a DDIM step whose noise is a combination of noise predictions:
 
 .. math:: x_t = \frac{\alpha_t}{\alpha_s} x_s + \left(\sigma_t - \frac{\alpha_t}{\alpha_s}\sigma_s\right)\sum_j a_j\,
           \varepsilon_{i-j}, \qquad \textstyle\sum_j a_j = 1.
@@ -25,19 +25,20 @@ ADAMS: tuple[tuple[float, ...], ...] = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-"""Adams–Bashforth coefficients for equal steps, of orders 1 to 4."""
+"""Adams–Bashforth coefficients for equal steps: orders 1 to 4, newest prediction first."""
 
 
 @dataclass(frozen=True, repr=False)
 class NoiseCombination(Solver):
-    """Fixed combinations of the last noise predictions.
+    """DDIM with a fixed combination of the last noise predictions.
 
     Arguments:
-        coefficients: Row k is used once k + 1 predictions are known, the last row from then on; newest first.
-        order: The order it has; with coefficients for equal steps on other grids at most 2.
-        improved: Start with a pseudo improved Euler leg, the mean of the noise at both its ends, at the price of one
-            evaluation.
-        label: Name of the plans.
+        coefficients: Rows of coefficients, newest prediction first. Row k applies when the history has k + 1
+            predictions, and the last row applies to every longer history.
+        order: Order of convergence; at most 2 for the coefficients of equal steps on other grids.
+        improved: Whether the first step is a pseudo improved Euler step. That step uses the mean of the noise at its
+            two ends and costs one more evaluation.
+        label: Name of the solver in its plans.
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ADAMS
@@ -48,18 +49,17 @@ class NoiseCombination(Solver):
     def __post_init__(self) -> None:
         for row in self.coefficients:
             if abs(sum(row) - 1) > 1e-12:
-                raise ValueError(f"each row of `coefficients` must sum to 1, got {row}.")
+                raise ValueError(f"`coefficients` must have rows that sum to 1, got {row}.")
 
     def __repr__(self) -> str:
         return f"{self.label or 'NoiseCombination'}({len(self.coefficients)} terms)"
 
     @property
     def declared_order(self) -> int:
-        """Order of convergence."""
         return self.order
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """One leg for each evaluation, one less after an improved start."""
+        """Return a solver and its number of steps; with `improved` the first step costs two evaluations."""
         if not self.improved:
             return super().for_nfe(nfe, clean=clean)
         check.integer("nfe", nfe, least=1)
@@ -70,8 +70,8 @@ class NoiseCombination(Solver):
         if tape.sde.alpha(_number(tape.time(now))) == 0:
             a = (1.0,)
         elif self.improved and len(history) == 1 and tape.sde.sigma(_number(t)) > 0:
-            guess = noise_leg(tape, now, history, (1.0,), t, True, None, "stage")
-            nodes, a = [now, guess], (0.5, 0.5)
+            predicted = noise_leg(tape, now, history, (1.0,), t, True, None, "stage")
+            nodes, a = [now, predicted], (0.5, 0.5)
         new = noise_leg(tape, now, nodes[: len(a)], a, t, asks, node)
         return new, ([new, *history][: len(self.coefficients)] if asks else history)
 
@@ -82,13 +82,13 @@ def noise_leg(
     nodes: list[int],
     a: tuple[float, ...],
     t: Weight,
-    asks: bool,
+    evaluates: bool,
     node: int | None,
     note: str = "",
 ) -> int:
-    """Lay DDIM's row from `now` to t with the noise Σ a_j ε of `nodes`."""
-    if nodes == [now]:  # with the noise of another state DDIM's two forms differ
-        return tape.move(now, t, nodes, evaluates=asks, node=node, note=note)
+    """Add a DDIM step from `now` to t with the noise Σ a_j ε_j of `nodes`; return the new row."""
+    if nodes == [now]:  # DDIM's two forms agree only for the noise of `now`
+        return tape.move(now, t, nodes, evaluates=evaluates, node=node, note=note)
     sde, s = tape.sde, tape.time(now)
     ratio = _f(sde.alpha, t) / _f(sde.alpha, s)
     factor = _f(sde.sigma, t) - ratio * _f(sde.sigma, s)
@@ -98,15 +98,15 @@ def noise_leg(
         sigma = _f(sde.sigma, tape.time(k))
         x[k] = x.get(k, 0.0) + factor * c / sigma
         d[k] = -factor * c * _f(sde.alpha, tape.time(k)) / sigma
-    return tape.append(t, x=list(x.items()), d=list(d.items()), evaluates=asks, node=node, note=note)
+    return tape.append(t, x=list(x.items()), d=list(d.items()), evaluates=evaluates, node=node, note=note)
 
 
 @dataclass(frozen=True, repr=False)
 class PNDM(Solver):
-    r"""Pseudo numerical methods: three pseudo Runge–Kutta legs, then Adams–Bashforth on the noise.
+    r"""PNDM: three pseudo Runge–Kutta steps, then Adams–Bashforth steps on the noise.
 
-    The pseudo Runge–Kutta leg is RK4 with DDIM's transfer between its stages, at the middle of the leg in t; it costs
-    four evaluations. On grids that are not even in t the Adams coefficients leave order 2.
+    A pseudo Runge–Kutta step is RK4 with DDIM steps to its stages, at the middle and the end of the step in t. It
+    costs four evaluations. The Adams coefficients are those of equal steps, so the order on other grids is 2.
 
     References:
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), arXiv:2202.09778
@@ -117,11 +117,11 @@ class PNDM(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of convergence on grids of any spacing."""
+        """Order of convergence on any grid."""
         return 2
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """Three legs cost four evaluations each, the others one."""
+        """Return PNDM and its number of steps, or PLMS with an improved Euler start if `nfe` is at most 12."""
         check.integer("nfe", nfe, least=1)
         return (self, nfe - 9) if nfe > 12 else NoiseCombination(improved=True, label="PLMS").for_nfe(nfe, clean=clean)
 

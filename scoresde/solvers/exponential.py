@@ -1,10 +1,10 @@
-r"""Exponential Runge–Kutta methods given by φ-functions: RES and the fourth-order method of Krogstad.
+r"""Exponential Runge–Kutta methods given by φ-functions: RES of order 3 and the method of Krogstad of order 4.
 
 .. math:: x_i = \Phi(c_i) x_s + \alpha_i h \sum_j a_{ij}(h)\, d_j, \qquad
           \varphi_k(z) = \int_0^1 e^{(1-\theta)z}\,\frac{\theta^{k-1}}{(k-1)!}\,d\theta
 
-at fractions c_i of the leg in λ, for the data prediction. Interpolating rules need no φ-functions
-(:class:`~scoresde.solvers.singlestep.SingleStep`); these are the methods whose stages do more than interpolate.
+The stages are at fractions c_i of the step in λ, and d is the data prediction. Solvers whose stages interpolate need
+no φ-functions; see :class:`~scoresde.solvers.singlestep.SingleStep`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ Phi = Mapping[tuple[int, float], float]
 
 
 def phi(k: int, z: Tensor) -> Tensor:
-    """φ_k(z) for k ≥ 1, by Gauss–Legendre: exact to rounding and free of cancellation at any z."""
+    """φ_k(z) for k ≥ 1 by Gauss–Legendre quadrature, exact to rounding and without cancellation."""
     node, weight = legendre()
     return ((1 - node) * z[..., None]).exp().mul(node ** (k - 1) / math.factorial(k - 1)) @ weight
 
 
 @dataclass(frozen=True, eq=False)
 class ExponentialTableau:
-    """Coefficients as sums of φ_k(−c h).
+    """Tableau of an exponential Runge–Kutta method; its coefficients are sums of φ_k(−c h).
 
     Arguments:
         c: Fractions of the stages after the first, in λ.
-        a: For each stage after the first, and for the result, the coefficients of the stages after the first:
-            ``{(k, c): factor}`` stands for Σ factor · φ_k(−c h). The first stage takes what makes constant data exact.
-        order: The order it has.
-        name: What it is called.
+        a: Coefficients of the stages after the first, one row for each of these stages and one for the result:
+            ``{(k, c): factor}`` is Σ factor · φ_k(−c h). The first stage's coefficient makes constant data exact.
+        order: Order of convergence.
+        name: Name of the method.
     """
 
     c: tuple[float, ...]
@@ -57,11 +57,11 @@ class ExponentialTableau:
 
 
 def res3(c2: float = 0.5, c3: float = 1.0) -> ExponentialTableau:
-    """The three-stage method of RES, of order 3 for any 0 < c2, c3 ≤ 1 with 3 c2 ≠ 2 (or c3 = 2/3)."""
+    """Return the three-stage tableau of RES, of order 3 for any 0 < c2, c3 ≤ 1 with c2 ≠ 2/3 and c2 ≠ c3."""
     for name, c in (("c2", c2), ("c3", c3)):
         check.number(name, c, above=0, most=1)
     if math.isclose(c2, 2 / 3):
-        raise ValueError("`c2` = 2/3 leaves the weights of order 3 undefined; take another.")
+        raise ValueError("`c2` must not be 2/3, where the weights of order 3 are undefined; choose another value.")
     gamma = c3 * (3 * c3 - 2) / (c2 * (2 - 3 * c2))
     total = gamma * c2 + c3
     a32 = {(2, c2): gamma * c2, (2, c3): c3**2 / c2}
@@ -89,11 +89,11 @@ KROGSTAD4 = ExponentialTableau(
 
 @dataclass(frozen=True, repr=False)
 class ExponentialRungeKutta(Solver):
-    """An exponential Runge–Kutta method on the data prediction; its stages at a leg into σ = 0 are left out.
+    """An exponential Runge–Kutta method on the data prediction; a step with infinite λ at one end has no stages.
 
     Arguments:
-        tableau: The coefficients.
-        label: Name of the plans.
+        tableau: Coefficients of the method.
+        label: Name of the solver in its plans.
     """
 
     tableau: ExponentialTableau = KROGSTAD4
@@ -104,12 +104,10 @@ class ExponentialRungeKutta(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of the tableau."""
         return self.tableau.order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 1 + len(self.tableau.c)
 
     @property
@@ -124,7 +122,7 @@ class ExponentialRungeKutta(Solver):
         plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         h = sde.lam(b) - sde.lam(a)
-        asked = [history[0]]
+        evaluated = [history[0]]
         for i, row in enumerate(self.tableau.a):
             last = i == len(self.tableau.c)
             c = 1.0 if last else self.tableau.c[i]
@@ -137,7 +135,7 @@ class ExponentialRungeKutta(Solver):
             keep: Any = sde.sigma(at) / sde.sigma(a)
             if plain:
                 weights, keep = [float(w) for w in weights], float(keep)
-            d = [(k, w) for k, w in zip(asked, weights, strict=True) if isinstance(w, Tensor) or w]
+            d = [(k, w) for k, w in zip(evaluated, weights, strict=True) if isinstance(w, Tensor) or w]
             new = tape.append(
                 time,
                 x=[(now, keep)],
@@ -146,5 +144,5 @@ class ExponentialRungeKutta(Solver):
                 node=node if last else None,
                 note="" if last else "stage",
             )
-            asked.append(new)
+            evaluated.append(new)
         return new, [new]

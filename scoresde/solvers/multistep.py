@@ -1,4 +1,4 @@
-"""Multistep rules: each leg interpolates through the evaluations of earlier ones."""
+"""Multistep solvers: each step interpolates the evaluations of the current and of earlier steps."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ Moments = tuple[str | float, ...] | None
 
 @dataclass(frozen=True, repr=False)
 class Multistep(Solver):
-    r"""Exponential Adams: predict through the last `order` evaluations, correct through the new one.
+    r"""Exponential Adams method: a predictor with the last `order` evaluations, and an optional corrector.
 
     .. math:: x_t = \Phi x_s + \sum_{j<p} W_j f_{i-j}
 
     Arguments:
-        order: Nodes of the predictor.
-        prediction: What is interpolated.
-        variable: In what.
-        corrector: Nodes of the corrector, the new one included; 0 for none.
-        reevaluate: Ask the network again at the corrected state (PECE) instead of keeping the prediction's (PEC).
-        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends; the
-            normals of predictor and corrector are shared.
-        moments: Of two-node rows, see :func:`scoresde.quadrature.weights`; None is exact.
-        start: ``"ramp"`` raises the order leg by leg, as published; ``"self"`` starts with single steps of full order.
-        label: Name of the plans.
+        order: Number of nodes of the predictor.
+        prediction: Prediction to interpolate.
+        variable: Variable of the interpolating polynomial.
+        corrector: Number of nodes of the corrector, including the new one; 0 for no corrector.
+        reevaluate: Whether to evaluate the network again at the corrected state (PECE) or not (PEC).
+        eta: Stochasticity: 0 for the flow, 1 for the reverse SDE, any other number, or a function of the time at the
+            end of a step. Predictor and corrector use the same noise.
+        moments: Moments of rows with two nodes, see :func:`scoresde.quadrature.weights`; None is exact.
+        start: Treatment of the first steps: ``"ramp"`` raises the order step by step, as published; ``"self"`` uses
+            single steps of full order.
+        label: Name of the solver in its plans.
     """
 
     order: int = 2
@@ -52,7 +53,7 @@ class Multistep(Solver):
         check.choice("start", self.start, ("ramp", "self"))
         check_eta("eta", self.eta)
         if self.start == "self" and self.order > 3:
-            raise ValueError(f"`start`='self' has single steps up to order 3, got order {self.order}; use 'ramp'.")
+            raise ValueError(f"`start`='self' requires `order` of at most 3, got {self.order}; use `start`='ramp'.")
 
     def __repr__(self) -> str:
         parts = [f"order={self.order}", f"{self.prediction} in {self.variable}"]
@@ -62,35 +63,34 @@ class Multistep(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of the corrected method: a corrector's, or the predictor's and one more, whichever is less.
+        """Order of the predictor, or min(order + 1, corrector) with a corrector.
 
-        From a cold start the ramp costs the orders above 2 some accuracy.
+        With ``start="ramp"`` the low-order first steps reduce the accuracy of orders above 2.
         """
         return self._corrected(self.order)
 
     @property
     def weak_order(self) -> int:
-        """With noise at most 2, whatever the number of nodes: one normal a leg says no more."""
+        """With noise at most 2 for any number of nodes, because each step uses one Gaussian increment."""
         return min(self.declared_order, 2) if self.eta else self.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 2 if self.corrector and self.reevaluate else 1
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
-        """A rule and a number of legs that spend a budget.
+        """Return a solver and its number of steps, see :meth:`Solver.for_nfe`.
 
-        The last leg reads what is known and asks nothing, whether or not it ends at σ = 0. A start with single steps
-        costs `order` evaluations on each of `order` − 1 legs; a budget that leaves no leg after them starts by a ramp.
+        The last step needs no new evaluation. With ``start="self"`` each of the first `order` − 1 steps costs `order`
+        evaluations; if `nfe` is too small for further steps, the returned solver has ``start="ramp"``.
         """
         after = check.integer("nfe", nfe, least=1) - 1
         if self.start == "self":
-            legs = self.order + (after - self.order * (self.order - 1)) // self.stages
-            if legs > self.order:
-                return self, legs
-        rule = replace(self, start="ramp") if self.start == "self" else self
-        return rule, 1 + after // self.stages
+            steps = self.order + (after - self.order * (self.order - 1)) // self.stages
+            if steps > self.order:
+                return self, steps
+        solver = replace(self, start="ramp") if self.start == "self" else self
+        return solver, 1 + after // self.stages
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         if self.start == "self" and len(history) < self.order and asks:
@@ -118,26 +118,26 @@ class Multistep(Solver):
             )
 
         new = move(nodes, evaluates=asks, node=None if correct else node, note="predict" if correct else "")
-        asked = new
+        evaluated = new
         if correct:
-            new = move([asked, *history][: self.corrector], evaluates=self.reevaluate, node=node, note="correct")
-            asked = new if self.reevaluate else asked
-        keep = max(self.order, self.corrector)
-        return new, ([asked, *history][:keep] if asks else history)
+            new = move([evaluated, *history][: self.corrector], evaluates=self.reevaluate, node=node, note="correct")
+            evaluated = new if self.reevaluate else evaluated
+        length = max(self.order, self.corrector)
+        return new, ([evaluated, *history][:length] if asks else history)
 
     def _corrected(self, order: int) -> int:
-        """The order that the corrector makes of a predictor's."""
+        """Order with the corrector, if the predictor has order `order`."""
         return min(order + 1, self.corrector) if self.corrector else order
 
     def _many(self, nodes: int) -> Moments:
-        """Moments of rows with more than two nodes: exact, unless a factor is given for them by name."""
+        """Moments of a row with more than two nodes: None (exact), unless `moments` has one entry per node."""
         return self.moments if self.moments is not None and len(self.moments) == nodes > 2 else None
 
     def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
         if self.prediction is not DATA:
-            return [now]  # noise-prediction multistep across fresh noise diverges
-        here = _plain(tape.time(now))
-        return [now, *(k for k in history if _plain(tape.time(k)) != here)][: max(self.order, self.corrector)]
+            return [now]  # other predictions diverge if the history crosses fresh noise
+        current = _plain(tape.time(now))
+        return [now, *(k for k in history if _plain(tape.time(k)) != current)][: max(self.order, self.corrector)]
 
 
 def _plain(t: Weight) -> object:

@@ -1,4 +1,4 @@
-r"""Rules on the reverse SDE as it stands, without exponentials, and ER-SDE's family of noise scales.
+r"""Solvers that discretise the reverse SDE directly, without exponential weights, and ER-SDE.
 
 .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\,g^2\,\nabla\log p_t(x)\right]dt + \eta\,g\,d\bar w, \qquad
           \nabla\log p_t(x) = \frac{\alpha\,d - x}{\sigma^2}
@@ -24,14 +24,14 @@ from scoresde.tape import Tape
 
 @dataclass(frozen=True, repr=False)
 class ReverseSDE(Solver):
-    """Euler–Maruyama, or Heun with one normal for both stages, on the reverse SDE in t or in λ.
+    """Euler–Maruyama, or Heun with the same noise in both stages, on the reverse SDE in t or in λ.
 
-    The leg into σ = 0 returns the denoised state and adds no noise; one from α = 0 is the exponential step.
+    A step into σ = 0 returns the denoised state without noise. A step from α = 0 is an exponential step.
 
     Arguments:
-        eta: 1 for the reverse SDE; any other number, or a function of the time where a leg ends.
-        clock: ``"t"`` or ``"lam"``.
-        heun: Whether there is a second stage.
+        eta: Stochasticity: 1 for the reverse SDE, any other number, or a function of the time at the end of a step.
+        clock: Time variable: ``"t"`` or ``"lam"``.
+        heun: Whether to use Heun's second stage.
     """
 
     eta: Eta = 1.0
@@ -48,12 +48,10 @@ class ReverseSDE(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of its mean, and of its law."""
         return 2 if self.heun else 1
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return 2 if self.heun else 1
 
     @property
@@ -79,7 +77,7 @@ class ReverseSDE(Solver):
         return new, [new]
 
     def _slopes(self, sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, ...]:
-        """The leg's length times the drift's weights of x and d at both ends, and the deviation of its noise."""
+        """Return the step size times the drift's weights of x and d at both ends, and the standard deviation."""
         h = t - s if self.clock == "t" else sde.lam(t) - sde.lam(s)
         out, rates = [], []
         for at in (s, t) if self.heun else (s, s):
@@ -93,14 +91,13 @@ class ReverseSDE(Solver):
 
 @dataclass(frozen=True, repr=False)
 class SongPredictor(Solver):
-    """Song's reverse-diffusion predictor; the leg into σ = 0 returns the denoised state."""
+    """Song's reverse-diffusion predictor; a step into σ = 0 returns the denoised state."""
 
     def __repr__(self) -> str:
         return "ReverseDiffusion()"
 
     @property
     def declared_order(self) -> int:
-        """Order of its mean, and of its law."""
         return 1
 
     @property
@@ -126,18 +123,18 @@ class SongPredictor(Solver):
 
 @dataclass(frozen=True, repr=False)
 class ExtendedReverse(Solver):
-    r"""ER-SDE: the family whose transfer is a given function of ρ = σ/α, with D interpolated in ρ.
+    r"""ER-SDE: a noise scale φ(ρ) with ρ = σ/α defines the transfer of x, and D is interpolated in ρ.
 
     .. math:: \frac{x_t}{\alpha_t} = \frac{\phi_t}{\phi_s}\frac{x_s}{\alpha_s}
               + \phi_t\int_{\varrho_s}^{\varrho_t} D\,d\!\left(\frac1\phi\right)
               + \sqrt{\varrho_t^2 - \left(\tfrac{\phi_t}{\phi_s}\varrho_s\right)^2}\;z
 
-    φ = ρ is the flow and φ = ρ² the reverse SDE; a leg's η² is the mean of :math:`d\log\phi/d\log\varrho - 1`.
+    φ = ρ is the flow and φ = ρ² the reverse SDE. η² of a step is the mean of :math:`d\log\phi/d\log\varrho - 1`.
 
     Arguments:
-        order: Nodes, 1 to 3.
-        phi: φ(ρ) of tensors, increasing at least as ρ.
-        published: Whether order 3 takes the slope half a step too early, as printed: then of order 2.
+        order: Number of nodes, 1 to 3.
+        phi: Function φ(ρ) of tensors; φ(ρ)/ρ must not decrease.
+        published: Whether order 3 takes the slope half a step too early, as published; its order is then 2.
     """
 
     order: int
@@ -154,12 +151,11 @@ class ExtendedReverse(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of its mean."""
         return 2 if self.published and self.order == 3 else self.order
 
     @property
     def weak_order(self) -> int:
-        """At most 2: one normal a leg says no more."""
+        """At most 2, because each step uses one Gaussian increment."""
         return min(self.order, 2)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
@@ -181,7 +177,7 @@ class ExtendedReverse(Solver):
         return self.order == 1
 
     def _span(self, sde: SDE, s: Weight, t: Weight) -> Span:
-        """The noise of a leg is an increment in the clock (ρ/φ)²."""
+        """Span of a step's noise on the Brownian path in the clock (ρ/φ)²."""
 
         def clock(*times: Tensor) -> tuple[Tensor, ...]:
             rho = [(-sde.lam(at)).exp() for at in times]
@@ -193,13 +189,13 @@ class ExtendedReverse(Solver):
     def _weights(self, sde: SDE, s: Tensor, t: Tensor, times: list[Weight]) -> tuple[Tensor, ...]:
         hi, lo = (-sde.lam(s)).exp(), (-sde.lam(t)).exp()
         ratio = self.phi(lo) / self.phi(hi)
-        slow = self.phi(lo) / lo / (self.phi(hi) / hi)  # 1 to the bit for the flow
+        slow = self.phi(lo) / lo / (self.phi(hi) / hi)  # exactly 1 for the flow
         std = lo * (1 - slow**2).clamp(min=0.0).sqrt()
         node, weight = legendre()
         u = lo[..., None] + (hi - lo)[..., None] * node
         whole = (self.phi(lo)[..., None] / self.phi(u)) @ weight * (hi - lo)
         early = ((self.phi(lo)[..., None] / self.phi(u)) * (u - hi[..., None])) @ weight * (hi - lo)
-        # moments of the kernel about ρ_s: of 1, of ρ − ρ_s, of (ρ − ρ_s)²
+        # integrals of the kernel times 1, ρ − ρ_s and (ρ − ρ_s)²
         moments = [1 - ratio, lo - hi + whole, (lo - hi) ** 2 + 2 * early]
         rho = [(-sde.lam(torch.as_tensor(k, dtype=torch.float64))).exp() for k in times]
         gains = [moments[0], *(torch.zeros_like(ratio) for _ in rho[1:])]

@@ -1,4 +1,4 @@
-"""Single-step rules: each leg has stages of its own and remembers nothing."""
+"""Single-step solvers without history: exponential Runge–Kutta in λ, and Butcher tableaux on the probability flow."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from scoresde.tape import Tape
 
 @dataclass(frozen=True, repr=False)
 class SingleStep(Solver):
-    r"""Exponential Runge–Kutta in λ, of order 1, 2 or 3: DPM-Solver's pattern of nodes.
+    r"""Exponential Runge–Kutta in λ, of order 1, 2 or 3, with the nodes of DPM-Solver.
 
-    With i the start of the leg and s, s₂ stages at fractions r₁ < r₂ of it in λ: order 2 reads {i}; {i, s}, order 3
-    reads {i}; {i, s}; {i, s₂}.
+    Let i be the start of the step, and s, s₂ the stages at fractions r₁ < r₂ of the step in λ. With order 2 the rows
+    interpolate {i}; {i, s}. With order 3 they interpolate {i}; {i, s}; {i, s₂}.
 
     Arguments:
-        order: 1, 2 or 3.
-        prediction: What is interpolated.
-        variable: In what.
+        order: Number of evaluations per step: 1, 2 or 3.
+        prediction: Prediction to interpolate.
+        variable: Variable of the interpolating polynomial.
         r: Fractions of the stages, one for order 2 and two for order 3; by default ½, or ⅓ and ⅔.
-        reads: Which of i (0), s (1), s₂ (2) the last row interpolates; all three make the Taylor form of order 3, s
-            alone is DPM-2.
-        moments: Of the last row, see :func:`scoresde.quadrature.weights`; None is exact.
-        eta: 1 for the reverse SDE, 0 for the flow, any other number or a function of the time where a leg ends. Each
-            stage draws the noise of its own part of the leg, which the later ones carry on: SEEDS.
-        label: Name of the plans.
+        reads: Nodes of the last row, out of i (0), s (1), s₂ (2). All three give the Taylor form of order 3; s alone
+            gives DPM-2.
+        moments: Moments of the last row, see :func:`scoresde.quadrature.weights`; None is exact.
+        eta: Stochasticity: 0 for the flow, 1 for the reverse SDE, any other number, or a function of the time at the
+            end of a step. Each stage draws the noise of its sub-interval; later stages reuse that noise (SEEDS).
+        label: Name of the solver in its plans.
     """
 
     order: int = 2
@@ -54,9 +54,9 @@ class SingleStep(Solver):
         object.__setattr__(self, "r", tuple(self.r) or default)
         object.__setattr__(self, "reads", tuple(self.reads) or {1: (0,), 2: (0, 1), 3: (0, 2)}[self.order])
         if not set(self.reads) <= set(range(self.order)):
-            raise ValueError(f"`reads` must name stages 0 … {self.order - 1}, got {self.reads}.")
+            raise ValueError(f"`reads` must contain stage numbers from 0 to {self.order - 1}, got {self.reads}.")
         if len(self.r) != self.order - 1 or not all(0 < a < 1 for a in self.r) or sorted(set(self.r)) != list(self.r):
-            raise ValueError(f"`r` must be {self.order - 1} increasing fractions inside (0, 1), got {self.r}.")
+            raise ValueError(f"`r` must contain {self.order - 1} increasing fractions in (0, 1), got {self.r}.")
 
     def __repr__(self) -> str:
         eta = f", eta={said(self.eta)}" if self.eta else ""
@@ -64,17 +64,16 @@ class SingleStep(Solver):
 
     @property
     def declared_order(self) -> int:
-        """Order of convergence; order 3 needs its last stage at 2/3, whatever the last row reads."""
+        """Order of convergence; it is 3 only if the last stage is at the fraction 2/3, for any `reads`."""
         return 2 if self.order == 3 and not math.isclose(self.r[-1], 2 / 3) else self.order
 
     @property
     def weak_order(self) -> int:
-        """With noise at most 2, whatever the number of stages: one normal a part of a leg says no more."""
+        """With noise at most 2 for any number of stages, because each sub-interval uses one Gaussian increment."""
         return min(self.declared_order, 2) if self.eta else self.declared_order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return self.order
 
     @property
@@ -84,20 +83,20 @@ class SingleStep(Solver):
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         start = history[0]
         eta = eta_at(self.eta, t)
-        how: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable, "eta": eta}
+        options: dict[str, Any] = {"prediction": self.prediction, "variable": self.variable, "eta": eta}
         nodes, stages = [start], [start]
         if finite_leg(tape.sde, tape.time(now), t):
             for r in self.r:
                 at = between(tape.sde, tape.time(now), t, r)
-                stages.append(tape.move(now, at, stages[:2], through=stages[1:], **how, note="stage"))
+                stages.append(tape.move(now, at, stages[:2], through=stages[1:], **options, note="stage"))
             nodes = [stages[k] for k in self.reads]
         moments = self.moments if len(nodes) == 2 and self.order == 2 else None
-        new = tape.move(now, t, nodes, **how, through=stages[1:], moments=moments, evaluates=asks, node=node)
+        new = tape.move(now, t, nodes, **options, through=stages[1:], moments=moments, evaluates=asks, node=node)
         return new, [new]
 
 
 def finite_leg(sde: SDE, s: Weight, t: Weight) -> bool:
-    """Whether stages can be put at fractions of the leg in λ."""
+    """Whether λ is finite at both ends of a step, so that stages can lie between them."""
     for v in (s, t):
         lam = sde.lam(v.detach() if isinstance(v, Tensor) else v)
         if not (bool(lam.isfinite().all()) if isinstance(lam, Tensor) else math.isfinite(lam)):
@@ -107,13 +106,13 @@ def finite_leg(sde: SDE, s: Weight, t: Weight) -> bool:
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Butcher tableau, checked on construction.
+    """An explicit Butcher tableau: the coefficients of a Runge–Kutta method.
 
     Arguments:
         a: Rows of the lower triangle: row i has i + 1 entries, for stage i + 1.
         b: Weights of the result.
-        order: The order it has.
-        name: What it is called.
+        order: Order of convergence.
+        name: Name of the method.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -132,7 +131,7 @@ class Tableau:
 
     @property
     def c(self) -> tuple[float, ...]:
-        """Abscissae, the sums of the rows."""
+        """Fractions of the stages: the sums of the rows of `a`."""
         return (0.0, *(sum(row) for row in self.a))
 
 
@@ -148,23 +147,24 @@ RK4 = Tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6
 
 
 def second_order(alpha: float) -> Tableau:
-    """The family of two-stage tableaux with the second stage at `alpha`: ½ midpoint, ⅔ Ralston, 1 Heun."""
+    """Return the tableau of order 2 with its second stage at `alpha` in (0, 1]: ½ midpoint, ⅔ Ralston, 1 Heun."""
     check.number("alpha", alpha, above=0, most=1)
     return Tableau(((alpha,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)), 2, f"second-order({alpha:g})")
 
 
 @dataclass(frozen=True, repr=False)
 class RungeKutta(Solver):
-    r"""A Butcher tableau on the probability flow.
+    r"""A Runge–Kutta method on the probability flow.
 
-    With a prediction, on :math:`y = x/N` in the prediction's own clock c, where :math:`dy/dc = \pm f`: for noise that
-    is EDM's :math:`d(x/\alpha)/d(\sigma/\alpha) = \varepsilon`. Without one, on dx/dt or dx/dλ as they stand.
+    With a prediction f, the method solves :math:`dy/dc = \pm f` for :math:`y = x/N`, where N is the scale and c the
+    clock of the prediction; for noise this is EDM's :math:`d(x/\alpha)/d(\sigma/\alpha) = \varepsilon`. Without a
+    prediction, the method solves dx/dt or dx/dλ.
 
     Arguments:
-        tableau: The tableau.
-        prediction: Whose clock and scale; None for the plain flow.
-        clock: Of the plain flow: ``"t"`` or ``"lam"``.
-        label: Name of the plans.
+        tableau: Coefficients of the method.
+        prediction: Prediction that defines the scale and the clock; None for dx/dt or dx/dλ.
+        clock: Time variable if `prediction` is None: ``"t"`` or ``"lam"``.
+        label: Name of the solver in its plans.
     """
 
     tableau: Tableau = HEUN
@@ -175,20 +175,18 @@ class RungeKutta(Solver):
     def __post_init__(self) -> None:
         check.choice("clock", self.clock, ("t", "lam"))
         if self.prediction is DATA:
-            raise ValueError("`prediction` must not be DATA: its clock is infinite at data; use SingleStep.")
+            raise ValueError("`prediction` must not be DATA, whose clock is infinite at σ = 0; use SingleStep.")
 
     def __repr__(self) -> str:
-        where = f"dx/d{self.clock}" if self.prediction is None else str(self.prediction)
-        return f"{self.label or 'RungeKutta'}({self.tableau.name or 'tableau'}, {where})"
+        equation = f"dx/d{self.clock}" if self.prediction is None else str(self.prediction)
+        return f"{self.label or 'RungeKutta'}({self.tableau.name or 'tableau'}, {equation})"
 
     @property
     def declared_order(self) -> int:
-        """Order of the tableau."""
         return self.tableau.order
 
     @property
     def stages(self) -> int:
-        """Evaluations that one leg costs; a leg into σ = 0 costs one."""
         return len(self.tableau.b)
 
     @property
@@ -198,16 +196,16 @@ class RungeKutta(Solver):
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
         s = tape.time(now)
         if not self._defined(tape.sde, s, t):
-            # A stage would be asked where nothing is known: without noise, or without signal.
+            # The slope is undefined at σ = 0 and, for the noise and the plain flow, at α = 0.
             plain: dict[str, Any] = {} if self.prediction is None else {"prediction": self.prediction}
             new = tape.move(now, t, history[:1], **plain, evaluates=asks, node=node, note="one stage")
             return new, [new]
-        legs = _Legs(tape.sde, self.prediction, self.clock, s, t, self.tableau)
+        step = _TableauStep(tape.sde, self.prediction, self.clock, s, t, self.tableau)
         stages = [history[0]]
         for i, row in enumerate(self.tableau.a, start=1):
-            x, d = legs.combine(now, stages, row, i)
-            stages.append(tape.append(legs.times[i], x=x, d=d, note="stage"))
-        x, d = legs.combine(now, stages, self.tableau.b, len(self.tableau.c))
+            x, d = step.combine(now, stages, row, i)
+            stages.append(tape.append(step.times[i], x=x, d=d, note="stage"))
+        x, d = step.combine(now, stages, self.tableau.b, len(self.tableau.c))
         new = tape.append(t, x=x, d=d, evaluates=asks, node=node)
         return new, [new]
 
@@ -218,14 +216,15 @@ class RungeKutta(Solver):
         return not clean and not (silent and (self.prediction is NOISE or self.prediction is None))
 
 
-class _Legs:
-    """One leg of a tableau: where the stages are and what a slope is, as combinations of x and d."""
+class _TableauStep:
+    """One step of a tableau: the times of its stages, and its slopes as combinations of x and d."""
 
     def __init__(
         self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, tableau: Tableau
     ) -> None:
-        lone = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
-        self.seen = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(lone) if len(terms) == 1}
+        rows = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
+        # slope j: the first stage i that uses this slope only, and its coefficient a_ij
+        self.only_slope = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(rows) if len(terms) == 1}
         a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
         self.plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
         fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
@@ -248,7 +247,7 @@ class _Legs:
         else:
             p, q = prediction.p(alpha, sigma), prediction.q(alpha, sigma)
             scale = prediction.scale(alpha, sigma)
-            # dy/dc = κ f: both move the weight of d at a fixed state by the same amount, up to a constant.
+            # dy/dc = κ f; κ = ±1 follows from the sign of q.
             kappa = -1.0 if bool((q.detach() > 0).all()) else 1.0
             h = kappa * h
         self.h, self.scale, self.p, self.q = (self._numbers(v) for v in (h, scale, p, q))
@@ -258,18 +257,18 @@ class _Legs:
         return v.tolist() if self.plain else v
 
     def combine(self, now: int, stages: list[int], row: tuple[float, ...], at: int) -> tuple[Any, Any]:
-        """x_at = N_at (x_now/N_0 + h Σ a_j f_j), as terms of x and d.
+        """Return x_at = N_at (x_now/N_0 + h Σ a_j f_j) as terms of x and d.
 
-        A slope that alone made a stage, N_i (x_now/N_0 + h a_ij f_j), is read off that stage's state where this costs
-        no accuracy: one term less, and d_j need not be kept.
+        If a stage uses one slope only, x_i = N_i (x_now/N_0 + h a_ij f_j), then f_j is computed from x_i where this
+        loses no accuracy. The row then needs one term less, and d_j need not be stored.
         """
         n = self.scale[at]
         x: dict[int, Any] = {now: n / self.scale[0]}
         d: dict[int, Any] = {}
         for j, (stage, a) in enumerate(zip(stages, row, strict=True)):
-            i, lone = self.seen.get(j, (at, 0.0))
-            if a and i < len(stages) and abs(a) <= abs(lone):
-                terms = [(now, -n / self.scale[0] * (a / lone)), (stages[i], n / self.scale[i] * (a / lone))]
+            i, a_ij = self.only_slope.get(j, (at, 0.0))
+            if a and i < len(stages) and abs(a) <= abs(a_ij):
+                terms = [(now, -n / self.scale[0] * (a / a_ij)), (stages[i], n / self.scale[i] * (a / a_ij))]
             elif a:
                 w = n * self.h * a
                 terms = [(stage, w * self.p[j])]

@@ -1,9 +1,9 @@
-r"""DPM-Solver-v3's coefficients: interpolate what is left of the network after its linear part is taken out.
+r"""Statistics of DPM-Solver-v3, which interpolates the nonlinear part g of the network's prediction.
 
 .. math:: f = \frac{\sigma\varepsilon - l\,x}{\alpha}, \qquad g = e^{-\int s}\,f - \int e^{-\int s}\,b
 
-With l = 0 and s = −1 the prediction is the noise, with l = 1 and s = 0 the data. The statistics make g vary least along
-trajectories of a given model: l is the mean slope of σε in x, and s, b the regression of df/dλ on f.
+Up to a constant factor, g is the noise for l = 0, s = −1 and the data for l = 1, s = 0. The statistics minimise the
+variation of g along trajectories: l is the mean slope of σε in x; s, b are the regression of df/dλ on f.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from scoresde.noise import Noise
 from scoresde.quadrature import Prediction
 from scoresde.sde import SDE
 
-_RIDGE = 1e-3  # of the variance of the data
+_RIDGE = 1e-3  # relative to the variance of the data
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Tables of l, s and b over λ, linear in between and constant outside.
+    """Tables of l, s and b over λ: piecewise linear, and constant outside the table.
 
     Arguments:
         lam: Increasing values of λ.
-        l: l(λ) at each.
-        s: s(λ) at each.
-        b: b(λ) at each, 0 by default.
+        l: Values of l(λ).
+        s: Values of s(λ).
+        b: Values of b(λ), 0 by default.
 
     References:
         | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268, eqs. 5 to 11
@@ -50,35 +50,35 @@ class Statistics:
             object.__setattr__(self, "b", (0.0,) * len(self.lam))
         sizes = {name: len(getattr(self, name)) for name in ("lam", "l", "s", "b")}
         if len(set(sizes.values())) > 1 or len(self.lam) < 2:
-            raise ValueError(f"`lam`, `l`, `s` and `b` must have one length of at least 2, got {sizes}.")
+            raise ValueError(f"`lam`, `l`, `s` and `b` must have the same length, at least 2, got {sizes}.")
         if not all(a < b for a, b in zip(self.lam, self.lam[1:], strict=False)):
-            raise ValueError("`lam` must increase.")
+            raise ValueError("`lam` must increase strictly; sort the values and remove repeated ones.")
 
     def prediction(self) -> Prediction:
-        """What to interpolate: hand it to ``Multistep(order, prediction)``."""
+        """Return g as a prediction for ``Multistep(order, prediction)``."""
         lam, slope, s, b = (torch.tensor(v, dtype=torch.float64) for v in (self.lam, self.l, self.s, self.b))
-        whole_l, whole_s = _Primitive(lam, slope), _Primitive(lam, s)
+        integral_l, integral_s = _Primitive(lam, slope), _Primitive(lam, s)
         # ∫ e^{−S} b on a finer table: its integrand is not piecewise linear.
         fine = torch.linspace(float(lam[0]), float(lam[-1]), 64 * len(lam) + 1, dtype=torch.float64)
-        whole_b = _Primitive(fine, (-whole_s(fine)).exp() * _interpolate(lam, b, fine))
+        integral_b = _Primitive(fine, (-integral_s(fine)).exp() * _interpolate(lam, b, fine))
 
-        def of(alpha: Tensor, sigma: Tensor) -> Tensor:
+        def lam_of(alpha: Tensor, sigma: Tensor) -> Tensor:
             return alpha.log() - sigma.log()
 
         def p(alpha: Tensor, sigma: Tensor) -> Tensor:
-            at = of(alpha, sigma)
-            return (-whole_s(at)).exp() * (1 - _interpolate(lam, slope, at)) / alpha
+            at = lam_of(alpha, sigma)
+            return (-integral_s(at)).exp() * (1 - _interpolate(lam, slope, at)) / alpha
 
         return Prediction(
             "statistics",
-            scale=lambda alpha, sigma: alpha * (-whole_l(of(alpha, sigma))).exp(),
+            scale=lambda alpha, sigma: alpha * (-integral_l(lam_of(alpha, sigma))).exp(),
             p=p,
-            q=lambda alpha, sigma: -(-whole_s(of(alpha, sigma))).exp(),
+            q=lambda alpha, sigma: -(-integral_s(lam_of(alpha, sigma))).exp(),
             clock=lambda at: at,
             lam_of_clock=lambda c: c,
             slope=torch.ones_like,
             silent=True,
-            offset=whole_b if any(self.b) else None,
+            offset=integral_b if any(self.b) else None,
         )
 
     @classmethod
@@ -93,19 +93,19 @@ class Statistics:
         seed: int = 0,
         **cond: Any,
     ) -> Statistics:
-        r"""Measure the statistics of a model: l by probes of the trace, s and b by regression along the flow.
+        r"""Estimate the statistics of a model: l from a trace estimate, s and b from a regression along the flow.
 
         .. math:: l = \tfrac1D E\,\mathrm{tr}(\sigma\nabla_x\varepsilon), \qquad
                   (s, b) = \arg\min E\left|\tfrac{df}{d\lambda} - s f - b\right|^2
 
         Arguments:
             model: A differentiable denoiser.
-            data: A batch of real data, (B, *event); 256 do.
+            data: Batch of real data, (B, *event); 256 samples are enough.
             n: Number of values of λ.
-            t_start: Where sampling starts, by default T, or just before it where α vanishes.
-            t_end: Where its last positive time is, by default ``sde.t_min``.
-            seed: Of the noise.
-            **cond: Conditions, as the network takes them.
+            t_start: First time of sampling, by default T, or 0.999 T if α(T) = 0.
+            t_end: Last positive time of sampling, by default ``sde.t_min``.
+            seed: Seed of the noise.
+            **cond: Conditions of the network.
         """
         check.conditions(cond, Statistics.estimate)
         sde = model.sde
@@ -113,7 +113,7 @@ class Statistics:
         first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
         lams = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
         noise = Noise(seed)
-        columns: list[tuple[float, float, float]] = []
+        fits: list[tuple[float, float, float]] = []
         slopes: list[float] = []
         for i, lam in enumerate(lams.tolist()):
             t = sde.t_of_lam(lam)
@@ -126,8 +126,8 @@ class Statistics:
             slopes.append(1 - sde.alpha(t) * trace)
         curve = torch.tensor(slopes, dtype=torch.float64)
         for i, lam in enumerate(lams.tolist()):
-            columns.append(cls._regress(model, data, lams, curve, lam, noise.like(data, 2 * i), cond))
-        s, b, _ = zip(*columns, strict=True)
+            fits.append(cls._regress(model, data, lams, curve, lam, noise.like(data, 2 * i), cond))
+        s, b, _ = zip(*fits, strict=True)
         return cls(tuple(lams.tolist()), tuple(slopes), tuple(s), tuple(b))
 
     @staticmethod
@@ -154,14 +154,14 @@ class Statistics:
                 values.append(((1 - l_at) * y - alpha * model.x0(y, u, **cond)).double() / alpha)
         slope, f = ((values[2] - values[0]) / (hi - lo)).reshape(-1), values[1].reshape(-1)
         centred = f - f.mean()
-        # Where next to nothing is left of the network there is nothing to regress on, and s does not matter.
+        # If f is almost constant, the regression is ill-conditioned and s has little effect; the ridge bounds s.
         floor = _RIDGE * data.double().var()
         s = float((centred * slope).mean() / (centred.square().mean() + floor))
         return s, float(slope.mean()) - s * float(f.mean()), lam
 
 
 def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float, cond: dict[str, Any]) -> Tensor:
-    """One step of second order along the flow, with the data prediction kept at the middle."""
+    """Second-order step along the flow: DDIM with the data prediction at the midpoint in λ."""
     if s == t:
         return x
 
@@ -175,14 +175,14 @@ def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float,
 
 
 def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Piecewise linear, constant outside."""
+    """Evaluate the piecewise linear function with values y at knots x; it is constant outside the knots."""
     i = (torch.searchsorted(x, at.detach().contiguous()) - 1).clamp(0, len(x) - 2)
     w = ((at - x[i]) / (x[i + 1] - x[i])).clamp(0, 1)
     return y[i] + w * (y[i + 1] - y[i])
 
 
 class _Primitive:
-    """The integral of a piecewise linear function from its first knot: piecewise quadratic, and exact."""
+    """The exact integral of a piecewise linear function from its first knot."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y

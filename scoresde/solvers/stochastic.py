@@ -1,12 +1,10 @@
-r"""Published stochastic solvers by name. Each is one function that says which rule the paper's equations are.
+r"""Published stochastic solvers by name. Each function configures the solver class for the equations of one paper.
 
-Noise enters in two ways. Rules on the reverse SDE (`eta`, `tau`) integrate it along the leg; ancestral rules, churn and
-restart solve further than the end of a leg and go back up by the exact forward transition. Wherever `eta` or `tau` is
-asked for it is a number, or a function of the time where a leg ends; at 0 the rule is the deterministic one, to the
-bit. No rule adds noise at σ = 0.
-
-Two orders are claimed for each and measured by the tests: `declared_order`, the one without noise, and `weak_order`, of
-the law of the result on Gaussian data (:func:`scoresde.verify.weak_order`).
+Solvers of the reverse SDE integrate its noise along the step. Ancestral solvers, churn and restart solve past the end
+of a step and return to it by the exact forward transition. The arguments `eta` and `tau` are a number, or a function of
+the time at the end of a step; with 0 the result equals that of the deterministic solver bit by bit. No solver adds
+noise at σ = 0. The tests measure two orders of convergence: `declared_order`, without noise, and `weak_order`, in
+distribution on Gaussian data (:func:`scoresde.verify.weak_order`).
 """
 
 from __future__ import annotations
@@ -27,18 +25,18 @@ from scoresde.solvers.singlestep import SingleStep
 
 
 def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | None = None) -> Solver:
-    r"""DDPM's ancestral sampler on any process and any grid: the posterior of x_t given x_s and E[x₀ | x_s].
+    r"""DDPM's ancestral sampler for any process and any grid: the posterior of x_t given x_s and x₀ = E[x₀ | x_s].
 
     .. math:: x_t = \frac{\alpha_t\beta}{\sigma_s^2}\,d_s + \frac{\alpha_s\sigma_t^2}{\alpha_t\sigma_s^2}\,x_s
               + \sqrt v\,z, \qquad \beta = \sigma_s^2 - \frac{\alpha_s^2}{\alpha_t^2}\sigma_t^2
 
-    Variances that the network predicts depend on the state and are no table:
+    Learned variances depend on the state, and a plan cannot hold them; see
     :func:`scoresde.variances.sample_learned_variance`. Order 1, weak order 1.
 
     Arguments:
-        variance: ``"small"``: v = β σ_t²/σ_s². ``"large"``: v = β, right for data that is N(0, I).
-            ``"optimal"``: that of the reverse transition's best Gaussian, exact for isotropic Gaussian data.
-        score_square: For ``"optimal"``: E|∇log p_t|²/D as a function of time, or a number for each leg of the grid; see
+        variance: Variance v: ``"small"`` is β σ_t²/σ_s². ``"large"`` is β, correct for data from N(0, I). ``"optimal"``
+            is that of the best Gaussian fit to the reverse transition, exact for isotropic Gaussian data.
+        score_square: E|∇log p_t|²/D for ``"optimal"``: a function of time, or one number per step of the grid; see
             :func:`scoresde.variances.mean_squared_score`.
 
     References:
@@ -47,20 +45,20 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
     """
     if variance == "learned":
         raise ValueError(
-            "`variance`='learned' depends on the state, which a table cannot hold; use `sample_learned_variance`."
+            "`variance`='learned' depends on the state, so a plan cannot hold it; use `sample_learned_variance`."
         )
     given = tuple(float(v) for v in score_square) if isinstance(score_square, Tensor) else score_square
     return Posterior(1.0, variance, given, label="DDPM")
 
 
 def EulerAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
-    r"""DDIM past the end of the leg, then noise: DDIM(η) under its other name, with a factor on the noise.
+    r"""A DDIM step to a time past the end of the step, then noise: DDIM(η) with a factor on the noise.
 
     Order 1, weak order 1.
 
     Arguments:
-        eta: How much of the noise is fresh.
-        s_noise: Factor on it.
+        eta: Stochasticity: 0 for no fresh noise, 1 for as much as in DDPM.
+        s_noise: Factor on the noise.
 
     References:
         | k-diffusion (Crowson, 2022), ``sample_euler_ancestral``
@@ -69,11 +67,11 @@ def EulerAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
 
 
 def DPM2Ancestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
-    """DPM-2 past the end of the leg, then noise. Order 2, weak order 2.
+    """A DPM-2 step to a time past the end of the step, then noise. Order 2, weak order 2.
 
     Arguments:
-        eta: How much of the noise is fresh.
-        s_noise: Factor on it.
+        eta: Stochasticity: 0 for no fresh noise, 1 for as much as in DDPM.
+        s_noise: Factor on the noise.
 
     References:
         | k-diffusion (Crowson, 2022), ``sample_dpm_2_ancestral``
@@ -82,11 +80,11 @@ def DPM2Ancestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
 
 
 def DPMPP2SAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
-    """DPM-Solver++ 2S past the end of the leg, then noise. Order 2, weak order 2.
+    """A DPM-Solver++ 2S step to a time past the end of the step, then noise. Order 2, weak order 2.
 
     Arguments:
-        eta: How much of the noise is fresh.
-        s_noise: Factor on it.
+        eta: Stochasticity: 0 for no fresh noise, 1 for as much as in DDPM.
+        s_noise: Factor on the noise.
 
     References:
         | k-diffusion (Crowson, 2022), ``sample_dpmpp_2s_ancestral``
@@ -95,15 +93,15 @@ def DPMPP2SAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
 
 
 def DPMPPSDE(eta: Eta = 1.0, r: float = 0.5, s_noise: float = 1.0, one_path: bool = True) -> Solver:
-    """DPM++ SDE: DPM-Solver++ 2S with fresh noise at the stage and at the end, off one Brownian path in σ/α.
+    """DPM++ SDE: DPM-Solver++ 2S with fresh noise at the stage and at the end, from one Brownian path in σ/α.
 
-    Order 2, weak order 2; with independent normals 1. ``SEEDS(2, DATA)`` has the normals of the SDE itself.
+    Order 2, weak order 2; the weak order is 1 with independent noise. ``SEEDS(2, DATA)`` uses the noise of the SDE.
 
     Arguments:
-        eta: How much of the noise is fresh.
-        r: Where the stage is, a fraction of the leg in λ.
+        eta: Stochasticity: 0 for no fresh noise, 1 for as much as in DDPM.
+        r: Fraction of the step in λ at which the stage is.
         s_noise: Factor on the noise.
-        one_path: Whether the two normals are correlated as the path has them.
+        one_path: Whether both Gaussian increments are from one Brownian path; otherwise they are independent.
 
     References:
         | k-diffusion (Crowson, 2022), ``sample_dpmpp_sde``
@@ -118,18 +116,18 @@ def EDMStochastic(
     s_noise: float = 1.003,
     rule: Solver | None = None,
 ) -> Solver:
-    r"""EDM's stochastic sampler: noise that raises σ/α by 1 + γ, then a Heun step from there.
+    r"""EDM's stochastic sampler: noise multiplies σ/α by 1 + γ, then a Heun step follows.
 
     .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \sigma/\alpha \le s_{tmax}
 
-    The first state, a draw from the prior, is not raised: to start higher, start higher. Order 2, weak order 2.
+    The first state is a draw from the prior and gets no extra noise. Order 2, weak order 2.
 
     Arguments:
-        s_churn: Amount of noise over the whole grid of N legs.
-        s_tmin: Lowest σ/α at which it is added.
-        s_tmax: Highest σ/α at which it is added.
-        s_noise: Factor on it; above 1 it makes up for the detail that a network loses.
-        rule: What solves, by default :func:`EDMHeun`.
+        s_churn: Amount of noise over the whole grid of N steps.
+        s_tmin: Lowest σ/α at which noise is added.
+        s_tmax: Highest σ/α at which noise is added.
+        s_noise: Factor on the noise; a factor above 1 compensates for detail that the network removes.
+        rule: Solver of the steps, by default :func:`EDMHeun`.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
@@ -140,9 +138,9 @@ def EDMStochastic(
 
 
 def ConsistencySampling() -> Solver:
-    r"""Multistep consistency sampling: :math:`x_t = \alpha_t f(x_s, s) + \sigma_t z`, f in the place of E[x₀ | x].
+    r"""Multistep consistency sampling: :math:`x_t = \alpha_t f(x_s, s) + \sigma_t z`, with a consistency model f.
 
-    Of no order for a denoiser; exact for a consistency model.
+    It is exact for a consistency model. For a denoiser, which predicts E[x₀ | x], it has no order.
 
     References:
         | Consistency Models (Song et al., 2023), arXiv:2303.01469, algorithm 1
@@ -156,12 +154,12 @@ def EulerMaruyama(eta: Eta = 1.0, clock: str = "t") -> Solver:
     .. math:: x_t = x_s + \left[f x_s - \tfrac{1+\eta^2}{2} g^2\,\frac{\alpha_s d_s - x_s}{\sigma_s^2}\right](t - s)
               + \eta\,g\sqrt{s - t}\;z
 
-    The leg into σ = 0 returns the denoised state, and one from α = 0, where the drift is infinite, is the exponential
+    A step into σ = 0 returns the denoised state. A step from α = 0, where the drift is infinite, is an exponential
     step.
 
     Arguments:
-        eta: 1 for the reverse SDE, 0 for :func:`Euler`.
-        clock: ``"t"`` or ``"lam"``.
+        eta: Stochasticity: 1 for the reverse SDE, 0 for :func:`Euler`.
+        clock: Time variable: ``"t"`` or ``"lam"``.
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -171,14 +169,14 @@ def EulerMaruyama(eta: Eta = 1.0, clock: str = "t") -> Solver:
 
 
 def StochasticHeun(eta: Eta = 1.0, clock: str = "t") -> Solver:
-    r"""Heun on the reverse SDE, whose noise is additive: one normal for both stages. Order 2, weak order 2.
+    r"""Heun on the reverse SDE, with the same noise in both stages. Order 2, weak order 2.
 
     .. math:: \hat x = x_s + h\,a(x_s, s) + \nu z, \qquad x_t = x_s + \tfrac h2\left[a(x_s, s) + a(\hat x, t)\right]
               + \nu z, \qquad \nu^2 = \tfrac{\eta^2}{2}\left(g_s^2 + g_t^2\right)|h|
 
     Arguments:
-        eta: 1 for the reverse SDE, 0 for :func:`Heun`.
-        clock: ``"t"`` or ``"lam"``.
+        eta: Stochasticity: 1 for the reverse SDE, 0 for :func:`Heun`.
+        clock: Time variable: ``"t"`` or ``"lam"``.
 
     References:
         | Numerical Solution of Stochastic Differential Equations (Kloeden & Platen, 1992), section 15.1
@@ -200,16 +198,17 @@ def ReverseDiffusion() -> Solver:
 
 
 def SDEDPMSolver(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str = "ramp") -> Solver:
-    r"""SDE-DPM-Solver: multistep on the reverse SDE, interpolating the noise. Order as named, weak order at most 2.
+    r"""SDE-DPM-Solver: multistep on the reverse SDE with the noise prediction. Order `order`, weak order at most 2.
 
     .. math:: x_t = \frac{\alpha_t}{\alpha_s}x_s - 2\sigma_t(e^h - 1)\,\varepsilon_s + \sigma_t\sqrt{e^{2h} - 1}\;z
               \qquad\text{(order 1)}
 
     Arguments:
-        order: Nodes.
-        form: Of two-node rows: ``"mid"`` as published, or ``"exact"``; ``"published"`` as in :func:`SDEDPMSolverPP`.
-        eta: 1 for the reverse SDE.
-        start: ``"ramp"``, or ``"self"`` to start with single steps of full order.
+        order: Number of nodes.
+        form: Weights of rows with two nodes: ``"mid"`` as published, or ``"exact"``; ``"published"`` as in
+            :func:`SDEDPMSolverPP`.
+        eta: Stochasticity: 1 for the reverse SDE.
+        start: First steps: ``"ramp"``, or ``"self"`` for single steps of full order.
 
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, section 5 and appendix
@@ -218,20 +217,20 @@ def SDEDPMSolver(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str =
 
 
 def SDEDPMSolverPP(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str = "ramp") -> Solver:
-    r"""SDE-DPM-Solver++: multistep on the reverse SDE, interpolating data; DPM++ 2M SDE and 3M SDE.
+    r"""SDE-DPM-Solver++: multistep on the reverse SDE with the data prediction (DPM++ 2M SDE and 3M SDE).
 
     .. math:: x_t = \frac{\sigma_t}{\sigma_s}e^{-h}x_s + \alpha_t(1 - e^{-2h})\Big(d_s + \frac{d_s - d_r}{2 r}\Big)
               + \sigma_t\sqrt{1 - e^{-2h}}\;z \qquad\text{(2M)}
 
-    Order as named, weak order at most 2. Order 3 as printed in public code carries half of the second derivative and is
-    of order 2 (``form="published"``; the weak order is 2 for both); with the sign that diffusers has there it would be
-    of order 1.
+    Order `order`, weak order at most 2. ``form="published"`` is order 3 of public code: its second-derivative term is
+    halved, so its order is 2; the weak order is still 2. With the sign that diffusers uses there, the order is 1.
 
     Arguments:
-        order: Nodes.
-        form: Of two-node rows: ``"mid"``, or ``"exact"`` (k-diffusion's "heun"). ``"published"`` for order 3.
-        eta: 1 for the reverse SDE. What k-diffusion calls eta is η².
-        start: ``"ramp"``, or ``"self"`` to start with single steps of full order.
+        order: Number of nodes.
+        form: Weights of rows with two nodes: ``"mid"``, or ``"exact"`` (k-diffusion's "heun"); ``"published"`` for
+            order 3 only.
+        eta: Stochasticity: 1 for the reverse SDE. The eta of k-diffusion is η².
+        start: First steps: ``"ramp"``, or ``"self"`` for single steps of full order.
 
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, section 5 and appendix
@@ -242,8 +241,7 @@ def SDEDPMSolverPP(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str
 def _multistep(label: str, prediction: Prediction, order: int, form: str, eta: Eta, start: str) -> Solver:
     check.choice("form", form, ("mid", "exact", "published"))
     if form == "published":
-        three = _order(order, 3)
-        return PublishedThree(three, prediction, eta=eta, start=start, label=f"{label}[published]")
+        return PublishedThree(_order(order, 3), prediction, eta=eta, start=start, label=f"{label}[published]")
     return Multistep(order, prediction, moments=_FORMS[form], eta=eta, start=start, label=label)
 
 
@@ -255,20 +253,20 @@ def SASolver(
     pece: bool = False,
     form: str = "exact",
 ) -> Solver:
-    r"""SA-Solver: stochastic Adams, predictor and corrector through one normal.
+    r"""SA-Solver: stochastic Adams method; predictor and corrector use the same noise.
 
     .. math:: x_t = \frac{\sigma_t}{\sigma_s}e^{-\tau^2 h}x_s + \sum_j b_j d_j + \sigma_t\sqrt{1 - e^{-2\tau^2 h}}\;z,
               \qquad b_j = (1+\tau^2)\,\alpha_t\int e^{-(1+\tau^2)(\lambda_t-\lambda)}\,\ell_j(\lambda)\,d\lambda
 
-    Its mean has the order of the corrected rule, min(predictor + 1, corrector); the law, with τ > 0, at most 2.
+    The order is min(predictor + 1, corrector), or `predictor` without a corrector. With τ > 0 the weak order is ≤ 2.
 
     Arguments:
-        predictor: Nodes of the predictor, 1 to 4.
-        corrector: Nodes of the corrector, the new one included, 1 to 4; 0 for none.
-        tau: η under the paper's name: a number or a function of time, such as one that is 0 outside an interval.
-        prediction: ``DATA`` or ``NOISE``.
-        pece: Whether to ask again at the corrected state.
-        form: Of two-node rows: ``"exact"``, or ``"end"`` as the paper's appendix rescales them.
+        predictor: Number of nodes of the predictor, 1 to 4.
+        corrector: Number of nodes of the corrector, including the new one, 1 to 4; 0 for no corrector.
+        tau: Stochasticity τ = η: a number or a function of time, for example 0 outside an interval.
+        prediction: Prediction to interpolate: ``DATA`` or ``NOISE``.
+        pece: Whether to evaluate the network again at the corrected state.
+        form: Weights of rows with two nodes: ``"exact"``, or ``"end"`` as rescaled in the paper's appendix.
 
     References:
         | SA-Solver (Xue et al., 2023), arXiv:2309.05019, eqs. 14 to 18, algorithm 1
@@ -291,20 +289,20 @@ def SASolver(
 def SEEDS(
     order: int = 3, prediction: Prediction = NOISE, form: str = "mid", r: tuple[float, ...] = (), eta: Eta = 1.0
 ) -> Solver:
-    r"""SEEDS: the stages of DPM-Solver on the reverse SDE, whose normals are carried from stage to stage.
+    r"""SEEDS: the stages of DPM-Solver on the reverse SDE; later stages reuse the noise of earlier ones.
 
     .. math:: x_1 = \Phi x_s + W d_s + \sigma_1 n_1 z_1, \qquad x_t = \Phi x_s + W_0 d_s + W_1 d_1
               + \sigma_t (n_{10} z_1 + n_2 z_2) \qquad\text{(order 2)}
 
-    Order as named, weak order 1, 2 and 2. The public code of order 3 scales or exchanges normals of its stages, and
-    with data prediction has a wrong weight, of order 1; here the weights are the paper's.
+    Order `order`, weak order min(order, 2). The weights are those of the paper. The public code of order 3 rescales or
+    swaps the noise of its stages; for the data prediction it has a wrong weight, which reduces the order to 1.
 
     Arguments:
-        order: 1, 2 or 3.
-        prediction: ``NOISE`` as published, or ``DATA``.
-        form: ``"mid"`` as published (one weight for both moments), or ``"exact"``.
+        order: Order of the method: 1, 2 or 3.
+        prediction: Prediction to interpolate: ``NOISE`` as published, or ``DATA``.
+        form: Weights: ``"mid"`` as published (one weight for both moments), or ``"exact"``.
         r: Fractions of the stages, by default ½, or ⅓ and ⅔.
-        eta: 1 for the reverse SDE.
+        eta: Stochasticity: 1 for the reverse SDE.
 
     References:
         | SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (Gonzalez et al., 2023),
@@ -318,24 +316,24 @@ def SEEDS(
 
 
 def er_sde_scale(rho: Tensor) -> Tensor:
-    r"""The noise scale that ER-SDE's authors found best, :math:`\phi = \varrho\,(e^{\varrho^{0.3}} + 10)`."""
+    r"""The noise scale that the ER-SDE paper recommends, :math:`\phi = \varrho\,(e^{\varrho^{0.3}} + 10)`."""
     return rho * ((rho**0.3).exp() + 10)
 
 
 def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: str = "exact") -> Solver:
-    r"""ER-SDE-Solver: data prediction interpolated in ρ = σ/α, with a noise scale φ(ρ) of choice.
+    r"""ER-SDE-Solver: the data prediction is interpolated in ρ = σ/α, and φ(ρ) sets the noise scale.
 
     .. math:: \frac{x_t}{\alpha_t} = \frac{\phi_t}{\phi_s}\frac{x_s}{\alpha_s}
               + \left(1 - \frac{\phi_t}{\phi_s}\right)d_s
               + \sqrt{\varrho_t^2 - \left(\tfrac{\phi_t}{\phi_s}\varrho_s\right)^2}\;z \qquad\text{(order 1)}
 
-    Order as named, weak order 1, 2 and 2; without noise, φ = ρ, 3. Printed order 3 takes the slope of D half a step too
-    early and has order 2 (``form="published"``). Integrals are exact, not sums over 100 points.
+    Order `order`; weak order min(order, 2) with noise, and `order` without noise (φ = ρ). The published order 3 takes
+    the slope of D half a step too early, so its order is 2. Integrals are exact, not sums over 100 points.
 
     Arguments:
-        order: 1, 2 or 3.
-        phi: φ(ρ) of tensors; ρ is the flow, ρ² the reverse SDE.
-        form: ``"exact"`` or ``"published"``.
+        order: Order of the method: 1, 2 or 3.
+        phi: Function φ(ρ) of tensors; φ = ρ is the flow, φ = ρ² the reverse SDE.
+        form: Weights of order 3: ``"exact"`` or ``"published"``.
 
     References:
         | Elucidating the Solution Space of Extended Reverse-Time SDE for Diffusion Models (Cui et al., 2023),

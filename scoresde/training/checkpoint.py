@@ -1,8 +1,8 @@
-"""States on disk that survive: atomic, checksummed, without code.
+"""Checkpoints: files that are written atomically, have a checksum, and contain no code.
 
-A checkpoint is one safetensors file. Its tensors are those of the state; everything else (numbers, texts, nesting) is
-JSON in its metadata, beside a SHA-256 of all of it. Writing goes to a temporary file that is synchronised to the disk
-and renamed, so that under its name a file is whole or not there. Nothing is ever unpickled.
+A checkpoint is one safetensors file with the tensors of the state. Its metadata contains all other values (numbers,
+strings, nesting) as JSON, and a SHA-256 checksum of the whole state. A file is written under a temporary name, flushed
+to the disk and then renamed, so that a file under its final name is complete. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _TENSOR, _TUPLE, _PAIRS = "__tensor__", "__tuple__", "__pairs__"
 
 
 class CheckpointError(RuntimeError):
-    """A file that is no whole checkpoint of this library; the message says what to do."""
+    """The file is missing, damaged or not a checkpoint of this library; the message contains the fix."""
 
 
 def save(path: str | os.PathLike[str], state: Any) -> None:
-    """Write a state so that under `path` there is the old file or the whole new one, at any moment.
+    """Write a state atomically: at any moment `path` is the old file or the complete new file.
 
     Arguments:
-        path: Where; the folder must exist.
-        state: Dictionaries, lists and tuples of tensors, numbers, texts and None.
+        path: Path of the file; its folder must exist.
+        state: Nested dictionaries, lists and tuples of tensors, numbers, strings and None.
     """
     from safetensors.torch import save as serialise
 
@@ -52,7 +52,7 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the name, too, is on the disk only when its folder is
+    if os.name == "posix":  # the new name reaches the disk only when the folder is flushed
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -61,49 +61,49 @@ def save(path: str | os.PathLike[str], state: Any) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> Any:
-    """Read a state back, on the CPU; a truncated, damaged or foreign file raises a :class:`CheckpointError`.
+    """Read a state onto the CPU; a missing, damaged or foreign file raises a :class:`CheckpointError`.
 
     Arguments:
-        path: The file.
+        path: Path of the file.
     """
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}; check the name, or start without one.")
+        raise CheckpointError(f"there is no checkpoint {path}; check the path, or start a new run.")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             if meta.get("format") != FORMAT:
                 raise CheckpointError(
                     f"{path} was not written by this library (its format is {meta.get('format')!r}, not {FORMAT!r}); "
-                    f"weights of other programs go into the network with net.load_state_dict(safetensors...load_file)."
+                    f"load weights of other programs with net.load_state_dict(safetensors.torch.load_file(path))."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
             tree = meta["tree"]
-            whole = meta.get("sha256") == _digest(tree, tensors)
+            intact = meta.get("sha256") == _digest(tree, tensors)
     except CheckpointError:
         raise
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is truncated, damaged or no safetensors file ({error}); delete it and go on from the checkpoint "
-            f"before it."
+            f"{path} is truncated, damaged or not a safetensors file ({error}); delete it and continue from the "
+            f"previous checkpoint."
         ) from error
-    if not whole:
+    if not intact:
         raise CheckpointError(
-            f"{path} is damaged: its contents do not match their checksum; delete it and go on from the checkpoint "
-            f"before it, or copy it again from where it came."
+            f"{path} is damaged: its contents do not match their checksum; delete it and continue from the previous "
+            f"checkpoint, or copy it again from its source."
         )
     return _unpack(json.loads(tree), tensors)
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The last few checkpoints of a run, in a folder.
+    """The newest checkpoints of a run, in one folder.
 
     Arguments:
-        folder: Where; made if it does not exist.
-        keep: How many of the newest to keep.
+        folder: Folder of the files; `save` creates it.
+        keep: Number of checkpoints to keep.
     """
 
     folder: Path
@@ -114,36 +114,36 @@ class Checkpoints:
         object.__setattr__(self, "folder", Path(self.folder))
 
     def path(self, step: int) -> Path:
-        """The file of a step."""
+        """Path of the file of a step."""
         return self.folder / f"step-{step:09d}.safetensors"
 
     def steps(self) -> list[int]:
-        """Steps that have a file, in order."""
-        found = (re.fullmatch(r"step-(\d+)\.safetensors", file.name) for file in self.folder.glob("step-*.safetensors"))
-        return sorted(int(match[1]) for match in found if match)
+        """Steps that have a file, in increasing order."""
+        names = (re.fullmatch(r"step-(\d+)\.safetensors", file.name) for file in self.folder.glob("step-*.safetensors"))
+        return sorted(int(match[1]) for match in names if match)
 
     def save(self, step: int, state: Any) -> Path:
-        """Write the state of a step, then delete the oldest; later steps, of a run that was left, are not counted."""
+        """Write the state of a step, and delete all but the newest `keep` of the files up to this step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save(self.path(step), state)
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
-        for torn in self.folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        for torn in self.folder.glob(".step-*.tmp"):  # left by processes that were killed during a write
             torn.unlink(missing_ok=True)
         return self.path(step)
 
     def latest(self) -> tuple[int, Any] | None:
-        """The newest step that is whole and its state; None if there is none. Warns of each that is not."""
+        """Return the newest intact step and its state, or None; a damaged file gives a warning."""
         for step in reversed(self.steps()):
             try:
                 return step, load(self.path(step))
             except CheckpointError as error:
-                warnings.warn(f"passed over a checkpoint: {error}", stacklevel=2)
+                warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
         return None
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """The state as JSON, its tensors set aside under their place in it."""
+    """Convert a state to JSON values; store its tensors in `tensors`, named by their position in the state."""
     if isinstance(value, Tensor):
         name = name or "tensor"
         tensors[name] = value.detach().to("cpu", copy=True).contiguous()
@@ -158,11 +158,11 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(key, str) and not key.startswith("__") for key in inner):
             return inner
         if not all(isinstance(key, (str, int)) for key in inner):
-            raise TypeError(f"`state` has keys at {name!r} that are neither texts nor integers: {list(inner)}.")
+            raise TypeError(f"`state` has keys at {name!r} that are neither strings nor integers: {list(inner)}.")
         return {_PAIRS: [[key, item] for key, item in inner.items()]}
     raise TypeError(
-        f"`state` holds a {type(value).__name__} at {name!r}; a checkpoint holds tensors, numbers, texts and None in "
-        f"dictionaries, lists and tuples, and no objects."
+        f"`state` has a {type(value).__name__} at {name!r}; only tensors, numbers, strings and None in dictionaries, "
+        f"lists and tuples can be saved; convert the object first."
     )
 
 

@@ -1,7 +1,7 @@
-"""Where a training step's random numbers come from, and dropping conditions with them.
+"""Random numbers of a training step, and random dropping of conditions.
 
-A source has two methods, ``uniform`` and ``normal``, as :class:`Noise` has. By default it is torch's global
-generator, as in any training loop.
+A source has two methods, ``uniform`` and ``normal``; :class:`Noise` is one. The default source is torch's global
+generator.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch.utils._pytree import tree_map
 from scoresde import _checks as check
 from scoresde.noise import Noise
 
-TIMES, NORMALS, DROPS = 0, 1, 2  # draws of a training step
+TIMES, NORMALS, DROPS = 0, 1, 2  # numbers of the draws in a training step
 
 
 class Source(Protocol):
-    """Random numbers of shape (B, *event) for draw number `draw` of a step."""
+    """A source of random numbers, (B, *event), for draw number `draw` of a step."""
 
-    def uniform(self, shape: Sequence[int], draw: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor: ...  # noqa: D102
+    def uniform(self, shape: Sequence[int], draw: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor: ...
 
-    def normal(self, shape: Sequence[int], draw: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor: ...  # noqa: D102
+    def normal(self, shape: Sequence[int], draw: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Numbers from a torch generator; of a batch that is spread over processes, one process' rows.
+    """Random numbers from a torch generator, for a whole batch or for the rows of one process.
 
-    With `total`, every process draws the numbers of the whole batch and keeps its own rows, so that generators with
-    equal seeds give the same run on any number of processes.
+    With `total`, every process draws the numbers of the whole batch and uses only its own rows. Generators with equal
+    seeds then give the same run on any number of processes.
 
     Arguments:
-        generator: A generator on the device of the state; None for torch's global one.
+        generator: Generator on the device of the state; None for torch's global generator.
         first: Index of the first row in the whole batch.
-        total: Rows of the whole batch; None where this is all of it.
+        total: Number of rows in the whole batch; None if there are no rows elsewhere.
     """
 
     generator: torch.Generator | None = None
@@ -53,14 +53,14 @@ class Draws:
     def uniform(
         self, shape: Sequence[int], draw: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Uniform numbers in [0, 1), (B, *event); the order of calls counts, `draw` does not."""
+        """Uniform numbers in [0, 1), (B, *event); they depend on the order of the calls, not on `draw`."""
         whole, rows = self._rows(shape)
         return torch.rand(whole, generator=self.generator, dtype=dtype, device=device)[rows]
 
     def normal(
         self, shape: Sequence[int], draw: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Standard normal numbers, (B, *event); the order of calls counts, `draw` does not."""
+        """Standard normal numbers, (B, *event); they depend on the order of the calls, not on `draw`."""
         whole, rows = self._rows(shape)
         return torch.randn(whole, generator=self.generator, dtype=dtype, device=device)[rows]
 
@@ -73,10 +73,10 @@ class Draws:
 
 
 def source_of(noise: Noise | Source | int | None) -> Source:
-    """A source from what a user gives: None, a seed, a :class:`Noise` or a source.
+    """Convert None, a seed, a :class:`Noise` or a source to a source.
 
     Arguments:
-        noise: None is torch's global generator; a seed is ``Noise(seed)``.
+        noise: Source or seed. None gives torch's global generator; a seed gives ``Noise(seed)``.
     """
     if noise is None:
         return Draws()
@@ -84,20 +84,20 @@ def source_of(noise: Noise | Source | int | None) -> Source:
 
 
 def place(noise: Source, n: int, total: int | None = None) -> tuple[float, int, Source]:
-    """Where a batch of `n` rows lies in the whole batch: first row, rows in all, and a source that all rows share.
+    """Return the index of the first of `n` rows in the whole batch, the size of that batch, and a shared source.
 
     Arguments:
-        noise: The source.
-        n: Rows here.
-        total: Rows in all, where the source does not know; by default `n`.
+        noise: Source of the numbers of these rows.
+        n: Number of rows.
+        total: Number of rows in the whole batch; by default that of :class:`Draws`, else `n`.
     """
     if isinstance(noise, Draws):
         return noise.first, total or noise.total or n, Draws(noise.generator)
     if isinstance(noise, Noise):
         if not isinstance(noise.seed, int) or noise.indices is not None:
             raise ValueError(
-                "stratified times belong to a batch: give a `Noise` with one seed and an `offset`, not a seed or an "
-                "index for each row."
+                "stratified times couple the rows of a batch: give a `Noise` with one seed and an `offset`, not a seed "
+                "or an index for each row."
             )
         return noise.offset, total or n, Noise(noise.seed)
     return 0, total or n, noise
@@ -106,13 +106,13 @@ def place(noise: Source, n: int, total: int | None = None) -> tuple[float, int, 
 def drop_condition(
     cond: Mapping[str, Any], p: float, null: Mapping[str, Any], noise: Noise | Source | int | None = None
 ) -> dict[str, Any]:
-    """Replace the conditions of some rows by their null values: training for classifier-free guidance.
+    """Replace the conditions of random rows by null values, for training with classifier-free guidance.
 
     Arguments:
-        cond: Conditions by name, tensors (B, …), or trees of them.
-        p: Probability that a row is dropped; all its conditions that have a null value go together.
-        null: What stands for "no condition", by name: a number or a tensor that broadcasts to a row.
-        noise: Where the choice comes from, as in :class:`DSM`.
+        cond: Conditions by name, tensors (B, …) or trees of tensors.
+        p: Probability of dropping a row; all its conditions with a null value are dropped together.
+        null: Values that mean "no condition", by name: a number or a tensor that broadcasts to a row.
+        noise: Source of the random choice, as in :class:`DSM`.
 
     Example:
         >>> import torch
@@ -125,7 +125,7 @@ def drop_condition(
     check.number("p", p, least=0, most=1)
     unknown = sorted(set(null) - set(cond))
     if unknown:
-        raise ValueError(f"`null` names {', '.join(unknown)}, which is not a condition; `cond` has {sorted(cond)}.")
+        raise ValueError(f"`null` names {', '.join(unknown)}, but `cond` has only {sorted(cond)}.")
     out = dict(cond)
     if p == 0 or not null:
         return out
@@ -134,13 +134,13 @@ def drop_condition(
 
     def replace(value: Any, empty: Any) -> Any:
         if not isinstance(value, Tensor) or value.ndim == 0:
-            raise TypeError(f"a condition to drop must be a tensor (B, …), got {value!r}.")
+            raise TypeError(f"`cond` must have tensors (B, …) for the names in `null`, got {value!r}.")
         if not dropped:
             u = source.uniform((len(value),), DROPS, dtype=torch.float32, device=value.device)
             dropped[value.device] = u < p
         mask = next(iter(dropped.values())).to(value.device)
         if len(mask) != len(value):
-            raise ValueError(f"conditions must have one row for each sample, got {len(mask)} and {len(value)} rows.")
+            raise ValueError(f"`cond` must have one row for each sample, got {len(mask)} and {len(value)} rows.")
         empty = torch.as_tensor(empty, dtype=value.dtype, device=value.device)
         return torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), empty, value)
 

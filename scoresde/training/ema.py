@@ -1,7 +1,7 @@
-r"""Averages of weights over a run: exponential, and power-function with any length chosen afterwards.
+r"""Averages of a module's weights over a run: exponential, or a power function whose length is chosen afterwards.
 
-They keep a copy of a module's parameters beside it, in float32 at least; buffers, which are statistics already, are
-copied as they are. The module itself is never replaced, so optimisers, DDP and compiled graphs go on pointing at it.
+An average is a copy of the parameters, in float32 or float64; buffers are copied without averaging. The module and its
+tensors are never replaced, so that optimisers, DDP and compiled graphs stay valid.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class EMA:
     Call :meth:`update` after every step of the optimiser, and sample inside ``with ema.swapped():``.
 
     Arguments:
-        module: Whose weights; a :class:`Denoiser`, its network, or anything with parameters.
-        decay: β.
-        warmup: Whether young averages forget faster, as in the formula; else β_n = β.
+        module: Module whose weights are averaged: a :class:`Denoiser`, its network, or any module with parameters.
+        decay: Largest decay β.
+        warmup: Whether β_n rises to β as in the formula; else β_n = β.
 
     Example:
         >>> import torch
@@ -50,7 +50,7 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, warmup: bool = True) -> None:
         if next(module.parameters(), None) is None:
-            raise ValueError("`module` has no parameters to average; is its network hidden in a function?")
+            raise ValueError("`module` has no parameters to average; its network must be an nn.Module, not a function.")
         self.module = module
         self.decay = check.number("decay", decay, least=0, below=1)
         self.warmup = bool(warmup)
@@ -59,18 +59,18 @@ class EMA:
         self._swapped = False
 
     def rate(self) -> float:
-        """β_n of the next update."""
+        """Decay β_n of the next update."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
 
     def update(self) -> None:
-        """Take in the module's weights as they are now."""
+        """Update the average with the current weights of the module."""
         _refuse_swapped(self._swapped)
         _move(self.weights, self.module, 1 - self.rate())
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
-        """The module with the average as its weights; its own come back at the end, also after an exception."""
+        """Context in which the module has the averaged weights; its own return at the end, also after an error."""
         self._swapped = True
         try:
             with swapped(self.module, self.weights) as module:
@@ -79,7 +79,7 @@ class EMA:
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: the average, how many updates it has seen, and how it forgets."""
+        """Averaged weights, number of updates, and settings."""
         return {
             "weights": dict(self.weights),
             "updates": self.updates,
@@ -88,25 +88,24 @@ class EMA:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; whatever is missing or too much raises."""
+        """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "decay", "warmup"))
         _load(self.weights, state["weights"])
         self.updates, self.decay, self.warmup = int(state["updates"]), float(state["decay"]), bool(state["warmup"])
 
 
 class PowerEMA:
-    r"""Power-function averages, from which one of any length can be made after the run.
+    r"""Power-function averages, from which :func:`reconstruct` makes an average of any length after the run.
 
     .. math:: \bar\theta_\gamma(t) = \frac{\int_0^t \tau^\gamma\,\theta(\tau)\,d\tau}{\int_0^t \tau^\gamma\,d\tau},
               \qquad \bar\theta \leftarrow \beta_t\bar\theta + (1-\beta_t)\theta, \quad
               \beta_t = \big(1 - \tfrac1t\big)^{\gamma+1}
 
-    Their length is a share of the run, told by the standard deviation of the profile in units of t:
-    :math:`\sigma_{rel} = \sqrt{\gamma+1}\,(\gamma+2)^{-1}(\gamma+3)^{-1/2}`. Keep a :meth:`snapshot` now and then;
-    :func:`reconstruct` makes any other length of them.
+    The length of an average is the standard deviation of its profile in units of t:
+    :math:`\sigma_{rel} = \sqrt{\gamma+1}\,(\gamma+2)^{-1}(\gamma+3)^{-1/2}`. Save a :meth:`snapshot` regularly.
 
     Arguments:
-        module: Whose weights.
+        module: Module whose weights are averaged.
         stds: Lengths σ_rel to track, in (0, 0.288); two are enough to reconstruct others.
 
     References:
@@ -117,37 +116,37 @@ class PowerEMA:
         self.module = module
         self.stds = tuple(float(std) for std in stds)
         if not self.stds:
-            raise ValueError("`stds` must name at least one length, such as (0.05, 0.10).")
+            raise ValueError("`stds` must have at least one length, such as (0.05, 0.10), got none.")
         self.gammas = tuple(gamma_of_std(std) for std in self.stds)
         self.updates = 0
         self.weights = [_copy(module) for _ in self.stds]
 
     def update(self) -> None:
-        """Take in the module's weights as they are now."""
+        """Update the average with the current weights of the module."""
         self.updates += 1
         for gamma, weights in zip(self.gammas, self.weights, strict=True):
             _move(weights, self.module, 1 - (1 - 1 / self.updates) ** (gamma + 1))
 
     def swapped(self, which: int = 0) -> AbstractContextManager[nn.Module]:
-        """The module with the average of length ``stds[which]``, as :meth:`EMA.swapped`."""
+        """Context in which the module has the average of length ``stds[which]``, as :meth:`EMA.swapped`."""
         return swapped(self.module, self.weights[which])
 
     def snapshot(self) -> list[Snapshot]:
-        """The averages as they are now, one for each length, on the CPU."""
+        """Copies of the current averages on the CPU, one for each length."""
         return [
             Snapshot(self.updates, gamma, {name: whole(w).detach().to("cpu", copy=True) for name, w in weights.items()})
             for gamma, weights in zip(self.gammas, self.weights, strict=True)
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything: the averages, how many updates they have seen, and their lengths."""
+        """Averaged weights, number of updates, and lengths."""
         return {"weights": [dict(w) for w in self.weights], "updates": self.updates, "stds": list(self.stds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict`; whatever is missing or too much raises."""
+        """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "stds"))
         if tuple(state["stds"]) != self.stds:
-            raise ValueError(f"the state tracks `stds`={tuple(state['stds'])}, this average {self.stds}; make it so.")
+            raise ValueError(f"`state` has `stds`={tuple(state['stds'])}, this PowerEMA {self.stds}; they must agree.")
         for mine, theirs in zip(self.weights, state["weights"], strict=True):
             _load(mine, theirs)
         self.updates = int(state["updates"])
@@ -155,12 +154,12 @@ class PowerEMA:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A power-function average at a time of the run.
+    """A power-function average at one update of a run.
 
     Arguments:
-        t: Updates so far.
-        gamma: γ of its profile.
-        weights: The average, by name.
+        t: Number of updates.
+        gamma: Exponent γ of its profile.
+        weights: Averaged weights, by name.
     """
 
     t: int
@@ -169,10 +168,10 @@ class Snapshot:
 
 
 def gamma_of_std(std: float) -> float:
-    r"""γ of a relative length: the positive root of :math:`(\gamma+2)^2(\gamma+3) = (\gamma+1)/\sigma_{rel}^2`.
+    r"""Exponent γ of a relative length: the largest root of :math:`(\gamma+2)^2(\gamma+3) = (\gamma+1)/\sigma_{rel}^2`.
 
     Arguments:
-        std: σ_rel, in (0, 0.288); γ = 0, the mean of the whole run, has √(1/12).
+        std: Relative length σ_rel, in (0, √(1/12)); γ = 0, the mean of the whole run, has √(1/12).
     """
     import numpy as np
 
@@ -181,31 +180,31 @@ def gamma_of_std(std: float) -> float:
 
 
 def std_of_gamma(gamma: float) -> float:
-    """σ_rel of γ; the inverse of :func:`gamma_of_std`.
+    """Relative length σ_rel of an exponent γ; the inverse of :func:`gamma_of_std`.
 
     Arguments:
-        gamma: γ > −1.
+        gamma: Exponent γ > −1.
     """
     check.number("gamma", gamma, above=-1)
     return float((gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5)
 
 
 def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None) -> Weights:
-    r"""The power-function average of another length, as the best combination of snapshots.
+    r"""Power-function average of any length, as the least-squares combination of snapshots.
 
     .. math:: \min_x \int \Big(\sum_i x_i\,p_{\gamma_i,t_i}(\tau) - p_{\gamma,t}(\tau)\Big)^2 d\tau, \qquad
               p_{\gamma,t}(\tau) = (\gamma+1)\,\tau^\gamma/t^{\gamma+1} \text{ on } [0, t]
 
     Arguments:
-        snapshots: Of one run, from :meth:`PowerEMA.snapshot`; more of them, closer together, reconstruct better.
-        std: σ_rel of the average wanted.
-        t: At which update; by default that of the last snapshot.
+        snapshots: Snapshots of one run, from :meth:`PowerEMA.snapshot`; more of them give a smaller error.
+        std: Relative length σ_rel of the result.
+        t: Update at which the profile of the result ends; by default that of the last snapshot.
 
     Returns:
         Weights by name, for :func:`swapped` or ``module.load_state_dict``.
     """
     if not snapshots:
-        raise ValueError("`snapshots` must hold at least one; keep `PowerEMA.snapshot()` now and then.")
+        raise ValueError("`snapshots` must have at least one entry; save `PowerEMA.snapshot()` during the run.")
     last = max(snapshot.t for snapshot in snapshots)
     t = last if t is None else check.integer("t", t, least=1)
     if t > last:
@@ -217,9 +216,9 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None)
         raise ValueError(f"`t`={t} lies before the first snapshot, at {min(s.t for s in snapshots)}.")
     at = torch.tensor([s.t for s in used] + [t], dtype=torch.float64)
     gamma = torch.tensor([s.gamma for s in used] + [gamma_of_std(std)], dtype=torch.float64)
-    inner = _inner(at[:, None], gamma[:, None], at[None], gamma[None])
-    # Nearby snapshots are nearly dependent: the small singular values carry rounding only.
-    x = torch.linalg.lstsq(inner[:-1, :-1], inner[:-1, -1:], rcond=1e-15, driver="gelsd").solution[:, 0]
+    products = _inner_products(at[:, None], gamma[:, None], at[None], gamma[None])
+    # Nearby snapshots are almost linearly dependent, so that the smallest singular values are rounding errors.
+    x = torch.linalg.lstsq(products[:-1, :-1], products[:-1, -1:], rcond=1e-15, driver="gelsd").solution[:, 0]
     out: Weights = {}
     for name, first in used[0].weights.items():
         if not first.is_floating_point():
@@ -232,8 +231,8 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None)
     return out
 
 
-def _inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
-    """∫ p_a p_b = (γ_a + 1)(γ_b + 1)/(γ_a + γ_b + 1) · (t_min/t_max)^γ_max / t_max, γ_max being that of the later."""
+def _inner_products(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+    """∫ p_a p_b = (γ_a + 1)(γ_b + 1)/(γ_a + γ_b + 1) · (t_min/t_max)^γ_max / t_max, with γ_max the γ at t_max."""
     later = torch.where(t_a > t_b, gamma_a, gamma_b)
     small, large = torch.minimum(t_a, t_b), torch.maximum(t_a, t_b)
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * (small / large) ** later / large
@@ -241,15 +240,15 @@ def _inner(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor
 
 @contextmanager
 def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """A module with other weights, in place; its own come back at the end, also after an exception.
+    """Context in which a module has other weights; its own return at the end, also after an error.
 
     Arguments:
-        module: The module.
-        weights: Parameters and buffers by name, all of them.
+        module: Module whose tensors are overwritten in place.
+        weights: All parameters and saved buffers, by name.
     """
     own = _tensors(module)
     _match(own, weights)
-    kept = {name: w.detach().clone() for name, w in own.items()}
+    saved = {name: w.detach().clone() for name, w in own.items()}
     try:
         with torch.no_grad():
             for name, w in own.items():
@@ -258,11 +257,11 @@ def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Mod
     finally:
         with torch.no_grad():
             for name, w in own.items():
-                w.copy_(kept[name])
+                w.copy_(saved[name])
 
 
 def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights:
-    """Parameters and saved buffers by name, as in the module's own state_dict; shared ones once."""
+    """Parameters and saved buffers by name, as in the module's state_dict; a shared tensor appears once."""
     if names is None:
         names = {_plain(name) for name in module.state_dict(keep_vars=True)}
     both = ((_plain(name), w) for name, w in (*module.named_parameters(), *module.named_buffers()))
@@ -270,39 +269,39 @@ def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights
 
 
 def _plain(name: str) -> str:
-    """The name without what torch.compile and DDP put before it."""
+    """Remove the prefixes of torch.compile and DDP from a name."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _copy(module: nn.Module) -> Weights:
-    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # half precision swallows 1 − β
+    wide = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # half precision rounds 1 − β away
     return {name: w.detach().to(wide.get(w.dtype, w.dtype), copy=True) for name, w in _tensors(module).items()}
 
 
 @torch.no_grad()
 def _move(average: Weights, module: nn.Module, share: float) -> None:
-    """Move an average a share of the way to the module's weights, all at once where they are alike."""
-    far: list[Tensor] = []
-    near: list[Tensor] = []
+    """Interpolate average parameters to those of the module by `share`; copy buffers."""
+    averages: list[Tensor] = []
+    current: list[Tensor] = []
     for name, w in _tensors(module, average).items():
-        mine = average[name] = spread(average[name], w)  # the module may have moved
+        mine = average[name] = spread(average[name], w)  # the module may be on another device now
         if not (isinstance(w, nn.Parameter) and w.is_floating_point()):
             mine.copy_(w)
         else:
-            far.append(local(mine))
-            near.append(local(w.detach()).to(far[-1].dtype))
-    if far:
-        torch._foreach_lerp_(far, near, share)
+            averages.append(local(mine))
+            current.append(local(w.detach()).to(averages[-1].dtype))
+    if averages:
+        torch._foreach_lerp_(averages, current, share)
 
 
 def _refuse_swapped(inside: bool) -> None:
     if inside:
-        raise RuntimeError("`update` inside `swapped` would average the average; leave the block first.")
+        raise RuntimeError("`update` inside `swapped` would average the average; call `update` after the block.")
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str]) -> None:
     if set(state) != set(names):
-        raise ValueError(f"`state` must have {', '.join(names)}, got {', '.join(map(str, state))}.")
+        raise ValueError(f"`state` must have {', '.join(names)} and nothing else, got {', '.join(map(str, state))}.")
 
 
 def _load(mine: Weights, theirs: Mapping[str, Tensor]) -> None:
@@ -316,8 +315,8 @@ def _match(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(set(own) - set(given)), sorted(set(given) - set(own))
     if missing or extra:
         raise ValueError(
-            f"the weights are not this module's: missing {missing or 'none'}, unknown {extra or 'none'}; make the "
-            f"module as it was made then."
+            f"the weights do not fit the module: missing {missing or 'none'}, unknown {extra or 'none'}; construct the "
+            f"module with the same settings as before."
         )
     for name, w in own.items():
         if w.shape != given[name].shape:

@@ -1,11 +1,11 @@
-r"""Losses: denoising score matching for any process and parametrisation, with a bound for variances; and sliced.
+r"""Losses: denoising score matching for any process and prediction, a bound for learned variances, sliced matching.
 
 .. math:: L = E_{t\sim p,\,x_0,\,\varepsilon}\,w(t)\,|\hat x_0(\alpha x_0 + \sigma\varepsilon, t) - x_0|^2
             = E_{t\sim q}\,\frac{p(t)}{q(t)}\,w(t)\,|\hat x_0 - x_0|^2
 
-*What* is learned is said by the weighting w and the times p; *how* it is estimated, by the proposal q, which changes
-the variance and nothing else. The error is computed on what the network returns, whose scale is right, and weighted by
-the exact ratio (:mod:`scoresde.training.weightings`).
+The weighting w and the density p of the times define the loss. The proposal q changes only the variance of its
+estimate. The code computes the squared error of the network's output, and converts w exactly to a weight on that error
+(:mod:`scoresde.training.weightings`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from scoresde.training.weightings import On, Uncertainty, Weighting, named, sens
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss, sample by sample; all of shape (B,).
+    """Loss of each sample of a batch; all tensors have shape (B,).
 
     Arguments:
         t: Times.
-        error: Squared error of what the network returned, averaged over an event; no weight, no gradient.
-        weight: What the error is multiplied by: w(t) on that error, times p(t)/q(t).
-        loss: The loss of each sample; their mean is the loss.
+        error: Squared error of the network's output, averaged over an event, without weight and without gradient.
+        weight: Weight on that error: w(t), converted to the output, times p(t)/q(t).
+        loss: Loss of each sample; the loss of the batch is the mean.
     """
 
     t: Tensor
@@ -51,22 +51,21 @@ class DSM(nn.Module):
 
     .. math:: L = \frac1B\sum_i \frac{p(t_i)}{q(t_i)}\,w(t_i)\,\tfrac1D|\hat x_0(x_{t_i}, t_i) - x_0|^2, \; t_i \sim q
 
-    By default the weight is 1 on the error of what the network predicts, and times are even: for ``eps`` the loss of
-    DDPM, for ``velocity`` on :class:`Flow` flow matching, E‖net − (ε − x0)‖². A network that predicts the score is
-    weighted as its ε. EDM's loss is ``DSM(model, "edm", LogNormalSigma())`` with ``predicts="F"``.
+    By default the weight is 1 on the error of the network's output, and times are uniform. For ``eps`` this is the loss
+    of DDPM; for ``velocity`` on :class:`Flow` it is flow matching, E‖net − (ε − x0)‖². For ``score`` the weight is 1 on
+    the error of ε. EDM's loss is ``DSM(model, "edm", LogNormalSigma())`` with ``predicts="F"``.
 
-    The loss has the network's parameters, and those of a learned weighting. Everything but the network is computed in
-    the dtype of `x`, also under autocast.
+    The parameters are those of the network and of a learned weighting. All coefficients are computed in the dtype of
+    `x`, also under autocast.
 
     Arguments:
-        model: A denoiser.
-        weighting: A name or a function of (sde, t), see :mod:`scoresde.training.weightings`; ``"edm"`` takes its
-            `sigma_data` from the model's preconditioning, 1 without.
-        times: The density p of the times that count. By default even; for a :class:`Discrete` process even on its
-            steps.
-        proposal: The density q to draw from instead: :class:`LikelihoodImportance`, :class:`LossAware` or any other.
-        drop: Probability that a sample's conditions are replaced by `null`, for classifier-free guidance.
-        null: What stands for no condition, by name.
+        model: Denoiser to train.
+        weighting: Name or function of (sde, t), see :mod:`scoresde.training.weightings`. ``"edm"`` takes its
+            `sigma_data` from the model's preconditioning; without preconditioning it is 1.
+        times: Density p of the times. By default uniform; for a :class:`Discrete` process uniform on its steps.
+        proposal: Density q of the draws, such as :class:`LikelihoodImportance` or :class:`LossAware`; by default p.
+        drop: Probability of replacing a sample's conditions by `null`, for classifier-free guidance.
+        null: Values that mean "no condition", by name.
 
     Example:
         >>> import torch, scoresde as ss
@@ -107,7 +106,7 @@ class DSM(nn.Module):
                 raise TypeError(f"`{name}` must be a density such as Uniform(), got {type(value).__name__}.")
         if isinstance(times, LossAware) or isinstance(getattr(times, "base", None), LossAware):
             raise ValueError(
-                "`times` says what counts, which must not move with the loss; give LossAware as `proposal`."
+                "`times` defines the loss and must be a fixed density, got LossAware; give LossAware as `proposal`."
             )
         self.model = model
         self.predicts = model.predicts if isinstance(model, Denoiser) else "x0"
@@ -125,39 +124,39 @@ class DSM(nn.Module):
         self.times: Times = times or (Steps(sde.N) if isinstance(sde, Discrete) else Uniform())
         self.proposal = proposal
         if isinstance(proposal, Stratified) and isinstance(proposal.base, nn.Module):
-            self.learned_times = proposal.base  # so that its state is the loss' state
+            self.learned_times = proposal.base  # so that its state is saved with the loss
         self.drop = check.number("drop", drop, least=0, most=1)
         self.null = dict(null or {})
         if self.drop > 0 and not self.null:
             raise ValueError(
-                f"`drop`={self.drop} needs `null`, what stands for no condition, as in null={{'label': 10}}."
+                f"`drop`={self.drop} needs `null`, the values that mean no condition, as in null={{'label': 10}}."
             )
         self.levels = LossByNoise(sde)
 
     @property
     def sde(self) -> SDE:
-        """The model's process."""
+        """Process of the model."""
         return self.model.sde
 
     def forward(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Any) -> Tensor:
-        """The loss of a batch, a scalar.
+        """Loss of a batch, a scalar.
 
         Arguments:
             x: Data, (B, *event), float32 or float64.
-            noise: Where times and noise come from: None for torch's global generator, as in any training loop; a seed
-                or a :class:`Noise` for numbers that belong to the sample; ``Draws(generator)`` for a generator.
+            noise: Source of times and noise: None for torch's global generator; a seed or a :class:`Noise` for numbers
+                that depend only on the seed and the row; ``Draws(generator)`` for a torch generator.
             **cond: Conditions for the network, by name.
         """
         return self.terms(x, noise, **cond).loss.mean()
 
     def terms(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Any) -> Terms:
-        """The loss of each sample, with the arguments of :meth:`forward`."""
+        """Loss of each sample, with the arguments of :meth:`forward`."""
         check.state("x", x)
         source = source_of(noise)
         if self.drop > 0:
             cond = drop_condition(cond, self.drop, self.null, source)
         density = self.proposal or self.times
-        with _float(x):
+        with _no_autocast(x):
             t = density.sample(self.sde, len(x), source, dtype=x.dtype, device=x.device)
             eps = source.normal(x.shape, NORMALS, dtype=x.dtype, device=x.device)
         terms = self.at(x, t, eps, **cond)
@@ -169,15 +168,15 @@ class DSM(nn.Module):
         return terms
 
     def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Terms:
-        """The loss of each sample at given times and noise.
+        """Loss of each sample at given times and noise.
 
         Arguments:
             x: Data, (B, *event).
             t: Times, (B,).
-            eps: Standard normal, the shape of `x`.
+            eps: Standard normal noise of the shape of `x`.
             **cond: Conditions for the network, by name.
         """
-        with _float(x):
+        with _no_autocast(x):
             x_t, weight = self.sde.perturb(x, t, eps), self._weight(t)
             target = self.model.target(x, t, eps) if isinstance(self.model, Denoiser) else x
         out = (
@@ -187,7 +186,7 @@ class DSM(nn.Module):
         return self._terms(t, error, weight, weight * error)
 
     def _weight(self, t: Tensor) -> Tensor:
-        """Weight on the squared error of what the network returns."""
+        """Weight on the squared error of the network's output."""
         weight = self.weighting(self.sde, t) / sensitivity(self.predicts, self.sde, t, self.sigma_data)
         return weight if self.proposal is None else weight * self._importance(t)
 
@@ -204,20 +203,20 @@ class DSM(nn.Module):
 
 
 class HybridVLB(DSM):
-    r"""DSM for the mean and the variational bound for a learned variance.
+    r"""DSM for the mean, plus the variational bound for a learned variance.
 
     .. math:: L = L_{DSM} + \lambda N\, E_t\,\mathrm{KL}\big(q(x_s\mid x_t, x_0)\,\|\,N(\tilde\mu(x_t, \hat x_0),
               e^{v\log\beta + (1-v)\log\tilde\beta})\big), \qquad s = t - T/N
 
-    The bound's gradient reaches the variance only. β̃ is the variance of q(x_s | x_t, x_0), β that of x_t given x_s, and
-    v = (output + 1)/2. The last step, s = 0, is the negative log-likelihood of a Gaussian decoder, and takes its β̃ from
-    the step before. Nats per entry.
+    The bound has a gradient with respect to the variance only. β̃ is the variance of q(x_s | x_t, x_0), β that of x_t
+    given x_s, and v = (output + 1)/2. At the last step, s = 0, the KL is replaced by the negative log-likelihood of a
+    Gaussian decoder, with the β̃ of the step from 2T/N to T/N. The unit is nats per entry.
 
     Arguments:
-        model: A denoiser with ``learned_variance=True``.
-        steps: N; by default that of a :class:`Discrete` process, else 1000.
-        vlb: λ.
-        weighting: Of the DSM part, as there.
+        model: Denoiser with ``learned_variance=True``.
+        steps: Number of steps N; by default that of a :class:`Discrete` process, else 1000.
+        vlb: Weight λ of the bound.
+        weighting: Weighting of the DSM part; `weighting`, `drop` and `null` are those of :class:`DSM`.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672, eq. 15 and 16
@@ -234,7 +233,7 @@ class HybridVLB(DSM):
         null: Mapping[str, Any] | None = None,
     ) -> None:
         if not getattr(model, "learned_variance", False):
-            raise ValueError("`model` must be a Denoiser made with learned_variance=True; DSM trains one without.")
+            raise ValueError("`model` must be a Denoiser made with learned_variance=True; else use DSM.")
         if steps is None:
             steps = model.sde.N if isinstance(model.sde, Discrete) else 1000
         super().__init__(model, weighting, Steps(check.integer("steps", steps, least=2)), drop=drop, null=null)
@@ -242,26 +241,25 @@ class HybridVLB(DSM):
         self.vlb = check.number("vlb", vlb, least=0)
 
     def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Terms:
-        """The loss of each sample at given times and noise, with the arguments of :meth:`DSM.at`."""
         assert isinstance(self.model, Denoiser)
-        with _float(x):
+        with _no_autocast(x):
             x_t, target, weight = self.sde.perturb(x, t, eps), self.model.target(x, t, eps), self._weight(t)
         out, variance = self.model.output(x_t, t, **cond)
         assert variance is not None
         error = _per_sample((out - target) ** 2)
-        with _float(x):
+        with _no_autocast(x):
             x0 = self.model._convert(self.predicts, out.detach(), "x0", x_t, t, self.sigma_data)
             bound = self.bound(x, t, x0, variance)
         return self._terms(t, error, weight, weight * error + self.vlb * self.steps * bound)
 
     def bound(self, x: Tensor, t: Tensor, x0: Tensor, variance: Tensor) -> Tensor:
-        """The step's term of the bound, (B,), in nats per entry.
+        """Term of the bound for the step that starts at `t`, (B,), in nats per entry.
 
         Arguments:
             x: Data, (B, *event).
-            t: Times, (B,), of the steps.
-            x0: The network's data prediction, the shape of `x`.
-            variance: The network's variance output, the shape of `x`.
+            t: Times of the steps, (B,), multiples of T/N.
+            x0: Prediction of the data by the network, of the shape of `x`.
+            variance: Variance output of the network, of the shape of `x`.
         """
         step = self.sde.T / self.steps
         s = (t - step).clamp_min(0)
@@ -285,16 +283,16 @@ def sliced_score_matching(
     *,
     projections: int = 1,
 ) -> Tensor:
-    r"""Sliced score matching with reduced variance: learns the score of data as it is, without noise.
+    r"""Sliced score matching with reduced variance; it learns the score of the data without added noise.
 
     .. math:: L = E\,\big[\tfrac12|s(x)|^2 + v^T \nabla_x s(x)\,v\big], \quad v \sim N(0, I), \qquad
-              L = \tfrac12 E|s - \nabla\log p|^2 - \tfrac12 E|\nabla\log p|^2 \text{ in the mean}
+              L = \tfrac12 E|s - \nabla\log p|^2 - \tfrac12 E|\nabla\log p|^2 \text{ in expectation}
 
     Arguments:
-        score: s(x), (B, *event) to (B, *event); rows must not depend on one another.
+        score: Function s(x), (B, *event) to (B, *event); no row may depend on another.
         x: Data, (B, *event).
-        noise: Where the directions come from, as in :class:`DSM`.
-        projections: Directions for each sample.
+        noise: Source of the directions v, as in :class:`DSM`.
+        projections: Number of directions per sample.
 
     References:
         | Sliced Score Matching (Song et al., 2019), arXiv:1905.07088, eq. 8
@@ -313,11 +311,11 @@ def sliced_score_matching(
 
 
 class LossByNoise(nn.Module):
-    """Mean error by noise level, gathered on the device and read when asked.
+    """Mean error per noise level; the sums stay on the device until :meth:`read`.
 
     Arguments:
-        sde: The process.
-        bins: Levels, even in λ = log(α/σ) between its ends, or −8 and 8 where they lie further out.
+        sde: Process.
+        bins: Number of levels, uniform in λ = log(α/σ) between λ(T) and λ(t_min), clipped to [−8, 8].
     """
 
     edges: Tensor
@@ -336,18 +334,19 @@ class LossByNoise(nn.Module):
 
     @torch.no_grad()
     def add(self, t: Tensor, error: Tensor) -> None:
-        """Take in errors (B,) at times (B,)."""
+        """Add errors (B,) at times (B,)."""
         k = torch.bucketize(self.sde.lam(t).to(self.edges), self.edges[1:-1])
-        fine = error.isfinite()
-        self.total.index_add_(0, k, error.where(fine, 0.0).to(self.total))
-        self.count.index_add_(0, k, fine.to(self.count))
-        self.bad.index_add_(0, k, (~fine).to(self.bad))
+        finite = error.isfinite()
+        self.total.index_add_(0, k, error.where(finite, 0.0).to(self.total))
+        self.count.index_add_(0, k, finite.to(self.count))
+        self.bad.index_add_(0, k, (~finite).to(self.bad))
 
     def read(self) -> list[dict[str, float]]:
-        """One row for each level that was seen since the last reading, which is forgotten with it.
+        """Return one row per level that has errors, and set all sums to zero.
 
         Returns:
-            Rows with ``lam`` (the middle of the level), ``error`` (mean), ``count`` and ``bad`` (not finite).
+            Rows with ``lam`` (middle of the level), ``error`` (mean of the finite errors), ``count`` (their number) and
+            ``bad`` (number of errors that are not finite).
         """
         middle = (self.edges[1:] + self.edges[:-1]) / 2
         columns = torch.stack([middle, self.total / self.count.clamp_min(1), self.count, self.bad], dim=1).tolist()
@@ -361,7 +360,7 @@ def _per_sample(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1).mean(1)
 
 
-def _float(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: coefficients of a process are no place for half precision."""
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off, because the coefficients of a process need full precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -1,7 +1,7 @@
-"""In which order data is seen: a function of seed and step, so that resuming needs no more than the step.
+"""Order of the training data, as a function of the seed and the step, so that resuming needs only the step.
 
-Epochs are laid end to end, each in an order of its own, and a batch is the next rows of that line: none is dropped,
-none is short, and a batch may be larger than the data.
+The permutations of all epochs form one sequence, and each batch is the next part of that sequence. No sample is
+dropped, no batch is short, and a batch may be larger than the data.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from scoresde import _checks as check
 
 
 def stream(seed: int, name: str, k: int) -> int:
-    """A 63-bit seed of its own for the k-th use of a name.
+    """Return a 63-bit seed that depends on the seed of a run, a name and an index.
 
     Arguments:
-        seed: The seed of a run.
-        name: For what.
-        k: Which.
+        seed: Seed of the run.
+        name: Purpose of the numbers, such as ``"noise"``.
+        k: Index of the step or epoch.
     """
     return int.from_bytes(hashlib.blake2b(f"{seed} {name} {k}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 class DataOrder:
-    """Rows of each step's batch.
+    """Rows of the data in the batch of each step.
 
     Arguments:
-        n: Size of the data.
-        batch: Size of a batch.
-        seed: An integer.
+        n: Number of samples in the data.
+        batch: Number of samples in a batch.
+        seed: Seed of the permutations, an integer.
     """
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
@@ -46,17 +46,17 @@ class DataOrder:
         self._epoch, self._permutation = -1, torch.empty(0)
 
     def rows(self, step: int) -> Tensor:
-        """Indices into the data, (batch,)."""
-        first, parts = step * self.batch, []
+        """Indices into the data for a step, (batch,)."""
+        first, pieces = step * self.batch, []
         end = first + self.batch
         while first < end:
             epoch, k = divmod(first, self.n)
             taken = min(end - first, self.n - k)
-            parts.append(self._of(epoch)[k : k + taken])
+            pieces.append(self._shuffled(epoch)[k : k + taken])
             first += taken
-        return torch.cat(parts)
+        return torch.cat(pieces)
 
-    def _of(self, epoch: int) -> Tensor:
+    def _shuffled(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(stream(self.seed, "epoch", epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.n, generator=generator)
@@ -64,14 +64,14 @@ class DataOrder:
 
 
 def parts(order: DataOrder, step: int, part: int, of: int, count: int) -> Iterator[Tensor]:
-    """From a step on, without end: the rows of this process, in `count` parts a step.
+    """Yield the rows of one process from a step on, without end, in `count` parts per step.
 
     Arguments:
-        order: Whose rows.
-        step: The first step.
-        part: Number of this process.
-        of: How many processes there are.
-        count: Parts of each process' share, for gradient accumulation.
+        order: Order of the whole batches.
+        step: First step.
+        part: Index of this process.
+        of: Number of processes.
+        count: Number of parts per step and process, for gradient accumulation.
     """
     n = order.batch // (of * count)
     for k in itertools.count(step):
@@ -82,29 +82,29 @@ def parts(order: DataOrder, step: int, part: int, of: int, count: int) -> Iterat
 
 
 def batches(data: Any, rows: Iterator[Tensor], *, workers: int = 0, pin: bool = False) -> Iterator[Any]:
-    """Data at rows.
+    """Yield batches of data.
 
     Arguments:
-        data: A tensor (N, …), a dictionary or tuple of them, or a data set with ``len`` and integer indices.
-        rows: Indices, batch by batch.
-        workers: Processes that fetch from a data set.
-        pin: Whether to page-lock what a data set returns, for a GPU.
+        data: Tensor (N, …), a dictionary or tuple of such tensors, or a data set with ``len`` and integer indices.
+        rows: Indices of each batch.
+        workers: Number of processes that load from a data set.
+        pin: Whether to put batches of a data set in page-locked memory, for a GPU.
     """
     if _tensors(data):
         for index in rows:
             yield tree_map(lambda leaf, index=index: leaf[index.to(leaf.device)], data)
         return
-    # A generator of its own: a DataLoader takes a number from torch's global one each time it is started.
-    sampler: Sequence[Any] = _Lists(rows)  # type: ignore[assignment]
+    # Without a generator, a DataLoader draws a number from torch's global generator at each start.
+    sampler: Sequence[Any] = _IndexLists(rows)  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
     yield from DataLoader(data, batch_sampler=sampler, num_workers=workers, pin_memory=pin, generator=generator)
 
 
 def size(data: Any) -> int:
-    """How many samples there are.
+    """Return the number of samples.
 
     Arguments:
-        data: As in :func:`batches`.
+        data: Data, as in :func:`batches`.
     """
     if _tensors(data):
         sizes = {len(leaf) for leaf in tree_leaves(data)}
@@ -114,7 +114,7 @@ def size(data: Any) -> int:
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(
             f"`data` must be a tensor, tensors by name, or a data set with len and indices, got {type(data).__name__}; "
-            f"a stream has no order to resume: train on it with a loop of your own."
+            f"a stream cannot be resumed, so write your own training loop for it."
         )
     return len(data)
 
@@ -124,7 +124,7 @@ def _tensors(data: Any) -> bool:
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves)
 
 
-class _Lists:
+class _IndexLists:
     def __init__(self, rows: Iterator[Tensor]) -> None:
         self.rows = rows
 

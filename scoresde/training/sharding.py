@@ -1,4 +1,4 @@
-"""Tensors that are spread over processes, as FSDP keeps weights: whole, and spread again."""
+"""Sharded tensors, as in FSDP 2: gather them to whole tensors, and shard whole tensors."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def whole(tree: Any) -> Any:
-    """A state with whole tensors for spread ones; every process must call it, and each gets all.
+    """Gather the sharded tensors of a state; every process must call this and gets the whole state.
 
     Arguments:
-        tree: Dictionaries, lists and tuples of tensors and others.
+        tree: Nested dictionaries, lists and tuples of tensors and other values.
     """
-    return tree_map(lambda leaf: leaf.full_tensor() if _spread(leaf) else leaf, tree)
+    return tree_map(lambda leaf: leaf.full_tensor() if _is_sharded(leaf) else leaf, tree)
 
 
 def local(x: Tensor) -> Tensor:
-    """What this process holds of a tensor, in the same memory.
+    """Return the shard of this process, in the same memory; a tensor that is not sharded is returned unchanged.
 
     Arguments:
-        x: Spread, or not.
+        x: Tensor, sharded or not.
     """
-    return x.to_local() if _spread(x) else x  # type: ignore[attr-defined]
+    return x.to_local() if _is_sharded(x) else x  # type: ignore[attr-defined]
 
 
 def spread(value: Tensor, own: Tensor) -> Tensor:
-    """A tensor on the device and in the parts of another.
+    """Move a tensor to the device of another and shard it in the same way.
 
     Arguments:
-        value: Whole and the same on every process, or spread already.
-        own: The other.
+        value: Tensor that is whole and equal on every process, or already sharded.
+        own: Tensor with the device and sharding of the result.
     """
     if value.device != own.device:
         value = value.to(own.device)
-    if not _spread(own) or _spread(value):
+    if not _is_sharded(own) or _is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -47,30 +47,30 @@ def spread(value: Tensor, own: Tensor) -> Tensor:
 
 
 def spread_state(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's state, each tensor spread as the module's own.
+    """Shard the tensors of a state like those of a module.
 
     Arguments:
-        state: By name.
-        own: The module's.
+        state: State to shard, by name.
+        own: State of the module, by name.
     """
     return {name: spread(value, own[name]) if name in own else value for name, value in state.items()}
 
 
 def spread_optimiser(state: Mapping[str, Any], optimiser: Any) -> dict[str, Any]:
-    """An optimiser's state, its tensors spread as the parameters they belong to.
+    """Shard the tensors of an optimiser's state like their parameters.
 
     Arguments:
-        state: As its ``state_dict`` gives it, with whole tensors.
-        optimiser: The optimiser.
+        state: State from the optimiser's ``state_dict``, with whole tensors.
+        optimiser: Optimiser with the sharded parameters.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
 
     def like(value: Any, p: Tensor) -> Any:
         return spread(value, p) if isinstance(value, Tensor) and value.shape == p.shape else value
 
-    moved = {k: {name: like(v, parameters[k]) for name, v in of.items()} for k, of in state["state"].items()}
-    return {**state, "state": moved}
+    sharded = {k: {name: like(v, parameters[k]) for name, v in slots.items()} for k, slots in state["state"].items()}
+    return {**state, "state": sharded}
 
 
-def _spread(x: Any) -> bool:
+def _is_sharded(x: Any) -> bool:
     return type(x) not in _PLAIN and isinstance(x, Tensor) and hasattr(x, "full_tensor")

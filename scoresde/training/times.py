@@ -1,8 +1,8 @@
-r"""At which times to train: densities on [t_min, T] that can be drawn from and evaluated.
+r"""Densities p(t) of the training times on [t_min, T].
 
-A density is three functions: its quantiles t = ``icdf(sde, u)``, their inverse u = ``cdf(sde, t)``, and p(t) =
-``density(sde, t)``. Drawing is one line of that, so what couples the draws of a batch (:class:`Stratified`) goes with
-any density. A new one is a subclass that writes the three.
+A density has three functions: the quantile t = ``icdf(sde, u)``, its inverse u = ``cdf(sde, t)``, and p(t) =
+``density(sde, t)``. Times are quantiles of uniform numbers, so that :class:`Stratified`, which couples the uniform
+numbers of a batch, works with any density. A new density is a subclass that defines the three functions.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from scoresde.training.draws import TIMES, Source, place, source_of
 
 
 class Times:
-    """A density of times; a subclass writes :meth:`icdf`, :meth:`cdf` and :meth:`density`."""
+    """A density of times; a subclass defines :meth:`icdf`, :meth:`cdf` and :meth:`density`."""
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile: the time below which a share u, (B,) in [0, 1], of the draws lies."""
+        """Quantile, (B,): the time t with P(time ≤ t) = u, for u (B,) in [0, 1]."""
         raise NotImplementedError(f"{type(self).__name__} must define `icdf(sde, u)`.")
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws below t, (B,)."""
+        """Cumulative probability P(time ≤ t), (B,)."""
         raise NotImplementedError(f"{type(self).__name__} must define `cdf(sde, t)`.")
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t), (B,); it integrates to 1 over [t_min, T]."""
+        """Density p(t), (B,); it integrates to 1 over [t_min, T]."""
         raise NotImplementedError(f"{type(self).__name__} must define `density(sde, t)`.")
 
     def sample(
@@ -46,25 +46,25 @@ class Times:
         """Draw n times, (n,).
 
         Arguments:
-            sde: The process.
-            n: How many.
-            noise: None (torch's global generator), a seed, a :class:`Noise` or a source.
-            dtype: float32 or float64.
-            device: Where.
+            sde: Process.
+            n: Number of times.
+            noise: Source of the numbers: None (torch's global generator), a seed, a :class:`Noise` or a source.
+            dtype: Dtype of the times, float32 or float64.
+            device: Device of the times.
         """
         u = self.uniforms(n, source_of(noise), dtype, device)
         return self.icdf(sde, u)
 
     def uniforms(self, n: int, source: Source, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """The n uniform numbers that draws are made of; independent here."""
+        """Uniform numbers, (n,), whose quantiles are the times; independent unless a subclass couples them."""
         return source.uniform((n,), TIMES, dtype=dtype, device=device)
 
     def observe(self, sde: SDE, t: Tensor, loss: Tensor) -> None:
-        """Hear the losses (B,) of samples at times (B,); for densities that learn, nothing here."""
+        """Update a learned density from losses (B,) at times (B,); a fixed density does nothing."""
 
 
-class _OfTime(Times):
-    """A density of the share of time τ = (t − t_min)/(T − t_min); a subclass writes it on [0, 1]."""
+class _RelativeTime(Times):
+    """A density of the relative time τ = (t − t_min)/(T − t_min); a subclass defines it on [0, 1]."""
 
     def _icdf(self, u: Tensor) -> Tensor:
         raise NotImplementedError
@@ -76,15 +76,12 @@ class _OfTime(Times):
         raise NotImplementedError
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile."""
         return (sde.t_min + (sde.T - sde.t_min) * self._icdf(u)).clamp(sde.t_min, sde.T)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws below t."""
         return self._cdf(self._tau(sde, t))
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t)."""
         return self._density(self._tau(sde, t)) / (sde.T - sde.t_min)
 
     @staticmethod
@@ -93,8 +90,8 @@ class _OfTime(Times):
 
 
 @dataclass(frozen=True)
-class Uniform(_OfTime):
-    """Even on [t_min, T]."""
+class Uniform(_RelativeTime):
+    """The uniform density on [t_min, T]."""
 
     def _icdf(self, u: Tensor) -> Tensor:
         return u
@@ -108,10 +105,10 @@ class Uniform(_OfTime):
 
 @dataclass(frozen=True)
 class Steps(Times):
-    """Even on the N times T/N, 2T/N, …, T: the steps of a discrete process.
+    """The uniform distribution on the N times T/N, 2T/N, …, T: the steps of a discrete process.
 
     Arguments:
-        N: How many; that of a :class:`Discrete` process trains it as its paper does.
+        N: Number of steps; the published training of a :class:`Discrete` process uses its own N.
     """
 
     N: int
@@ -120,27 +117,26 @@ class Steps(Times):
         check.integer("N", self.N, least=1)
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile: the end of the step in which u T lies."""
+        """Quantile: the end of the step that contains u T."""
         return ((u * self.N).floor() + 1).clamp_max(self.N) * (sde.T / self.N)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws at or below t."""
         return (t * (self.N / sde.T)).round() / self.N
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """N/T times the probability of a step, to stand beside the density of another set of `N` steps."""
+        """N/T times the probability of a step; only its ratio to a density on the same steps has a meaning."""
         return torch.full_like(t, 1 / sde.T)
 
 
 @dataclass(frozen=True)
-class LogitNormal(_OfTime):
-    r"""logit τ is normal: the middle of the process more often than its ends.
+class LogitNormal(_RelativeTime):
+    r"""Logit-normal density of τ: by default it favours the middle of the process over its ends.
 
     .. math:: \tau = \mathrm{sigmoid}(m + s z), \quad z \sim N(0, 1)
 
     Arguments:
-        mean: m; above 0 for more noise.
-        std: s.
+        mean: Mean m of logit τ; above 0 for more noise.
+        std: Standard deviation s of logit τ.
 
     References:
         | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024), arXiv:2403.03206
@@ -166,13 +162,13 @@ class LogitNormal(_OfTime):
 
 
 @dataclass(frozen=True)
-class Mode(_OfTime):
-    r"""More of the middle (scale > 0) or of the ends (scale < 0), with a density that is positive everywhere.
+class Mode(_RelativeTime):
+    r"""Density that favours the middle (scale > 0) or the ends (scale < 0), and is positive everywhere.
 
     .. math:: \tau = u + s\,(u - \sin^2\tfrac{\pi u}{2})
 
     Arguments:
-        scale: s, in (−1, 2/(π − 2)).
+        scale: Parameter s, in (−1, 2/(π − 2)).
 
     References:
         | Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (Esser et al., 2024), arXiv:2403.03206
@@ -199,8 +195,8 @@ class Mode(_OfTime):
 
 
 @dataclass(frozen=True)
-class CosineTimes(_OfTime):
-    r"""The signal-to-noise ratios of a cosine schedule, on straight lines.
+class CosineTimes(_RelativeTime):
+    r"""Times at which :class:`Flow` has the signal-to-noise ratios of a cosine schedule.
 
     .. math:: \tau = \frac{\sin(\pi u/2)}{\sin(\pi u/2) + \cos(\pi u/2)}, \qquad
               p(\tau) = \frac{2}{\pi(1 - 2\tau + 2\tau^2)}
@@ -222,15 +218,15 @@ class CosineTimes(_OfTime):
 
 @dataclass(frozen=True)
 class LogNormalSigma(Times):
-    r"""log(σ/α) is normal, cut off at t_min and T: EDM's, for any process.
+    r"""EDM's density for any process: log(σ/α) is normal, truncated to the times in [t_min, T].
 
     .. math:: \log\frac{\sigma_t}{\alpha_t} = P_{mean} + P_{std}\,z, \quad z \sim N(0, 1)
 
-    On :class:`Flow` this is :class:`LogitNormal`, but for the cut.
+    On :class:`Flow` this is a truncated :class:`LogitNormal`.
 
     Arguments:
-        P_mean: Mean of log(σ/α): −1.2 for images of 32 and 64 pixels and a standard deviation of 0.5.
-        P_std: Its standard deviation.
+        P_mean: Mean of log(σ/α); EDM uses −1.2 for images of 32 and 64 pixels with standard deviation 0.5.
+        P_std: Standard deviation of log(σ/α).
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
@@ -244,19 +240,16 @@ class LogNormalSigma(Times):
         check.number("P_std", self.P_std, above=0)
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile."""
         low, high = self._ends(sde)
         share = low + u * (high - low)
         lam = -(self.P_mean + self.P_std * _ndtri(share))
-        return _at(sde, lam)
+        return _times_of_lam(sde, lam)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws below t."""
         low, high = self._ends(sde)
         return (_ndtr(self._z(sde, t)) - low) / (high - low)
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t)."""
         low, high = self._ends(sde)
         p = _normal_pdf(self._z(sde, t)) / self.P_std * _speed(sde, t) / (high - low)
         return torch.where(sde.alpha(t) > 0, p, 0.0)
@@ -269,23 +262,24 @@ class LogNormalSigma(Times):
         ends = math.erfc(-low) / 2, math.erfc(-high) / 2
         if not ends[1] > ends[0]:
             raise ValueError(
-                f"`P_mean`={self.P_mean}, `P_std`={self.P_std} puts nothing in the reach of {type(sde).__name__}, "
-                f"log(σ/α) in [{-sde.lam(sde.t_min):.3g}, {-sde.lam(sde.T):.3g}]."
+                f"`P_mean`={self.P_mean}, `P_std`={self.P_std} has no probability inside the range of log(σ/α) of "
+                f"{type(sde).__name__}, [{-sde.lam(sde.t_min):.3g}, {-sde.lam(sde.T):.3g}]; give a `P_mean` inside it."
             )
         return ends
 
 
 @dataclass(frozen=True)
 class LikelihoodImportance(Times):
-    r"""For the likelihood weighting: in proportion to what Gaussian data would lose, so that times add no variance.
+    r"""Proposal for the likelihood weighting: proportional to the loss on Gaussian data, for low variance.
 
     .. math:: p(t) \propto \frac{g^2}{\sigma^2}\,\frac{\alpha^2 s^2}{\alpha^2 s^2 + \sigma^2}
 
-    The second factor is the least error of ε for Gaussian data of standard deviation s. Without it (s = ∞) this is the
-    density of Song et al., even in λ, which exists where α(T) > 0 only. Give it as the `proposal` of a :class:`DSM`.
+    The second factor is the smallest mean squared error of ε for Gaussian data of standard deviation s. For s = ∞ the
+    factor is 1; this is the density of Song et al., uniform in λ, which exists only if α(T) > 0. Pass the density as
+    the `proposal` of a :class:`DSM`. For such Gaussian data and the exact denoiser, random times add no variance.
 
     Arguments:
-        data_std: s.
+        data_std: Standard deviation s of the data, or ``math.inf``.
 
     References:
         | Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), arXiv:2101.09258
@@ -300,22 +294,19 @@ class LikelihoodImportance(Times):
     # With Λ = 2(λ + log s): p dt ∝ sigmoid(Λ) dΛ, whose integral is softplus.
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile."""
         low, high = self._ends(sde)
         area = high - u * (high - low)
         if self.data_std == math.inf:
             lam = area
         else:
             lam = (area + torch.log(-torch.expm1(-area))) / 2 - math.log(self.data_std)
-        return _at(sde, lam)
+        return _times_of_lam(sde, lam)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws below t."""
         low, high = self._ends(sde)
         return (high - self._area(sde.lam(t))) / (high - low)
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t)."""
         low, high = self._ends(sde)
         if self.data_std == math.inf:
             return _speed(sde, t) / (high - low)
@@ -333,27 +324,27 @@ class LikelihoodImportance(Times):
     def _ends(self, sde: SDE) -> tuple[float, float]:
         if self.data_std == math.inf and sde.alpha(sde.T) == 0:
             raise ValueError(
-                f"`data_std`=inf is even in λ, and {type(sde).__name__} has λ(T) = −∞; give the data's standard "
-                f"deviation."
+                f"`data_std`=inf is uniform in λ, but {type(sde).__name__} has λ(T) = −∞; give the standard deviation "
+                f"of the data."
             )
         low, high = (float(self._area(torch.tensor(sde.lam(t), dtype=torch.float64))) for t in (sde.T, sde.t_min))
         return low, high
 
 
 class LossAware(nn.Module, Times):
-    r"""Times in proportion to the losses seen there, for the least variance of the gradient; a `proposal`.
+    r"""Learned `proposal`: times with large losses are drawn more often, for a smaller variance of the loss.
 
-    .. math:: q_k \propto (1 - m)\sqrt{E[\ell^2 \mid k]} + m, \qquad k = 1 \dots K
+    .. math:: q_k = (1 - m)\,\frac{r_k}{\sum_j r_j} + \frac mK, \qquad r_k = \sqrt{E[\ell^2 \mid k]}
 
-    on K bins of equal share under `base`; even until each bin has been seen `warmup` times. What it has learned is in
-    its state_dict. Across processes DDP keeps that of the first.
+    ℓ is the loss of a sample times q(t). The K bins have equal probability under `base`. The q_k are equal until every
+    bin has `warmup` samples. The state_dict contains the running means of ℓ². DDP uses those of the first process.
 
     Arguments:
-        base: The density whose bins are reweighted.
-        bins: K.
-        mix: m, the share that is spread evenly.
-        memory: Weight of the past in the running mean, at each batch.
-        warmup: Samples in every bin before anything is reweighted.
+        base: Density that defines the bins and the density within a bin; uniform by default.
+        bins: Number K of bins.
+        mix: Share m of equal probabilities.
+        memory: Weight of the past in the running mean, per batch.
+        warmup: Number of samples in every bin before the probabilities change.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672
@@ -376,13 +367,12 @@ class LossAware(nn.Module, Times):
     def shares(self) -> Tensor:
         """Probability of each bin, (K,)."""
         root = self.moment.sqrt()
-        even = torch.full_like(root, 1 / len(root))
-        learned = (1 - self.mix) * root / root.sum().clamp_min(torch.finfo(root.dtype).tiny) + self.mix * even
+        equal = torch.full_like(root, 1 / len(root))
+        learned = (1 - self.mix) * root / root.sum().clamp_min(torch.finfo(root.dtype).tiny) + self.mix * equal
         ready = (self.count >= self.warmup).all() & (root.sum() > 0)
-        return torch.where(ready, learned, even)
+        return torch.where(ready, learned, equal)
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile."""
         share = self._shares(u)
         edge = share.cumsum(0)
         k = torch.searchsorted(edge, u.contiguous(), right=True).clamp_max(len(share) - 1)
@@ -390,27 +380,25 @@ class LossAware(nn.Module, Times):
         return self.base.icdf(sde, (k + inside) / len(share))
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the draws below t."""
         share = self._shares(t)
         at = self.base.cdf(sde, t) * len(share)
         k = at.long().clamp_max(len(share) - 1)
         return (share.cumsum(0) - share)[k] + (at - k) * share[k]
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t)."""
         return self.base.density(sde, t) * len(self.moment) * self._shares(t)[self._bin(sde, t)]
 
     @torch.no_grad()
     def observe(self, sde: SDE, t: Tensor, loss: Tensor) -> None:
-        """Take in the losses (B,) of samples at times (B,); losses that are not finite are passed over."""
+        """Update the running means from losses (B,) at times (B,); losses that are not finite are ignored."""
         k, square = self._bin(sde, t), loss.detach().to(self.moment) ** 2
-        fine = square.isfinite()
+        finite = square.isfinite()
         zero = torch.zeros_like(self.moment)
-        seen = zero.index_add(0, k, fine.to(zero))
-        mean = zero.index_add(0, k, square.where(fine, 0.0)) / seen.clamp_min(1)
-        moved = torch.where(self.count > 0, self.memory * self.moment + (1 - self.memory) * mean, mean)
-        self.moment.copy_(torch.where(seen > 0, moved, self.moment))
-        self.count.add_(seen)
+        count = zero.index_add(0, k, finite.to(zero))
+        mean = zero.index_add(0, k, square.where(finite, 0.0)) / count.clamp_min(1)
+        updated = torch.where(self.count > 0, self.memory * self.moment + (1 - self.memory) * mean, mean)
+        self.moment.copy_(torch.where(count > 0, updated, self.moment))
+        self.count.add_(count)
 
     def _shares(self, like: Tensor) -> Tensor:
         share = self.shares().to(like)
@@ -423,16 +411,16 @@ class LossAware(nn.Module, Times):
 
 @dataclass(frozen=True)
 class Stratified(Times):
-    r"""Spread the times of a batch evenly over a density: low discrepancy, less variance, no bias.
+    r"""Stratified times: one draw in each of N equal shares of a density, for less variance without bias.
 
     .. math:: t_j = F^{-1}\big((U + j/N) \bmod 1\big), \qquad j = 0 \dots N - 1, \quad U \sim U(0, 1)
 
-    Every t_j alone has density p, and each of N equal shares holds exactly one. Where the noise knows the place of its
-    rows in a batch that is spread over processes (:class:`Draws`, as the trainer gives), N is the whole batch.
+    Each t_j has density p, and each of N shares of equal probability contains exactly one t_j.
 
     Arguments:
-        base: The density.
-        total: N, where the noise does not know it; by default the rows at hand.
+        base: Density p.
+        total: Number N of rows in the whole batch, over all processes. By default that of the :class:`Draws`, which the
+            trainer sets; else the number of rows drawn.
 
     References:
         | Variational Diffusion Models (Kingma et al., 2021), arXiv:2107.00630
@@ -442,25 +430,20 @@ class Stratified(Times):
     total: int | None = None
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
-        """Quantile of the base."""
         return self.base.icdf(sde, u)
 
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
-        """Share of the base's draws below t."""
         return self.base.cdf(sde, t)
 
     def density(self, sde: SDE, t: Tensor) -> Tensor:
-        """p(t) of the base."""
         return self.base.density(sde, t)
 
     def uniforms(self, n: int, source: Source, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """The n uniform numbers that draws are made of; even here."""
         first, total, shared = place(source, n, self.total)
         start = shared.uniform((1,), TIMES, dtype=dtype, device=device)
         return (start + (first + torch.arange(n, dtype=dtype, device=device)) / total) % 1.0
 
     def observe(self, sde: SDE, t: Tensor, loss: Tensor) -> None:
-        """Tell the base."""
         self.base.observe(sde, t, loss)
 
 
@@ -478,8 +461,8 @@ def _normal_pdf(z: Tensor) -> Tensor:
     return (-(z**2) / 2).exp() / math.sqrt(2 * math.pi)
 
 
-def _at(sde: SDE, lam: Tensor) -> Tensor:
-    """Times of λ, whose rounding stays inside [t_min, T]."""
+def _times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
+    """Times of given λ, clamped to [t_min, T] against rounding."""
     return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min))).clamp(sde.t_min, sde.T)
 
 

@@ -1,4 +1,4 @@
-"""A training loop that survives: progress, previews, averages, mixed precision, many processes, and exact resuming."""
+"""A training loop with averaged weights, previews, mixed precision, several processes and exact resuming."""
 
 from __future__ import annotations
 
@@ -30,19 +30,17 @@ if TYPE_CHECKING:
 
 Preview = Callable[[nn.Module, int], Any]
 Unpack = Callable[[Any], tuple[Tensor, dict[str, Any]]]
-_PATIENCE = 100  # steps in a row that may be skipped
+_PATIENCE = 100  # largest number of consecutive skipped steps
 
 
 class Trainer:
-    """Train a loss on data, and go on after anything.
+    """Train a loss on data; an interrupted run can be resumed exactly.
 
-    A run is a function of its seed: data order, times and noise are drawn from (seed, step), and each process takes its
-    rows of the whole batch, so that the number of processes and of accumulated parts changes rounding only. Start the
-    same script again and ``resume`` continues to the bit on the CPU: model, average, optimiser, scaler, times, and the
-    generators that dropout uses. Under ``torchrun`` or ``accelerate launch`` it runs on many processes as it is, with
-    whole weights on each (DDP) or spread over them (FSDP 2).
-
-    It is a convenience. What it does besides saving is this loop::
+    Data order, times and noise depend only on (seed, step), and each process uses its rows of the whole batch. Without
+    dropout and learned times, the number of processes and of accumulated parts therefore changes only rounding. To
+    continue a run, start the same script and call ``resume``; on a CPU all bits agree with an uninterrupted run. The
+    same script runs on several processes under ``torchrun`` or ``accelerate launch``, with whole weights on each
+    process (DDP) or sharded weights (FSDP 2). Its core is this loop::
 
         for step in range(steps):
             x = data[order.rows(step)].to(device)
@@ -54,30 +52,30 @@ class Trainer:
             ema.update()
 
     Arguments:
-        loss: A :class:`DSM`, or a module ``loss(x, noise, **cond)`` that returns a scalar.
-        data: A tensor (N, *event), tensors by name with the data as ``"x"`` and the others conditions, or a data set.
-        optimiser: Over ``loss.parameters()``; Adam with learning rate 2e-4 by default.
-        batch: Samples in a step, over all processes and parts.
-        accumulate: Parts that each process cuts its share into, to save memory.
-        ema: An average of ``loss.model``, or its decay; None for none.
-        warmup: Steps over which the learning rate rises to its value.
-        schedule: Factor of the learning rate as a function of the step.
+        loss: Loss, a :class:`DSM` or a module ``loss(x, noise, **cond)`` that returns a scalar.
+        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, or a data set.
+        optimiser: Optimiser of ``loss.parameters()``; by default Adam with learning rate 2e-4.
+        batch: Number of samples per step, over all processes and parts.
+        accumulate: Number of parts of a process's rows, which are evaluated one after another to save memory.
+        ema: Average of the weights of ``loss.model``, or the decay of an :class:`EMA`; None for no average.
+        warmup: Number of steps over which the learning rate rises linearly to its value.
+        schedule: Function of the step that returns a factor of the learning rate.
         clip: Largest norm of the gradient; None for no limit.
-        nonfinite: What to do where loss or gradient are not finite: ``"raise"``, or ``"skip"`` the step and count it.
-        precision: ``"no"``, ``"bf16"`` or ``"fp16"``, of the network alone; the loss is float32.
-        folder: Where checkpoints go; None for none.
-        save_every: Steps between checkpoints; there is one at the end as well.
-        keep: How many of them to keep.
-        log_every: Steps between entries of `history`.
-        preview: Called as ``preview(model, step)`` with the averaged weights, without gradient, on the first process;
-            with FSDP on a whole copy of the model.
-        preview_every: Steps between previews.
-        tensorboard: Folder to log to; None for no TensorBoard.
-        progress: Whether to show a bar: None if the terminal is interactive.
-        unpack: Makes data and conditions ``(x, {name: condition})`` of a batch.
-        workers: Processes that fetch from a data set. Random transforms in them are not replayed by `resume`.
+        nonfinite: Action if the gradient is not finite: ``"raise"`` an error, or ``"skip"`` the step and count it.
+        precision: Precision of the network, ``"no"``, ``"bf16"`` or ``"fp16"``; the loss has the dtype of the data.
+        folder: Folder of the checkpoints; None for no checkpoints.
+        save_every: Number of steps between checkpoints; `fit` also saves at its end.
+        keep: Number of checkpoints to keep.
+        log_every: Number of steps between entries of `history`.
+        preview: Function ``preview(model, step)``. The first process calls it without gradients, with the averaged
+            weights; under FSDP on a whole copy of the model.
+        preview_every: Number of steps between previews.
+        tensorboard: Folder of the TensorBoard logs; None for no logs.
+        progress: Whether to show a progress bar; None shows it only in an interactive terminal.
+        unpack: Function that converts a batch to data and conditions, ``(x, {name: condition})``.
+        workers: Number of processes that load from a data set; `resume` does not replay their random transforms.
         seed: Seed of data order, times and noise.
-        accelerator: One of yours instead of ``Accelerator(mixed_precision=precision)``.
+        accelerator: Accelerator to use instead of ``Accelerator(mixed_precision=precision)``.
 
     Example:
         >>> import torch, scoresde as ss
@@ -124,7 +122,7 @@ class Trainer:
         self.loss = loss
         self.model: nn.Module = getattr(loss, "model", loss)
         if not any(p.requires_grad for p in loss.parameters()):
-            raise ValueError("`loss` has no parameters to train; is its network a module, or hidden in a function?")
+            raise ValueError("`loss` has no parameters to train; its network must be an nn.Module, not a function.")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.accumulate = check.integer("accumulate", accumulate, least=1)
         if check.integer("batch", batch, least=1) % (self.world * accumulate):
@@ -146,15 +144,15 @@ class Trainer:
         self.history: list[dict[str, float]] = []
 
         self._sharded = _sharded(self.accelerator, loss)
-        # What is spread over processes cannot be called by one of them: previews have a model of their own.
-        self._shown = copy.deepcopy(self.model) if self._sharded and preview is not None else self.model
+        # One process alone cannot evaluate a sharded model, so previews use a whole copy.
+        self._preview_model = copy.deepcopy(self.model) if self._sharded and preview is not None else self.model
         optimiser = torch.optim.Adam(loss.parameters(), 2e-4) if optimiser is None else optimiser
-        moved = {id(p) for group in optimiser.param_groups for p in group["params"]}
-        if not any(id(p) in moved for p in loss.parameters()):
-            raise ValueError("`optimiser` moves none of the parameters of `loss`; make it from loss.parameters().")
+        optimised = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        if not any(id(p) in optimised for p in loss.parameters()):
+            raise ValueError("`optimiser` has none of the parameters of `loss`; construct it with loss.parameters().")
         self._wrapped: nn.Module
         self._wrapped, self.optimiser = self.accelerator.prepare(loss, optimiser)
-        # Accelerate's optimiser looks for packages on the disk at every step; without a scaler it does nothing else.
+        # Accelerate's optimiser searches the disk for packages at every step; without a scaler it has no other effect.
         self._inner = self.optimiser if self.accelerator.scaler is not None else self.optimiser.optimizer
         self._rates = [float(group["lr"]) for group in self.optimiser.param_groups]
         self._parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
@@ -162,10 +160,10 @@ class Trainer:
         self._generator = torch.Generator(self.accelerator.device)
 
     def fit(self, steps: int) -> list[dict[str, float]]:
-        """Train until `steps` steps have been made in all, and return the history.
+        """Train up to step `steps` of the run, and return the history.
 
         Arguments:
-            steps: Of the optimiser, counted from the beginning of the run.
+            steps: Total number of optimiser steps, counted from the beginning of the run.
         """
         from tqdm import tqdm
 
@@ -200,7 +198,7 @@ class Trainer:
         return self.history
 
     def _train_step(self, source: Iterator[Any]) -> tuple[Tensor, float]:
-        """One step of the optimiser; its loss (on the device) and the norm of its gradient."""
+        """Make one optimiser step; return its loss (on the device) and the norm of its gradient."""
         total = torch.zeros((), device=self.accelerator.device)
         self._set_rate()
         self._inner.zero_grad()
@@ -222,7 +220,7 @@ class Trainer:
         return total, norm
 
     def _update(self, loss: Tensor, norm: float) -> None:
-        """Step and average, unless the gradient, which all processes share, is not finite."""
+        """Update the weights and the average if the gradient, equal on all processes, is finite; else skip or raise."""
         if math.isfinite(norm):
             self._inner.step()
             if self.ema is not None:
@@ -230,7 +228,7 @@ class Trainer:
             self._skipped_in_a_row = 0
             return
         scaled = self.accelerator.scaler is not None and bool(loss.isfinite())
-        if scaled:  # fp16 looks for its scale: its own optimiser passes over this step and lowers it
+        if scaled:  # the gradient overflows in fp16: the wrapped optimiser skips the step and lowers the scale
             self.optimiser.step()
         self.skipped += 1
         self._skipped_in_a_row += 1
@@ -238,10 +236,10 @@ class Trainer:
             levels = self.loss.levels.read() if isinstance(self.loss, DSM) else []
             where = ", ".join(f"{row['lam']:.2g}" for row in levels if row["bad"])
             raise FloatingPointError(
-                f"loss {float(loss):g} with a gradient of norm {norm:g} at step {self.step}"
-                + (f"; errors were not finite near λ = {where}" if where else "")
-                + "; the weights are those before this step. Look at the data and the learning rate, or give "
-                f"`nonfinite`='skip' (up to {_PATIENCE} steps in a row)."
+                f"the loss is {float(loss):g} and the norm of its gradient {norm:g} at step {self.step}"
+                + (f"; the errors are not finite near λ = {where}" if where else "")
+                + "; the weights are unchanged. Check the data and the learning rate, or give "
+                f"`nonfinite`='skip' (at most {_PATIENCE} steps in a row)."
             )
 
     def _set_rate(self) -> None:
@@ -263,27 +261,25 @@ class Trainer:
                 log.add_scalar(f"error/lam {level['lam']:+.1f}", level["error"], self.step)
 
     def _show(self) -> None:
-        """A preview with the averaged weights, in evaluation mode."""
+        """Call the preview in evaluation mode, with the averaged weights."""
         main = self.accelerator.is_main_process
         if self.preview is None or not (main or self._sharded):
             return
         average: AbstractContextManager[Any] = nullcontext() if self.ema is None else self.ema.swapped()
         training = self.model.training
-        self._shown.eval()
+        self._preview_model.eval()
         try:
             with average, torch.no_grad():
                 if self._sharded:
                     weights = whole(self.model.state_dict())
-                    self._shown.to(self.accelerator.device).load_state_dict(weights)
+                    self._preview_model.to(self.accelerator.device).load_state_dict(weights)
                 if main:
-                    self.preview(self._shown, self.step)
+                    self.preview(self._preview_model, self.step)
         finally:
             self.model.train(training)
 
-    # What is saved, and read back.
-
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; every process must call it, to give its part."""
+        """Everything that the rest of the run depends on; every process must call this method."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -299,12 +295,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a :meth:`state_dict`; a state of another run raises."""
+        """Load a :meth:`state_dict`; the state of another run raises an error."""
         mine, theirs = self._identity(), dict(state["run"])
-        other = [name for name in mine if mine[name] != theirs.get(name)]
-        if other:
-            said = ", ".join(f"{name} {theirs.get(name)} (here {mine[name]})" for name in other)
-            raise ValueError(f"the checkpoint is of another run: it has {said}; make the trainer as it was made then.")
+        changed = [name for name in mine if mine[name] != theirs.get(name)]
+        if changed:
+            settings = ", ".join(f"{name} {theirs.get(name)} (here {mine[name]})" for name in changed)
+            raise ValueError(f"the checkpoint is of another run, with {settings}; give the trainer the same settings.")
         self.loss.load_state_dict(spread_state(state["loss"], self.loss.state_dict()))
         self.optimiser.load_state_dict(spread_optimiser(state["optimiser"], self.optimiser))
         if self.ema is not None:
@@ -315,9 +311,9 @@ class Trainer:
         _set_rng_state(state["rng"][self.rank])
 
     def save(self) -> int:
-        """Write a checkpoint now, and return its step."""
+        """Write a checkpoint and return its step."""
         if self.checkpoints is None:
-            raise ValueError("`folder` says where checkpoints go; this trainer has none.")
+            raise ValueError("`folder` is None, so there are no checkpoints; give `folder` to save them.")
         state = self.state_dict()
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state)
@@ -325,16 +321,16 @@ class Trainer:
         return self.step
 
     def resume(self) -> bool:
-        """Go on from the newest whole checkpoint of the folder; False if there is none yet."""
+        """Load the newest intact checkpoint of the folder; return False if there is none."""
         if self.checkpoints is None:
-            raise ValueError("`folder` says where checkpoints are; this trainer has none.")
-        found = self.checkpoints.latest()
-        if found is not None:
-            self.load_state_dict(found[1])
-        return found is not None
+            raise ValueError("`folder` is None, so there are no checkpoints; give `folder` to resume.")
+        newest = self.checkpoints.latest()
+        if newest is not None:
+            self.load_state_dict(newest[1])
+        return newest is not None
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be the same run."""
+        """Settings that must be equal to resume a run."""
         return {
             "seed": self.order.seed,
             "batch": self.order.batch,
@@ -350,11 +346,11 @@ class Trainer:
 def _accelerator(precision: str, given: Accelerator | None) -> Accelerator:
     if given is not None:
         if precision != "no":
-            raise ValueError(f"`accelerator` has a precision of its own; drop `precision`={precision!r}.")
+            raise ValueError(f"`accelerator` sets the precision itself; remove `precision`={precision!r}.")
         if given.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"`accelerator` accumulates {given.gradient_accumulation_steps} steps, which this trainer does itself; "
-                f"give it `accumulate`={given.gradient_accumulation_steps} instead."
+                f"`accelerator` must not accumulate gradients, got {given.gradient_accumulation_steps} steps; give "
+                f"the trainer `accumulate`={given.gradient_accumulation_steps} instead."
             )
         return given
     try:
@@ -363,25 +359,25 @@ def _accelerator(precision: str, given: Accelerator | None) -> Accelerator:
         raise ImportError("Trainer needs accelerate and safetensors: pip install 'scoresde[train]'.") from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     kinds = (getattr(torch, kind, None) for kind in ("cuda", "xpu", "npu", "mlu", "musa", "hpu"))
-    # Without a device accelerate overlooks that it was launched as one of many, unless told to stay on the CPU.
+    # Without a GPU, accelerate ignores that several processes were launched, unless `cpu` is set.
     cpu = launched > 1 and not any(kind is not None and kind.is_available() for kind in kinds)
     out = Accelerator(mixed_precision=precision, cpu=cpu)
     if out.num_processes != launched:
         raise RuntimeError(
-            f"{launched} processes were launched and accelerate sees {out.num_processes}: each would train on its own. "
-            f"Give `accelerator`=Accelerator(...), or launch one."
+            f"{launched} processes were launched and accelerate sees {out.num_processes}: each would train separately. "
+            f"Give `accelerator`=Accelerator(...), or launch one process."
         )
     return out
 
 
 def _sharded(accelerator: Accelerator, loss: nn.Module) -> bool:
-    """Whether weights will be spread over processes (FSDP), and what must be settled before they are."""
+    """Return whether the weights will be sharded (FSDP), and if so prepare the loss and the plugin."""
     if str(accelerator.distributed_type) != "DistributedType.FSDP":
         return False
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(
-            "FSDP must be version 2, which keeps weights by name: give `fsdp_version: 2` in accelerate's configuration,"
+            "FSDP must be version 2, which keeps weights by name: set `fsdp_version: 2` in accelerate's configuration,"
             " `accelerate launch --use_fsdp --fsdp_version 2`, or FullyShardedDataParallelPlugin(fsdp_version=2)."
         )
     from accelerate.utils import broadcast
@@ -389,7 +385,7 @@ def _sharded(accelerator: Accelerator, loss: nn.Module) -> bool:
     for w in loss.state_dict().values():  # all processes start from the weights of the first
         w.copy_(broadcast(w.to(accelerator.device)))
     plugin.cpu_ram_efficient_loading = False
-    plugin.mixed_precision_policy = None  # it would have data and loss in half precision; autocast has not
+    plugin.mixed_precision_policy = None  # it would cast data and loss to half precision; autocast does not
     return True
 
 
@@ -399,8 +395,8 @@ def _unpack(batch: Any) -> tuple[Tensor, dict[str, Any]]:
     if isinstance(batch, Mapping) and "x" in batch:
         return batch["x"], {str(name): value for name, value in batch.items() if name != "x"}
     raise TypeError(
-        f"a batch must be a tensor or tensors by name with 'x' among them, got {type(batch).__name__}; for others give "
-        f"`unpack`, as in `unpack=lambda batch: (batch[0], {{'label': batch[1]}})`."
+        f"a batch must be a tensor or a dictionary with the key 'x', got {type(batch).__name__}; for other batches "
+        f"give `unpack`, as in `unpack=lambda batch: (batch[0], {{'label': batch[1]}})`."
     )
 
 
@@ -417,7 +413,7 @@ def _writer(folder: str | Path, step: int) -> AbstractContextManager[Any]:
 
 
 def _rng_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (what transforms of others use)
+    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (data transforms may use it)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

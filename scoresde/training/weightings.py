@@ -1,8 +1,8 @@
-r"""How much each noise level counts: weights w(t) on the squared error of x0.
+r"""Weightings of the noise levels: weights w(t) on the squared error of x0.
 
-One base error is chosen, :math:`|\hat x_0 - x_0|^2`, since its weight is finite wherever σ > 0, also where α = 0. At a
-given state the errors of all predictions are multiples of one another: if a prediction is
-:math:`(a\,x_0 + b\,\varepsilon)/c`, its squared error is
+All weights refer to :math:`|\hat x_0 - x_0|^2`, because they are then finite wherever σ > 0, also where α = 0. At a
+given state the errors of all predictions are proportional. A prediction :math:`(a\,x_0 + b\,\varepsilon)/c` has the
+squared error
 
 .. math:: \left(\frac{a\sigma - b\alpha}{\sigma c}\right)^2 |\hat x_0 - x_0|^2,
    \qquad\text{as } \hat\varepsilon - \varepsilon = -\tfrac{\alpha}{\sigma}(\hat x_0 - x_0).
@@ -10,7 +10,7 @@ given state the errors of all predictions are multiples of one another: if a pre
 A weighting is any function ``(sde, t) -> w`` of a tensor of times (B,). With ρ = σ/α, SNR = 1/ρ²:
 
 =================  =====================================================  =======================================
-name               w on x0                                                is
+name               w on x0                                                the same weight on another error
 =================  =====================================================  =======================================
 ``simple``, eps    SNR                                                    1 on ε
 ``x0``             1
@@ -42,11 +42,11 @@ Weighting = Callable[[SDE, Tensor], Tensor]
 
 
 def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -> Tensor:
-    r"""Squared error of a prediction per squared error of x0, :math:`((a\sigma - b\alpha)/(\sigma c))^2`.
+    r"""Ratio of a prediction's squared error to that of x0, :math:`((a\sigma - b\alpha)/(\sigma c))^2`.
 
     Arguments:
-        prediction: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
-        sde: The process.
+        prediction: Name: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
+        sde: Process.
         t: Times, (B,), positive.
         sigma_data: Standard deviation s of the data, for ``"F"``.
     """
@@ -58,10 +58,10 @@ def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -
 
 @dataclass(frozen=True)
 class On:
-    """Weight 1 on the squared error of a prediction, whatever the network predicts.
+    """Weight 1 on the squared error of one prediction, which need not be the network's output.
 
     Arguments:
-        prediction: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
+        prediction: Name: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or ``"F"``.
         sigma_data: Standard deviation of the data, for ``"F"``, EDM's weighting.
 
     References:
@@ -79,19 +79,19 @@ class On:
         check.number("sigma_data", self.sigma_data, above=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        """w(t) on x0."""
         return sensitivity(self.prediction, sde, t, self.sigma_data)
 
 
 def likelihood(sde: SDE, t: Tensor) -> Tensor:
-    r"""g² on the error of the score: with uniform times, :math:`\tfrac{D(T - t_{min})}{2}` of it bounds −log p in nats.
+    r"""Weight g² on the squared error of the score.
 
     .. math:: w = g^2\frac{\alpha^2}{\sigma^4} = \frac{2\alpha(\dot\sigma\alpha - \dot\alpha\sigma)}{\sigma^3}
 
-    The second form is the one computed: it is finite where α = 0 and g is not.
+    With uniform times, :math:`\tfrac{D(T - t_{min})}{2}` times the loss bounds −log p in nats, up to a term that does
+    not depend on the network. The code uses the second form, which is finite where α = 0 and g is infinite.
 
     Arguments:
-        sde: The process.
+        sde: Process.
         t: Times, (B,), positive.
 
     References:
@@ -103,10 +103,10 @@ def likelihood(sde: SDE, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MinSNR:
-    """min(SNR, γ).
+    """The weighting min(SNR, γ).
 
     Arguments:
-        gamma: γ.
+        gamma: Largest weight γ.
 
     References:
         | Efficient Diffusion Training via Min-SNR Weighting Strategy (Hang et al., 2023), arXiv:2303.09556
@@ -118,7 +118,6 @@ class MinSNR:
         check.number("gamma", self.gamma, above=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        """w(t) on x0."""
         return _snr(sde, t).clamp_max(self.gamma)
 
 
@@ -127,7 +126,7 @@ class SoftMinSNR:
     r"""A smooth minimum, :math:`\gamma\,\mathrm{SNR}/(\gamma + \mathrm{SNR}) = 1/(\rho^2 + 1/\gamma)`.
 
     Arguments:
-        gamma: γ; 1/s² for data of standard deviation s.
+        gamma: Limit γ of the weight; 1/s² for data of standard deviation s.
 
     References:
         | Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers
@@ -140,18 +139,17 @@ class SoftMinSNR:
         check.number("gamma", self.gamma, above=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        """w(t) on x0."""
         alpha2, sigma2 = sde.alpha(t) ** 2, sde.sigma(t) ** 2
         return self.gamma * alpha2 / (self.gamma * sigma2 + alpha2)
 
 
 @dataclass(frozen=True)
 class P2:
-    r"""Perception prioritised, :math:`(k + \mathrm{SNR})^{-\gamma}` on ε.
+    r"""Perception-prioritised weighting: weight :math:`(k + \mathrm{SNR})^{-\gamma}` on ε.
 
     Arguments:
-        k: k.
-        gamma: γ; 0 is ``simple``.
+        k: Offset k of the SNR.
+        gamma: Exponent γ; 0 gives ``simple``.
 
     References:
         | Perception Prioritized Training of Diffusion Models (Choi et al., 2022), arXiv:2204.00227
@@ -165,14 +163,13 @@ class P2:
         check.number("gamma", self.gamma, least=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        """w(t) on x0."""
         snr = _snr(sde, t)
         return snr * (self.k + snr) ** -self.gamma
 
 
 @dataclass(frozen=True)
 class Sigmoid:
-    r"""sigmoid(b − log SNR) on ε; with b = log γ it is :class:`SoftMinSNR`.
+    r"""Weight sigmoid(b − log SNR) on ε; b = log γ gives :class:`SoftMinSNR`.
 
     Arguments:
         b: Log signal-to-noise ratio at which the weight on ε is one half.
@@ -189,21 +186,20 @@ class Sigmoid:
         check.number("b", self.b)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
-        """w(t) on x0."""
         return SoftMinSNR(math.exp(self.b))(sde, t)
 
 
 class Uncertainty(nn.Module):
-    r"""A learned balance of the noise levels: each is divided by the network's own estimate of its loss.
+    r"""Learned balance of the noise levels: the loss at t is divided by a learned estimate of its mean.
 
     .. math:: \frac{w(t)\,e}{\exp u(t)} + u(t), \qquad \min_u \Rightarrow e^{u(t)} = E[w\,e \mid t]
 
-    u is a linear map of Fourier features of λ, zero at first. Its parameters are parameters of the :class:`DSM`, not of
-    the network: give the optimiser ``loss.parameters()``.
+    u is a linear map of Fourier features of λ, initially zero. Its parameters belong to the :class:`DSM`, not to the
+    network: construct the optimiser with ``loss.parameters()``.
 
     Arguments:
-        base: The weighting w that is balanced, a name or a function; EDM's, by default that of the model.
-        features: How many Fourier features.
+        base: Weighting w to balance, a name or a function; default ``"edm"``, with the `sigma_data` of the model.
+        features: Number of Fourier features.
 
     References:
         | Multi-Task Learning Using Uncertainty to Weigh Losses (Kendall et al., 2018), arXiv:1705.07115
@@ -222,24 +218,24 @@ class Uncertainty(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def log_loss(self, sde: SDE, t: Tensor) -> Tensor:
-        """u(t), (B,)."""
+        """Logarithm u(t) of the estimated loss, (B,)."""
         lam = (sde.lam(t) / 4).clamp(-5, 5).to(self.frequencies)[:, None]
         angle = lam * self.frequencies
         features = torch.cat([lam, angle.cos(), angle.sin()], dim=1)
-        # Not self.linear(features): mixed precision would round u to half.
+        # Under autocast, self.linear(features) would compute u in half precision.
         return (features * self.linear.weight).sum(1) + self.linear.bias
 
     def forward(self, loss: Tensor, sde: SDE, t: Tensor) -> Tensor:
-        """The balanced loss of samples, (B,), from their weighted loss."""
+        """Balanced loss of each sample, (B,), from the weighted loss, (B,)."""
         u = self.log_loss(sde, t).to(loss)
         return loss * (-u).exp() + u
 
 
 def named(name: str, sigma_data: float = 1.0) -> Weighting:
-    """The weighting of a name, with the parameters of its paper.
+    """Return the weighting with a given name and default parameters.
 
     Arguments:
-        name: One of the table at the top of this module.
+        name: Name in the table at the top of this module.
         sigma_data: Standard deviation of the data, for ``"edm"``.
     """
     known: dict[str, Weighting] = {

@@ -34,16 +34,16 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde import pairs
-from scoresde.adaptive import Adaptive, flow
-from scoresde.backends.torchdiffeq import torchdiffeq_solve
+from scoresde import integrators
+from scoresde.integrators.adaptive import Adaptive, flow
+from scoresde.integrators.via_torchdiffeq import torchdiffeq_solve
 
 PAIRS = {
-    "Adams": pairs.Adams(),
-    "Adams(3)": pairs.Adams(3),
-    "Dormand-Prince": pairs.DormandPrince(),
-    "Bogacki-Shampine": pairs.BogackiShampine(),
-    "DPM-Solver-23": pairs.DPM23(),
+    "Adams": integrators.Adams(),
+    "Adams(3)": integrators.Adams(3),
+    "Dormand-Prince": integrators.DormandPrince(),
+    "Bogacki-Shampine": integrators.BogackiShampine(),
+    "DPM-Solver-23": integrators.DPM23(),
 }
 
 

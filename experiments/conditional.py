@@ -31,7 +31,7 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import inverse
-from scoresde.inverse import Measurement
+from scoresde.inverse.measurements import Measurement
 
 EVENT = (1, 8, 8)
 NONE = 10  # the label of no class
@@ -131,7 +131,7 @@ def operators() -> dict[str, inverse.Linear]:
 Restore = Callable[[Any, Measurement, tuple[int, ...], Options], Tensor]
 
 
-def under(solver: Any, make: Callable[..., ss.AbstractDenoiser]) -> Restore:
+def under(solver: Any, make: Callable[..., ss.denoisers.AbstractDenoiser]) -> Restore:
     """A denoiser under a solver."""
     return lambda prior, seen, shape, o: ss.sample(
         make(prior, seen), shape, solver, nfe=o.nfe, seed=o.seed, data_std=STD
@@ -158,7 +158,7 @@ METHODS: dict[str, Restore] = {
 def restored(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options) -> tuple[str, dict[str, Tensor]]:
     """The table over measurements and methods, and ten restored digits of each."""
     truth, labels = digits.held_out[: options.restored], digits.held_out_labels[: options.restored]
-    prior = ss.guidance.Given(model, label=torch.full((len(truth),), NONE))
+    prior = ss.denoisers.Given(model, label=torch.full((len(truth),), NONE))
     lines = ["| measurement | method | RMSE | misfit | class | confidence |", "|---|---|---|---|---|---|"]
     pictures = {}
     for word, A in operators().items():

@@ -35,7 +35,7 @@ class Options:
 
 def train(images: Tensor, options: Options) -> ss.Denoiser:
     torch.manual_seed(options.seed)
-    sde = ss.Discrete(ss.betas("linear", options.T, beta_start=1e-4, beta_end=0.02))
+    sde = ss.Discrete(ss.processes.betas("linear", options.T, beta_start=1e-4, beta_end=0.02))
     model = ss.Denoiser(small_unet(seed=options.seed), sde, predicts="eps")
     loss = ss.DSM(model)  # |ε − net(x_t, t)|², steps drawn evenly
     optimiser, ema = torch.optim.Adam(loss.parameters(), options.rate), ss.EMA(model, 0.999)

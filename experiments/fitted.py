@@ -32,8 +32,8 @@ from torch import Tensor
 from work_precision import PROBLEMS, our_grids, our_rules, problem
 
 import scoresde as ss
-from scoresde import optimal
-from scoresde.plan import Plan
+from scoresde import fitting
+from scoresde.plan.table import Plan
 
 NFES = (4, 5, 6, 8, 10, 15)
 FRESH = 128
@@ -249,13 +249,13 @@ def grid_table(options: Options) -> list[str]:
         for rule in (ss.DDIM(), ss.DPMSolverPP(2), ss.VelocityAB(3)):
             for n in (6,) if options.quick else (6, 10, 15):
                 grids = {
-                    "uniform_lam": ss.uniform_lam(sde, n),
-                    "karras": ss.karras(sde, n),
+                    "uniform_lam": ss.grids.uniform_lam(sde, n),
+                    "karras": ss.grids.karras(sde, n),
                     "quadratic_vp": ss.grids.quadratic_vp(sde, n),
-                    "gaussian_grid": optimal.gaussian_grid(sde, n, spectrum, solver=rule),
-                    "gits": optimal.gits(model, pilot, n),
-                    "equal_error": optimal.equal_error(model, pilot, n),
-                    "align_your_steps": optimal.align_your_steps(model, case.truth[:32], n),
+                    "gaussian_grid": fitting.gaussian_grid(sde, n, spectrum, solver=rule),
+                    "gits": fitting.gits(model, pilot, n),
+                    "equal_error": fitting.equal_error(model, pilot, n),
+                    "align_your_steps": fitting.align_your_steps(model, case.truth[:32], n),
                 }
                 medians = [case.measure(rule.plan(sde, grids[column]))["median"] for column in columns]
                 cells = [f"**{m:.2e}**" if m == min(medians) else f"{m:.2e}" for m in medians]

@@ -27,7 +27,7 @@ from _digits import Digits, load, small_unet
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.plan import Plan
+from scoresde.plan.table import Plan
 
 MEASURES = ("median", "q90", "q99", "RMSE")
 

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 import scoresde as ss
-from scoresde.training import Trainer, times
+from scoresde.training import times
 from scoresde.training.checkpoint import Checkpoints
+from scoresde.training.trainer import Trainer
 
 STEPS = 120
 

@@ -73,14 +73,14 @@ def fit(loss: Callable[[Tensor], Tensor], module: nn.Module, data: Tensor, steps
     module.eval()
 
 
-def train(images: Tensor, options: Options) -> tuple[ss.nn.VAE, ss.Standardize, ss.Denoiser]:
+def train(images: Tensor, options: Options) -> tuple[ss.nn.VAE, ss.data.Standardize, ss.Denoiser]:
     """The autoencoder, the scale of its latents, and the diffusion model of the latents on that scale."""
     torch.manual_seed(options.seed)
     vae = ss.nn.VAE(1, options.latent, width=options.width, blocks=1, std=options.std, seed=options.seed)
     fit(lambda x: -vae(x).elbo.mean() / x[0].numel(), vae, images, options.vae_steps, options, "VAE")
     with torch.no_grad():
         q = vae.encode(images)
-        scale = ss.Standardize.fit(q.sample(), "channel")
+        scale = ss.data.Standardize.fit(q.sample(), "channel")
     net = ss.nn.UNet(options.latent, width=2 * options.width, multipliers=(1, 2), blocks=1, seed=options.seed)
     model = ss.Denoiser(net, ss.VP(), predicts="v")
     loss = ss.DSM(model)
@@ -95,7 +95,9 @@ def train(images: Tensor, options: Options) -> tuple[ss.nn.VAE, ss.Standardize, 
 
 
 @torch.no_grad()
-def bounds(vae: ss.nn.VAE, scale: ss.Standardize, model: ss.Denoiser, x: Tensor, options: Options) -> dict[str, Tensor]:
+def bounds(
+    vae: ss.nn.VAE, scale: ss.data.Standardize, model: ss.Denoiser, x: Tensor, options: Options
+) -> dict[str, Tensor]:
     """Lower bounds on log p(x) in nats, (B,) each."""
     noise = ss.Noise(options.seed)
     q = vae.encode(x)

@@ -49,7 +49,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.divergence import jacobian_products
+from scoresde.likelihood.trace import jacobian_products
 
 F64 = torch.float64
 T_MIN = 1e-3

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scoresde as ss
-from scoresde.plan import run
+from scoresde.plan.run import run
 
 Net = Callable[[Tensor, Any], Tensor]
 Loop = Callable[[Net, Tensor], Tensor]
@@ -47,7 +47,7 @@ RULES: dict[str, tuple[ss.SDE, Any]] = {
     "DPM-Solver++ 2M": (VP, ss.DPMSolverPP(2)),
     "UniPC-3": (VP, ss.UniPC(3)),
     "EDM Heun": (EDM, ss.EDMHeun()),
-    "DPM-Solver-3": (VP, ss.DPMSolver(3)),
+    "DPM-Solver-3": (VP, ss.solvers.DPMSolver(3)),
     "VelocityAB-3": (VP, ss.VelocityAB(3)),
 }
 
@@ -262,7 +262,7 @@ def time_loops(options: Options) -> list[tuple[str, str, str, Timing]]:
             return d
 
         for name, (sde, rule) in RULES.items():
-            plan = rule.plan(sde, ss.karras(sde, options.legs))
+            plan = rule.plan(sde, ss.grids.karras(sde, options.legs))
             hand = by_hand(name, sde, plan)
             gap = (hand(free, x.clone()) - run(plan, free, x)).abs().max() / x.abs().max()
             assert gap < 1e-3, (name, gap)
@@ -291,7 +291,7 @@ def time_denoiser(options: Options) -> list[tuple[str, str, str, Timing]]:
         for name, (sde, rule) in RULES.items():
             if sde is not VP:
                 continue
-            plan = rule.plan(VP, ss.karras(VP, options.legs))
+            plan = rule.plan(VP, ss.grids.karras(VP, options.legs))
             hand = by_hand(name, VP, plan)
             floats = {}
             for row in plan.rows:
@@ -314,7 +314,7 @@ def time_denoiser(options: Options) -> list[tuple[str, str, str, Timing]]:
     return out
 
 
-class Free(ss.AbstractDenoiser):
+class Free(ss.denoisers.AbstractDenoiser):
     """A denoiser that costs nothing."""
 
     def __init__(self, sde: ss.SDE, net: Net) -> None:
@@ -351,7 +351,7 @@ def count_states(options: Options) -> list[tuple[str, str, int, int]]:
     """States alive when the network is called, its input included, and the most at any moment, its output included."""
     out = []
     for name, (sde, rule) in RULES.items():
-        plan = rule.plan(sde, ss.karras(sde, options.legs))
+        plan = rule.plan(sde, ss.grids.karras(sde, options.legs))
         hand = by_hand(name, sde, plan)
         # Called in one expression, so that nothing out here holds the start.
         ways: dict[str, Callable[[Net], Any]] = {
@@ -377,7 +377,7 @@ def count_states(options: Options) -> list[tuple[str, str, int, int]]:
 
 
 def time_plans(options: Options) -> list[tuple[str, int, float]]:
-    grid, out = ss.uniform_t(VP, options.rows), []
+    grid, out = ss.grids.uniform_t(VP, options.rows), []
     for name, (_, rule) in RULES.items():
         legs = options.rows // rule.stages
         spent = []

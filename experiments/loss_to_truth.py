@@ -72,7 +72,7 @@ class Level:
 
 
 @torch.no_grad()
-def errors(model: ss.AbstractDenoiser, exact: ss.GaussianMixture, points: int, seed: int) -> list[Level]:
+def errors(model: ss.denoisers.AbstractDenoiser, exact: ss.GaussianMixture, points: int, seed: int) -> list[Level]:
     """A network against the truth, on fresh data."""
     out = []
     for k, lam in enumerate(LEVELS):

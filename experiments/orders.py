@@ -27,11 +27,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import scoresde as ss
-from scoresde import quadrature
-from scoresde.denoiser import AbstractDenoiser
-from scoresde.solvers import combinations, multistep, singlestep
-from scoresde.solvers.base import Solver
-from scoresde.verify import Order, convergence_order, exact_flow
+from scoresde.analysis.orders import Order, convergence_order, exact_flow
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.solvers.rule import Solver
 
 ROOT = Path(__file__).parents[1]
 PROCESSES: dict[str, ss.SDE] = {"VP": ss.VP(), "VE": ss.VE(), "Cosine": ss.Cosine(), "EDM": ss.EDM(), "Flow": ss.Flow()}
@@ -66,7 +64,7 @@ class Started(Solver):
     def _leg(self, tape, now, history, t, asks, node):
         if node > self.first:
             return self.rule._leg(tape, now, history, t, asks, node)
-        new, _ = ss.ETDRK4()._leg(tape, now, history, t, asks, node)
+        new, _ = ss.solvers.ETDRK4()._leg(tape, now, history, t, asks, node)
         return new, [new, *history]
 
 
@@ -111,7 +109,7 @@ def catalogue() -> list[str]:
     return out
 
 
-NAMES = {**vars(quadrature), **vars(singlestep), **vars(multistep), **vars(combinations), **vars(ss)}
+NAMES = vars(ss.solvers)
 
 
 def rule(text: str) -> Solver:
@@ -121,7 +119,7 @@ def rule(text: str) -> Solver:
 
 def at_full_order(solver: Solver) -> Solver:
     """The rule, with its first legs by Krogstad's method if it raises its order leg by leg to more than two."""
-    ramps = isinstance(solver, multistep.Multistep) and solver.start == "ramp" and solver.order > 2
+    ramps = isinstance(solver, ss.solvers.Multistep) and solver.start == "ramp" and solver.order > 2
     return Started(solver, solver.order - 1) if ramps else solver
 
 

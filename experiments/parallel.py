@@ -4,7 +4,7 @@
     python experiments/parallel.py --quick    # seconds, for CI
 
 Ten anisotropic Gaussians in 32-D, 16 samples, every plan with 50 and 200 rows: the largest tolerance with which
-``ss.parallel.solve`` is within 1e-3 per number, root mean square, of the sequential run, with all rows at once and with
+``ss.sampling.solve`` is within 1e-3 per number, root mean square, of the sequential run, with all rows at once and with
 a window of 50. Beside it the same iteration with triangular Anderson acceleration (Tang et al., 2024,
 arXiv:2402.09970) over the last one to three sweeps, written out here: each row is moved by what would have made the
 residuals of it and of all rows before it least. It takes as many sweeps or more, so the library does without.
@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from scoresde.parallel import _ask, _given
 from torch import Tensor
 from work_precision import PROBLEMS
 
 import scoresde as ss
-from scoresde.parallel import _ask, _given
-from scoresde.plan import Plan
-from scoresde.unrolled import unroll
+from scoresde.plan.matrices import unroll
+from scoresde.plan.table import Plan
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 1e-5)
 
@@ -43,7 +43,7 @@ class Options:
 
 
 def anderson(
-    model: ss.AbstractDenoiser, x: Tensor, plan: Plan, noise: ss.Noise, tol: float, m: int
+    model: ss.denoisers.AbstractDenoiser, x: Tensor, plan: Plan, noise: ss.Noise, tol: float, m: int
 ) -> tuple[Tensor, int]:
     """Picard iteration over all rows, each mixed with its last m; the result and the number of sweeps."""
     table = unroll(plan)
@@ -116,7 +116,7 @@ def main(options: Options) -> None:
             done = ss.sample(model, x, plan, seed=noise)
 
             def picard(tol: float, window: int | None = None, plan: Plan = plan) -> tuple[Tensor, int, int]:
-                run = ss.parallel.solve(model, x, plan, tol=tol, window=window, seed=noise)
+                run = ss.sampling.solve(model, x, plan, tol=tol, window=window, seed=noise)
                 return run.x, run.sweeps, run.nfe
 
             def mixed(tol: float, m: int, plan: Plan = plan) -> tuple[Tensor, int, int]:

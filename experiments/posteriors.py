@@ -31,7 +31,8 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import inverse
-from scoresde.inverse import DDNM, DPS, MMPS, TMPD, DiffPIR, Measurement, PiGDM
+from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM
+from scoresde.inverse.measurements import Measurement
 
 SDE = ss.VP()
 Sampler = Callable[[ss.GaussianMixture, Measurement, int, int], Tensor]
@@ -69,7 +70,7 @@ class Row(NamedTuple):
 # The methods.
 
 
-def plain(make: Callable[[ss.GaussianMixture, Measurement], ss.AbstractDenoiser]) -> Sampler:
+def plain(make: Callable[[ss.GaussianMixture, Measurement], ss.denoisers.AbstractDenoiser]) -> Sampler:
     """A denoiser under the same solver as all others."""
 
     def sampler(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:

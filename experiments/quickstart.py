@@ -68,9 +68,12 @@ def train(images: Tensor, options: Options) -> ss.Trainer:
 
 def sampled(model: ss.Denoiser, options: Options) -> Iterator[tuple[str, ss.Solution]]:
     ways = {
-        "DDPM's sampler": (ss.DDIM(), {"grid": ss.grids.ancestral(model.sde, ss.uniform_t(model.sde, options.ddpm))}),
+        "DDPM's sampler": (
+            ss.DDIM(),
+            {"grid": ss.grids.ancestral(model.sde, ss.grids.uniform_t(model.sde, options.ddpm))},
+        ),
         "DDIM": (ss.DDIM(), {"nfe": 50}),
-        "DPM-Solver-3": (ss.DPMSolver(3), {"nfe": 20}),
+        "DPM-Solver-3": (ss.solvers.DPMSolver(3), {"nfe": 20}),
         "default": (None, {"nfe": 10}),
     }
     model.eval()

@@ -32,7 +32,7 @@ from work_precision import anisotropic, beta_list, ring
 
 import scoresde as ss
 from scoresde import metrics
-from scoresde.quadrature import DATA
+from scoresde.solvers.interpolants import DATA
 
 PROBLEMS: dict[str, Callable[[ss.SDE], ss.GaussianMixture]] = {"ring 2-D": ring, "anisotropic 32-D": anisotropic}
 SDE = ss.VP()
@@ -50,7 +50,7 @@ class Options:
     quick: bool = False
 
 
-def rules(quick: bool) -> dict[str, ss.verify.Solver]:
+def rules(quick: bool) -> dict[str, ss.solvers.Solver]:
     some = {
         "DDIM (no noise)": ss.DDIM(),
         "VelocityAB-3 (no noise)": ss.VelocityAB(3),
@@ -64,22 +64,22 @@ def rules(quick: bool) -> dict[str, ss.verify.Solver]:
         "DDIM(η = 0.5)": ss.DDIM(0.5),
         "Euler–Maruyama in t": ss.EulerMaruyama(),
         "Euler–Maruyama in λ": ss.EulerMaruyama(clock="lam"),
-        "reverse diffusion": ss.ReverseDiffusion(),
-        "stochastic Heun in λ": ss.StochasticHeun(clock="lam"),
-        "Euler ancestral": ss.EulerAncestral(),
-        "DPM2 ancestral": ss.DPM2Ancestral(),
-        "DPM++ 2S ancestral": ss.DPMPP2SAncestral(),
-        "DPM++ SDE": ss.DPMPPSDE(),
-        "EDM churn": ss.EDMStochastic(),
-        "SDE-DPM-Solver 2M": ss.SDEDPMSolver(2),
+        "reverse diffusion": ss.solvers.ReverseDiffusion(),
+        "stochastic Heun in λ": ss.solvers.StochasticHeun(clock="lam"),
+        "Euler ancestral": ss.solvers.EulerAncestral(),
+        "DPM2 ancestral": ss.solvers.DPM2Ancestral(),
+        "DPM++ 2S ancestral": ss.solvers.DPMPP2SAncestral(),
+        "DPM++ SDE": ss.solvers.DPMPPSDE(),
+        "EDM churn": ss.solvers.EDMStochastic(),
+        "SDE-DPM-Solver 2M": ss.solvers.SDEDPMSolver(2),
         "SDE-DPM-Solver++ 1": ss.SDEDPMSolverPP(1),
         "SDE-DPM-Solver++ 3M": ss.SDEDPMSolverPP(3),
         "SDE-DPM-Solver++ 2M, η = 0.5": ss.SDEDPMSolverPP(2, eta=0.5),
-        "SA-Solver 3-4": ss.SASolver(),
-        "SEEDS-2, data": ss.SEEDS(2, DATA),
-        "SEEDS-3": ss.SEEDS(3),
-        "ER-SDE 2": ss.ERSDE(2),
-        "ER-SDE 3": ss.ERSDE(3),
+        "SA-Solver 3-4": ss.solvers.SASolver(),
+        "SEEDS-2, data": ss.solvers.SEEDS(2, DATA),
+        "SEEDS-3": ss.solvers.SEEDS(3),
+        "ER-SDE 2": ss.solvers.ERSDE(2),
+        "ER-SDE 3": ss.solvers.ERSDE(3),
     }
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from work_precision import PROBLEMS
 
 import scoresde as ss
-from scoresde.fitting import stretch
-from scoresde.plan import Plan
+from scoresde.fitting.trajectories import stretch
+from scoresde.plan.table import Plan
 
 NAME = "anisotropic 32-D"
 COLUMNS = "| median | q90 | q99 | RMSE | astray | RMSE of the others |"

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.backends.torchsde import torchsde_sample
-from scoresde.plan import run
+from scoresde.integrators.via_torchsde import torchsde_sample
+from scoresde.plan.run import run
 from scoresde.solvers.multistep import Multistep
 
 VP = ss.VP()
@@ -49,7 +49,7 @@ class Options:
     out: Path = Path(__file__).parent / "out"
 
 
-class Free(ss.AbstractDenoiser):
+class Free(ss.denoisers.AbstractDenoiser):
     """A denoiser that costs nothing."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
@@ -106,9 +106,9 @@ def tree(x: Tensor) -> Any:
     return torchsde.BrownianTree(t0=0.0, w0=torch.zeros_like(x), t1=1.0, entropy=0, tol=1e-6)
 
 
-def path(shape: tuple[int, ...]) -> ss.BrownianPath:
+def path(shape: tuple[int, ...]) -> ss.noise.BrownianPath:
     """Ours, as deep as the paths of plans."""
-    return ss.BrownianPath(ss.Noise(0), shape, depth=12)
+    return ss.noise.BrownianPath(ss.Noise(0), shape, depth=12)
 
 
 def race(loops: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
@@ -137,7 +137,7 @@ def main(options: Options) -> Path:
     lines = [f"{options.steps} steps, {options.threads} thread(s); CPU ms of a run, ratio to the first of its block"]
     for shape in STATES:
         x, model, steps = ss.Noise(0).normal(shape, 0), Free(shape), options.steps
-        grid = ss.uniform_t(VP, steps, t_end=VP.t_min)
+        grid = ss.grids.uniform_t(VP, steps, t_end=VP.t_min)
         plan = Multistep(1, eta=1.0).plan(VP, grid)
         for method in ("euler", "srk"):
             loops: dict[str, Callable[[], Any]] = {

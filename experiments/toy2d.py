@@ -110,7 +110,7 @@ def main(options: Options) -> Path:
     for data_name, make in DATA.items():
         everything = torch.from_numpy(make(options.data + options.samples, np.random.RandomState(options.seed))).float()
         everything = everything[torch.randperm(len(everything), generator=torch.Generator().manual_seed(options.seed))]
-        everything = ss.Standardize.fit(everything)(everything)
+        everything = ss.data.Standardize.fit(everything)(everything)
         data, fresh = everything[options.samples :], everything[: options.samples]
         for name, (sde, predicts) in PROCESSES.items():
             model = train(data, sde, predicts, options, f"{data_name}, {name}")

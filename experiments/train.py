@@ -75,7 +75,7 @@ RECIPES: dict[str, Callable[..., ss.DSM]] = {
     "vp": lambda net, std, **drop: ss.DSM(ss.Denoiser(net, ss.VP(), predicts="v"), **drop),
     "cosine": lambda net, std, **drop: ss.DSM(ss.Denoiser(net, ss.Cosine(), predicts="v"), "min_snr", **drop),
     "ddpm": lambda net, std, **drop: ss.DSM(
-        ss.Denoiser(net, ss.Discrete(ss.betas("linear", 1000)), predicts="eps"), **drop
+        ss.Denoiser(net, ss.Discrete(ss.processes.betas("linear", 1000)), predicts="eps"), **drop
     ),
     "edm": lambda net, std, **drop: ss.DSM(
         ss.Denoiser(net, ss.EDM(), predicts="F", precondition=ss.Preconditioning(std)),

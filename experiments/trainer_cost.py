@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import scoresde as ss
-from scoresde.training import Trainer
+from scoresde.training.trainer import Trainer
 
 
 @dataclass

@@ -38,11 +38,11 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import grids
-from scoresde.plan import run
-from scoresde.quadrature import LAM, NOISE, RHO, TAU, VELOCITY, V
+from scoresde.analysis.work import work_precision
+from scoresde.plan.run import run
+from scoresde.solvers.interpolants import LAM, NOISE, RHO, TAU, VELOCITY, V
 from scoresde.solvers.multistep import Multistep
-from scoresde.solvers.singlestep import RK4, RungeKutta
-from scoresde.verify import work_precision
+from scoresde.solvers.runge_kutta import RK4, RungeKutta
 
 PROCESSES: dict[str, ss.SDE] = {"VP": ss.VP(), "EDM": ss.EDM()}
 NFES = (5, 6, 8, 10, 12, 15, 20, 30, 50)
@@ -92,14 +92,14 @@ def problem(name: str, process: str, points: int, seed: int) -> tuple[ss.Gaussia
     std = float(model.covariance().diagonal().mean().sqrt())
     x = sde.prior(std=std).sample((points, *model.event), ss.Noise(seed), dtype=torch.float64)
     near = sde.t_of_lam(sde.lam(sde.t_min) + 4.0)
-    fine = ss.uniform_lam(sde, 400, t_end=near)
+    fine = ss.grids.uniform_lam(sde, 400, t_end=near)
     return model, x, model.x0(run(RungeKutta(RK4, VELOCITY).plan(sde, fine), model.x0, x), near)
 
 
 # Ours.
 
 
-def our_rules(quick: bool) -> dict[str, ss.solvers.base.Solver]:
+def our_rules(quick: bool) -> dict[str, ss.solvers.Solver]:
     """The catalogue, with the combinations of prediction and variable that have no name of their own."""
     rules = {
         "DDIM": ss.DDIM(),
@@ -110,14 +110,14 @@ def our_rules(quick: bool) -> dict[str, ss.solvers.base.Solver]:
     if quick:
         return rules
     return rules | {
-        "Euler": ss.Euler(),
-        "Heun": ss.Heun(),
-        "RungeKutta4": ss.RungeKutta4(),
+        "Euler": ss.solvers.Euler(),
+        "Heun": ss.solvers.Heun(),
+        "RungeKutta4": ss.solvers.RungeKutta4(),
         "EDM Heun": ss.EDMHeun(),
-        "DPM2": ss.DPM2(),
-        "DPM-Solver-3": ss.DPMSolver(3),
-        "DPM-Solver fast": ss.DPMSolver(kind="fast"),
-        "DPM-Solver 2M": ss.DPMSolver(2, kind="multi"),
+        "DPM2": ss.solvers.DPM2(),
+        "DPM-Solver-3": ss.solvers.DPMSolver(3),
+        "DPM-Solver fast": ss.solvers.DPMSolver(kind="fast"),
+        "DPM-Solver 2M": ss.solvers.DPMSolver(2, kind="multi"),
         "DPM-Solver++ 2S": ss.DPMSolverPP(2, kind="single"),
         "DPM-Solver++ 3S": ss.DPMSolverPP(3, kind="single"),
         "DPM-Solver++ 2M exact": ss.DPMSolverPP(2, form="exact"),
@@ -127,22 +127,22 @@ def our_rules(quick: bool) -> dict[str, ss.solvers.base.Solver]:
         "UniPC-2 bh1": ss.UniPC(2, "bh1"),
         "UniPC-4": ss.UniPC(4),
         "UniPC-3 noise": ss.UniPC(3, prediction=NOISE),
-        "DEIS tAB-2": ss.DEIS(2),
-        "DEIS tAB-3": ss.DEIS(3),
-        "DEIS tAB-4": ss.DEIS(4),
-        "DEIS ρAB-3": ss.DEIS(3, "rho"),
-        "LMS": ss.LMS(),
-        "PLMS": ss.PLMS(),
-        "iPNDM": ss.IPNDM(),
-        "AcceleratedDDIM": ss.AcceleratedDDIM(),
-        "RES-2": ss.RES(2),
-        "RES-3": ss.RES(3),
-        "ETDRK4": ss.ETDRK4(),
+        "DEIS tAB-2": ss.solvers.DEIS(2),
+        "DEIS tAB-3": ss.solvers.DEIS(3),
+        "DEIS tAB-4": ss.solvers.DEIS(4),
+        "DEIS ρAB-3": ss.solvers.DEIS(3, "rho"),
+        "LMS": ss.solvers.LMS(),
+        "PLMS": ss.solvers.PLMS(),
+        "iPNDM": ss.solvers.IPNDM(),
+        "AcceleratedDDIM": ss.solvers.AcceleratedDDIM(),
+        "RES-2": ss.solvers.RES(2),
+        "RES-3": ss.solvers.RES(3),
+        "ETDRK4": ss.solvers.ETDRK4(),
         "VelocityAB-2": ss.VelocityAB(2),
         "VelocityAB-4": ss.VelocityAB(4),
-        "VelocityAB-2 + UniC": ss.with_corrector(ss.VelocityAB(2)),
-        "VelocityAB-3 + UniC": ss.with_corrector(ss.VelocityAB(3)),
-        "velocity in λ, 2 + UniC": ss.with_corrector(Multistep(2, VELOCITY, LAM)),
+        "VelocityAB-2 + UniC": ss.solvers.with_corrector(ss.VelocityAB(2)),
+        "VelocityAB-3 + UniC": ss.solvers.with_corrector(ss.VelocityAB(3)),
+        "velocity in λ, 2 + UniC": ss.solvers.with_corrector(Multistep(2, VELOCITY, LAM)),
         "velocity in λ, 3": Multistep(3, VELOCITY, LAM),
         "v in ρ, 3": Multistep(3, V, RHO),
         "v in τ, 3": Multistep(3, V, TAU),
@@ -192,8 +192,8 @@ def ours(name: str, process: str, options: Options) -> Iterator[Result]:
     for n in nfes:
         solution = ss.solve(model, x, nfe=n)
         yield Result(name, process, "default", "default", "default", n, solution.nfe, *error(solution.x, truth))
-    statistics = ss.Statistics.estimate(model, model.sample(256, seed=options.seed + 1))
-    told = {f"DPM-Solver-v3 {p}": ss.DPMSolverV3(statistics, p) for p in ((3,) if options.quick else (2, 3))}
+    statistics = ss.solvers.Statistics.estimate(model, model.sample(256, seed=options.seed + 1))
+    told = {f"DPM-Solver-v3 {p}": ss.solvers.DPMSolverV3(statistics, p) for p in ((3,) if options.quick else (2, 3))}
     for grid, maker in our_grids(process, options.quick).items():
         for rule, solver in told.items():
             for work in work_precision([solver], model, [maker], nfes, x=x, truth=truth):

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+
 _WORDS = ("steps", "nfe", "grid", "seed", "t_start", "t_end", "data_std", "rtol", "atol", "dtype", "device")
+
 _OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 rounding
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.noise.keyed import Noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,3 +153,46 @@ def _finite(data: Tensor) -> Tensor:
         row = int((~wide.isfinite()).reshape(len(wide), -1).any(1).nonzero()[0, 0])
         raise ValueError(f"`data` must be finite, but row {row} is not.")
     return wide
+
+
+_EPS, _TIMES, _DECODER, _DEQUANTISE = 3, 4, 5, 6  # random streams of a seed
+
+
+def bin_width(levels: int, interval: tuple[float, float]) -> float:
+    """Width of one of `levels` equal bins of `interval`."""
+    low, high = (check.number("interval", edge) for edge in interval)
+    if high <= low:
+        raise ValueError(f"`interval` must be (low, high) with low < high, got {interval}.")
+    return (high - low) / check.integer("levels", levels, least=2)
+
+
+def dequantize(
+    images: Tensor,
+    levels: int,
+    interval: tuple[float, float] = (-1.0, 1.0),
+    *,
+    seed: int | Sequence[int] | Noise | None = None,
+    draw: int = 0,
+    middle: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Integers 0 … levels − 1 as numbers drawn uniformly from their bins of `interval`.
+
+    Arguments:
+        images: Integers, (B, *event).
+        levels: Number of values.
+        interval: Interval that the bins divide.
+        seed: Seed: an integer, one for each sample, or a :class:`Noise`.
+        draw: Number of the draw of this seed.
+        middle: True for the middle of each bin, without noise.
+        dtype: Dtype of the result, float32 or float64.
+    """
+    if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
+        raise TypeError("`images` must be a tensor of integers 0 … levels − 1.")
+    width = bin_width(levels, interval)
+    if images.device.type == "cpu" and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < levels:
+        raise ValueError(f"`images` must lie in 0 … {levels - 1}, got {int(images.min())} … {int(images.max())}.")
+    noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_DEQUANTISE)
+    shape = tuple(images.shape)
+    offset = 0.5 if middle else noise.uniform(shape, draw, dtype=dtype, device=images.device)
+    return interval[0] + width * (images.to(dtype) + offset)

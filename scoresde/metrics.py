@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.noise import Noise
+from scoresde.noise.keyed import Noise
 
 _CHUNK = 1 << 20  # numbers in a block of distances or projections, to bound the memory
+
 _OCTAVES, _PER_OCTAVE = 48, 1024  # bins of the median distance: from 2⁻⁴⁸ of the largest distance, 0.07 % wide
+
 _DIRECTIONS, _ORDERS, _CLASSIFIER = range(3)  # random streams of a seed, one for each use
-
-
-# Distances
 
 
 def w2_1d(x: Tensor, y: Tensor) -> float:
@@ -202,9 +201,6 @@ def c2st(
     return 0.5 * (correct[0] / len(x) + correct[1] / len(y))
 
 
-# Moments
-
-
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Differences of means and covariances of two sets of samples, with their standard errors.
@@ -291,9 +287,6 @@ def moments(x: Tensor, y: Tensor) -> Moments:
     )
 
 
-# The noise floor of any metric
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A metric between two sets of samples, and its distribution for two sets from one distribution.
@@ -340,7 +333,7 @@ def compare(
         | Permutation P-values Should Never Be Zero (Phipson and Smyth, 2010), arXiv:1603.05766
 
     Example:
-        >>> from scoresde.noise import Noise
+        >>> from scoresde.noise.keyed import Noise
         >>> x, y = Noise(1).normal((200, 2), draw=0), Noise(2).normal((200, 2), draw=0)
         >>> compare(energy_distance, x, y).p_value > 0.05
         True
@@ -369,9 +362,6 @@ def compare(
     floor, high = others.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     p = (1 + int((others >= value - slack).sum())) / (1 + n_permutations)
     return Comparison(float(value), floor, high, p)
-
-
-# Checks of the arguments
 
 
 def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,9 +401,6 @@ def _stream(seed: int, stream: int) -> Noise:
     return Noise(check.integer("seed", seed)).fork(stream)
 
 
-# Transport
-
-
 def _transport(x: Tensor, y: Tensor) -> Tensor:
     """Squared Wasserstein-2 distance of each row of x, (P, N), to the same row of y, (P, M); (P,)."""
     n, m = x.shape[1], y.shape[1]
@@ -425,9 +412,6 @@ def _transport(x: Tensor, y: Tensor) -> Tensor:
     width = torch.cat([jumps, torch.tensor([n * m])]).diff().to(x.dtype) / (n * m)
     i, j, width = (jumps // m).to(x.device), (jumps // n).to(x.device), width.to(x.device)
     return (x[:, i] - y[:, j]).square() @ width
-
-
-# Pairs
 
 
 def _first(x: Tensor, y: Tensor) -> Tensor:
@@ -513,9 +497,6 @@ def _median_distance(z: Tensor) -> float:
     return float(top * 2.0 ** ((half + 0.5) / _PER_OCTAVE - _OCTAVES))
 
 
-# The classifier
-
-
 class _Folds:
     """One set of samples, shuffled and split into folds.
 
@@ -576,9 +557,6 @@ def _train(
         loss.backward()
         adam.step()
     return net
-
-
-# Moments of one set
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

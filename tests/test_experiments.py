@@ -40,7 +40,7 @@ def test_ddpm_is_short_and_needs_public_names_only() -> None:
 def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import ddpm
 
-    sde = ss.Discrete(ss.betas("linear", 30, beta_end=0.2))
+    sde = ss.Discrete(ss.processes.betas("linear", 30, beta_end=0.2))
     exact = ss.GaussianMixture(sde, [[-1.0, 0.5], [1.0, 0.0]], std=[0.2, 0.4])
     normals = torch.randn(30, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -89,7 +89,7 @@ def test_anderson_acceleration_ends_where_the_sequential_run_does(rule: Any) -> 
     import parallel
 
     model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
-    plan = rule.plan(model.sde, ss.karras(model.sde, 12))
+    plan = rule.plan(model.sde, ss.grids.karras(model.sde, 12))
     x, noise = model.sde.prior().sample((4, 2), ss.Noise(0), dtype=torch.float64), ss.Noise(1)
     done = ss.sample(model, x, plan, seed=noise)
     for m in (1, 3):
@@ -106,7 +106,7 @@ def test_latent_bounds_of_images_are_in_one_scale() -> None:
     x = (torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).repeat(150, 1, 1, 1)
     vae = ss.nn.VAE(1, 2, width=8, std=0.25, seed=0)
     exact = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2, 4, 4), std=1.0)  # the VAE's own prior, as a diffusion model
-    identity = ss.Standardize(torch.zeros(1), torch.ones(1))
+    identity = ss.data.Standardize(torch.zeros(1), torch.ones(1))
     found = latent.bounds(vae, identity, exact, x, latent.Options(draws=32, latents=2))  # type: ignore[arg-type]
     # log p(z) − log q(z | x) of one z instead of −KL(q ‖ p): equal in the mean over z.
     gap = found["VAE + diffusion"] - found["VAE"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scoresde import metrics
 from scoresde.metrics import c2st, compare, energy_distance, mmd_rbf, moments, sliced_w2, w2_1d
-from scoresde.noise import Noise
+from scoresde.noise.keyed import Noise
 
 
 def draw(seed: int, *shape: int) -> Tensor:

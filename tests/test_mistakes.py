@@ -11,24 +11,26 @@ import pytest
 import torch
 
 import scoresde as ss
-from scoresde.solvers.base import Solver
+from scoresde.solvers.rule import Solver
 
 VP = ss.VP()
 MIX = ss.GaussianMixture(VP, [[-1.0, 0.0], [1.0, 0.0]], std=0.3)
 DATA = MIX.sample(8, seed=0)
-PLAN = ss.DDIM().plan(VP, ss.uniform_lam(VP, 3))
+PLAN = ss.DDIM().plan(VP, ss.grids.uniform_lam(VP, 3))
 GUIDED = ss.ClassifierFree(MIX, 2.0, null={"lable": 0.0})
 FOREIGN = ss.Gaussian(ss.Flow(), torch.zeros(2), torch.ones(2))
 
 
-class Unfinished(ss.solvers.base.Solver):
+class Unfinished(ss.solvers.Solver):
     """A rule that lays nothing."""
 
 
 class Orderless(Unfinished):
     """A rule of no order, which lays nothing else."""
 
-    def _leg(self, tape: ss.Tape, now: int, history: Any, t: Any, asks: bool, node: int) -> tuple[int, list[int]]:
+    def _leg(
+        self, tape: ss.solvers.Tape, now: int, history: Any, t: Any, asks: bool, node: int
+    ) -> tuple[int, list[int]]:
         row = tape.append(t, x=[(now, 1.0)], evaluates=asks, node=node)
         return row, [row]
 
@@ -38,7 +40,7 @@ def solve(**options: Any) -> Any:
 
 
 def optimal(name: str, first: Any, **options: Any) -> Any:
-    return getattr(ss.optimal, name)(MIX, first, 3, **options)
+    return getattr(ss.fitting, name)(MIX, first, 3, **options)
 
 
 MISSPELLED: dict[str, Callable[[], Any]] = {
@@ -46,23 +48,23 @@ MISSPELLED: dict[str, Callable[[], Any]] = {
     "encode": lambda: ss.encode(MIX, DATA, sed=0),
     "log_prob": lambda: ss.log_prob(MIX, DATA, rtoll=1e-3),
     "log_prob of another function": lambda: ss.log_prob(MIX, DATA, nfe=10),
-    "sample_with_log_prob": lambda: ss.sample_with_log_prob(MIX, (4, 2), n_probe=3),
+    "sample_with_log_prob": lambda: ss.likelihood.sample_with_log_prob(MIX, (4, 2), n_probe=3),
     "elbo": lambda: ss.elbo(MIX, DATA, n_time=3),
-    "denoiser_error": lambda: ss.denoiser_error(MIX, MIX, DATA, [0.5], predictions="eps"),
-    "path_kl": lambda: ss.path_kl(MIX, MIX, DATA, n_time=3),
+    "denoiser_error": lambda: ss.likelihood.denoiser_error(MIX, MIX, DATA, [0.5], predictions="eps"),
+    "path_kl": lambda: ss.likelihood.path_kl(MIX, MIX, DATA, n_time=3),
     "fit": lambda: ss.fit(PLAN, MIX, (8, 2), step=3),
-    "parallel": lambda: ss.parallel.solve(MIX, (4, 2), PLAN, toll=0.1),
-    "transitions": lambda: next(ss.transitions(PLAN, MIX, DATA, stats=[])),
-    "langevin": lambda: ss.langevin.langevin(MIX, DATA, 0.5, 0.1, sed=0),
+    "parallel": lambda: ss.sampling.solve(MIX, (4, 2), PLAN, toll=0.1),
+    "transitions": lambda: next(ss.sampling.transitions(PLAN, MIX, DATA, stats=[])),
+    "langevin": lambda: ss.sampling.langevin(MIX, DATA, 0.5, 0.1, sed=0),
     "gits": lambda: optimal("gits", (8, 2), finer=10),
     "equal_error": lambda: optimal("equal_error", (8, 2), finer=10),
     "align_your_steps": lambda: optimal("align_your_steps", DATA, sed=0),
     "check_denoiser": lambda: ss.check_denoiser(ss.Denoiser(MIX.eps, VP, predicts="eps"), DATA, margins=1.0),
     "Gaussian.skip_errors": lambda: ss.Gaussian.estimate(VP, DATA).skip_errors(MIX, point=3),
-    "Reversible": lambda: ss.Reversible().solve(MIX, DATA, [1.0, 0.5], grads="off"),
-    "mean_squared_score": lambda: ss.mean_squared_score(MIX, DATA, [1.0, 0.5], sed=0),
-    "torchdiffeq": lambda: ss.backends.torchdiffeq.torchdiffeq_solve(MIX, (4, 2), cloc="t"),
-    "torchsde": lambda: ss.backends.torchsde.torchsde_sample(MIX, (4, 2), step=3),
+    "Reversible": lambda: ss.integrators.Reversible().solve(MIX, DATA, [1.0, 0.5], grads="off"),
+    "mean_squared_score": lambda: ss.sampling.mean_squared_score(MIX, DATA, [1.0, 0.5], sed=0),
+    "torchdiffeq": lambda: ss.integrators.torchdiffeq_solve(MIX, (4, 2), cloc="t"),
+    "torchsde": lambda: ss.integrators.torchsde_sample(MIX, (4, 2), step=3),
 }
 
 
@@ -109,7 +111,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "bits without levels": (lambda: ss.bits_per_dim(torch.zeros(1), 64), TypeError, "`levels` must be.*256 for bytes"),
     "encode with noise": (
-        lambda: ss.encode(MIX, DATA, ss.EulerAncestral()),
+        lambda: ss.encode(MIX, DATA, ss.solvers.EulerAncestral()),
         ValueError,
         "`solver` must be deterministic.*EulerAncestral.*draws noise",
     ),
@@ -124,7 +126,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "dtype of exact samples": (lambda: MIX.sample(3, dtype="float32"), TypeError, "write torch.float32"),
     "points as a tensor": (
-        lambda: ss.interpolate(MIX, DATA[:1], DATA[1:2], torch.linspace(0, 1, 5)),
+        lambda: ss.sampling.interpolate(MIX, DATA[:1], DATA[1:2], torch.linspace(0, 1, 5)),
         TypeError,
         r"`n` must be an integer, got a float32 tensor of shape \(5,\)",
     ),
@@ -160,7 +162,7 @@ def test_a_mistake_is_told_with_its_fix(what: str) -> None:
 
 def test_exact_denoisers_say_what_they_are() -> None:
     assert repr(MIX) == f"GaussianMixture(2 components, event=(2,), sde={VP})"
-    assert repr(ss.Empirical(VP, DATA)) == f"Empirical(8 points, event=(2,), sde={VP})"
+    assert repr(ss.denoisers.Empirical(VP, DATA)) == f"Empirical(8 points, event=(2,), sde={VP})"
     assert repr(FOREIGN) == f"Gaussian(event=(2,), sde={ss.Flow()})"
 
 
@@ -170,16 +172,16 @@ def test_exact_denoisers_say_what_they_are() -> None:
 def test_a_fit_follows_only_what_it_can() -> None:
     model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.3)
     flow, noisy, fine = (
-        rule.plan(model.sde, ss.karras(model.sde, n))
+        rule.plan(model.sde, ss.grids.karras(model.sde, n))
         for rule, n in ((ss.DDIM(), 4), (ss.SDEDPMSolverPP(2), 4), (ss.SDEDPMSolverPP(2), 20))
     )
-    other = ss.DDIM().plan(ss.VP(beta_max=5.0), ss.karras(ss.VP(beta_max=5.0), 20))
+    other = ss.DDIM().plan(ss.VP(beta_max=5.0), ss.grids.karras(ss.VP(beta_max=5.0), 20))
     for message, rule, how in (
         ("`teacher` was written for VP", flow, {"teacher": other}),
         ("`rule` was written for VP", other, {}),
         ("`teacher` draws noise that the plan does not", flow, {"teacher": fine}),
         (r"give noise=Noise\(seed, path=True\)", noisy, {"teacher": fine}),
-        ("as in grid=ss.karras", ss.DDIM(), {"grid": ss.karras}),
+        ("as in grid=ss.grids.karras", ss.DDIM(), {"grid": ss.grids.karras}),
     ):
         with pytest.raises(ValueError, match=message):
             ss.fit(rule, model, (24, 1), steps=1, **how)
@@ -192,7 +194,7 @@ def test_a_fit_follows_only_what_it_can() -> None:
 def test_what_is_not_finite_is_said_everywhere() -> None:
     blind = ss.Denoiser(lambda x, t: x * float("nan"), ss.VP(), predicts="eps")
     with pytest.warns(UserWarning, match="not all finite"):
-        ss.parallel.solve(blind, (2, 2), ss.DDIM().plan(blind.sde, ss.karras(blind.sde, 4)))
+        ss.sampling.solve(blind, (2, 2), ss.DDIM().plan(blind.sde, ss.grids.karras(blind.sde, 4)))
 
 
 def test_a_trainer_wants_a_loss_and_an_optimiser_of_it() -> None:

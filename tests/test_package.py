@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import SDES
+from instances import SDES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,7 +53,7 @@ def test_import_costs_little_over_torch() -> None:
     done = probe("import torch")
     assert done.returncode == 0, done.stderr
     loaded = json.loads(done.stdout)
-    assert "scoresde.sde" in loaded, "the probe sees what is loaded"
+    assert "scoresde.processes.sde" in loaded, "the probe sees what is loaded"
     packages = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
     heavy = {"torchsde", "torchdiffeq", "matplotlib", "sklearn", "diffusers", "scipy", "tqdm", "einops", "mpmath"}
     assert not packages & heavy
@@ -71,9 +71,8 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks noise paths sde discrete denoiser mixture gaussian diagnose grids data adapters metrics quadrature plan "
-    "unrolled tape solvers pairs adaptive reversible policy sampling guidance inverse backends langevin adaptive_sde "
-    "variances verify analysis parallel fitting optimal training nn divergence likelihood bounds latent"
+    "_checks _numerics noise data metrics nn processes plan grids denoisers solvers guidance training analysis "
+    "integrators sampling likelihood fitting inverse interop plots"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "noise"},
@@ -111,13 +110,13 @@ def test_modules_import_only_from_above(path: Path) -> None:
 
 
 def test_the_layering_test_sees_every_kind_of_import() -> None:
-    assert trespasses("grids", "from scoresde.sde import SDE\nfrom scoresde import _checks as check") == []
-    assert trespasses("grids", "from scoresde.plan import Plan") == ["plan"]
-    assert trespasses("grids", "def f():\n    from scoresde.solvers.base import Solver") == ["solvers"]
-    assert trespasses("grids", "import scoresde.tape as tape") == ["tape"]
+    assert trespasses("grids", "from scoresde.processes.sde import SDE\nfrom scoresde import _checks as check") == []
+    assert trespasses("grids", "from scoresde.denoisers.base import Wrapped") == ["denoisers"]
+    assert trespasses("grids", "def f():\n    from scoresde.solvers.rule import Solver") == ["solvers"]
+    assert trespasses("grids", "import scoresde.solvers.tape as tape") == ["solvers"]
     assert trespasses("grids", "from scoresde import metrics, VP") == ["metrics", "VP"]
     assert trespasses("grids", "import scoresde as ss") == ["scoresde"]
-    assert trespasses("metrics", "from scoresde.sde import SDE") == ["sde"]
+    assert trespasses("metrics", "from scoresde.processes.sde import SDE") == ["processes"]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -207,7 +206,7 @@ def test_processes_need_no_float64_on_the_device_and_never_wait(sde: ss.SDE) -> 
                     assert lands(getattr(sde, name)(t), t.shape), (kind, name)
                 for out in (*sde.transition(t, t), *sde.posterior(t, t), sde.forward_diffusion(t)):
                     assert lands(out, t.shape), kind
-        prior = ss.sde.Prior(0.0, 1.0, 0.0)
+        prior = ss.processes.Prior(0.0, 1.0, 0.0)
         assert lands(prior.sample((B, *EVENT), ss.Noise(0), device="meta")) and lands(prior.log_prob(x), (B,))
 
 
@@ -240,16 +239,16 @@ def denoisers(sde: ss.SDE) -> dict[str, ss.Denoiser]:
 def test_denoisers_need_no_float64_on_the_device_and_never_wait(name: str) -> None:
     sde = SDES[name]
     x = torch.empty(B, *EVENT, device="meta")
-    models: dict[str, ss.AbstractDenoiser] = {**denoisers(sde)}
-    models["on another process"] = ss.Rescheduled(models["x0"], ss.VP())
-    models["on another process, F"] = ss.Rescheduled(models["F preconditioned"], ss.Flow())
+    models: dict[str, ss.denoisers.AbstractDenoiser] = {**denoisers(sde)}
+    models["on another process"] = ss.denoisers.Rescheduled(models["x0"], ss.VP())
+    models["on another process, F"] = ss.denoisers.Rescheduled(models["F preconditioned"], ss.Flow())
     for kind, model in models.items():
         with NoFloat64():
             for word, t in times(model.sde).items():
                 for prediction in ("x0", "eps", "score", "v", "velocity", "forward"):
                     assert lands(getattr(model, prediction)(x, t)), (kind, prediction, word)
                 for eta in (0.0, 1.0):
-                    assert lands(ss.Reverse(model, eta).drift(x, t)), (kind, word)
+                    assert lands(ss.denoisers.Reverse(model, eta).drift(x, t)), (kind, word)
                 if isinstance(model, ss.Denoiser):
                     assert lands(model.target(x, t, x)), (kind, word)
                 if kind == "learned variance":
@@ -268,7 +267,7 @@ def test_noise_and_scales_need_no_float64_on_the_device_and_never_wait() -> None
             assert lands(noise.normal((B, *EVENT), 0, device="meta")) and lands(noise.like(x, 3))
             assert lands(noise.uniform((B, *EVENT), 0, device="meta"))
             assert lands(noise.fork(1).normal((B, 1_000_003), 0, device="meta"), (B, 1_000_003))
-        scale = ss.Standardize.fit(torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2), "channel")
+        scale = ss.data.Standardize.fit(torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2), "channel")
         assert lands(scale(x)) and lands(scale.inverse(x))
         assert isinstance(scale.log_det(x), float)
 
@@ -296,13 +295,14 @@ def test_every_public_name_says_what_it_is(name: str) -> None:
         assert [k for k in methods if not inspect.getdoc(getattr(thing, k))] == [], "and so do its methods or a base's"
 
 
-# Functions that users reach as ss.name or ss.module.name; solvers have pages of their own.
-GROUND = "noise sde discrete denoiser diagnose grids data adapters metrics".split()
+# Functions that users reach as ss.name or ss.folder.name; solvers have pages of their own.
+FOLDERS = [getattr(ss, name) for name in ss.__all__ if isinstance(getattr(ss, name), ModuleType)]
 FUNCTIONS = {
     f"{thing.__module__}.{thing.__name__}": thing
-    for space in (ss, *(getattr(ss, name) for name in ss.__all__ if isinstance(getattr(ss, name), ModuleType)))
-    for name, thing in vars(space).items()
-    if inspect.isfunction(thing) and not name.startswith("_") and thing.__module__.split(".")[-1] in GROUND
+    for space in (ss, *FOLDERS)
+    for name in getattr(space, "__all__", dir(space))
+    if inspect.isfunction(thing := getattr(space, name)) and thing.__module__.startswith("scoresde")
+    if not name.startswith("_") and not thing.__module__.startswith("scoresde.solvers")
 }
 
 
@@ -320,7 +320,9 @@ def test_every_public_function_explains_its_arguments(name: str) -> None:
 
 
 def test_functions_are_found_and_silence_about_an_argument_is_noticed() -> None:
-    assert {"scoresde.grids.karras", "scoresde.discrete.betas", "scoresde.data.check_scale"} <= set(FUNCTIONS)
+    assert {"scoresde.grids.spacings.karras", "scoresde.processes.discrete.betas", "scoresde.data.check_scale"} <= set(
+        FUNCTIONS
+    )
 
     def half(told: int, forgotten: int) -> None:
         """Explains `told` and nothing else."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import PREDICTIONS, AbstractDenoiser
-from scoresde.grids import check_grid
-from scoresde.sde import SDE
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.predictions import PREDICTIONS
+from scoresde.grids.grid import check_grid
+from scoresde.processes.sde import SDE
 
 Rule = Callable[[AbstractDenoiser, Tensor, Any, Tensor, Tensor, Any], Tensor]
 
@@ -55,10 +56,10 @@ class Rescale:
         check.choice("of", self.of, PREDICTIONS)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        guided = model._convert("x0", torch.lerp(weak, strong, scale), self.of, x, t)
-        target = model._convert("x0", strong, self.of, x, t)
+        guided = model.convert("x0", torch.lerp(weak, strong, scale), self.of, x, t)
+        target = model.convert("x0", strong, self.of, x, t)
         ratio = _rows_std(target) / _rows_std(guided).clamp_min(torch.finfo(x.dtype).tiny)
-        return model._convert(self.of, guided * (1 + self.phi * (ratio - 1)), "x0", x, t)
+        return model.convert(self.of, guided * (1 + self.phi * (ratio - 1)), "x0", x, t)
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,12 @@ class ZeroStar:
             check.number("zero_above", self.zero_above, least=0)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
-        v_s, v_w = (model._convert("x0", d, "velocity", x, t) for d in (strong, weak))
+        v_s, v_w = (model.convert("x0", d, "velocity", x, t) for d in (strong, weak))
         gamma = _rows_dot(v_s, v_w) / _rows_dot(v_w, v_w).clamp_min(torch.finfo(x.dtype).tiny)
         v = torch.lerp(gamma * v_w, v_s, scale)
         if self.zero_above is not None:
             v = v * check.expand(torch.as_tensor(t <= self.zero_above, dtype=x.dtype, device=x.device), x)
-        return model._convert("velocity", v, "x0", x, t)
+        return model.convert("velocity", v, "x0", x, t)
 
 
 def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Any], Any]:

@@ -1,19 +1,10 @@
 """Inverse problems: measurements, exact posteriors, and the methods that approximate them."""
 
-from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale, renoised
+from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale
 from scoresde.inverse.exact import log_evidence, posterior
 from scoresde.inverse.measurements import Counts, Measurement
-from scoresde.inverse.operators import (
-    Blur,
-    Downsample,
-    FourierMask,
-    Grey,
-    Linear,
-    Mask,
-    Matrix,
-    Operator,
-)
-from scoresde.inverse.samplers import Particles, Replacement, daps, ddrm, red_diff, repaint, twisted_smc
+from scoresde.inverse.operators import Blur, Downsample, FourierMask, Grey, Linear, Mask, Matrix, Operator
+from scoresde.inverse.samplers import Particles, Replacement, daps, ddrm, red_diff, twisted_smc
 
 __all__ = [
     "DDNM",
@@ -40,7 +31,5 @@ __all__ = [
     "log_evidence",
     "posterior",
     "red_diff",
-    "renoised",
-    "repaint",
     "twisted_smc",
 ]

@@ -11,7 +11,6 @@ description states otherwise. Where α/σ < 10⁻³, the gradient is evaluated a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser
-from scoresde.grids import check_grid
-from scoresde.guidance.base import Scale, Wrapped, check_scale, scale_at
-from scoresde.guidance.gradients import Graph, before_silence, gradient
+from scoresde.denoisers.base import AbstractDenoiser, Wrapped
+from scoresde.grids.grid import check_grid
+from scoresde.guidance.classifier import Graph, before_silence, gradient
+from scoresde.guidance.scale import Scale, check_scale, scale_at
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear, least_residual
-from scoresde.sde import SDE
+from scoresde.processes.sde import SDE
 
 
 class _Posterior(Wrapped):
@@ -53,7 +52,7 @@ class DPS(_Posterior):
     .. math:: \nabla\log p(y \mid x_t) \approx \nabla_{x_t}\log p(y \mid x_0 = D(x_t))
               = -\frac{1}{2\,\mathrm{std}^2}\nabla_{x_t}\lVert y - A(D(x_t))\rVert^2
 
-    for any differentiable A. For :class:`~scoresde.inverse.measurements.Counts`, the Poisson likelihood replaces the
+    for any differentiable A. For :class:`Counts`, the Poisson likelihood replaces the
     Gaussian one. The guidance is too strong, and stiff, where the standard deviation of p(x₀ | x_t) exceeds `std`.
     The published algorithm adds :math:`x_s \mathrel{-}= \zeta\,\nabla_{x_t}\lVert y - A(D)\rVert` after each DDPM
     step. To reproduce it, use ``norm=True`` and ``scale=dps_scale(sde, grid, zeta)`` with ``ss.DDPM()`` on the same
@@ -285,34 +284,6 @@ class DiffPIR(_LinearPosterior):
         # Both sides are multiplied by σ², so that σ = 0 needs no special case.
         kappa = self.weight * self.measurement.std**2 * alpha**2
         return x0 + check.expand(self.sde.sigma(t), x) ** 2 * A.adjoint(A.solve(r, sigma**2, kappa))
-
-
-def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
-    r"""Grid of DiffPIR: after each step, a fraction ζ of the noise variance is replaced by fresh noise.
-
-    .. math:: x_s = \alpha_s D + \sigma_s(\sqrt{1 - \zeta}\,\varepsilon + \sqrt{\zeta}\,z)
-
-    Each step ends at a lower time, where σ/α is :math:`\sqrt{1-\zeta}` times its value at s. The grid then returns
-    to s, and the solver adds the missing noise.
-
-    Arguments:
-        sde: The process.
-        times: Decreasing times.
-        zeta: Fraction ζ in [0, 1); 0 returns `times`.
-    """
-    grid = check_grid(sde, times)
-    zeta = check.number("zeta", zeta, least=0, below=1)
-    if zeta == 0:
-        return grid
-    lam = sde.lam(grid) - 0.5 * math.log1p(-zeta)
-    out = [grid[:1]]
-    for i in range(1, len(grid)):
-        below = grid[i : i + 1]
-        if bool(lam[i].isfinite()):
-            low = sde.t_of_lam(lam[i].clamp_max(sde.lam(0.0)))
-            below = torch.stack([low, grid[i]]) if low < grid[i] and i < len(grid) - 1 else below
-        out.append(below)
-    return torch.cat(out)
 
 
 def isotropic_variance(sde: SDE, t: Any, data_std: float) -> Any:

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from scoresde.denoisers.mixture import GaussianMixture
 from scoresde.inverse.measurements import Measurement
-from scoresde.mixture import GaussianMixture
 
 
 def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMixture:

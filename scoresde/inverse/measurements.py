@@ -82,7 +82,7 @@ class Counts(Measurement):
 
     The operator returns the expected counts; for data in [−1, 1] it may be ``Operator(lambda x: 50 * (x + 1), event)``.
     For :math:`\mu < \varepsilon` the tangent at ε replaces log μ, so the gradient is finite for μ ≤ 0 too.
-    :class:`~scoresde.inverse.denoisers.DPS` and ``guidance.ClassifierGuidance`` accept counts; methods that need
+    :class:`DPS` and ``guidance.ClassifierGuidance`` accept counts; methods that need
     Gaussian noise raise an error.
 
     Arguments:

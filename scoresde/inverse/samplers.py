@@ -15,20 +15,22 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser
-from scoresde.grids import check_grid, quadratic_vp
-from scoresde.guidance.base import check_model
-from scoresde.guidance.gradients import Graph, before_silence, gradient
+from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.start import draw_start
+from scoresde.grids.grid import check_grid
+from scoresde.grids.spacings import quadratic_vp
+from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.inverse.denoisers import isotropic_variance
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear, Mask
-from scoresde.noise import Noise
-from scoresde.sampling import _start, sample
-from scoresde.sde import SDE
-from scoresde.solvers.base import Solver
-from scoresde.solvers.catalogue import DPMSolverPP
+from scoresde.noise.keyed import Noise
+from scoresde.processes.sde import SDE
+from scoresde.sampling.solve import sample
+from scoresde.solvers.deterministic import DPMSolverPP
+from scoresde.solvers.rule import Solver
 
 Grid = int | Tensor | Sequence[float]
+
 _START, _STEPS, _CHOICES, _FINAL = range(4)  # streams of a seed
 
 
@@ -84,33 +86,6 @@ class Replacement:
         return torch.where(mask.mask, alpha * known + sigma * z, x)
 
 
-def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Tensor:
-    """Grid of RePaint: each block of `jump` steps is repeated `resample` times, with noise added back in between.
-
-    With :class:`Replacement` as the hook and the solver ``ss.DDPM()``, this grid gives RePaint. The last block, which
-    usually ends at σ = 0, is solved once.
-
-    Arguments:
-        sde: The process.
-        times: Decreasing times.
-        jump: Number of steps in a block.
-        resample: Number of times that each block is solved; 1 returns `times`.
-
-    References:
-        | RePaint: Inpainting Using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), arXiv:2201.09865
-    """
-    grid = check_grid(sde, times)
-    check.integer("jump", jump, least=1)
-    check.integer("resample", resample, least=1)
-    out = [grid[:1]]
-    last = len(grid) - 1
-    for i in range(0, last, jump):
-        down = grid[i + 1 : min(i + jump, last) + 1]
-        back = 0 if i + jump >= last else resample - 1
-        out += [down, *([grid[i : i + 1], down] * back)]
-    return torch.cat(out)
-
-
 @torch.no_grad()
 def ddrm(
     model: AbstractDenoiser,
@@ -163,7 +138,7 @@ def ddrm(
         d = d.to(x)
         y = of_data(measurement.data(x)) / d
     else:
-        x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
+        x = draw_start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
         d = d.to(x)
         y = of_data(measurement.data(x)) / d
         left = sigma**2 - (alpha * std / d) ** 2
@@ -230,7 +205,7 @@ def daps(
     std, A = measurement.noisy("daps"), measurement.linear
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = noise.fork(_STEPS)
-    x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
+    x = draw_start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     for k, (t, s) in enumerate(pairwise(times)):
         inner = quadratic_vp(sde, steps if t > sde.t_min else 1, t_start=t)
         x0 = sample(model, x, inner_solver, grid=inner, **cond)
@@ -369,7 +344,7 @@ def twisted_smc(
     d, _, _, of_data = A.spectrum()
     unseen = math.prod(A.out) - len(d)  # dimensions of y outside the range of A
     steps, choices = noise.fork(_STEPS), noise.fork(_CHOICES)
-    x = _start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
+    x = draw_start(model, shape_or_x, times[0], noise, 1.0, torch.float32, None)
     d = d.to(x)
 
     def log_twist(x0: Tensor, variance: float) -> Tensor:

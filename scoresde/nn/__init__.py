@@ -1,8 +1,17 @@
-"""Small reference networks: MLP, UNet and VAE, and embeddings of the time and of conditions."""
+"""Networks that are enough to train for real and small enough to read: MLP, UNet and VAE."""
 
 from scoresde.nn.embedding import Conditioning, Fourier, Sinusoidal
 from scoresde.nn.mlp import MLP
 from scoresde.nn.unet import UNet
 from scoresde.nn.vae import VAE, Bound, Independent
 
-__all__ = ["MLP", "VAE", "Bound", "Conditioning", "Fourier", "Independent", "Sinusoidal", "UNet"]
+__all__ = [
+    "MLP",
+    "VAE",
+    "Bound",
+    "Conditioning",
+    "Fourier",
+    "Independent",
+    "Sinusoidal",
+    "UNet",
+]

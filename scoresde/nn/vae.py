@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scoresde import _checks as check
 from scoresde.nn.blocks import GroupNorm, Residual, Upsample, conv, dtype_of, initialise
-from scoresde.noise import Noise
+from scoresde.noise.keyed import Noise
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import grids
-from scoresde.paths import Span
-from scoresde.plan import Plan, Weight
-from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg, said
+from scoresde.grids.grid import times_of_lam
+from scoresde.noise.brownian import Span
+from scoresde.plan.rows import Weight
+from scoresde.plan.table import Plan
+from scoresde.processes.sde import SDE
 from scoresde.solvers.multistep import Multistep
-from scoresde.solvers.singlestep import finite_leg
-from scoresde.tape import Tape
+from scoresde.solvers.rule import Eta, Solver, between, check_eta, ends_clean, eta_at, on_leg, said
+from scoresde.solvers.single_step import finite_leg
+from scoresde.solvers.tape import Tape
 
 
 def posterior_step(sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +167,7 @@ class Ancestral(Solver):
         def lowest_time(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
             fresh = eta**2 * -torch.expm1(2 * (sde.lam(a) - sde.lam(b)))
             down = sde.lam(b) - torch.log1p(-fresh.clamp(max=1.0)) / 2
-            return (torch.minimum(grids._times_of_lam(sde, down), b),)
+            return (torch.minimum(times_of_lam(sde, down), b),)
 
         (down,) = on_leg(tape.time(now), t, lowest_time)
         below, history = self.rule._leg(tape, now, history, down, False, node)
@@ -239,7 +241,7 @@ class Churn(Solver):
         def raised_time(_: Tensor, b: Tensor) -> tuple[Tensor, ...]:
             lam = sde.lam(b)
             inside = ((-lam).exp() >= self.s_tmin) & ((-lam).exp() <= self.s_tmax)
-            return (torch.where(inside, torch.maximum(grids._times_of_lam(sde, lam - math.log1p(gamma)), b), b),)
+            return (torch.where(inside, torch.maximum(times_of_lam(sde, lam - math.log1p(gamma)), b), b),)
 
         (raised,) = on_leg(tape.time(now), t, raised_time) if asks and gamma > 0 else (t,)
         if raised is t or (not isinstance(t, Tensor) and raised == t):

@@ -4,7 +4,7 @@ r"""Exponential Runge–Kutta methods given by φ-functions: RES of order 3 and 
           \varphi_k(z) = \int_0^1 e^{(1-\theta)z}\,\frac{\theta^{k-1}}{(k-1)!}\,d\theta
 
 The stages are at fractions c_i of the step in λ, and d is the data prediction. Solvers whose stages interpolate need
-no φ-functions; see :class:`~scoresde.solvers.singlestep.SingleStep`.
+no φ-functions; see :class:`SingleStep`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan import Weight
-from scoresde.quadrature import legendre
-from scoresde.solvers.base import Solver, between
-from scoresde.solvers.singlestep import finite_leg
-from scoresde.tape import Tape
+from scoresde._numerics import legendre
+from scoresde.plan.rows import Weight
+from scoresde.solvers.rule import Solver, between
+from scoresde.solvers.single_step import finite_leg
+from scoresde.solvers.tape import Tape
 
 Phi = Mapping[tuple[int, float], float]
 

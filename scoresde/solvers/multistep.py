@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan import Weight
-from scoresde.quadrature import DATA, LAM, Prediction, Variable
-from scoresde.solvers.base import Eta, Solver, check_eta, eta_at, said
-from scoresde.solvers.singlestep import SingleStep
-from scoresde.tape import Tape
+from scoresde.plan.rows import Weight
+from scoresde.solvers.interpolants import DATA, LAM, Prediction, Variable
+from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, said
+from scoresde.solvers.single_step import SingleStep
+from scoresde.solvers.tape import Tape
 
 Moments = tuple[str | float, ...] | None
 
@@ -31,7 +31,7 @@ class Multistep(Solver):
         reevaluate: Whether to evaluate the network again at the corrected state (PECE) or not (PEC).
         eta: Stochasticity: 0 for the flow, 1 for the reverse SDE, any other number, or a function of the time at the
             end of a step. Predictor and corrector use the same noise.
-        moments: Moments of rows with two nodes, see :func:`scoresde.quadrature.weights`; None is exact.
+        moments: Moments of rows with two nodes, see :func:`weights`; None is exact.
         start: Treatment of the first steps: ``"ramp"`` raises the order step by step, as published; ``"self"`` uses
             single steps of full order.
         label: Name of the solver in its plans.

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.paths import Span
-from scoresde.plan import Weight
-from scoresde.quadrature import legendre
-from scoresde.sde import SDE
-from scoresde.solvers.base import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, said, starts_silent
-from scoresde.tape import Tape
+from scoresde._numerics import legendre
+from scoresde.noise.brownian import Span
+from scoresde.plan.rows import Weight
+from scoresde.processes.sde import SDE
+from scoresde.solvers.rule import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, said, starts_silent
+from scoresde.solvers.tape import Tape
 
 
 @dataclass(frozen=True, repr=False)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser
-from scoresde.noise import Noise
-from scoresde.quadrature import Prediction
-from scoresde.sde import SDE
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.noise.keyed import Noise
+from scoresde.processes.sde import SDE
+from scoresde.solvers.interpolants import Prediction
 
 _RIDGE = 1e-3  # relative to the variance of the data
 

@@ -4,7 +4,7 @@ Solvers of the reverse SDE integrate its noise along the step. Ancestral solvers
 of a step and return to it by the exact forward transition. The arguments `eta` and `tau` are a number, or a function of
 the time at the end of a step; with 0 the result equals that of the deterministic solver bit by bit. No solver adds
 noise at σ = 0. The tests measure two orders of convergence: `declared_order`, without noise, and `weak_order`, in
-distribution on Gaussian data (:func:`scoresde.verify.weak_order`).
+distribution on Gaussian data (:func:`weak_order`).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.quadrature import DATA, NOISE, Prediction
-from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, Restart, TwoStage
-from scoresde.solvers.base import Eta, Solver
-from scoresde.solvers.catalogue import _FORMS, DPM2, DPMSolverPP, EDMHeun, Euler, Heun, PublishedThree, _order
+from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, TwoStage
+from scoresde.solvers.deterministic import DPM2, FORMS, DPMSolverPP, EDMHeun, Euler, Heun, PublishedThree, order_of
+from scoresde.solvers.interpolants import DATA, NOISE, Prediction
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.reverse_sde import ExtendedReverse, ReverseSDE, SongPredictor
-from scoresde.solvers.singlestep import SingleStep
+from scoresde.solvers.rule import Eta, Solver
+from scoresde.solvers.single_step import SingleStep
 
 
 def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | None = None) -> Solver:
@@ -31,13 +31,13 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
               + \sqrt v\,z, \qquad \beta = \sigma_s^2 - \frac{\alpha_s^2}{\alpha_t^2}\sigma_t^2
 
     Learned variances depend on the state, and a plan cannot hold them; see
-    :func:`scoresde.variances.sample_learned_variance`. Order 1, weak order 1.
+    :func:`sample_learned_variance`. Order 1, weak order 1.
 
     Arguments:
         variance: Variance v: ``"small"`` is β σ_t²/σ_s². ``"large"`` is β, correct for data from N(0, I). ``"optimal"``
             is that of the best Gaussian fit to the reverse transition, exact for isotropic Gaussian data.
         score_square: E|∇log p_t|²/D for ``"optimal"``: a function of time, or one number per step of the grid; see
-            :func:`scoresde.variances.mean_squared_score`.
+            :func:`mean_squared_score`.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, eqs. 6 and 7, algorithm 2
@@ -241,8 +241,8 @@ def SDEDPMSolverPP(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str
 def _multistep(label: str, prediction: Prediction, order: int, form: str, eta: Eta, start: str) -> Solver:
     check.choice("form", form, ("mid", "exact", "published"))
     if form == "published":
-        return PublishedThree(_order(order, 3), prediction, eta=eta, start=start, label=f"{label}[published]")
-    return Multistep(order, prediction, moments=_FORMS[form], eta=eta, start=start, label=label)
+        return PublishedThree(order_of(order, 3), prediction, eta=eta, start=start, label=f"{label}[published]")
+    return Multistep(order, prediction, moments=FORMS[form], eta=eta, start=start, label=label)
 
 
 def SASolver(
@@ -272,16 +272,16 @@ def SASolver(
         | SA-Solver (Xue et al., 2023), arXiv:2309.05019, eqs. 14 to 18, algorithm 1
     """
     check.choice("form", form, ("exact", "end"))
-    _order(predictor, 1, 2, 3, 4)
+    order_of(predictor, 1, 2, 3, 4)
     if corrector:
-        _order(corrector, 1, 2, 3, 4)
+        order_of(corrector, 1, 2, 3, 4)
     return Multistep(
         predictor,
         prediction,
         corrector=corrector,
         reevaluate=pece,
         eta=tau,
-        moments=_FORMS[form],
+        moments=FORMS[form],
         label="SASolver",
     )
 
@@ -308,10 +308,10 @@ def SEEDS(
         | SEEDS: Exponential SDE Solvers for Fast High-Quality Sampling from Diffusion Models (Gonzalez et al., 2023),
           arXiv:2305.14267
     """
-    _order(order, 1, 2, 3)
+    order_of(order, 1, 2, 3)
     check.choice("form", form, ("mid", "exact"))
     reads = (0, 1, 2) if order == 3 and form == "exact" else ()
-    moments = _FORMS[form] if order == 2 else None
+    moments = FORMS[form] if order == 2 else None
     return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments, eta=eta, label="SEEDS")
 
 
@@ -341,24 +341,3 @@ def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: 
     """
     check.choice("form", form, ("exact", "published"))
     return ExtendedReverse(order, phi, form == "published")
-
-
-__all__ = [
-    "DDPM",
-    "DPMPPSDE",
-    "ERSDE",
-    "SEEDS",
-    "ConsistencySampling",
-    "DPM2Ancestral",
-    "DPMPP2SAncestral",
-    "EDMStochastic",
-    "EulerAncestral",
-    "EulerMaruyama",
-    "Restart",
-    "ReverseDiffusion",
-    "SASolver",
-    "SDEDPMSolver",
-    "SDEDPMSolverPP",
-    "StochasticHeun",
-    "er_sde_scale",
-]

@@ -1,4 +1,4 @@
-"""Training: losses, weightings, densities of times, averages of weights, checkpoints and a resumable trainer."""
+"""Training: losses, weightings, distributions of times, EMA, checkpoints and a trainer."""
 
 from scoresde.training import checkpoint, times, weightings
 from scoresde.training.draws import Draws, drop_condition

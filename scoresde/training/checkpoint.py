@@ -23,6 +23,7 @@ from torch import Tensor
 from scoresde import _checks as check
 
 FORMAT = "scoresde checkpoint 1"
+
 _TENSOR, _TUPLE, _PAIRS = "__tensor__", "__tuple__", "__pairs__"
 
 

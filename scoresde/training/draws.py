@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
-from scoresde.noise import Noise
+from scoresde.noise.keyed import Noise
 
 TIMES, NORMALS, DROPS = 0, 1, 2  # numbers of the draws in a training step
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser, Denoiser
-from scoresde.discrete import Discrete
-from scoresde.noise import Noise
-from scoresde.sde import SDE
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.network import Denoiser
+from scoresde.noise.keyed import Noise
+from scoresde.processes.discrete import Discrete
+from scoresde.processes.sde import SDE
 from scoresde.training.draws import NORMALS, Source, drop_condition, source_of
 from scoresde.training.times import LossAware, Steps, Stratified, Times, Uniform
 from scoresde.training.weightings import On, Uncertainty, Weighting, named, sensitivity
@@ -248,7 +249,7 @@ class HybridVLB(DSM):
         assert variance is not None
         error = _per_sample((out - target) ** 2)
         with _no_autocast(x):
-            x0 = self.model._convert(self.predicts, out.detach(), "x0", x_t, t, self.sigma_data)
+            x0 = self.model.convert(self.predicts, out.detach(), "x0", x_t, t, self.sigma_data)
             bound = self.bound(x, t, x0, variance)
         return self._terms(t, error, weight, weight * error + self.vlb * self.steps * bound)
 

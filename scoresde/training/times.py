@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.noise import Noise
-from scoresde.sde import SDE
+from scoresde.noise.keyed import Noise
+from scoresde.processes.sde import SDE
 from scoresde.training.draws import TIMES, Source, place, source_of
 
 
@@ -463,7 +463,7 @@ def _normal_pdf(z: Tensor) -> Tensor:
 
 def _times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
     """Times of given λ, clamped to [t_min, T] against rounding."""
-    return sde._t_of_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min))).clamp(sde.t_min, sde.T)
+    return sde.inverse_lam(lam.clamp(sde.lam(sde.T), sde.lam(sde.t_min))).clamp(sde.t_min, sde.T)
 
 
 def _speed(sde: SDE, t: Tensor) -> Tensor:

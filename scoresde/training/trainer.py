@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoiser import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.training.checkpoint import Checkpoints
+from scoresde.training.data_order import DataOrder, batches, parts, size, stream
 from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
 from scoresde.training.losses import DSM
-from scoresde.training.order import DataOrder, batches, parts, size, stream
 from scoresde.training.sharding import spread_optimiser, spread_state, whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Preview = Callable[[nn.Module, int], Any]
+
 Unpack = Callable[[Any], tuple[Tensor, dict[str, Any]]]
+
 _PATIENCE = 100  # largest number of consecutive skipped steps
 
 

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoiser import PREDICTIONS, _form
-from scoresde.sde import SDE
+from scoresde.denoisers.predictions import PREDICTIONS, form_of
+from scoresde.processes.sde import SDE
 
 Weighting = Callable[[SDE, Tensor], Tensor]
 
@@ -51,7 +51,7 @@ def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -
         sigma_data: Standard deviation s of the data, for ``"F"``.
     """
     alpha, sigma = sde.alpha(t), sde.sigma(t)
-    form = _form(prediction, sde, t, alpha, sigma, sigma_data)
+    form = form_of(prediction, sde, t, alpha, sigma, sigma_data)
     out: Tensor = ((form.a - form.b * (alpha / sigma)) / form.scale) ** 2
     return out if isinstance(out, Tensor) else torch.full_like(t, out)
 

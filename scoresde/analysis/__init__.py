@@ -1,0 +1,34 @@
+"""Exact answers about plans: moments, orders of convergence, stability, error against work."""
+
+from scoresde.analysis.moments import (
+    ExactMoments,
+    Response,
+    Stability,
+    exact_moments,
+    flow_error,
+    point_mass_defect,
+    response,
+    stability,
+    weak_error,
+)
+from scoresde.analysis.orders import Order, convergence_order, exact_flow, order_residuals, weak_order
+from scoresde.analysis.work import Work, work_precision
+
+__all__ = [
+    "ExactMoments",
+    "Order",
+    "Response",
+    "Stability",
+    "Work",
+    "convergence_order",
+    "exact_flow",
+    "exact_moments",
+    "flow_error",
+    "order_residuals",
+    "point_mass_defect",
+    "response",
+    "stability",
+    "weak_error",
+    "weak_order",
+    "work_precision",
+]

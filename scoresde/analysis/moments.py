@@ -1,0 +1,308 @@
+r"""Error analysis of a plan from its coefficients: exact on Gaussian data, without samples and without a network.
+
+In a direction in which the data has variance c the denoiser is linear, :math:`D - m = g\,(x - \alpha m)` with
+:math:`g = \alpha c/(\alpha^2 c + \sigma^2)`, so that an unrolled plan x = A x_0 + B d + C z is solved by one triangular
+system for each direction,
+
+.. math:: x = (I - B\,\mathrm{diag}\,g)^{-1}(A\,x_0 + B\,\delta + C\,z),
+
+where δ is the error of the network. This gives the mean and variance of the result, its distance from the probability
+flow, and its sensitivity to an error of each evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.plan.matrices import Unrolled, unroll
+from scoresde.plan.table import Plan
+from scoresde.processes.sde import SDE
+
+Numbers = float | Sequence[float] | Tensor
+
+
+@dataclass(frozen=True)
+class Response:
+    """Mean and variance of a plan's result on Gaussian data, and their exact values, in K directions.
+
+    Arguments:
+        spectrum: Variances of the data, (K,).
+        mean: Mean of the result, (K,).
+        variance: Variance of the result, (K,).
+        true_mean: Mean of the marginal, (K,).
+        true_variance: Variance of the marginal, (K,).
+    """
+
+    spectrum: Tensor
+    mean: Tensor
+    variance: Tensor
+    true_mean: Tensor
+    true_variance: Tensor
+
+    @property
+    def distance(self) -> Tensor:
+        """2-Wasserstein distance in each direction, (K,)."""
+        return torch.hypot(self.mean - self.true_mean, self.variance.sqrt() - self.true_variance.sqrt())
+
+    @property
+    def gain(self) -> Tensor:
+        """Standard deviation divided by that of the marginal, (K,): the plan blurs below 1 and sharpens above 1."""
+        return (self.variance / self.true_variance).sqrt()
+
+
+def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> Response:
+    """Exact mean and variance of a plan's result on Gaussian data.
+
+    Arguments:
+        plan: Plan, deterministic or stochastic.
+        sde: Process of the plan.
+        spectrum: Variances of the data in K directions.
+        mean: Means of the data in these directions.
+        start: Law of the start: ``"marginal"`` of the data, or ``"prior"`` for N(0, σ²).
+
+    Example:
+        >>> import scoresde as ss
+        >>> plan = ss.DDIM().plan(ss.VP(), ss.grids.karras(ss.VP(), 8))
+        >>> bool((response(plan, ss.VP(), [0.01, 1.0]).gain < 1).all())
+        True
+    """
+    c, m = as_directions(spectrum, mean)
+    moments = exact_moments(plan, sde, mean=m, spectrum=c, start=start)
+    alpha, sigma = sde.alpha(moments.t), sde.sigma(moments.t)
+    return Response(c, moments.mean, moments.variance, alpha * m, alpha**2 * c + sigma**2)
+
+
+def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> float:
+    r"""Root-mean-square 2-Wasserstein distance over the directions, exact for stochastic plans too.
+
+    .. math:: W_2^2 = \tfrac1K \sum_c (\mu_c - \mu_c^*)^2 + (s_c - s_c^*)^2
+
+    It takes the arguments of :func:`response`.
+    """
+    return float(response(plan, sde, spectrum, mean, start).distance.square().mean().sqrt())
+
+
+def flow_error(plan: Plan, sde: SDE, spectrum: Numbers) -> float:
+    r"""Root-mean-square distance of a deterministic plan from the probability flow, over the directions.
+
+    Arguments:
+        plan: Plan to analyse.
+        sde: Process of the plan.
+        spectrum: Variances of the data in K directions.
+    """
+    if plan.stochastic:
+        raise ValueError("`plan` draws noise and the flow does not; compare their laws with `weak_error`.")
+    return float(flow_gaps(unroll(plan), sde, as_directions(spectrum)[0]).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Amplification of errors on Gaussian data, in K directions.
+
+    Arguments:
+        amplification: Derivative ∂x_n/∂x_0 divided by that of the exact flow, (K,).
+        sensitivity: Derivatives ∂x_n/∂d_k for errors of evaluation k, through all later evaluations, (K, n).
+        largest: Largest |∂x_r/∂x_0| over the rows, relative to the exact flow, (K,).
+    """
+
+    amplification: Tensor
+    sensitivity: Tensor
+    largest: Tensor
+
+    @property
+    def noise(self) -> Tensor:
+        """Root of the summed squares of the sensitivities, (K,): effect of independent unit errors of the network."""
+        return self.sensitivity.square().sum(1).sqrt()
+
+
+def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
+    """Amplification of errors of the start and of the network by a plan.
+
+    Arguments:
+        plan: Plan to analyse.
+        sde: Process of the plan.
+        spectrum: Variances of the data in K directions.
+    """
+    u, (c, _) = unroll(plan), as_directions(spectrum)
+    gain, sensitivity, _, states = solve_directions(u, sde, c)
+    times = torch.tensor([float(t) for t in u.t], dtype=torch.float64)
+    exact = flow_gain(sde, torch.as_tensor(u.start, dtype=torch.float64), times, c)  # (K, n + 1)
+    whole = torch.cat([states, gain[:, None]], dim=1)
+    return Stability(gain / exact[:, -1], sensitivity, (whole / exact).abs().amax(1))
+
+
+def as_directions(spectrum: Numbers, mean: Numbers = 0.0) -> tuple[Tensor, Tensor]:
+    c, m = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (spectrum, mean))
+    if len(c) == 0 or not bool((c >= 0).all()) or not bool(c.isfinite().all()):
+        raise ValueError(f"`spectrum` must hold finite variances of at least 0, got {c.tolist()}.")
+    c, m = torch.broadcast_tensors(c, m)
+    return c, m
+
+
+def solve_directions(u: Unrolled, sde: SDE, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """∂x_n/∂x_0 (K,), ∂x_n/∂d (K, n), ∂x_n/∂z (K, draws) and ∂x_r/∂x_0 (K, n); differentiable."""
+    n = u.nfe
+    t = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in u.t[:n]])
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    g = alpha * c[:, None] / (alpha**2 * c[:, None] + sigma**2)
+    A, B, C = u.x, u.d, u.z
+    system = torch.eye(n, dtype=torch.float64) - B[:n] * g[:, None]
+    forced = torch.cat([A[:n, None], B[:n], C[:n]], dim=1).expand(len(c), -1, -1)
+    inner = torch.linalg.solve_triangular(system, forced, upper=False, unitriangular=True)
+    last = torch.cat([A[n:], B[n], C[n]]) + ((B[n] * g)[:, None] @ inner)[:, 0]
+    return last[:, 0], last[:, 1 : 1 + n], last[:, 1 + n :], inner[:, :, 0]
+
+
+def flow_gain(sde: SDE, s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    """Exact ∂x_t/∂x_s, (K, ·)."""
+    (a, b), (e, f) = ((sde.alpha(v), sde.sigma(v)) for v in (s, t))
+    return ((e**2 * c[:, None] + f**2) / (a**2 * c[:, None] + b**2)).sqrt()
+
+
+def flow_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
+    """Root-mean-square distance from the flow in each direction, (K,); differentiable."""
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.start, u.t[-1]))
+    start = (sde.alpha(s) ** 2 * c + sde.sigma(s) ** 2).sqrt()
+    return (solve_directions(u, sde, c)[0] - flow_gain(sde, s, t[None], c)[:, 0]) * start
+
+
+def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
+    r"""Error of a plan on data that is one point, so that D is constant.
+
+    The state of an exponential method is then :math:`\alpha_t x_0 + \sigma_t\varepsilon` at every node; with noise, its
+    mean and variance are those of the marginal. The error is computed from the coefficients: no samples are drawn.
+
+    Arguments:
+        plan: Plan to check.
+        sde: Process of the plan.
+        x0: Data point.
+
+    Returns:
+        Largest error of the mean from α x₀ and of the standard deviation from σ, relative to hypot(α x₀, σ), over the
+        rows that are nodes.
+    """
+    first = float(plan.rows[0].t)
+    # Each state is m + k ε + Σ c z: `means` holds m, `noises` holds k and c.
+    width = 1 + plan.draws
+    means: list[float] = [sde.alpha(first) * x0]
+    noises: list[Tensor] = [torch.zeros(width, dtype=torch.float64)]
+    noises[0][0] = sde.sigma(first)
+    worst = 0.0
+    for row in plan.rows[1:]:
+        mean = sum(float(w) * means[k] for k, w in row.x) + sum(float(w) * x0 for _, w in row.d) + float(row.one)
+        noise = torch.zeros(width, dtype=torch.float64)
+        for k, w in row.x:
+            noise = noise + float(w) * noises[k]
+        for k, w in row.z:
+            noise[1 + k] += float(w)
+        means.append(mean)
+        noises.append(noise)
+        if row.node is not None:
+            t = float(row.t)
+            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            size = math.hypot(alpha * x0, sigma)
+            gap = max(abs(mean - alpha * x0), abs(float(noise.norm()) - sigma))
+            worst = max(worst, gap / size)
+    return worst
+
+
+@dataclass(frozen=True)
+class ExactMoments:
+    """Mean and variance of a plan's result on Gaussian data, in K directions.
+
+    Arguments:
+        mean: Mean of the result, (K,).
+        variance: Variance of the result, (K,).
+        of_start: Covariance of the result with the standard normal of the start, (K,).
+        t: Time of the result.
+        path: Tuples (node, t, mean, variance), one for each node.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    of_start: Tensor
+    t: float
+    path: tuple[tuple[int, float, Tensor, Tensor], ...]
+
+
+def exact_moments(
+    plan: Plan,
+    sde: SDE,
+    *,
+    mean: float | Sequence[float] | Tensor = 0.0,
+    spectrum: float | Sequence[float] | Tensor = 1.0,
+    start: str = "marginal",
+) -> ExactMoments:
+    r"""Mean and variance of a plan's result on Gaussian data, without samples.
+
+    In the direction of an eigenvector of the covariance, with eigenvalue c and mean m, the denoiser is linear,
+
+    .. math:: D(x, t) = m + \frac{\alpha c}{\alpha^2 c + \sigma^2}\,(x - \alpha m),
+
+    so that each state is a linear combination of 1, the normal of the start, and the normals of the plan.
+
+    Arguments:
+        plan: Plan to analyse.
+        sde: Process of the plan.
+        mean: Means m of the data in K directions, or one number.
+        spectrum: Variances c of the data in K directions, or one number.
+        start: Law of the start: ``"marginal"`` of the data, or ``"prior"`` for N(0, σ²).
+
+    Example:
+        >>> import scoresde as ss
+        >>> plan = ss.DDIM().plan(ss.VP(), ss.grids.uniform_lam(ss.VP(), 100))
+        >>> bool((exact_moments(plan, ss.VP(), spectrum=0.25).variance - 0.25).abs() < 0.03)
+        True
+    """
+    check.choice("start", start, ("marginal", "prior"))
+    m, c = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, spectrum)))
+    if bool((c < 0).any()):
+        raise ValueError(f"`spectrum` must hold variances of at least 0, got {float(c.min()):g}.")
+    states: list[Tensor | None] = [None] * len(plan.rows)
+    denoised: list[Tensor | None] = [None] * len(plan.rows)
+    width = 2 + plan.draws  # the constant, the normal of the start, the normals of the plan
+    last_x, last_d = plan.last_use
+    dead: list[list[tuple[list[Tensor | None], int]]] = [[] for _ in range(len(plan.rows) + 1)]
+    for k in range(len(plan.rows)):
+        dead[last_x[k]].append((states, k))
+        dead[last_d[k]].append((denoised, k))
+    path = []
+    state = m.new_zeros(len(m), width)
+    for r, row in enumerate(plan.rows):
+        if isinstance(row.t, Tensor) and row.t.ndim:
+            raise ValueError("`plan` has a time for each sample; make one plan for each sample.")
+        t = float(row.t)
+        alpha, sigma = sde.alpha(t), sde.sigma(t)
+        if r == 0:
+            state[:, 0] = alpha * m if start == "marginal" else 0.0
+            state[:, 1] = (alpha**2 * c + sigma**2).sqrt() if start == "marginal" else sigma
+        else:
+            state = m.new_zeros(len(m), width)
+            for store, terms in ((states, row.x), (denoised, row.d)):
+                for k, w in terms:
+                    earlier = store[k]
+                    assert earlier is not None
+                    state = state + w * earlier
+            if row.z:
+                at = torch.tensor([2 + k for k, _ in row.z])
+                by = torch.stack([torch.as_tensor(w, dtype=torch.float64) for _, w in row.z])
+                state = state.index_add(1, at, by.expand(len(m), -1))
+            if isinstance(row.one, Tensor) or row.one:
+                state = state + row.one * torch.eye(1, width, dtype=torch.float64)
+        states[r] = state
+        if row.evaluates:
+            gain = alpha * c / (alpha**2 * c + sigma**2)
+            denoised[r] = gain[:, None] * state
+            denoised[r][:, 0] += m - gain * alpha * m  # type: ignore[index]
+        if row.node is not None or r == len(plan.rows) - 1:
+            path.append((-1 if row.node is None else row.node, t, state[:, 0], state[:, 1:].square().sum(1)))
+        for store, k in dead[r]:
+            store[k] = None
+    _, t, average, variance = path[-1]
+    return ExactMoments(average, variance, state[:, 1], t, tuple(path))

@@ -1,0 +1,90 @@
+"""Error against the number of function evaluations, for lists of solvers and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.analysis.orders import exact_flow
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.grids.spacings import karras
+from scoresde.noise.keyed import Noise
+from scoresde.plan.run import run
+from scoresde.solvers.rule import Solver
+
+
+@dataclass(frozen=True)
+class Work:
+    """Error of one solver on one grid at one budget.
+
+    Arguments:
+        solver: Name of the solver.
+        grid: Name of the function that makes the grid.
+        nfe: Number of function evaluations.
+        median: Median error over the initial states.
+        rmse: Root of the mean squared error.
+    """
+
+    solver: str
+    grid: str
+    nfe: int
+    median: float
+    rmse: float
+
+
+def work_precision(
+    solvers: Sequence[Solver],
+    model: AbstractDenoiser,
+    grids: Sequence[Callable[..., Tensor]] = (karras,),
+    nfes: Sequence[int] = (5, 6, 8, 10, 12, 15, 20, 30, 50),
+    *,
+    x: Tensor | None = None,
+    truth: Tensor | None = None,
+    n: int = 256,
+    seed: int = 0,
+    **window: Any,
+) -> list[Work]:
+    """Error against number of evaluations, for solvers × grids × budgets.
+
+    Arguments:
+        solvers: Solvers to compare.
+        model: Denoiser.
+        grids: Functions that make the grids.
+        nfes: Budgets of function evaluations.
+        x: Initial states at ``t_start``, by default `n` from the prior.
+        truth: Exact results from `x`, by default from :func:`exact_flow`.
+        n: Number of initial states.
+        seed: Seed of the initial states.
+        **window: Options ``t_start``, ``t_end`` and ``t_min`` of the grids.
+    """
+    sde = model.sde
+    check.integer("n", n, least=1)
+    start = window.get("t_start") or sde.T
+    if x is None:
+        x = sde.prior(start).sample((n, *getattr(model, "event", (1,))), Noise(seed), dtype=torch.float64)
+    if truth is None:
+        last = window.get("t_end", 0.0)
+        near = last if sde.sigma(last) > 0 else sde.t_of_lam(min(sde.lam(sde.t_min) + 3.0, sde.lam(1e-6 * sde.T)))
+        truth = exact_flow(model)(x, start, near)
+        if last != near:
+            truth = model.x0(truth, near)
+    rows = []
+    for solver in solvers:
+        for maker in grids:
+            for nfe in nfes:
+                rule, legs = solver.for_nfe(nfe, clean=sde.sigma(window.get("t_end", 0.0)) == 0)
+                plan = rule.plan(sde, maker(sde, legs, **window))
+                if plan.nfe > nfe:
+                    continue
+                with torch.no_grad():
+                    gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
+                rmse = float(gap.square().mean().sqrt())
+                rows.append(
+                    Work(repr(solver), getattr(maker, "__name__", repr(maker)), plan.nfe, float(gap.median()), rmse)
+                )
+    return rows

@@ -1,0 +1,254 @@
+r"""Denoisers: a network, its process, and the conversion between prediction types.
+
+A state is :math:`x = \alpha x_0 + \sigma\varepsilon`. Every prediction is a linear form
+:math:`a\,x_0 + b\,\varepsilon`: x0 (1, 0), ε (0, 1), score (0, −1/σ), v (−σ, α), velocity (α̇, σ̇) and EDM's F. These
+two linear equations convert any prediction into any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser, check_conditions, check_sde
+from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
+from scoresde.processes.discrete import Discrete
+from scoresde.processes.sde import SDE
+
+CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
+
+Clock = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Preconditioning:
+    r"""EDM's scaling of a network's input, output and time, at any (α, σ).
+
+    .. math::
+        D = c_{skip} x + c_{out} F(c_{in} x,\, c_{noise}), \quad
+        c_{skip} = \frac{\alpha s^2}{\alpha^2 s^2 + \sigma^2}, \;
+        c_{out} = \frac{\sigma s}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \;
+        c_{in} = \frac{1}{\sqrt{\alpha^2 s^2 + \sigma^2}}, \;
+        c_{noise} = \tfrac14 \log\tfrac{\sigma}{\alpha}
+
+    With ``predicts="F"`` all four apply. With another prediction only c_in and c_noise apply.
+
+    Arguments:
+        sigma_data: Standard deviation s of the data.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
+
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        check.number("sigma_data", self.sigma_data, above=0)
+
+    def c_in(self, alpha: Coefficient, sigma: Coefficient) -> Any:
+        """Scale c_in of the network's input."""
+        return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
+
+
+class Denoiser(AbstractDenoiser):
+    r"""A network with its process and its prediction type; the methods return every other prediction.
+
+    .. math:: \mathrm{out} = \mathrm{net}(c_{in}\,x,\; c_{time}(t),\; \mathrm{cond}), \qquad
+              x_0 = c_{skip}\,x + c_{out}\,\mathrm{out}
+
+    The input of the network is cast to the network's dtype, and its output to the dtype of `x`. The network's time is a
+    float32 tensor (B,).
+
+    Arguments:
+        net: Module or function ``net(x, time, **cond)`` that returns a tensor of the shape of `x`.
+        sde: Process that the network is trained on.
+        predicts: Output of the network: ``"eps"``, ``"score"``, ``"x0"``, ``"v"``, ``"velocity"`` or, with
+            `precondition`, ``"F"``. There is no default, because a wrong value gives noise instead of samples.
+            :func:`check_denoiser` detects a wrong value.
+        precondition: EDM's input scaling and clock, and its output scaling when ``predicts="F"``.
+        time: Time input of the network: ``"t"``, ``"index"`` (label of a :class:`Discrete` process, fractional between
+            labels), ``"nearest_index"``, ``"sigma"``, ``"log_sigma"``, or a function of a tensor of times. The default
+            is ¼ log(σ/α) with `precondition`, otherwise the index for discrete processes, otherwise t.
+        learned_variance: Whether the network returns twice the channels, with a variance in the second half.
+            :meth:`x0_and_variance` returns that half.
+        check_finite: Whether to raise an error, with the time, at the first output that is not finite. The check
+            waits for the GPU, so leave it off for speed.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> model = ss.Denoiser(lambda x, t: torch.zeros_like(x), ss.VP(), predicts="eps")
+        >>> model.x0(torch.ones(2, 3), 0.5).shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: SDE,
+        *,
+        predicts: str,
+        precondition: Preconditioning | None = None,
+        time: str | Clock | None = None,
+        learned_variance: bool = False,
+        check_finite: bool = False,
+    ) -> None:
+        super().__init__()
+        if not callable(net):
+            raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
+        check_sde(sde)
+        check.choice("predicts", predicts, PREDICTIONS)
+        if not (precondition is None or isinstance(precondition, Preconditioning)):
+            raise TypeError(
+                f"`precondition` must be Preconditioning(sigma_data) or None, got {type(precondition).__name__}."
+            )
+        if predicts == "F" and precondition is None:
+            raise ValueError(
+                "`predicts`='F' needs the scaling of EDM; give `precondition`=Preconditioning(sigma_data)."
+            )
+        if sde.alpha(sde.T) < 1e-12 * sde.sigma(sde.T):  # cos(π/2) is 6e-17
+            uninformative = predicts in ("eps", "score") or (predicts == "velocity" and sde.alpha_dot(sde.T) == 0)
+            if uninformative:
+                raise ValueError(
+                    f"`predicts`={predicts!r} does not determine the data where α = 0, and {type(sde).__name__} has "
+                    f"α(T) = 0 at T = {sde.T:g}; train with predicts='x0', 'v' or 'velocity', or give the process "
+                    f"a smaller `T`."
+                )
+            if precondition is not None and time is None:
+                raise ValueError(
+                    f"`time` must be given with `precondition` where α(T) = 0, as for {type(sde).__name__} at "
+                    f"T = {sde.T:g}: the default, log(σ/α) / 4, is infinite there; use for example time='t'."
+                )
+        self.net = net
+        self.sde = sde
+        self.predicts = predicts
+        self.precondition = precondition
+        self.time = time
+        self.learned_variance = learned_variance
+        self.check_finite = check_finite
+        _clock(time, sde, precondition)
+
+    def extra_repr(self) -> str:
+        return f"sde={self.sde}, predicts={self.predicts!r}, precondition={self.precondition}, time={self.time!r}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        return self._predict("x0", x, t, cond)
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """Data prediction and the network's raw variance output, both of the shape of `x`, from one evaluation."""
+        if not self.learned_variance:
+            raise ValueError("`x0_and_variance` needs a denoiser with `learned_variance`=True, got False.")
+        out, variance = self.output(x, t, **cond)
+        assert variance is not None
+        return self.convert(self.predicts, out, "x0", x, t, self.sigma_data_or_one), variance
+
+    def output(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor | None]:
+        """Output of the network in the dtype of `x`, and its variance part or None."""
+        check.state("x", x)
+        if self.learned_variance and x.ndim == 1:
+            raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
+        check_conditions(cond, len(x))
+        net_x = x
+        if self.precondition is not None:
+            c_in = self.precondition.c_in(self.sde.alpha(t), self.sde.sigma(t))
+            net_x = check.expand(c_in, x) * x
+        dtype = _dtype_of(self.net)
+        out = self.net(net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), **cond)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
+                f"`lambda x, t: net(x, t).sample`."
+            )
+        double = (len(x), 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else None
+        expected = double if self.learned_variance else tuple(x.shape)
+        if tuple(out.shape) != expected:
+            hint = "check the network"
+            if tuple(out.shape) == double:
+                hint = "it has twice the channels; if the second half is a variance, give `learned_variance`=True"
+            raise ValueError(f"`net` returned shape {tuple(out.shape)} where {expected} was expected: {hint}.")
+        out = out.to(x.dtype)
+        if self.check_finite and not bool(out.isfinite().all()):
+            row = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0, 0])
+            at = float(t[row] if isinstance(t, Tensor) and t.ndim else t)
+            raise ValueError(f"`net` returned a value that is not finite at t = {at:g}, first in sample {row}.")
+        if not self.learned_variance:
+            return out, None
+        mean, variance = out.chunk(2, dim=1)
+        return mean, variance
+
+    def target(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
+        """Training target: the network output that belongs to the state ``sde.perturb(x0, t, eps)``.
+
+        Arguments:
+            x0: Data, (B, *event).
+            t: Time, a number, () or (B,).
+            eps: Standard normal noise of the shape of `x0`.
+        """
+        check.match("eps", eps, "x0", check.state("x0", x0))
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        form = form_of(self.predicts, self.sde, t, alpha, sigma, self.sigma_data_or_one)
+        a, b, scale = (check.expand(c, x0) for c in (form.a, form.b, form.scale))
+        return (a * x0 + b * eps) / scale
+
+    @property
+    def sigma_data_or_one(self) -> float:
+        return 1.0 if self.precondition is None else self.precondition.sigma_data
+
+    def _predict(self, want: Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+        out, _ = self.output(x, t, **cond)
+        return self.convert(self.predicts, out, want, x, t, self.sigma_data_or_one)
+
+    def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
+        if not isinstance(t, Tensor):
+            # A user's clock may be a trainable module, so its labels are not cached.
+            custom = callable(self.time)
+            key = (self.time, self.precondition, t)
+            label = self._label(t) if custom else self._cached(key, lambda: self._label(t))
+            return torch.full((len(x),), label, dtype=torch.float32, device=x.device)
+        s = check.time(t, self.sde.T)
+        if s.ndim:
+            check.expand(s, x)
+        return self._labels(s).to(device=x.device, dtype=torch.float32).expand(len(x))
+
+    def _label(self, t: float) -> float:
+        return float(self._labels(check.time(t, self.sde.T)))
+
+    def _labels(self, s: Tensor) -> Tensor:
+        labels = torch.as_tensor(_clock(self.time, self.sde, self.precondition)(s))
+        if labels.shape not in ((), s.shape):
+            raise ValueError(
+                f"`time` must map times to labels of the same shape, got {tuple(labels.shape)} for {tuple(s.shape)}."
+            )
+        return labels
+
+
+def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | None) -> Clock:
+    if time is None:
+        if precondition is not None:
+            return lambda t: -sde.lam(t) / 4
+        time = "index" if isinstance(sde, Discrete) else "t"
+    if callable(time):
+        return time
+    check.choice("time", time, CLOCKS)
+    if time in ("index", "nearest_index"):
+        if not isinstance(sde, Discrete):
+            raise ValueError(
+                f"`time`={time!r} needs a process with indices, Discrete(betas), got {type(sde).__name__}; if the "
+                f"network was trained on scaled times, give a function such as `time=lambda t: 999 * t`."
+            )
+        index = sde.index_of_t
+        return index if time == "index" else (lambda t: index(t).round())
+    if time == "sigma":
+        return sde.sigma
+    return sde.log_sigma if time == "log_sigma" else (lambda t: t)
+
+
+def _dtype_of(net: Any) -> torch.dtype | None:
+    """Floating dtype of a network's first parameter, or None."""
+    parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
+    first = next(parameters, None)
+    return first.dtype if first is not None and first.is_floating_point() else None

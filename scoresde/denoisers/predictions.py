@@ -1,0 +1,55 @@
+r"""Predictions as linear forms: every parametrisation is :math:`a\,x_0 + b\,\varepsilon` at given α and σ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from scoresde.processes.sde import SDE
+
+PREDICTIONS = ("eps", "score", "x0", "v", "velocity", "F")
+
+Coefficient = float | Tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """Coefficients of scale · prediction = a x0 + b ε at one (α, σ); numbers or tensors (B,)."""
+
+    a: Any
+    b: Any
+    scale: Any = 1.0
+
+
+def form_of(kind: str, sde: SDE, t: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> Form:
+    if kind == "eps":
+        return Form(0.0, 1.0)
+    if kind == "score":
+        return Form(0.0, 1.0, -sigma)
+    if kind == "x0":
+        return Form(1.0, 0.0)
+    if kind == "v":
+        return Form(-sigma, alpha)
+    if kind == "velocity":
+        return Form(sde.alpha_dot(t), sde.sigma_dot(t))
+    root = (alpha**2 * sigma_data**2 + sigma**2) ** 0.5
+    return Form(sigma / (sigma_data * root), -alpha * sigma_data / root)
+
+
+def conversion(source: Form, target: Form, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    """Coefficients of x and of the output that convert `source` to `target`; an exact zero stays exact."""
+    det = alpha * source.b - sigma * source.a
+    of_x = (target.a * source.b - target.b * source.a) / (det * target.scale)
+    of_out = (target.b * alpha - target.a * sigma) * source.scale / (det * target.scale)
+    return of_x, of_out
+
+
+# Name of a prediction, or a function of (sde, t, α, σ) that returns its form.
+Want = str | Callable[[SDE, Any, Any, Any], Form]
+
+
+def as_form(want: Want, sde: SDE, t: Any, alpha: Any, sigma: Any) -> Form:
+    return form_of(want, sde, t, alpha, sigma) if isinstance(want, str) else want(sde, t, alpha, sigma)

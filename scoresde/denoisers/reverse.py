@@ -1,0 +1,89 @@
+"""The reverse SDE family of a denoiser, and a denoiser moved to another process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type, check_sde
+from scoresde.denoisers.predictions import Form, form_of
+from scoresde.processes.sde import SDE
+
+
+@dataclass(frozen=True)
+class Reverse:
+    r"""Reverse-time process of a denoiser; for every η it has the marginals of the forward SDE.
+
+    .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\,g^2\nabla\log p_t(x)\right]dt + \eta\,g\,d\bar w
+              = \left[\dot\alpha x_0 + \left(\dot\sigma + \tfrac{\eta^2 g^2}{2\sigma}\right)\varepsilon\right]dt
+              + \eta\,g\,d\bar w
+
+    The code computes the second form: it stays finite where α = 0 or where f x and the score cancel.
+
+    Arguments:
+        denoiser: Denoiser that gives the score.
+        eta: Noise level η ≥ 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
+    """
+
+    denoiser: AbstractDenoiser
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_denoiser_type(self.denoiser)
+        check.number("eta", self.eta, least=0)
+
+    def drift(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        """Drift, the bracket above, (B, *event); one evaluation of the network."""
+
+        def bracket(sde: SDE, t: Any, alpha: Any, sigma: Any) -> Form:
+            velocity = form_of("velocity", sde, t, alpha, sigma)
+            if self.eta == 0:
+                return velocity
+            return Form(velocity.a, velocity.b + self.eta**2 * sde.g2(t) / (2 * sigma))
+
+        return self.denoiser._predict(bracket, x, t, cond)
+
+    def diffusion(self, t: float | Tensor) -> float | Tensor:
+        """Diffusion coefficient η g(t); for η = 0 it is 0 even where g is infinite."""
+        if self.eta == 0:
+            return torch.zeros_like(t) if isinstance(t, Tensor) else 0.0
+        return self.eta * self.denoiser.sde.g(t)
+
+
+class Rescheduled(AbstractDenoiser):
+    r"""A denoiser on another process than the one it was trained on.
+
+    .. math:: D'(x, t) = D\!\left(x\,\frac{\alpha_u}{\alpha'_t},\, u\right), \qquad \lambda_u = \lambda'_t
+
+    The data prediction depends on x/α and λ alone, so this is exact. Where λ' is outside the range of the old process,
+    the denoiser is evaluated at the nearest end, T or 0.
+
+    Arguments:
+        denoiser: Denoiser on its own process.
+        sde: New process.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
+
+    def __init__(self, denoiser: AbstractDenoiser, sde: SDE) -> None:
+        super().__init__()
+        check_denoiser_type(denoiser)
+        self.denoiser = denoiser
+        self.sde = check_sde(sde)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        old = self.denoiser.sde
+        s = check.time(t, self.sde.T)
+        lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))
+        u = old.inverse_lam(lam).clamp(0.0, old.T)
+        # α_u/α_t = σ_u/σ_t unless λ is clamped; divide by the larger of α_t and σ_t.
+        signal, noise = old.alpha(u) / self.sde.alpha(s), old.sigma(u) / self.sde.sigma(s)
+        scale = torch.where(lam > 0, signal, noise)
+        if not isinstance(t, Tensor):
+            return self.denoiser.x0(float(scale) * x, float(u), **cond)
+        return self.denoiser.x0(check.expand(scale, x) * x, u, **cond)

@@ -1,0 +1,258 @@
+r"""Grids that are optimised for a covariance of the data, or for a model.
+
+:func:`gaussian_grid` needs no network: on Gaussian data the result of a solver is a known function of its times. The
+other functions evaluate the model on a fine grid and select times by dynamic programming over the cost of every step,
+or by equal shares of the error. The factor :math:`\sqrt{c/(c + \varrho^2)}`, ϱ = σ/α, of Gaussian data with variance c
+propagates a difference of two states, in x/α, from its time to the data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.analysis.moments import Numbers, as_directions, flow_gain, flow_gaps, solve_directions
+from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type
+from scoresde.fitting.table import Levels
+from scoresde.grids.grid import check_grid
+from scoresde.grids.spacings import karras, quadratic_vp, uniform_lam
+from scoresde.noise.keyed import Noise
+from scoresde.plan.matrices import Unrolled, unroll
+from scoresde.plan.run import Step, run
+from scoresde.processes.sde import SDE
+from scoresde.sampling.solve import default_solver
+from scoresde.solvers.rule import Solver
+
+_STREAM = 0x6F7074
+
+
+def gaussian_grid(
+    sde: SDE,
+    steps: int,
+    spectrum: Numbers,
+    *,
+    solver: Solver | None = None,
+    weights: Numbers = 1.0,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+) -> Tensor:
+    r"""Grid that minimises the error of a solver on Gaussian data with a given covariance spectrum.
+
+    .. math:: \min_{t_1 > \dots > t_{N-1}} \sum_c w_c\, E\,|x^{solver}_c - x^{flow}_c|^2
+
+    for deterministic solvers; for stochastic solvers, the squared difference of the standard deviations. The sum is
+    computed without a network and minimised by L-BFGS, from the best of three common grids.
+
+    Arguments:
+        sde: Process.
+        steps: Number of steps; the grid has one more time.
+        spectrum: Variances of the data in K directions, as :attr:`scoresde.denoisers.gaussian.Gaussian.spectrum`.
+        solver: Solver, by default that of ``ss.sample``.
+        weights: Weights of the directions, (K,) or one number.
+        t_start: First time, by default T.
+        t_end: Last time.
+
+    Example:
+        >>> import scoresde as ss
+        >>> grid = gaussian_grid(ss.VP(), 6, [0.01, 0.1, 1.0])
+        >>> len(grid), float(grid[-1])
+        (7, 0.0)
+    """
+    check.integer("steps", steps, least=2)
+    c, w = as_directions(spectrum, weights)
+    rule = default_solver(steps) if solver is None else solver
+    makers = (quadratic_vp, karras, uniform_lam)
+    grids = [maker(sde, steps, t_start=t_start, t_end=t_end) for maker in makers]
+
+    def loss(times: Tensor) -> Tensor:
+        u = unroll(rule.plan(sde, times))
+        gaps = _law_gaps(u, sde, c) if u.z.shape[1] else flow_gaps(u, sde, c)
+        return (w * gaps.square()).sum().log()
+
+    best = min(grids, key=lambda times: float(loss(times)))
+    levels = Levels(sde, best.tolist(), True, False, sde.lam(sde.t_min))
+    for knob in levels.knobs:
+        knob.requires_grad_(True)
+    optimiser = torch.optim.LBFGS(levels.knobs, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimiser.zero_grad()
+        value = loss(levels())
+        value.backward()
+        return float(value.detach())
+
+    optimiser.step(closure)
+    result = levels().detach()
+    better = bool((result.diff() < 0).all()) and float(loss(result)) < float(loss(best))
+    return check_grid(sde, result if better else best)
+
+
+def _law_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
+    """Difference of the standard deviations, (K,); differentiable."""
+    s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.start, u.t[-1]))
+    gain, _, noise, _ = solve_directions(u, sde, c)
+    start = (sde.alpha(s) ** 2 * c + sde.sigma(s) ** 2).sqrt()
+    deviation = ((gain * start).square() + noise.square().sum(1)).sqrt()
+    return deviation - start * flow_gain(sde, s, t[None], c)[:, 0]
+
+
+def gits(
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    steps: int,
+    *,
+    fine: int = 64,
+    seed: int = 0,
+    **cond: Any,
+) -> Tensor:
+    """Grid that minimises the sum of the errors of single DDIM steps, each from a state of fine trajectories.
+
+    Arguments:
+        model: Denoiser.
+        shape_or_x: Shape (B, *event) of the trajectories, or their initial states at T.
+        steps: Number of steps; the grid has one more time.
+        fine: Number of steps of the fine grid, uniform in λ, from which times are selected.
+        seed: Seed of the initial states.
+        **cond: Conditions of the network.
+
+    References:
+        | On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., 2024), arXiv:2405.11326
+    """
+    check.conditions(cond, gits)
+    times, error = _pilot(model, shape_or_x, fine, seed, cond)
+    cost = torch.full((len(times), len(times)), math.inf, dtype=torch.float64)
+    for i in range(len(times) - 1):
+        for j in range(i + 1, len(times)):
+            cost[i, j] = error(i, j)
+    return times[_cheapest(cost, steps)]
+
+
+def equal_error(
+    model: AbstractDenoiser,
+    shape_or_x: Sequence[int] | Tensor,
+    steps: int,
+    *,
+    fine: int = 64,
+    seed: int = 0,
+    **cond: Any,
+) -> Tensor:
+    r"""Grid whose steps have equal errors, from the error density of fine trajectories.
+
+    The error of a step of size h is about a(λ) h². Fine steps measure a, and each step gets an equal share of the
+    integral of √a over λ. The last step goes from ``sde.t_min`` to 0. The arguments are those of :func:`gits`.
+    """
+    check.conditions(cond, equal_error)
+    check.integer("steps", steps, least=2)
+    times, error = _pilot(model, shape_or_x, fine, seed, cond)
+    density = torch.tensor([error(i, i + 1) for i in range(len(times) - 2)], dtype=torch.float64).sqrt()
+    share = torch.cat([density.new_zeros(1), density.cumsum(0)])
+    lam = model.sde.lam(times[:-1])
+    lam = torch.where(lam.isfinite(), lam, lam[1] - (lam[2] - lam[1]))
+    targets = torch.linspace(0, 1, steps, dtype=torch.float64)[1:-1] * share[-1]
+    k = torch.searchsorted(share, targets).clamp(1, len(share) - 1)
+    part = (targets - share[k - 1]) / (share[k] - share[k - 1])
+    inner = model.sde.inverse_lam(lam[k - 1] + part * (lam[k] - lam[k - 1]))
+    return check_grid(model.sde, torch.cat([times[:1], inner, times[-2:]]))
+
+
+def align_your_steps(
+    model: AbstractDenoiser, data: Tensor, steps: int, *, fine: int = 64, seed: int = 0, **cond: Any
+) -> Tensor:
+    r"""Align Your Steps: the grid with the smallest upper bound on the KL divergence of frozen-denoiser steps.
+
+    .. math:: \sum_i \int_{\lambda_i}^{\lambda_{i+1}} e^{2\lambda}\,
+              E\,|D(x_\lambda, \lambda) - D(x_{\lambda_i}, \lambda_i)|^2\, d\lambda
+
+    over forward paths of the data; the smallest sum on a fine grid is computed exactly. The last step goes from
+    ``sde.t_min`` to 0.
+
+    Arguments:
+        model: Denoiser.
+        data: Data or samples, (B, *event).
+        steps: Number of steps; the grid has one more time.
+        fine: Number of steps of the fine grid, uniform in λ, from which times are selected.
+        seed: Seed of the forward paths.
+        **cond: Conditions of the network.
+
+    References:
+        | Align Your Steps (Sabour et al., 2024), arXiv:2404.14507
+    """
+    check.conditions(cond, align_your_steps)
+    check_denoiser_type(model)
+    check.integer("steps", steps, least=2)
+    sde, noise = model.sde, Noise(seed).fork(_STREAM)
+    check.state("data", data)
+    times = uniform_lam(sde, check.integer("fine", fine, least=steps))
+    lam = sde.lam(times[:-1])
+    lam = torch.where(lam.isfinite(), lam, lam[1] - (lam[2] - lam[1]))
+    rho = (-lam).exp()
+    denoised: list[Tensor] = []
+    u = data
+    with torch.no_grad():
+        for k in range(len(lam) - 1, -1, -1):  # from data to noise, one path for each sample
+            fresh = rho[k] ** 2 - (rho[k + 1] ** 2 if k + 1 < len(lam) else 0.0)
+            u = u + float(fresh.sqrt()) * noise.like(data, k)
+            t = float(times[k])
+            x = sde.alpha(t) * u if sde.alpha(t) > 0 else sde.sigma(t) / float(rho[k]) * u
+            denoised.append(model.x0(x, t, **cond).flatten(1))
+    denoised.reverse()
+    weight = (2 * lam).exp() * lam.diff().mean()
+    cost = torch.full((len(lam), len(lam)), math.inf, dtype=torch.float64)
+    for i in range(len(lam) - 1):
+        gaps = [float((denoised[k] - denoised[i]).square().sum(1).mean()) for k in range(i, len(lam))]
+        # by the trapezoidal rule from i to j
+        terms = weight[i:] * torch.tensor(gaps, dtype=torch.float64)
+        cost[i, i + 1 :] = ((terms[1:] + terms[:-1]) / 2).cumsum(0)
+    return torch.cat([times[_cheapest(cost, steps - 1)], times[-1:]])
+
+
+def _pilot(
+    model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int, cond: dict[str, Any]
+) -> tuple[Tensor, Callable[[int, int], float]]:
+    """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
+    check_denoiser_type(model)
+    sde = model.sde
+    times = uniform_lam(sde, check.integer("fine", fine, least=2))
+    if isinstance(shape_or_x, Tensor):
+        x = check.state("x", shape_or_x)
+    else:
+        x = sde.prior().sample(tuple(shape_or_x), Noise(seed).fork(_STREAM))
+    visited: list[Step] = []
+    plan = default_solver(fine, model).plan(sde, times)
+    with torch.no_grad():
+        run(plan, lambda y, t: model.x0(y, t, **cond), x, callback=visited.append)
+    variance = float(visited[-1].x.var(0).mean()) if len(x) > 1 else 1.0
+    alpha, sigma = sde.alpha(times), sde.sigma(times)
+
+    def error(i: int, j: int) -> float:
+        a, s = visited[i], float(sigma[j] / sigma[i])
+        assert a.x0 is not None
+        gap = s * a.x + (float(alpha[j]) - float(alpha[i]) * s) * a.x0 - visited[j].x
+        factor = math.sqrt(variance / (variance * float(alpha[j]) ** 2 + float(sigma[j]) ** 2))
+        return factor * float(gap.square().mean().sqrt())
+
+    return times, error
+
+
+def _cheapest(cost: Tensor, steps: int) -> Tensor:
+    """Indices of the cheapest path from the first to the last time in exactly `steps` steps."""
+    N = len(cost)
+    if not 1 <= steps <= N - 1:
+        raise ValueError(
+            f"`steps` must lie between 1 and {N - 1}, the number of fine steps, got {steps}; raise `fine`."
+        )
+    best = torch.full((N,), math.inf, dtype=torch.float64)
+    best[0] = 0.0
+    predecessors: list[Tensor] = []
+    for _ in range(steps):
+        best, predecessor = (best[:, None] + cost).min(0)
+        predecessors.append(predecessor)
+    path = [N - 1]
+    for predecessor in reversed(predecessors):
+        path.append(int(predecessor[path[-1]]))
+    return torch.tensor(path[::-1])

@@ -1,0 +1,38 @@
+"""Grids: the times that a solver steps through, as float64 tensors."""
+
+from scoresde.grids.grid import check_grid, window
+from scoresde.grids.spacings import (
+    beta_quantile,
+    cosine,
+    exponential,
+    index_grid,
+    karras,
+    polyexponential,
+    power_t,
+    quadratic_vp,
+    shifted,
+    uniform_lam,
+    uniform_t,
+)
+from scoresde.grids.zigzags import ancestral, churn, renoised, repaint, restart
+
+__all__ = [
+    "ancestral",
+    "beta_quantile",
+    "check_grid",
+    "churn",
+    "cosine",
+    "exponential",
+    "index_grid",
+    "karras",
+    "polyexponential",
+    "power_t",
+    "quadratic_vp",
+    "renoised",
+    "repaint",
+    "restart",
+    "shifted",
+    "uniform_lam",
+    "uniform_t",
+    "window",
+]

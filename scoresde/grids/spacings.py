@@ -1,0 +1,315 @@
+r"""Time grids from noise to data, as float64 tensors on the CPU.
+
+A grid of N steps has N + 1 strictly decreasing times, from ``t_start`` (default T) to ``t_end`` (default 0). Both ends
+are exactly the given numbers. A step to 0 returns E[x_0 | x]; with a positive ``t_end`` the result still contains the
+noise of that time. Grids with equal steps in λ or in a power of ρ = σ/α cannot reach σ = 0: N − 1 steps end at
+``t_min``, and the last step goes from there to 0. Zigzag grids also go up, where fresh noise is added.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.grids.grid import check_grid, inner_times, lam_ends, make_grid, times_of_lam
+from scoresde.processes.derived import Shifted
+from scoresde.processes.discrete import Discrete
+from scoresde.processes.named import VP
+from scoresde.processes.sde import SDE
+
+
+def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
+    """Grid with equal steps in t.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T; a smaller one starts from a noised image (SDEdit).
+        t_end: Last time, default 0, which gives the denoised state.
+
+    Example:
+        >>> import scoresde as ss
+        >>> uniform_t(ss.Flow(), 4).tolist()
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return make_grid(sde, steps, t_start, t_end, inner_times, reaches_zero=True)
+
+
+def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
+    r"""Equal steps in :math:`t^{1/\mathrm{exponent}}`: 2 is the quadratic grid of DDIM, 1 is :func:`uniform_t`.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        exponent: Exponent; a larger one makes the grid denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
+    """
+    k = check.number("exponent", exponent, above=0)
+    rule = lambda a, b, u: inner_times(a ** (1 / k), b ** (1 / k), u) ** k  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+
+
+def uniform_lam(
+    sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
+) -> Tensor:
+    r"""Equal steps in :math:`\lambda = \log(\alpha/\sigma)`, then one step from `t_min` to 0.
+
+    If λ = −∞ at t_start, the steps use λ at 0.999 t_start or at the middle of the interval, whichever time is larger;
+    the first time remains t_start. Another name is the exponential grid: σ/α decreases by the same factor in each step.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
+
+    References:
+        | DPM-Solver (Lu et al., 2022), arXiv:2206.00927
+    """
+    return polyexponential(sde, steps, 1.0, t_start=t_start, t_end=t_end, t_min=t_min)
+
+
+def polyexponential(
+    sde: SDE,
+    steps: int,
+    rho: float = 1.0,
+    *,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    t_min: float | None = None,
+) -> Tensor:
+    r"""Grid that follows a power in λ, then one step from `t_min` to 0.
+
+    .. math:: \lambda_i = \lambda_{end} - (1-u_i)^\rho(\lambda_{end} - \lambda_{start})
+
+    With ρ = 1 the grid is geometric in σ/α: :func:`uniform_lam`, the exponential grid.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        rho: Exponent ρ; above 1 the grid is denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
+    """
+    power = check.number("rho", rho, above=0)
+
+    def rule(a: float, b: float, u: Tensor) -> Tensor:
+        first, last = lam_ends(sde, a, b)
+        return times_of_lam(sde, last - (1 - u) ** power * (last - first))
+
+    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+
+
+exponential = uniform_lam
+
+
+def karras(
+    sde: SDE,
+    steps: int,
+    rho: float = 7.0,
+    *,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    t_min: float | None = None,
+) -> Tensor:
+    r"""Grid of Karras et al.: equal steps in :math:`(\sigma/\alpha)^{1/\rho}`, then one step from `t_min` to 0.
+
+    .. math:: \varrho_i = \left(\varrho_{start}^{1/\rho}
+              + u_i(\varrho_{end}^{1/\rho} - \varrho_{start}^{1/\rho})\right)^\rho, \qquad \varrho = \sigma/\alpha
+
+    On :class:`EDM` the times are the σ of the paper, and `steps` is its N.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        rho: Exponent; a larger one makes the grid denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          eq. 5
+    """
+    power = check.number("rho", rho, above=0)
+
+    def rule(a: float, b: float, u: Tensor) -> Tensor:
+        first, last = (math.exp(-lam / power) for lam in lam_ends(sde, a, b))
+        return times_of_lam(sde, -power * inner_times(first, last, u).log())
+
+    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+
+
+def quadratic_vp(
+    sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
+) -> Tensor:
+    r"""Quadratic grid of the linear VP process, mapped to any process through λ.
+
+    .. math:: \lambda_i = \lambda^{VP}(\tau_i), \qquad
+              \sqrt{\tau_i} = (1 - u_i)\sqrt{\tau_{start}} + u_i\sqrt{\tau_{end}}
+
+    where ``VP()`` has the λ of the ends at τ_start and τ_end. It is dense near data and not sparse near noise.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0; if it is positive, omit `t_min`.
+        t_min: Last positive time if `t_end` is 0, default ``sde.t_min``.
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
+    """
+    clock = VP(T=4.0)
+
+    def rule(a: float, b: float, u: Tensor) -> Tensor:
+        first, last = (clock.t_of_lam(max(lam, clock.lam(clock.T))) ** 0.5 for lam in lam_ends(sde, a, b))
+        return times_of_lam(sde, clock.lam(inner_times(first, last, u) ** 2))
+
+    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+
+
+def beta_quantile(
+    sde: SDE, steps: int, a: float = 0.6, b: float = 0.6, *, t_start: float | None = None, t_end: float = 0.0
+) -> Tensor:
+    """Times at the quantiles of a Beta(a, b) distribution: dense at both ends if a and b are below 1.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        a: First shape parameter; below 1 the grid is dense near data.
+        b: Second shape parameter; below 1 the grid is dense near noise.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+
+    References:
+        | Beta Sampling is All You Need (Lee et al., 2024), arXiv:2407.12173
+    """
+    check.number("a", a, above=0)
+    check.number("b", b, above=0)
+    rule = lambda first, last, u: inner_times(last, first, _beta_inverse(1 - u, a, b))  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+
+
+def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
+    r"""Equal steps of an angle: :math:`t = t_{end} + (t_{start} - t_{end})\cos^2(\pi u/2)`, quantiles of Beta(½, ½).
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+    """
+    rule = lambda first, last, u: inner_times(last, first, (math.pi / 2 * (1 - u)).sin() ** 2)  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+
+
+def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
+    r"""Times of `sde` at equal steps in the time of ``Shifted(sde, shift)``.
+
+    On :class:`Flow`, :math:`t = s u / (1 + (s - 1) u)` with equal steps in u, as for flow models at high resolution.
+
+    Arguments:
+        sde: The process the network was trained on.
+        steps: Number of steps; the grid has one more time.
+        shift: Shift s, at least 1; a larger one makes the grid denser near noise.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+
+    References:
+        | Scaling Rectified Flow Transformers (Esser et al., 2024), arXiv:2403.03206, eq. 23
+    """
+    clock = Shifted(sde, shift)
+
+    def rule(a: float, b: float, u: Tensor) -> Tensor:
+        ends = []
+        for t in (a, b):
+            lam = sde.lam(t) + math.log(shift)
+            ends.append(t if math.isinf(lam) else sde.t_of_lam(lam))
+        return clock.base_time(inner_times(ends[0], ends[1], u).clamp(0, clock.T))
+
+    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+
+
+def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
+    """Times of a subset of the indices of a discrete process, then 0.
+
+    ==========  =========================================================================================
+    spacing     indices, with N labels and n steps
+    ==========  =========================================================================================
+    linspace    round(linspace(0, N − 1, n)), decreasing: both ends are included; N − 1 if n = 1
+    leading     i · ⌊N/n⌋ for i < n: the first is 0, the last is not N − 1
+    trailing    round(N − i · N/n) − 1 for i < n: the last is N − 1, the first is not 0
+    ==========  =========================================================================================
+
+    Halves are rounded to even, as in NumPy.
+
+    Arguments:
+        sde: A discrete process.
+        steps: Number of steps, at most N; each starts at an index, and the last one ends at t = 0.
+        spacing: Spacing from the table, default ``"linspace"``.
+
+    References:
+        | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, table 2
+    """
+    if not isinstance(sde, Discrete):
+        raise TypeError(f"`sde` must be a Discrete process, because only these have indices, got {type(sde).__name__}.")
+    check.choice("spacing", spacing, ("linspace", "leading", "trailing"))
+    n, N = check.integer("steps", steps, least=1), sde.N
+    if n > N:
+        raise ValueError(
+            f"`steps` must be at most the {N} indices of the process, got {n}; `uniform_t` accepts any number."
+        )
+    # Integers only: a float step skips or repeats an index for some n.
+    if spacing == "linspace":
+        index = [_nearest(i * (N - 1), n - 1) for i in range(n - 1, 0, -1)] + [0 if n > 1 else N - 1]
+    elif spacing == "leading":
+        index = [i * (N // n) for i in range(n - 1, -1, -1)]
+    else:
+        index = [_nearest(i * N, n) - 1 for i in range(n, 0, -1)]
+    return check_grid(sde, torch.tensor([*(i + 1 for i in index), 0], dtype=torch.float64, device="cpu"))
+
+
+def _nearest(a: int, b: int) -> int:
+    """The integer nearest to a/b; the even one of two."""
+    whole, rest = divmod(a, b)
+    return whole + (2 * rest > b or (2 * rest == b and whole % 2 == 1))
+
+
+def _beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
+    """Quantiles x of Beta(a, b), by Newton's method for log x, or for log(1 − x) in the upper part."""
+    split = (a + 1) / (a + b + 2)  # the continued fraction converges up to here
+    value, _ = _log_beta_cdf(torch.tensor([math.log(split)], dtype=torch.float64, device="cpu"), a, b)
+    upper = q.log() > value
+    mass = torch.where(upper, 1 - q, q).log()
+    log_x = limit = torch.where(upper, q.new_tensor(1 - split).log(), q.new_tensor(split).log())
+    for _ in range(100):
+        pairs = (_log_beta_cdf(log_x, *shapes) for shapes in ((a, b), (b, a)))
+        value, slope = (torch.where(upper, high, low) for low, high in zip(*pairs, strict=True))
+        step = torch.where(mass == -math.inf, math.inf, (value - mass) / slope)
+        log_x = torch.minimum(log_x - step, limit)
+        if bool((step.abs() < 1e-9)[mass.isfinite()].all()):  # convergence is quadratic
+            break
+    return torch.where(upper, -torch.expm1(log_x), log_x.exp())
+
+
+def _log_beta_cdf(log_x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Log of the regularised incomplete beta function and its slope in log x, by continued fraction (DLMF 8.17.22)."""
+    x = log_x.exp()
+    fraction = torch.ones_like(x)
+    for m in range(20 + int(3 * math.sqrt(max(a, b))), 0, -1):
+        odd = (a + m - 1) * (a + b + m - 1) / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        even = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
+        fraction = 1 - odd * x / (1 + even * x / fraction)
+    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
+    value = a * log_x + b * torch.log1p(-x) - log_beta - math.log(a) - fraction.log()
+    return value, a * fraction / (1 - x)

@@ -1,0 +1,247 @@
+"""Guidance by the difference of two predictions: with and without a condition, or of a better and a worse model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser, Wrapped, check_conditions, check_model, same_process
+from scoresde.guidance.rules import Rule, linear
+from scoresde.guidance.scale import Scale, check_scale, scale_at
+
+
+class ClassifierFree(Wrapped):
+    r"""Classifier-free guidance: extrapolation from the unconditional to the conditional prediction.
+
+    .. math:: D = D(x, \varnothing) + s\,(D(x, c) - D(x, \varnothing)), \qquad
+              \nabla\log p + s\,(\nabla\log p(\cdot \mid c) - \nabla\log p)
+
+    With the default rule the result for s = 1 is exactly the conditional prediction, and for s = 0 the unconditional
+    one. Each costs one evaluation if the scale is a number; otherwise guidance costs two. For s > 1 the guided score is
+    not the score of a diffusion of :math:`p\,(p(\cdot\mid c)/p)^s`, so samples do not follow that density. Large scales
+    make the flow stiff; a solver of order 2 on the data prediction, such as ``ss.DPMSolverPP(2)``, is then best.
+
+    Arguments:
+        model: Conditional denoiser.
+        scale: Scale s, a number, (B,), or a function of t that returns either.
+        null: Null conditions by name, as in training. Each is a tree like the condition, and its leaves broadcast to
+            one row; without `one_forward` any other value, such as None, is allowed. Conditions without a null value
+            are the same in both evaluations.
+        one_forward: Whether to evaluate the network once on a doubled batch; the result is the same up to rounding.
+        interval: Times (low, high) between which guidance is on; outside, the result is the conditional prediction.
+        rule: Rule, :func:`linear`, ``Rescale``, ``APG``, ``Momentum`` or ``ZeroStar``.
+
+    References:
+        | Classifier-Free Diffusion Guidance (Ho and Salimans, 2022), arXiv:2207.12598
+        | Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models
+          (Kynkäänniemi et al., 2024), arXiv:2404.07724
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> net = lambda x, t, label: 0.1 * label[:, None] * x
+        >>> model = ss.Denoiser(net, ss.VP(), predicts="eps")
+        >>> guided = ss.ClassifierFree(model, 3.0, null={"label": 0.0})
+        >>> ss.sample(guided, (4, 2), steps=5, seed=0, label=torch.ones(4)).shape
+        torch.Size([4, 2])
+    """
+
+    def __init__(
+        self,
+        model: AbstractDenoiser,
+        scale: Scale,
+        *,
+        null: Mapping[str, Any],
+        one_forward: bool = False,
+        interval: tuple[float, float] | None = None,
+        rule: Rule = linear,
+    ) -> None:
+        super().__init__(model)
+        if not isinstance(null, Mapping) or not null:
+            raise TypeError(f"`null` must be a dictionary of null conditions, such as {{'label': 10}}, got {null!r}.")
+        self.scale = check_scale(scale)
+        self.null = dict(null)
+        self.one_forward = one_forward
+        self.interval = _check_interval(interval)
+        self.rule = rule
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        check.state("x", x)
+        check_conditions(cond, len(x))
+        missing = sorted(set(self.null) - set(cond))
+        near = {name: difflib.get_close_matches(name, cond, n=1) for name in missing}
+        if any(near.values()):
+            name, (meant, *_) = next((name, matches) for name, matches in near.items() if matches)
+            raise ValueError(
+                f"`null` names {name}, which is not among the conditions given, {', '.join(sorted(cond))}; did you "
+                f"mean null={{{meant!r}: ...}}?"
+            )
+        if missing:
+            raise ValueError(
+                f"the condition {', '.join(missing)} is missing: guidance needs the condition and its null value; give "
+                f"the condition by name, as in ss.sample(model, shape, {missing[0]}=...)."
+            )
+        scale = _inside(self.interval, t, scale_at(self.scale, t, x), x)
+        if _is(scale, 1):
+            return self.model.x0(x, t, **cond)
+        null = {name: _null_of(name, tree, self.null[name], len(x)) for name, tree in cond.items() if name in self.null}
+        if _is(scale, 0) and self.rule is linear:
+            return self.model.x0(x, t, **{**cond, **null})
+        if self.one_forward:
+            stacked = {name: _stack(name, tree, null.get(name, tree), len(x)) for name, tree in cond.items()}
+            tt = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+            strong, weak = self.model.x0(torch.cat([x, x]), tt, **stacked).chunk(2)
+        else:
+            strong, weak = self.model.x0(x, t, **cond), self.model.x0(x, t, **{**cond, **null})
+        return self.rule(self.model, x, t, strong, weak, scale)
+
+
+class AutoGuidance(Wrapped):
+    r"""Guidance by a weaker version of the model: smaller, less trained, or otherwise degraded.
+
+    .. math:: D = D_{weak} + s\,(D - D_{weak})
+
+    Arguments:
+        model: Denoiser.
+        weak: Weaker denoiser on the same process; both are evaluated with all conditions.
+        scale: Scale s, a number, (B,), or a function of t.
+        interval: Times (low, high) between which guidance is on.
+        rule: Rule that combines the two predictions.
+
+    References:
+        | Guiding a Diffusion Model with a Bad Version of Itself (Karras et al., 2024), arXiv:2406.02507
+    """
+
+    def __init__(
+        self,
+        model: AbstractDenoiser,
+        weak: AbstractDenoiser,
+        scale: Scale,
+        *,
+        interval: tuple[float, float] | None = None,
+        rule: Rule = linear,
+    ) -> None:
+        super().__init__(model)
+        self.weak = check_model(weak, "weak")
+        same_process(model, weak, "weak")
+        self.scale = check_scale(scale)
+        self.interval = _check_interval(interval)
+        self.rule = rule
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        scale = _inside(self.interval, t, scale_at(self.scale, t, check.state("x", x)), x)
+        if _is(scale, 1):
+            return self.model.x0(x, t, **cond)
+        return self.rule(self.model, x, t, self.model.x0(x, t, **cond), self.weak.x0(x, t, **cond), scale)
+
+
+class Compose(Wrapped):
+    r"""Product of experts: several conditions at once; a negative weight excludes a condition.
+
+    .. math:: D = D_0 + \sum_i w_i\,(D_i - D_0), \qquad
+              p \propto p_0 \prod_i \left(\frac{p_i}{p_0}\right)^{w_i} \text{ at } t = 0
+
+    With one expert this is classifier-free guidance.
+
+    Arguments:
+        model: Base denoiser D₀, usually ``Given(model, **null)``.
+        experts: Denoisers D_i on the same process, such as ``Given(model, label=3)``.
+        weights: Weights w_i, one for each expert: a number, (B,), or a function of t.
+
+    References:
+        | Compositional Visual Generation with Composable Diffusion Models (Liu et al., 2022), arXiv:2206.01714
+    """
+
+    def __init__(self, model: AbstractDenoiser, experts: Sequence[AbstractDenoiser], weights: Sequence[Scale]) -> None:
+        super().__init__(model)
+        for i, expert in enumerate(experts):
+            same_process(model, check_model(expert, f"experts[{i}]"), f"experts[{i}]")
+        if len(weights) != len(experts):
+            raise ValueError(f"`weights` must have one entry for each of {len(experts)} experts, got {len(weights)}.")
+        self.experts = torch.nn.ModuleList(experts)
+        self.weights = [check_scale(w, f"weights[{i}]") for i, w in enumerate(weights)]
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+        base = self.model.x0(x, t, **cond)
+        out = base
+        for i, (expert, weight) in enumerate(zip(self.experts, self.weights, strict=True)):
+            assert isinstance(expert, AbstractDenoiser)
+            out = out + scale_at(weight, t, x, f"weights[{i}]") * (expert.x0(x, t, **cond) - base)
+        return out
+
+
+def _check_interval(interval: Any) -> tuple[float, float] | None:
+    if interval is None:
+        return None
+    if not isinstance(interval, Sequence) or len(interval) != 2:
+        raise ValueError(f"`interval` must be two times, (low, high), got {interval!r}.")
+    low = check.number("interval[0]", interval[0], least=0)
+    return low, check.number("interval[1]", interval[1], above=low)
+
+
+def _inside(interval: tuple[float, float] | None, t: Any, scale: Any, x: Tensor) -> Any:
+    """Scale that is `scale` inside the interval and 1 outside."""
+    if interval is None:
+        return scale
+    low, high = interval
+    if not isinstance(t, Tensor):
+        return scale if low <= t <= high else 1.0
+    inside = torch.as_tensor(check.expand((low <= t) & (t <= high), x))
+    return torch.where(inside.bool(), scale, 1.0).to(x.dtype)
+
+
+def _is(scale: Any, value: float) -> bool:
+    return not isinstance(scale, Tensor) and scale == value
+
+
+def _null_of(name: str, cond: Any, null: Any, rows: int) -> Any:
+    """Null condition with the shape of the condition."""
+
+    def leaf(c: Any, n: Any) -> Any:
+        if not isinstance(c, Tensor) or c.ndim == 0 or not isinstance(n, Tensor | float | int):
+            return n
+        value = torch.as_tensor(n, dtype=c.dtype, device=c.device)
+        try:
+            return value.expand(rows, *c.shape[1:])
+        except RuntimeError:
+            raise ValueError(
+                f"`null` of `{name}` has shape {tuple(value.shape)} and does not broadcast to the shape of the "
+                f"condition, {(rows, *c.shape[1:])}."
+            ) from None
+
+    if isinstance(null, Tensor | float | int):
+        return tree_map(lambda c: leaf(c, null), cond)
+    if not isinstance(null, dict | list | tuple):
+        return null
+    try:
+        return tree_map(leaf, cond, null)
+    except (ValueError, TypeError) as error:
+        if "does not broadcast" in str(error):
+            raise
+        raise ValueError(f"`null` of `{name}` must be a tree like the condition: {error}") from None
+
+
+def _stack(name: str, cond: Any, null: Any, rows: int) -> Any:
+    """Concatenation of the condition and the null condition along the batch."""
+
+    def leaf(c: Any, n: Any) -> Any:
+        if isinstance(c, Tensor) and c.ndim > 0 and isinstance(n, Tensor):
+            return torch.cat([c.expand(rows, *c.shape[1:]), n.expand(rows, *n.shape[1:])])
+        if c is n or (not isinstance(c, Tensor) and not isinstance(n, Tensor) and c == n):
+            return c
+        raise ValueError(
+            f"`one_forward` needs a tensor with one row for each sample as condition and as null value; `{name}` has "
+            f"{type(c).__name__} and {type(n).__name__}; use one_forward=False."
+        )
+
+    try:
+        return tree_map(leaf, cond, null)
+    except ValueError as error:
+        if "one_forward" in str(error):
+            raise
+        raise ValueError(f"`null` of `{name}` must be a tree like the condition: {error}") from None

@@ -1,0 +1,22 @@
+"""Log-densities by the probability flow, evidence bounds, bits per dimension, divergences of paths."""
+
+from scoresde.likelihood.bits import bits_per_dim, dequantized_bits
+from scoresde.likelihood.elbo import Elbo, elbo
+from scoresde.likelihood.flow import LogProb, log_prob, sample_with_log_prob
+from scoresde.likelihood.path_kl import Estimate, denoiser_error, path_kl
+from scoresde.likelihood.trace import Divergence, jacobian_products
+
+__all__ = [
+    "Divergence",
+    "Elbo",
+    "Estimate",
+    "LogProb",
+    "bits_per_dim",
+    "denoiser_error",
+    "dequantized_bits",
+    "elbo",
+    "jacobian_products",
+    "log_prob",
+    "path_kl",
+    "sample_with_log_prob",
+]

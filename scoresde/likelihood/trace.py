@@ -1,0 +1,205 @@
+r"""Divergence of a function: exact, by Hutchinson's estimator, and by Hutch++.
+
+For a function f that acts on each row separately, the divergence of a row is the trace of its Jacobian,
+
+.. math:: \mathrm{div} f = \mathrm{tr} J = \sum_i e_i^T J e_i = E[v^T J v], \qquad E[v v^T] = I.
+
+A product J v of all rows costs about one evaluation of f, and one call computes many of them.
+
+References:
+    | A Stochastic Estimator of the Trace of the Influence Matrix (Hutchinson, 1989), doi:10.1080/03610918908812806
+    | Hutch++: Optimal Stochastic Trace Estimation (Meyer et al., 2021), arXiv:2010.09649
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.noise.keyed import Noise
+
+METHODS = ("exact", "hutchinson", "hutch++")
+
+AUTODIFF = ("reverse", "forward", "loop")
+
+PROBES = ("orthogonal", "rademacher", "gaussian")
+
+_MAX_ENTRIES = 1 << 22  # largest number of entries of the vectors of one call
+
+Function = Callable[[Tensor], Tensor]
+
+
+def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chunk: int = 0) -> Function:
+    """Return a function that multiplies the Jacobian of each row by vectors.
+
+    Arguments:
+        f: Function of (B, *event) to the same shape, row by row.
+        x: Point at which the Jacobian is taken, (B, *event).
+        autodiff: Mode: ``"reverse"`` for Jᵀv and ``"forward"`` for J v, many vectors in one call; ``"loop"`` for Jᵀv by
+            one backward pass for each vector, which needs only a gradient of f. All modes have the same trace.
+            ``"reverse"`` and ``"loop"`` evaluate f once; ``"forward"`` stores no activations.
+        chunk: Number of vectors in one call; 0 chooses it from their size.
+
+    Returns:
+        Function of vectors (K, B, *event) to the same shape.
+    """
+    step = chunk or max(1, _MAX_ENTRIES // max(1, x.numel()))
+    if autodiff == "loop":
+        return _one_by_one(f, x)
+    if autodiff == "reverse":
+        pull = torch.func.vjp(f, x)[1]
+        one = torch.func.vmap(lambda u: pull(u)[0])
+    else:
+        one = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,))[1], randomness="same")
+
+    def products(v: Tensor) -> Tensor:
+        with warnings.catch_warnings():  # raised by torch's own code at the first forward-mode call
+            warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+            return torch.cat([one(v[k : k + step]) for k in range(0, len(v), step)])
+
+    return products
+
+
+def _one_by_one(f: Function, x: Tensor) -> Function:
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = x if graph and x.requires_grad else x.detach().requires_grad_()
+        out = f(y)
+
+    def products(v: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return torch.zeros_like(v)
+        with torch.enable_grad():
+            pulled = [
+                torch.autograd.grad(out, y, u, retain_graph=True, create_graph=graph, materialize_grads=True)[0]
+                for u in v
+            ]
+        return torch.stack(pulled)
+
+    return products
+
+
+@dataclass(frozen=True)
+class Divergence:
+    r"""A trace estimator with its probes, which are the same during a whole solve, so that the integrand is smooth.
+
+    Independent probes have an error of order 1/√K. Orthogonal probes are √D times K columns of a random rotation, drawn
+    without replacement from its D columns; the error is of order √((1 − K/D)/K), and 0 at K = D. Hutch++ computes the
+    trace on the span of J S, where S are `rank` of the probes, and estimates the rest from orthogonal columns.
+
+    Arguments:
+        method: Estimator: ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
+        probes: Vectors with E[v vᵀ] = I, (K, B, *event); None for the exact trace.
+        rank: Number of probes that Hutch++ uses to find the range.
+        population: Number of directions from which the samples are drawn; infinite for independent probes.
+        autodiff: Mode of differentiation, as in :func:`jacobian_products`.
+        chunk: Number of vectors in one call, as in :func:`jacobian_products`.
+    """
+
+    method: str
+    probes: Tensor | None
+    rank: int = 0
+    population: float = math.inf
+    autodiff: str = "reverse"
+    chunk: int = 0
+
+    @classmethod
+    def make(
+        cls, method: str, n_probes: int, kind: str, noise: Noise, x: Tensor, autodiff: str, chunk: int
+    ) -> Divergence:
+        """Draw the probes for a state `x`; those of row b depend only on the seed and on sample b."""
+        check.choice("divergence", method, METHODS)
+        check.choice("probe", kind, PROBES)
+        check.choice("autodiff", autodiff, AUTODIFF)
+        check.integer("n_probes", n_probes, least=1)
+        check.integer("chunk", chunk)
+        if method == "exact":
+            return cls(method, None, autodiff=autodiff, chunk=chunk)
+        size = math.prod(x.shape[1:])
+        if method == "hutch++":
+            if n_probes < 3:
+                raise ValueError(
+                    f"`n_probes` must be at least 3 for divergence='hutch++', which uses two thirds of the products "
+                    f"for the range, got {n_probes}; use divergence='hutchinson'."
+                )
+            rank = n_probes // 3
+            if n_probes - rank >= size:
+                raise ValueError(
+                    f"`n_probes`={n_probes} costs no less than an exact trace of events of {size} numbers; "
+                    f"use divergence='exact'."
+                )
+            draws = torch.stack([noise.like(x, j) for j in range(n_probes - rank)])
+            return cls(method, draws, rank, size - rank, autodiff, chunk)
+        if kind == "orthogonal":
+            draws = torch.stack([noise.like(x, j) for j in range(min(n_probes, size))])
+            return cls(method, _to_rows(size**0.5 * _orthonormal(draws), draws), 0, size, autodiff, chunk)
+        draws = torch.stack([noise.like(x, j) for j in range(n_probes)])
+        probes = draws.sign() if kind == "rademacher" else draws
+        return cls(method, probes, autodiff=autodiff, chunk=chunk)
+
+    def rows(self, rows: Tensor) -> Divergence:
+        """Return the estimator of the rows with these indices."""
+        if self.probes is None:
+            return self
+        return replace(self, probes=self.probes[:, rows])
+
+    def products(self, x: Tensor) -> int:
+        """Number of Jacobian products that one trace costs."""
+        return math.prod(x.shape[1:]) if self.probes is None else len(self.probes) + self.rank
+
+    @property
+    def samples(self) -> int:
+        """Number of estimates that a trace returns."""
+        return 1 if self.probes is None else len(self.probes) - self.rank
+
+    def __call__(self, f: Function, x: Tensor) -> Tensor:
+        """Estimates of the trace, (K, B), whose mean is unbiased; without probes K = 1 and the value is exact."""
+        multiply = jacobian_products(f, x, autodiff=self.autodiff, chunk=self.chunk)
+        if self.probes is None:
+            return _exact(multiply, x, self.chunk or max(1, _MAX_ENTRIES // max(1, x.numel())))[None]
+        if self.rank == 0:
+            return _dot(self.probes, multiply(self.probes))
+        sketch = multiply(self.probes[: self.rank])
+        basis = _to_rows(_orthonormal(torch.cat([sketch, self.probes[self.rank :]])), self.probes)
+        terms = _dot(basis, multiply(basis))
+        return terms[: self.rank].sum(0) + self.population * terms[self.rank :]
+
+    def standard_error(self, estimates: Tensor) -> Tensor:
+        """Standard error of the mean of estimates (K, B): 0 if it is exact, NaN for a single estimate."""
+        K = len(estimates)
+        if self.probes is None or self.population <= K:
+            return torch.zeros_like(estimates[0])
+        if K == 1:
+            return torch.full_like(estimates[0], math.nan)
+        return estimates.std(0) * math.sqrt(1 / K - 1 / self.population)
+
+
+def _orthonormal(v: Tensor) -> Tensor:
+    """Orthonormal basis of the span of each row's vectors, (K, B, *event) to (B, D, K)."""
+    q: Tensor = torch.linalg.qr(v.flatten(2).permute(1, 2, 0))[0]
+    return q
+
+
+def _to_rows(q: Tensor, like: Tensor) -> Tensor:
+    return q.permute(2, 0, 1).reshape(-1, *like.shape[1:])
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).flatten(2).sum(2)
+
+
+def _exact(multiply: Function, x: Tensor, step: int) -> Tensor:
+    size = math.prod(x.shape[1:])
+    trace = x.new_zeros(len(x))
+    for start in range(0, size, step):
+        i = torch.arange(start, min(start + step, size), device=x.device)
+        unit = torch.nn.functional.one_hot(i, size).to(x.dtype)
+        out = multiply(unit.reshape(len(i), 1, *x.shape[1:]).expand(-1, *x.shape)).flatten(2)
+        trace = trace + out[torch.arange(len(i), device=x.device), :, i].sum(0)
+    return trace

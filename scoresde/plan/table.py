@@ -1,0 +1,229 @@
+r"""Plans: a sampler as a table of coefficients, and the loop that runs it.
+
+Each row computes one state from earlier rows, and may evaluate the denoiser D at this state:
+
+.. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k, \qquad
+          d_r = D(x_r, t_r) \approx E[x_0 \mid x_r].
+
+Stages, history and correctors are rows like any other. :mod:`scoresde.solvers.tape` computes the coefficients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scoresde.noise.brownian import Span
+from scoresde.plan.rows import Line, Row, Weight, as_number, compile_rows, last_uses, merge, nonzero, validate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of rows: row 0 is the start, the last row is the result.
+
+    Arguments:
+        rows: Rows of the table.
+        name: Name of the solver that made the plan.
+        order: Order of convergence that the solver declares.
+        sde: ``repr`` of the process.
+        spans: Interval of a Brownian path for each draw, or None for a draw of fresh noise.
+        meta: Numbers and strings that describe how the plan was fitted; they are saved with the plan.
+    """
+
+    rows: tuple[Row, ...]
+    name: str = ""
+    order: int | None = None
+    sde: str = ""
+    spans: tuple[Span | None, ...] = field(default=(), repr=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
+    program: tuple[Line, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        validate(self.rows)
+        object.__setattr__(self, "last_use", last_uses(self.rows))
+        object.__setattr__(self, "program", compile_rows(self.rows, *self.last_use))
+
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations."""
+        return sum(row.evaluates for row in self.rows)
+
+    @property
+    def draws(self) -> int:
+        """Number of standard normals drawn for each element of the state."""
+        return 1 + max((k for row in self.rows for k, _ in row.z), default=-1)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the plan draws noise."""
+        return self.draws > 0
+
+    @property
+    def times(self) -> list[Weight]:
+        """Times of the nodes, which are the grid of the plan."""
+        return [row.t for row in self.rows if row.node is not None]
+
+    @property
+    def memory(self) -> int:
+        """Largest number of states and denoised states that are stored between two rows."""
+        of_x, of_d = self.last_use
+        alive = [
+            sum(of_x[k] > r for k in range(r + 1)) + sum(self.rows[k].evaluates and of_d[k] > r for k in range(r + 1))
+            for r in range(len(self.rows))
+        ]
+        return max(alive)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        head = f"{self.name or 'plan'}: {self.nfe} evaluations, {len(self.rows)} rows"
+        head += f", order {self.order}" if self.order is not None else ""
+        head += f", {self.draws} draws" if self.stochastic else ""
+        return "\n".join([head, *(_line(r, row) for r, row in enumerate(self.rows))])
+
+    def join(self, other: Plan) -> Plan:
+        """Append `other`, which starts where this plan ends: its row 0 merges with the last row of this plan."""
+        last, first = self.rows[-1], other.rows[0]
+        end, start = as_number(last.t), as_number(first.t)
+        if end != start:
+            raise ValueError(f"`other` must start where this plan ends, at t = {end:g}, but starts at {start:g}.")
+        if self.sde != other.sde:
+            raise ValueError(f"the plans are for different processes: {self.sde} and {other.sde}; use one `sde`.")
+        shift, nodes = len(self.rows) - 1, max((row.node for row in self.rows if row.node is not None), default=0)
+        draws = self.draws
+        joint = replace(last, evaluates=last.evaluates or first.evaluates)
+        tail = [
+            replace(
+                row,
+                x=tuple((k + shift, w) for k, w in row.x),
+                d=tuple((k + shift, w) for k, w in row.d),
+                z=tuple((k + draws, w) for k, w in row.z),
+                node=None if row.node is None else row.node + nodes,
+            )
+            for row in other.rows[1:]
+        ]
+        orders = [o for o in (self.order, other.order) if o is not None]
+        name = self.name if self.name == other.name else f"{self.name} + {other.name}"
+        fresh: tuple[Span | None, ...] = (None,) * (draws - len(self.spans))
+        laps = max((span.lap for span in self.spans if span), default=0)
+        spans = tuple(span and replace(span, lap=span.lap + laps) for span in other.spans)
+        return Plan(
+            (*self.rows[:-1], joint, *tail), name, min(orders, default=None), self.sde, (*self.spans, *fresh, *spans)
+        )
+
+    def folded(self) -> Plan:
+        """Remove each row that is not evaluated and that only one other row uses, by substitution.
+
+        A node is removed only if the row that uses it has no denoised terms, as on a grid that goes up and down.
+        """
+        rows: list[Row | None] = list(self.rows)
+        readers: dict[int, list[int]] = {}
+        for r, row in enumerate(self.rows):
+            for k, _ in row.x:
+                readers.setdefault(k, []).append(r)
+        for k in reversed(range(1, len(self.rows) - 1)):
+            inner, by = rows[k], readers.get(k, [])
+            if inner is None or inner.evaluates or len(by) != 1:
+                continue
+            outer = rows[by[0]]
+            assert outer is not None
+            if inner.node is not None and outer.d:  # hooks and trajectories need the corrected state
+                continue
+            w = dict(outer.x)[k]
+            rows[by[0]] = replace(
+                outer,
+                x=merge([(j, v) for j, v in outer.x if j != k], inner.x, w),
+                d=merge(outer.d, inner.d, w),
+                z=merge(outer.z, inner.z, w),
+                one=outer.one + w * inner.one,
+            )
+            for j, _ in inner.x:
+                readers[j] = sorted({by[0], *(r for r in readers[j] if r != k)})
+            rows[k] = None
+        remaining = [r for r, row in enumerate(rows) if row is not None]
+        place = {old: new for new, old in enumerate(remaining)}
+        moved = [
+            replace(row, x=tuple((place[k], w) for k, w in row.x), d=tuple((place[k], w) for k, w in row.d))
+            for row in rows
+            if row is not None
+        ]
+        return Plan(tuple(moved), self.name, self.order, self.sde, self.spans)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain numbers and strings; :meth:`from_dict` restores the plan exactly."""
+        return {
+            "scoresde": 1,
+            "name": self.name,
+            "order": self.order,
+            "sde": self.sde,
+            "rows": [
+                {
+                    "t": as_number(row.t),
+                    **{c: [[k, as_number(w)] for k, w in getattr(row, c)] for c in "xdz" if getattr(row, c)},
+                    **({"one": as_number(row.one)} if nonzero(row.one) else {}),
+                    **({"evaluates": True} if row.evaluates else {}),
+                    **({} if row.node is None else {"node": row.node}),
+                    **({"note": row.note} if row.note else {}),
+                }
+                for row in self.rows
+            ],
+            **({"spans": [span and span.to_list() for span in self.spans]} if any(self.spans) else {}),
+            **({"meta": dict(self.meta)} if self.meta else {}),
+        }
+
+    @classmethod
+    def from_dict(cls, table: Mapping[str, Any]) -> Plan:
+        """Make a plan from the output of :meth:`to_dict`."""
+        if table.get("scoresde") != 1:
+            raise ValueError(f"`table` must come from `to_dict`, in format 1, got format {table.get('scoresde')!r}.")
+        rows = [
+            Row(
+                t=row["t"],
+                **{c: tuple((int(k), float(w)) for k, w in row.get(c, ())) for c in "xdz"},
+                evaluates=row.get("evaluates", False),
+                node=row.get("node"),
+                note=row.get("note", ""),
+                one=row.get("one", 0.0),
+            )
+            for row in table["rows"]
+        ]
+        spans = tuple(span and Span(*span) for span in table.get("spans", ()))
+        return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote; all numbers are exact."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"`path` {path} is not a plan that `save` wrote, or is incomplete: {error!r}.") from error
+
+
+def _line(r: int, row: Row) -> str:
+    def terms(column: str) -> str:
+        inside = " ".join(f"{k}:{_short(w)}" for k, w in getattr(row, column))
+        return f"{column}[{inside}]" if inside else ""
+
+    parts = [f"{r:4d}  t={_short(row.t, sign=''):<7}", "eval" if row.evaluates else "    "]
+    parts += [t for t in (terms("x"), terms("d"), terms("z")) if t]
+    parts += [f"one[{_short(row.one)}]"] if nonzero(row.one) else []
+    tail = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
+    return "  ".join(parts) + (f"   {tail}" if tail else "")
+
+
+def _short(w: Weight, sign: str = "+") -> str:
+    if isinstance(w, Tensor) and w.ndim:
+        return f"<{len(w)} values>"
+    return f"{as_number(w):{sign}.4g}"

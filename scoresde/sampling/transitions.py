@@ -1,0 +1,130 @@
+r"""A stochastic plan as a policy: Gaussian transitions and their log-densities.
+
+.. math:: x_r \sim N(m_r, s_r^2 I), \qquad m_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k, \quad s_r = |c_r|,
+
+given all states before row r. Reinforcement learning of samplers (DDPO, DPOK, GRPO on flows) computes them twice:
+during sampling, and at the same states with updated parameters.
+
+References:
+    | Training Diffusion Models with Reinforcement Learning (Black et al., 2024), arXiv:2305.13301
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.noise.brownian import PathNoise
+from scoresde.noise.keyed import Noise
+from scoresde.plan.rows import Weight
+from scoresde.plan.table import Plan
+
+
+class Transition(NamedTuple):
+    """Transition to the state of one row.
+
+    Arguments:
+        t: Time of the new state.
+        x: New state, (B, *event), without gradient.
+        mean: Mean given all earlier states, (B, *event).
+        std: Standard deviation, a number or (B,); 0 for rows without noise.
+        log_prob: Log-density of `x` in nats, (B,); None for rows without noise.
+    """
+
+    t: Any
+    x: Tensor
+    mean: Tensor
+    std: Weight
+    log_prob: Tensor | None
+
+
+def transitions(
+    plan: Plan,
+    model: AbstractDenoiser,
+    x: Tensor,
+    noise: Noise | None = None,
+    *,
+    states: Sequence[Tensor] | None = None,
+    **cond: Any,
+) -> Iterator[Transition]:
+    """Run a plan and yield the transition of every row after the start; the last `x` is the result.
+
+    If gradients are enabled, means and log-densities carry gradients to the parameters of the network; states do not.
+
+    Arguments:
+        plan: Plan with at most one normal per row, used in no other row.
+        model: A denoiser.
+        x: Initial state, (B, *event).
+        noise: Source of the normals.
+        states: States `x` of all transitions of an earlier run, to evaluate their log-density; replaces `noise`.
+        **cond: Conditions for the network.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
+        >>> plan = ss.solvers.Multistep(1, eta=1.0).plan(mix.sde, ss.grids.karras(mix.sde, 5))
+        >>> run = list(transitions(plan, mix, torch.randn(4, 1), ss.Noise(0)))
+        >>> sum(step.log_prob for step in run if step.log_prob is not None).shape
+        torch.Size([4])
+    """
+    check.conditions(cond, transitions)
+    _check_own_draws(plan)
+    check.state("x", x)
+    if states is not None and len(states) != len(plan) - 1:
+        raise ValueError(f"`states` must have one entry for each of {len(plan) - 1} transitions, got {len(states)}.")
+    if (noise is None) == (states is None) and plan.stochastic:
+        raise ValueError("give either `noise`, to sample states, or `states`, to reuse those of an earlier run.")
+    source = PathNoise(noise, plan.spans) if noise is not None and noise.path and plan.stochastic else noise
+    last_x, last_d = plan.last_use
+    xs: dict[int, Tensor] = {0: x}
+    ds: dict[int, Tensor] = {}
+    for r, row in enumerate(plan.rows):
+        if r:
+            mean = _sum([(xs[k], w) for k, w in row.x] + [(ds[k], w) for k, w in row.d], row.one)
+            weight: Weight = row.z[0][1] if row.z else 0.0
+            std: Weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
+            if states is not None:
+                x = check.match("states", states[r - 1], "x", x).detach()
+            elif row.z and source is not None:
+                x = (mean + check.expand(weight, mean) * source.like(mean, row.z[0][0])).detach()
+            else:
+                x = mean.detach()
+            yield Transition(row.t, x, mean, std, _log_prob(x, mean, std) if row.z else None)
+            xs[r] = x
+        if row.evaluates:
+            ds[r] = model.x0(x, row.t, **cond)
+        for store, last in ((xs, last_x), (ds, last_d)):
+            for k in [k for k in store if last[k] <= r]:
+                del store[k]
+
+
+def _sum(terms: list[tuple[Tensor, Weight]], one: Weight) -> Tensor:
+    total = terms[0][0] * check.expand(terms[0][1], terms[0][0])
+    for value, w in terms[1:]:
+        total = total + check.expand(w, value) * value
+    return total + check.expand(one, total) if isinstance(one, Tensor) or one else total
+
+
+def _log_prob(x: Tensor, mean: Tensor, std: Weight) -> Tensor:
+    z = (x - mean) / check.expand(std, x)
+    n = x[0].numel()
+    log_std = std.log().to(x) if isinstance(std, Tensor) else math.log(std)
+    return -0.5 * z.square().reshape(len(x), -1).sum(1) - n * (log_std + 0.5 * math.log(2 * math.pi))
+
+
+def _check_own_draws(plan: Plan) -> None:
+    uses = Counter(k for row in plan.rows for k, _ in row.z)
+    for r, row in enumerate(plan.rows):
+        shared = [k for k, _ in row.z if uses[k] > 1]
+        if len(row.z) > 1 or shared:
+            raise ValueError(
+                f"row {r} of `plan` uses {len(row.z)} normals, {len(shared)} of them shared with other rows, so it has "
+                f"no density given the earlier rows; use a solver with one normal per step, such as DDPM, or a "
+                f"first-order or multistep SDE solver without a corrector."
+            )

@@ -1,0 +1,134 @@
+"""Error control for each sample: unbiased where the published method is not, and each sample by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import scoresde as ss
+from scoresde.integrators.adaptive_sde import adaptive_sde
+from scoresde.noise.keyed import Noise
+
+F64 = torch.float64
+
+
+def gotta_go_fast(
+    model: ss.GaussianMixture, x: Tensor, end: float, tol: float, noise: Noise, h: float = 0.01, r: float = 0.9
+) -> tuple[Tensor, Tensor]:
+    """Jolicoeur-Martineau et al. (2021), arXiv:2105.14080, algorithm 1, re-typed, with eps_rel = eps_abs = tol.
+
+    The step of each sample is its own; a rejected step draws its noise again. Returns the state and the rejections.
+    """
+    sde = model.sde
+    t, step = torch.full((len(x),), sde.T, dtype=F64), torch.full((len(x),), h, dtype=F64)
+    before, rejected, draw = x, torch.zeros(len(x), dtype=torch.int64), 0
+
+    def drift(x: Tensor, t: Tensor) -> Tensor:
+        return sde.f(t)[:, None] * x - sde.g2(t)[:, None] * model.score(x, t)
+
+    while bool((t > end).any()):
+        step = torch.minimum(step, t - end)
+        z, s, dt = noise.like(x, draw), (t - step).clamp_min(end), step[:, None]
+        draw += 1
+        x1 = x - dt * drift(x, t) + dt.sqrt() * sde.g(t)[:, None] * z
+        far = x - dt * drift(x1, s) + dt.sqrt() * sde.g(s)[:, None] * z
+        x2 = (x1 + far) / 2
+        delta = (tol * torch.maximum(x1.abs(), before.abs())).clamp_min(tol)
+        error = ((x1 - x2) / delta).square().mean(1).sqrt()
+        moving = t > end
+        good = (error <= 1) & moving
+        x, before = torch.where(good[:, None], x2, x), torch.where(good[:, None], x1, before)
+        t = torch.where(good, s, t)
+        rejected += (moving & ~good).long()
+        step = (0.9 * step * error.clamp_min(1e-12) ** -r).clamp_min(1e-6)
+    return x, rejected
+
+
+def test_unbiased_where_redrawn_noise_is_biased() -> None:
+    n, model = 2000, ss.GaussianMixture(ss.VP(), [[0.0]], std=0.5)
+    end = 0.02
+    std = math.hypot(0.5 * model.sde.alpha(end), model.sde.sigma(end))
+    x, se = Noise(0).normal((n, 1), 0, dtype=F64), 1 / math.sqrt(2 * n)
+    theirs = []
+    for tol in (0.3, 0.1):
+        y, rejected = gotta_go_fast(model, x, end, tol, Noise(1))
+        theirs.append(float(y.std()) / std - 1)
+        assert float(rejected.double().mean()) > 1
+    assert theirs[0] > 8 * se and theirs[1] > 8 * se, "standard errors off, at any tolerance"
+    assert theirs[1] > theirs[0] - 2 * se, "and no better at a tighter one"
+    ours = []
+    for tol in (0.05, 0.02):
+        run = adaptive_sde(model, x, rtol=tol, atol=tol, seed=1, t_end=end, denoise=False)
+        ours.append(float(run.x.std()) / std - 1)
+        assert float(run.rejected.double().mean()) > 1
+        assert abs(float(run.x.mean())) < 4 * std / n**0.5
+    assert abs(ours[1]) < 3 * se and abs(ours[1]) < abs(ours[0]) / 2, ours
+
+
+MIX = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
+
+
+def test_the_error_on_the_path_is_proportional_to_the_tolerance() -> None:
+    def go(tol: float) -> Tensor:
+        return adaptive_sde(MIX, (24, 2), rtol=tol, atol=tol, seed=0, dtype=F64, t_end=0.05, denoise=False).x
+
+    truth = go(0.004)
+    errors = [float((go(tol) - truth).norm(dim=1).median()) for tol in (0.05, 0.0125)]
+    assert errors[1] < errors[0] / 2, errors
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("sde", [ss.VP(), ss.VE(), ss.Flow()], ids=lambda sde: type(sde).__name__)
+def test_moments_of_a_gaussian(sde: ss.SDE, eta: float) -> None:
+    model = ss.GaussianMixture(sde, [[0.3, -0.2]], std=0.5)
+    n, end = 1000, sde.t_of_lam(2.0)
+    run = adaptive_sde(model, (n, 2), eta=eta, rtol=0.02, atol=0.02, seed=0, t_end=end, denoise=False, dtype=F64)
+    std = math.hypot(0.5 * sde.alpha(end), sde.sigma(end))
+    se = 1 / math.sqrt(n)
+    assert ((run.x.std(0) / std - 1).abs() < 4 * se / 2**0.5 + 1.5 * 0.02).all()
+    assert ((run.x.mean(0) - sde.alpha(end) * model.mean()).abs() < 4 * se * std + 0.01).all()
+
+
+def test_each_sample_by_itself() -> None:
+    def go(n: int, offset: int) -> Any:
+        return adaptive_sde(MIX, (n, 2), seed=Noise(3, offset=offset), dtype=F64)
+
+    whole = go(64, 0)
+    assert len(set(whole.nfe.tolist())) > 3, "steps differ between samples"
+    for n, offset in ((1, 63), (7, 7)):
+        part = go(n, offset)
+        assert torch.allclose(part.x, whole.x[offset : offset + n], rtol=0, atol=1e-10)
+        assert torch.equal(part.nfe, whole.nfe[offset : offset + n])
+
+
+def test_counts_are_what_was_asked() -> None:
+    asked: list[int] = []
+
+    class Noted(ss.denoisers.AbstractDenoiser):
+        sde = MIX.sde
+
+        def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
+            asked.append(len(x))
+            assert len(cond["label"]) == len(x)
+            return MIX.x0(x, t)
+
+    run = adaptive_sde(Noted(), (16, 2), seed=0, label=torch.arange(16))
+    assert run.calls == len(asked) and int(run.nfe.sum()) == sum(asked)
+    assert torch.equal(run.nfe, 2 + run.accepted + run.rejected)
+    assert asked[-2] < 16, "samples that are done leave"
+    before = torch.get_rng_state()
+    again = adaptive_sde(MIX, (16, 2), seed=0)
+    assert torch.equal(again.x, run.x) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="both 0"):
+        adaptive_sde(MIX, (2, 2), rtol=0.0, atol=0.0)
+    with pytest.raises(ValueError, match="neither α nor σ vanishes"):
+        adaptive_sde(MIX, (2, 2), t_end=0.0)
+    with pytest.raises(RuntimeError, match="have not arrived after 5 attempts"):
+        adaptive_sde(MIX, (2, 2), seed=0, most=5)

@@ -1,0 +1,396 @@
+"""Log-densities against exact ones: on every process, with every trace, alone and in company."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from instances import SDES
+from torch import Tensor, distributed, nn
+
+import scoresde as ss
+from scoresde.likelihood.flow import alone
+from scoresde.likelihood.trace import AUTODIFF, Divergence, jacobian_products
+
+F64 = torch.float64
+TIGHT: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return ss.Noise(seed).normal(shape, 0, dtype=F64)
+
+
+def mixture(D: int, sde: ss.SDE, std: float = 0.3, K: int = 6) -> ss.GaussianMixture:
+    return ss.GaussianMixture(sde, normal(K, D), weights=[1.0 + k for k in range(K)], std=std)
+
+
+def own_error(mix: ss.GaussianMixture, found: ss.LogProb, x: Tensor) -> Tensor:
+    """What is wrong beside the prior, whose error at T is known here."""
+    return found.value + mix.log_prob(found.latent, mix.sde.T) - found.prior - mix.log_prob(x)
+
+
+FLOW2, FLOW32 = mixture(2, ss.Flow()), mixture(32, ss.Flow())
+X2, X32 = FLOW2.sample(16, seed=1), FLOW32.sample(12, seed=1)
+
+
+# The value.
+
+
+@pytest.mark.parametrize("D", [2, 32])
+@pytest.mark.parametrize("std", [0.3, 0.1])
+def test_exact_traces_give_mixtures_to_a_ten_thousandth_of_a_nat(D: int, std: float) -> None:
+    mix = mixture(D, ss.Flow(), std)  # whose prior is exact: α(T) = 0
+    x = torch.cat([mix.sample(3, seed=1), mix.sample(2, seed=3) + 0.05 * normal(2, D, seed=5)])
+    found = ss.log_prob(mix, x, **TIGHT)
+    assert (found.value - mix.log_prob(x)).abs().max() < 1e-4
+    assert bool((found.standard_error == 0).all())
+
+
+@pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "Cosine", "EDM", "Trig", "Discrete", "Shifted", "two functions"])
+def test_every_process_gives_the_same_density_once_the_prior_is_set_right(name: str) -> None:
+    mix = FLOW2.under(SDES[name])
+    found = ss.log_prob(mix, X2[:3], rtol=1e-6, atol=1e-6)
+    bound = 1e-4 if name != "two functions" else 2e-3  # whose σ(t_min) is large: the leg below is of fourth order in it
+    assert own_error(mix, found, X2[:3]).abs().max() < bound, name
+
+
+def test_the_same_denoiser_on_other_processes_gives_the_same_density() -> None:
+    home = ss.log_prob(FLOW2, X2[:4], rtol=1e-6, atol=1e-6).value
+    for sde in (ss.VP(), ss.VE(), ss.EDM(), ss.Trig()):
+        model = ss.denoisers.Rescheduled(FLOW2, sde)
+        found = ss.log_prob(model, X2[:4], rtol=1e-6, atol=1e-6)
+        shift = FLOW2.under(sde).log_prob(found.latent, sde.T) - found.prior
+        assert (found.value + shift - home).abs().max() < 2e-5, sde
+
+
+def test_densities_integrate_to_one() -> None:
+    mix = ss.GaussianMixture(ss.Flow(), [[-1.0], [0.5]], weights=[1, 2], std=[0.2, 0.4])
+    grid = torch.linspace(-4, 4, 321, dtype=F64)[:, None]
+    value = ss.log_prob(mix, grid, rtol=1e-6, atol=1e-6).value
+    assert abs(float(torch.trapezoid(value.exp(), grid[:, 0])) - 1) < 1e-4
+
+
+def test_a_gaussian_at_rest_costs_next_to_nothing_and_is_exact() -> None:
+    cov = torch.diag(torch.tensor([0.5, 2.0, 1.0], dtype=F64)) + 0.2
+    for gauss in (
+        ss.GaussianMixture(ss.VP(), normal(1, 3), cov=cov[None]),
+        ss.GaussianMixture(ss.VP(), normal(1, 3), factor=normal(1, 3, 1), std=0.4),
+        ss.GaussianMixture(ss.VP(), normal(1, 3), std=normal(1, 3, seed=4).abs() + 0.1),
+    ):
+        x = gauss.sample(5, seed=0)
+        found = ss.log_prob(gauss, x, reference=gauss, steps=1)
+        assert (found.value - gauss.log_prob(x)).abs().max() < 1e-9
+        assert int(found.nfe.max()) == 12
+
+
+def test_a_reference_sets_the_prior_right() -> None:
+    mix = mixture(8, ss.EDM())
+    x = mix.sample(6, seed=1)
+    fit = ss.GaussianMixture(mix.sde, mix.mean()[None], cov=mix.covariance()[None])
+    gap = []
+    for reference in (None, fit):
+        found = ss.log_prob(mix, x, reference=reference, rtol=1e-6, atol=1e-6)
+        assert own_error(mix, found, x).abs().max() < 2e-4
+        gap.append(float((found.prior - mix.log_prob(found.latent, mix.sde.T)).abs().max()))
+    assert gap[1] < gap[0] / 100
+
+
+def test_the_end_at_t_min_is_corrected_or_left() -> None:
+    mix, t = mixture(2, ss.VP(), std=0.2), 0.01
+    truncated = mix.log_prob(X2, t) - mix.log_prob(X2)
+    found = ss.log_prob(mix, X2, t_min=t, **TIGHT)
+    error = own_error(mix, found, X2).abs().max()
+    assert error < truncated.abs().max() / 20, "it matters, and the last leg takes it out"
+    assert found.truncation.abs().max() > error
+    finer = own_error(mix, ss.log_prob(mix, X2, t_min=t / 4, **TIGHT), X2).abs().max()
+    assert finer < error / 8, "the faster the earlier"
+    noised = mix.sample(6, t, seed=3)
+    left = ss.log_prob(mix, noised, t_min=t, to_zero=False, **TIGHT)
+    exact = mix.log_prob(noised, t) - mix.log_prob(left.latent, 1.0) + left.prior
+    assert (left.value - exact).abs().max() < 1e-5 and bool((left.truncation == 0).all())
+
+
+def test_a_scale_adds_its_log_determinant() -> None:
+    x = 5 + 3 * X2
+    scale = ss.data.Standardize(torch.full((2,), 5.0, dtype=F64), torch.full((2,), 3.0, dtype=F64))
+    plain, scaled = ss.log_prob(FLOW2, X2, steps=8), ss.log_prob(FLOW2, x, scale=scale, steps=8)
+    assert torch.allclose(scaled.value, plain.value - 2 * math.log(3), rtol=0, atol=1e-9)
+    drawn, density = ss.likelihood.sample_with_log_prob(FLOW2, (4, 2), scale=scale, seed=0, steps=8, dtype=F64)
+    assert torch.allclose(density.value, ss.log_prob(FLOW2, drawn, scale=scale, **TIGHT).value, rtol=0, atol=5e-3)
+
+
+def test_samples_come_with_the_density_that_is_found_for_them() -> None:
+    for D, model in ((2, FLOW2), (32, FLOW32)):
+        x, found = ss.likelihood.sample_with_log_prob(model, (3, D), seed=3, dtype=F64, **TIGHT)
+        assert (found.value - model.log_prob(x)).abs().max() < 1e-4
+        assert torch.equal(found.latent, ss.Noise(3).fork(0).normal((3, D), 0, dtype=F64)), "the start of ss.sample"
+        again, _ = ss.likelihood.sample_with_log_prob(model, found.latent, divergence="hutchinson", n_probes=1, **TIGHT)
+        assert torch.allclose(again, x, atol=1e-9)
+
+
+def test_any_shape_any_dtype_and_no_rows() -> None:
+    image = ss.GaussianMixture(ss.VP(), normal(2, 2, 3, 2), std=0.5)
+    x = image.sample(3, seed=0)
+    flat = ss.GaussianMixture(ss.VP(), normal(2, 2, 3, 2).flatten(1), std=0.5)
+    found = ss.log_prob(image, x, steps=2)
+    assert found.latent.shape == x.shape
+    assert torch.allclose(found.value, ss.log_prob(flat, x.flatten(1), steps=2).value, atol=1e-10)
+    for chunk in (1, 5):
+        assert torch.allclose(ss.log_prob(image, x, steps=2, chunk=chunk).value, found.value, atol=1e-10)
+    single = ss.log_prob(image, x.float(), steps=2)
+    assert single.value.dtype == torch.float32 and (single.value - found.value).abs().max() < 1e-3
+    assert ss.log_prob(image, x[:0]).value.shape == (0,)
+    drawn, density = ss.likelihood.sample_with_log_prob(FLOW2, (5, 2), seed=0)  # α(T) = 0, in float32
+    assert drawn.dtype == torch.float32 and (density.value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
+    assert (ss.log_prob(FLOW2, drawn).value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
+
+
+# The trace.
+
+
+@pytest.mark.parametrize("autodiff", AUTODIFF)
+def test_products_and_traces_are_those_of_the_jacobian(autodiff: str) -> None:
+    A = normal(6, 6, seed=5)
+    f = lambda x: torch.sin(x @ A.T)  # noqa: E731
+    x = normal(3, 6, seed=6)
+    J = torch.stack([torch.func.jacrev(f)(row) for row in x])
+    v = normal(4, 3, 6, seed=7)
+    out = jacobian_products(f, x, autodiff=autodiff)(v)
+    matrix = J if autodiff == "forward" else J.mT
+    assert torch.allclose(out, torch.einsum("bij,kbj->kbi", matrix, v))
+    trace = torch.einsum("bii->b", J)
+    exact = Divergence.make("exact", 1, "orthogonal", ss.Noise(0), x, autodiff, 2)
+    assert torch.allclose(exact(f, x)[0], trace)
+    many = Divergence.make("hutchinson", 6, "orthogonal", ss.Noise(0), x, autodiff, 0)
+    assert torch.allclose(many(f, x).mean(0), trace), "all of a basis is the trace"
+    assert many.standard_error(many(f, x)).abs().max() == 0
+
+
+@pytest.mark.parametrize("how", ["rademacher", "gaussian", "orthogonal", "hutch++"])
+def test_estimates_are_unbiased_and_know_their_error(how: str) -> None:
+    M = normal(12, 12, seed=8)
+    f = lambda x: x @ M  # noqa: E731
+    x = torch.zeros(4000, 12, dtype=F64)
+    method, kind = ("hutch++", "orthogonal") if how == "hutch++" else ("hutchinson", how)
+    div = Divergence.make(method, 6, kind, ss.Noise(1), x, "reverse", 0)
+    estimates = div(f, x)
+    mean, scatter = estimates.mean(0), estimates.mean(0).std()
+    assert abs(float(mean.mean() - M.trace())) < 4 * scatter / 4000**0.5
+    claimed = div.standard_error(estimates).square().mean().sqrt()
+    assert abs(float(claimed / scatter) - 1) < 0.1
+    assert div.products(x) == 6
+
+
+def test_hutch_finds_a_trace_of_low_rank() -> None:
+    U = normal(20, 2, seed=9)
+    f = lambda x: x @ (U @ U.T)  # noqa: E731
+    x = normal(5, 20)
+    div = Divergence.make("hutch++", 9, "orthogonal", ss.Noise(1), x, "reverse", 0)
+    assert torch.allclose(div(f, x), (U @ U.T).trace())
+
+
+@pytest.mark.parametrize("how", [{}, {"probe": "rademacher"}, {"divergence": "hutch++", "n_probes": 12}])
+def test_probes_are_right_within_their_error(how: dict[str, Any]) -> None:
+    options = {"divergence": "hutchinson", "n_probes": 16, "seed": 4, "steps": 6, **how}
+    found = ss.log_prob(FLOW32, X32, **options)
+    error = found.value - ss.log_prob(FLOW32, X32, steps=6).value
+    assert abs(float(error.sum())) < 3 * float(found.standard_error.square().sum().sqrt())
+    if "divergence" in how:
+        return  # with four directions left, each sample's own error is no more than a guess
+    z = error / found.standard_error
+    assert (z.abs() < 3).double().mean() > 0.9 and z.square().mean() < 2.5, "few probes have the tails of Student's t"
+    assert torch.equal(found.value, ss.log_prob(FLOW32, X32, **options).value), "the same seed, the same number"
+
+
+def test_errors_fall_as_the_root_of_independent_probes_and_faster_for_orthogonal_ones() -> None:
+    x = FLOW32.sample(64, seed=2)
+    exact = ss.log_prob(FLOW32, x, steps=3).value
+    rms: dict[tuple[str, int], float] = {}
+    for kind in ("rademacher", "orthogonal"):
+        for n in (4, 16):
+            found = ss.log_prob(FLOW32, x, divergence="hutchinson", probe=kind, n_probes=n, seed=0, steps=3)
+            rms[kind, n] = float((found.value - exact).square().mean().sqrt())
+    assert 1.6 < rms["rademacher", 4] / rms["rademacher", 16] < 2.5
+    expected = 2 * math.sqrt((1 - 4 / 32) / (1 - 16 / 32))
+    assert 0.8 * expected < rms["orthogonal", 4] / rms["orthogonal", 16] < 1.25 * expected
+    alone_probe = ss.log_prob(FLOW32, X32[:2], divergence="hutchinson", n_probes=1, seed=0, steps=2)
+    assert bool(alone_probe.standard_error.isnan().all()), "one probe cannot tell"
+
+
+def test_probes_belong_to_samples() -> None:
+    options: dict[str, Any] = {"divergence": "hutchinson", "n_probes": 3, "rtol": 1e-4, "atol": 1e-4}
+    whole = ss.log_prob(FLOW32, X32[:5], seed=7, **options).value
+    parts = [ss.log_prob(FLOW32, X32[2:5], seed=ss.Noise(7, offset=2), **options).value]
+    assert torch.allclose(torch.cat(parts), whole[2:], rtol=0, atol=1e-9)
+
+
+# The steps.
+
+
+def test_a_hard_sample_changes_no_other_and_costs_them_nothing() -> None:
+    easy, hard = X2[:8], torch.tensor([[3.0, -2.5]], dtype=F64)
+    mix = mixture(2, ss.Flow(), std=0.05)
+    together = ss.log_prob(mix, torch.cat([easy, hard]))
+    apart = [ss.log_prob(mix, x) for x in (easy, hard)]
+    for name in ("value", "nfe", "products"):
+        rows = torch.cat([getattr(found, name) for found in apart])
+        assert torch.allclose(getattr(together, name).double(), rows.double(), rtol=0, atol=1e-8), name
+    assert len(set(together.nfe.tolist())) > 1, "each took its own steps"
+
+
+class Counting(ss.denoisers.AbstractDenoiser):
+    """Counts rows that were evaluated, a product with the Jacobian not being one."""
+
+    def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
+        super().__init__()
+        self.model, self.sde, self.rows = model, model.sde, 0
+
+    def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
+        self.rows += len(x)
+        return self.model.x0(x, t)
+
+
+def test_the_cost_is_counted() -> None:
+    for options in ({"rtol": 1e-4, "atol": 1e-4}, {"steps": 3}, {"steps": 3, "to_zero": False}):
+        model = Counting(FLOW2)
+        found = ss.log_prob(model, X2, **options)
+        assert int(found.nfe.sum()) == model.rows
+        assert bool((found.products == 2 * (found.products // 2)).all())
+
+
+def test_tolerances_and_steps_are_kept_to() -> None:
+    errors = [
+        float(own_error(FLOW32, ss.log_prob(FLOW32, X32, rtol=tol, atol=tol), X32).abs().max())
+        for tol in (1e-3, 1e-5, 1e-7)
+    ]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    steps = [float((ss.log_prob(FLOW2, X2, steps=n).value - FLOW2.log_prob(X2)).abs().max()) for n in (6, 12, 24)]
+    assert steps[0] > 8 * steps[1] > 64 * steps[2], "of order four or better"
+
+
+def test_a_solve_that_cannot_go_on_says_where() -> None:
+    with pytest.raises(
+        ss.SolverError, match=r"have not finished after `max_nfe` = 30 evaluations.*Sample 0 was at t ="
+    ):
+        ss.log_prob(FLOW2, X2, max_nfe=30)
+    broken = ss.Denoiser(lambda x, t: x / (t[:, None] < 0.5).to(x), ss.Flow(), predicts="x0")
+    with pytest.raises(ss.SolverError, match=r"the flow is not finite.*Sample \d+ was at t = 0\..*not finite"):
+        ss.log_prob(broken, X2)
+
+
+# Derivatives.
+
+
+@pytest.mark.parametrize(
+    ("autodiff", "options"), [*((how, {"steps": 2}) for how in AUTODIFF), ("reverse", {"rtol": 1e-7, "atol": 1e-7})]
+)
+def test_the_density_is_differentiable_in_data_and_parameters(autodiff: str, options: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)).to(F64)
+    for i, p in enumerate(net.parameters()):
+        p.data = 0.3 * normal(*p.shape, seed=i)
+    model = ss.Denoiser(lambda x, t: FLOW2.x0(x, t) + 0.1 * t[:, None] * net(x), ss.Flow(), predicts="x0")
+    x = X2[:2].clone().requires_grad_()
+    weight = next(net.parameters())
+    how: dict[str, Any] = {"autodiff": autodiff, "grad": "full", **options}
+    value = ss.log_prob(model, x, **how).value
+    assert not ss.log_prob(model, x, steps=1).value.requires_grad
+    by_x, by_weight = torch.autograd.grad(value.sum(), [x, weight])
+    h = 1e-5 if "steps" in options else 1e-3  # steps that are chosen change with the data, within the tolerance
+    for tensor, slope in ((x, by_x), (weight, by_weight)):
+        with torch.no_grad():
+            for index in ((0, 0), (1, 1)):
+                old, ends = float(tensor[index]), []
+                for side in (h, -h):
+                    tensor[index] = old + side
+                    ends.append(float(ss.log_prob(model, x, autodiff=autodiff, **options).value.sum()))
+                tensor[index] = old
+                assert abs((ends[0] - ends[1]) / (2 * h) - float(slope[index])) < (1e-6 if "steps" in options else 1e-3)
+
+
+# Several ranks.
+
+
+class Net(nn.Module):
+    """Has a buffer, which a wrapped forward pass waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2, dtype=F64))
+        self.register_buffer("scale", torch.ones(1, dtype=F64))
+        self.mix = ss.GaussianMixture(ss.Flow(), [[-1.0, 0.0], [1.0, 0.5]], std=0.1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = self.mix.x0(x, t.double()) * self.w * self.scale
+        return out
+
+
+def on_rank(rank: int, store: str) -> None:
+    wait = timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
+    try:
+        model = ss.Denoiser(nn.parallel.DistributedDataParallel(Net()), ss.Flow(), predicts="x0")
+        x = torch.full((1, 2), 0.1 if rank else 3.0, dtype=F64)
+        found = ss.log_prob(model, x)
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+        distributed.all_gather(counts, found.nfe)
+        assert counts[0] != counts[1], "they took different numbers of steps"
+        model.x0(x, 0.5)  # the wrapper is still there, and the ranks are still in step
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_ranks_with_different_numbers_of_steps_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    store, here = str(tmp_path / "store"), str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {here!r}); import test_likelihood as t; t.on_rank(1, {store!r})"
+    other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        on_rank(0, store)
+        assert other.wait(timeout=60) == 0, other.communicate()[1]
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_model_that_is_not_wrapped_is_left_as_it_is() -> None:
+    model = ss.Denoiser(nn.Linear(2, 2), ss.VP(), predicts="eps")
+    assert alone(model) is model
+
+
+# The door.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "exakt"}, "did you mean 'exact'"),
+        ({"divergence": "hutch++", "n_probes": 2}, "`n_probes` must be at least 3"),
+        ({"divergence": "hutch++", "n_probes": 9}, "no less than an exact trace"),
+        ({"probe": "sign", "divergence": "hutchinson"}, "`probe` must be one of"),
+        ({"steps": 0}, "`steps` must be at least 1"),
+        ({"rtol": 0.0}, "`rtol` must be"),
+        ({"grad": "on"}, "`grad` must be one of"),
+        ({"t_min": 1.0}, "`t_min` must be"),
+        ({"reference": FLOW2}, "`reference` must be one Gaussian"),
+        ({"reference": ss.GaussianMixture(ss.Flow(), [[0.0, 0.0]], std=0.0)}, "positive definite"),
+        ({"reference": ss.GaussianMixture(ss.Flow(), [[0.0]], std=1.0)}, "events of shape"),
+    ],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        ss.log_prob(FLOW2, X2, **options)
+
+
+def test_rows_of_conditions_follow_their_samples() -> None:
+    def net(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return FLOW2.x0(x - (1 - t.to(x))[:, None] * shift, t.to(x)) + shift
+
+    model = ss.Denoiser(net, ss.Flow(), predicts="x0")
+    shift = normal(16, 2, seed=11)
+    found = ss.log_prob(model, X2 + shift, shift=shift, rtol=1e-6, atol=1e-6)
+    assert (found.value - FLOW2.log_prob(X2)).abs().max() < 1e-3, "time is told in float32"

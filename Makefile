@@ -56,9 +56,11 @@ test: $(READY)  ## run the tests; make test ARGS='-k noise' runs some of them
 	@echo "test: pytest, $(WORKERS) workers with one thread each"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -ra --durations 5 $(ARGS)
 
+# Old releases use what newer ones of others deprecate; whoever installs both sees that as a warning too.
 test-oldest: $(OLDEST_READY)  ## run the tests on the oldest releases that pyproject.toml allows; OLDEST_TORCH=... if pip has not that one
 	@echo "test-oldest: pytest, $(WORKERS) workers with one thread each"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -ra $(ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) --maxprocesses 8 -ra \
+		-W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning $(ARGS)
 
 demo: $(READY)  ## run the demonstration; make demo DEMO=experiments/... runs another script
 	@echo "demo: $(DEMO)"

@@ -318,8 +318,8 @@ class Free(ss.denoisers.AbstractDenoiser):
     """A denoiser that costs nothing."""
 
     def __init__(self, sde: ss.SDE, net: Net) -> None:
-        super().__init__()
-        self.sde, self.net = sde, net
+        super().__init__(sde)
+        self.net = net
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         return self.net(x, t)

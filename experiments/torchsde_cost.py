@@ -53,8 +53,8 @@ class Free(ss.denoisers.AbstractDenoiser):
     """A denoiser that costs nothing."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.sde, self.d = VP, torch.zeros(shape)
+        super().__init__(VP)
+        self.d = torch.zeros(shape)
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         return self.d

@@ -93,6 +93,13 @@ def _options(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self")
 
 
+def shape(name: str, value: Any) -> tuple[int, ...]:
+    """Return a shape (B, *event) as a tuple of integers."""
+    if not isinstance(value, Iterable) or isinstance(value, str) or not len(out := tuple(value)):
+        raise ValueError(f"`{name}` must be a state or a shape (B, *event), got {value!r}.")
+    return tuple(integer("shape", n) for n in out)
+
+
 def state(name: str, x: Any) -> Tensor:
     """Check a state (B, *event) of float32 or float64 and return it."""
     if not isinstance(x, Tensor):

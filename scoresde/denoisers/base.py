@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from scoresde import _checks as check
 from scoresde.denoisers.predictions import Want, as_form, conversion, form_of
@@ -17,43 +19,147 @@ from scoresde.processes.sde import SDE
 _MEMO = 4096  # largest number of entries in the cache of a denoiser
 
 
-class AbstractDenoiser(nn.Module):
-    """Base class of denoisers: a subclass sets ``sde`` and defines :meth:`x0`.
+Condition = Any  # a tensor (B, ...), a tree of tensors, or any value that the network accepts
 
-    All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by keyword. They
-    return a tensor of the shape of `x`.
+
+@dataclass(frozen=True)
+class Shared:
+    """A condition without a batch axis: the network receives `value` as it is, whatever the batch.
+
+    Arguments:
+        value: Any value, such as a table of text embeddings that all samples share.
     """
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The network, or exact model, at the end of a chain of denoisers.
+
+    Arguments:
+        predicts: Prediction of the network; ``"x0"`` for exact models and for denoisers of one's own.
+        sde: Process that the network was trained on.
+        exact: Whether the denoiser is computed in closed form.
+    """
+
+    predicts: str
+    sde: SDE
+    exact: bool = False
+
+
+class Counter:
+    """Count of network evaluations.
+
+    Arguments:
+        calls: Number of forward passes.
+        states: Number of states that went through the network: the sum of the batch sizes of all calls.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.states = 0
+
+    def add(self, states: int) -> None:
+        """Count one forward pass on a batch of `states`."""
+        self.calls += 1
+        self.states += states
+
+
+class AbstractDenoiser(nn.Module):
+    """Base class of all denoisers; a subclass calls ``super().__init__(sde)`` and writes :meth:`x0`.
+
+    All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by name. They
+    return a tensor of the shape of `x`.
+
+    Arguments:
+        sde: Process of the states.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> class Shrink(ss.denoisers.AbstractDenoiser):
+        ...     def x0(self, x, t, **cond):
+        ...         return x / (1 + self.sde.sigma(t) ** 2)
+        >>> ss.sample(Shrink(ss.EDM()), (4, 2), steps=5, seed=0).shape
+        torch.Size([4, 2])
+    """
+
+    per_sample: ClassVar[tuple[str, ...]] = ()
+    """Names of attributes that hold one entry for each sample; :meth:`rows` selects them."""
 
     sde: SDE
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def __init__(self, sde: SDE) -> None:
+        super().__init__()
+        self.sde = check_sde(sde)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         """Data prediction, E[x_0 | x_t = x]."""
         raise NotImplementedError(f"{type(self).__name__} must define `x0(x, t, **cond)`.")
 
-    def forward(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    @property
+    def kind(self) -> Kind:
+        """The network, or exact model, that this denoiser ends in."""
+        return Kind("x0", self.sde)
+
+    def given(self, *, shared: Mapping[str, Any] | None = None, **cond: Condition) -> Given:
+        """Fix conditions of the network.
+
+        Arguments:
+            shared: Conditions without a batch axis, by name; they reach the network as they are.
+            **cond: Conditions by name: tensors with one row for each sample, or with one row for all samples.
+
+        Returns:
+            A denoiser that samplers, likelihoods and fits use without further arguments.
+
+        Example:
+            >>> import torch, scoresde as ss
+            >>> net = lambda x, t, label: label[:, None] * x
+            >>> model = ss.Denoiser(net, ss.VP(), predicts="x0").given(label=torch.tensor([0.0, 1.0, 2.0]))
+            >>> model.x0(torch.ones(3, 2), 0.5)[:, 0]
+            tensor([0., 1., 2.])
+            >>> model.rows(torch.tensor([2])).x0(torch.ones(1, 2), 0.5)
+            tensor([[2., 2.]])
+        """
+        return Given(self, **cond, **{name: Shared(value) for name, value in (shared or {}).items()})
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        """Data prediction and the network's variance output, for networks that learn a variance."""
+        raise ValueError(f"{type(self).__name__} predicts no variance; make the denoiser with `learned_variance`=True.")
+
+    def forward(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         """Data prediction, the same as :meth:`x0`."""
         return self.x0(x, t, **cond)
 
-    def eps(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def eps(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Noise prediction, :math:`\varepsilon = (x - \alpha x_0)/\sigma`."""
-        return self._predict("eps", x, t, cond)
+        return self.predict("eps", x, t, **cond)
 
-    def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def score(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Score, :math:`\nabla_x\log p_t(x) = (\alpha x_0 - x)/\sigma^2`."""
-        return self._predict("score", x, t, cond)
+        return self.predict("score", x, t, **cond)
 
-    def v(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def v(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""v-prediction, :math:`v = \alpha\varepsilon - \sigma x_0`."""
-        return self._predict("v", x, t, cond)
+        return self.predict("v", x, t, **cond)
 
-    def velocity(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def velocity(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Velocity of the probability-flow ODE, :math:`dx/dt = \dot\alpha x_0 + \dot\sigma\varepsilon`."""
-        return self._predict("velocity", x, t, cond)
+        return self.predict("velocity", x, t, **cond)
 
-    def _predict(self, want: Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+    def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        """Any prediction.
+
+        Arguments:
+            want: Name of the prediction, or a function of (sde, t, α, σ) that returns its linear form.
+            x: State, (B, *event).
+            t: Time: a number, () or (B,).
+            **cond: Conditions of the network.
+        """
         return self.convert("x0", self.x0(x, t, **cond), want, x, t)
 
     def convert(self, kind: str, out: Tensor, want: Want, x: Tensor, t: float | Tensor, s: float = 1.0) -> Tensor:
+        """Convert the prediction `out` of one kind into another; `s` is the data's deviation in EDM's F."""
         if want == kind:
             return out
         if not isinstance(t, Tensor):
@@ -99,6 +205,36 @@ class AbstractDenoiser(nn.Module):
             memo[key] = compute()
         return memo[key]
 
+    def rows(self, index: Tensor) -> AbstractDenoiser:
+        """This denoiser for some samples of the batch; every attribute in `per_sample` is selected.
+
+        Arguments:
+            index: Numbers of the samples, an integer tensor (b,); a number may occur more than once.
+        """
+        own = {name: select(getattr(self, name), index) for name in self.per_sample}
+        return self._twin(lambda inner: inner.rows(index), own)
+
+    def counted(self, counter: Counter) -> AbstractDenoiser:
+        """This denoiser with `counter` counting every evaluation of the network at its end.
+
+        Arguments:
+            counter: The counter.
+        """
+        twin = self._twin(lambda inner: inner.counted(counter), {})
+        return _Counted(self, counter) if twin is self else twin
+
+    def _twin(self, change: Callable[[AbstractDenoiser], AbstractDenoiser], own: dict[str, Any]) -> AbstractDenoiser:
+        """A shallow copy with changed inner denoisers and attributes; the denoiser itself if nothing changes."""
+        modules = {name: _changed(module, change) for name, module in self._modules.items()}
+        same = all(modules[name] is module for name, module in self._modules.items())
+        if same and all(own[name] is getattr(self, name) for name in own):
+            return self
+        twin = copy.copy(self)
+        twin._modules = modules
+        for name, value in own.items():
+            setattr(twin, name, value)
+        return twin
+
 
 def undefined_prediction(t: float | Tensor, alpha: Any, sigma: Any) -> ValueError:
     return ValueError(
@@ -113,21 +249,29 @@ def check_sde(sde: Any) -> SDE:
     return sde
 
 
-def check_denoiser_type(denoiser: Any) -> None:
-    if not isinstance(denoiser, AbstractDenoiser):
-        raise TypeError(
-            f"`denoiser` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(denoiser).__name__}."
-        )
-
-
-def check_conditions(cond: dict[str, Any], rows: int) -> None:
+def check_conditions(cond: Mapping[str, Condition], rows: int) -> None:
+    """Raise an error if a condition has neither one row nor `rows` rows; :class:`Shared` ones pass."""
     for name, tree in cond.items():
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] not in (1, rows):
                 raise ValueError(
                     f"condition `{name}` has {leaf.shape[0]} rows and the state has {rows}; give one row for each "
-                    f"sample, or one row in all."
+                    f"sample, one row for all, or `shared` for a condition without a batch axis, as in "
+                    f"model.given(shared={{{name!r}: ...}})."
                 )
+
+
+def expand_conditions(cond: Mapping[str, Condition], rows: int) -> dict[str, Condition]:
+    """Conditions as a network receives them: single rows expanded to `rows` rows, :class:`Shared` ones unpacked."""
+
+    def expand(leaf: Condition) -> Condition:
+        if isinstance(leaf, Shared):
+            return leaf.value
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 1 and rows > 1:
+            return leaf.expand(rows, *leaf.shape[1:])
+        return leaf
+
+    return {name: tree_map(expand, tree) for name, tree in cond.items()}
 
 
 def check_model(model: Any, name: str = "model") -> AbstractDenoiser:
@@ -146,26 +290,126 @@ def same_process(model: AbstractDenoiser, other: AbstractDenoiser, name: str) ->
         )
 
 
+def _changed(module: nn.Module | None, change: Callable[[AbstractDenoiser], AbstractDenoiser]) -> nn.Module | None:
+    """A child with its denoisers changed, inside lists and dictionaries of modules too."""
+    if isinstance(module, AbstractDenoiser):
+        return change(module)
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        parts = {name: _changed(part, change) for name, part in module._modules.items()}
+        if any(parts[name] is not part for name, part in module._modules.items()):
+            module = copy.copy(module)
+            module._modules = parts
+    return module
+
+
+def select(value: Any, index: Tensor) -> Any:
+    """The entries of some samples in a value that belongs to a batch.
+
+    Arguments:
+        value: A tensor (B, ...), a tree of tensors, an object with a method ``rows(index)``, or a function of time that
+            returns one of these. Tensors with one row, and values without a batch axis, stay as they are.
+        index: Numbers of the samples, an integer tensor (b,).
+    """
+    if isinstance(value, Tensor):
+        return value[index.to(value.device, non_blocking=True)] if value.ndim and len(value) > 1 else value
+    if hasattr(value, "rows"):
+        return value.rows(index)
+    if callable(value):
+        return _OfSamples(value, index)
+    leaves, spec = tree_flatten(value)
+    chosen = [select(leaf, index) if isinstance(leaf, Tensor) or hasattr(leaf, "rows") else leaf for leaf in leaves]
+    return value if all(a is b for a, b in zip(leaves, chosen, strict=True)) else tree_unflatten(chosen, spec)
+
+
+class _OfSamples:
+    """A function of time for some samples of the batch that it was written for."""
+
+    def __init__(self, function: Callable[[Any], Any], index: Tensor) -> None:
+        self.function, self.index = function, index
+
+    def __call__(self, t: Any) -> Any:
+        value = self.function(t)
+        elementwise = isinstance(t, Tensor) and t.ndim and isinstance(value, Tensor) and value.shape == t.shape
+        return value if elementwise else select(value, self.index)
+
+
 class Wrapped(AbstractDenoiser):
-    """Base class of a denoiser that changes the prediction of another one."""
+    """A denoiser made from one other denoiser; the base of guidance and of posterior denoisers.
+
+    Arguments:
+        model: The inner denoiser.
+    """
 
     def __init__(self, model: AbstractDenoiser) -> None:
-        super().__init__()
-        self.model = check_model(model)
-        self.sde = model.sde
+        super().__init__(check_model(model).sde)
+        self.model = model
+
+    @property
+    def kind(self) -> Kind:
+        return self.model.kind
 
 
 class Given(Wrapped):
-    """A denoiser with some of its conditions fixed.
+    """A denoiser with fixed conditions; made by :meth:`AbstractDenoiser.given`.
 
     Arguments:
-        model: Denoiser.
-        **cond: Fixed conditions; a condition given at the call takes precedence.
+        model: The inner denoiser.
+        **cond: Conditions by name; a condition that is given at a call replaces the fixed one.
     """
 
-    def __init__(self, model: AbstractDenoiser, **cond: Any) -> None:
+    per_sample = ("cond",)
+
+    def __init__(self, model: AbstractDenoiser, **cond: Condition) -> None:
         super().__init__(model)
         self.cond = cond
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.model.x0(x, t, **{**self.cond, **cond})
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        return self.model.x0_and_variance(x, t, **{**self.cond, **cond})
+
+    def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        return self.model.predict(want, x, t, **{**self.cond, **cond})
+
+
+class _Counted(Wrapped):
+    """The end of a chain of denoisers, with a counter of its evaluations."""
+
+    def __init__(self, model: AbstractDenoiser, counter: Counter) -> None:
+        super().__init__(model)
+        self.counter = counter
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.model, name)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.x0(x, t, **cond)
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        self.counter.add(len(x))
+        return self.model.x0_and_variance(x, t, **cond)
+
+    def eps(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.eps(x, t, **cond)
+
+    def score(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.score(x, t, **cond)
+
+    def v(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.v(x, t, **cond)
+
+    def velocity(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.velocity(x, t, **cond)
+
+    def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        self.counter.add(len(x))
+        return self.model.predict(want, x, t, **cond)

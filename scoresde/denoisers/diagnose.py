@@ -230,7 +230,7 @@ def _linear_error(x: Tensor, eps: Tensor) -> float:
 def _to_eps(model: Denoiser, kind: str, t: float) -> tuple[float, float]:
     """Coefficients of the state and of an output of type `kind` that give the noise."""
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
-    source, target = (form_of(k, model.sde, t, alpha, sigma, model.sigma_data_or_one) for k in (kind, "eps"))
+    source, target = (form_of(k, model.sde, t, alpha, sigma, model.data_scale) for k in (kind, "eps"))
     return conversion(source, target, alpha, sigma)
 
 

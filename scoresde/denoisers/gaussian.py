@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type, check_sde
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
 from scoresde.noise.keyed import Noise
 from scoresde.processes.sde import SDE
 
@@ -64,8 +64,7 @@ class Gaussian(AbstractDenoiser):
         axes: Tensor | Sequence[Tensor] | None = None,
         rest: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.sde = check_sde(sde)
+        super().__init__(sde)
         m, c = (torch.as_tensor(v, dtype=torch.float64).detach().clone() for v in (mean, spectrum))
         self.event = tuple(m.shape)
         self.rest = check.number("rest", rest, least=0)
@@ -156,7 +155,11 @@ class Gaussian(AbstractDenoiser):
         others = self._mean.numel() - len(c)
         return torch.cat([c, c.new_full((others,), self.rest)]).sort(descending=True).values
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    @property
+    def kind(self) -> Kind:
+        return Kind("x0", self.sde, exact=True)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Posterior mean, :math:`m + \alpha C(\alpha^2 C + \sigma^2)^{-1}(x - \alpha m)`."""
         alpha, sigma = self._scales(t, x)
         return self._affine(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
@@ -202,7 +205,7 @@ class Gaussian(AbstractDenoiser):
         n: int = 64,
         seed: int = 0,
         most: float = math.inf,
-        **cond: Any,
+        **cond: Condition,
     ) -> tuple[Tensor, Tensor]:
         r"""First-order error in the data that a start at t instead of T causes.
 
@@ -223,7 +226,7 @@ class Gaussian(AbstractDenoiser):
             Times, from noise to data, and the root-mean-square error per number at each.
         """
         check.conditions(cond, Gaussian.skip_errors)
-        check_denoiser_type(model)
+        check_model(model)
         check.integer("points", points, least=2)
         sde = self.sde
         first = sde.lam(sde.T) if sde.alpha(sde.T) > 0 else sde.lam(sde.T * (1 - 1e-3))

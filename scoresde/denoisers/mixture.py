@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_sde, undefined_prediction
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_sde, undefined_prediction
 from scoresde.denoisers.predictions import Want, as_form
 from scoresde.noise.keyed import Noise
 from scoresde.processes.sde import SDE
@@ -119,8 +119,7 @@ class GaussianMixture(_Exact):
         cov: Tensor | Sequence[Any] | None = None,
         factor: Tensor | Sequence[Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.sde = check_sde(sde)
+        super().__init__(sde)
         mu = _float64("means", means)
         if mu.ndim < 2 or mu.numel() == 0:
             raise ValueError(f"`means` must have shape (K, *event), got {tuple(mu.shape)}; for scalar data use (K, 1).")
@@ -213,10 +212,10 @@ class GaussianMixture(_Exact):
         x = alpha * x + sigma * noise.normal((n, D), 3, **like)
         return x.reshape(n, *self.event).to(dtype)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        return self._predict("x0", x, t, cond)
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        return self.predict("x0", x, t, **cond)
 
-    def score(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def score(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Score, :math:`\nabla_x\log p_t(x)`, also at t = 0 if the data has a density."""
         return self._blend(x, t, 0.0, -1.0)
 
@@ -297,7 +296,11 @@ class GaussianMixture(_Exact):
             logs.append(self._weights[part, None] - 0.5 * (energy + D * math.log(2 * math.pi)))
         return torch.cat(logs).mT, coordinates
 
-    def _predict(self, want: Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+    @property
+    def kind(self) -> Kind:
+        return Kind("x0", self.sde, exact=True)
+
+    def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         s: Any = check.time(t, self.sde.T).to(self._points) if isinstance(t, Tensor) else t
         alpha, sigma = self.sde.alpha(s), self.sde.sigma(s)
         try:
@@ -364,8 +367,7 @@ class Empirical(_Exact):
     _parts = "points"
 
     def __init__(self, sde: SDE, data: Tensor | Sequence[Any]) -> None:
-        super().__init__()
-        self.sde = check_sde(sde)
+        super().__init__(sde)
         points = _float64("data", data)
         if points.ndim < 2 or points.numel() == 0:
             raise ValueError(f"`data` must have shape (N, *event) with N > 0, got {tuple(points.shape)}.")
@@ -417,7 +419,7 @@ class Empirical(_Exact):
         x = self.sde.alpha(t) * x + self.sde.sigma(t) * z
         return x.reshape(n, *self.event).to(dtype)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r = self.responsibilities(check.state("x", x).to(self._points.dtype), t)
         return (r @ self._points).reshape(x.shape).to(x.dtype)
 

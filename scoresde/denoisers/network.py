@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_conditions, check_sde
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
@@ -97,10 +97,9 @@ class Denoiser(AbstractDenoiser):
         learned_variance: bool = False,
         check_finite: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(sde)
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
-        check_sde(sde)
         check.choice("predicts", predicts, PREDICTIONS)
         if not (precondition is None or isinstance(precondition, Preconditioning)):
             raise TypeError(
@@ -124,7 +123,6 @@ class Denoiser(AbstractDenoiser):
                     f"T = {sde.T:g}: the default, log(σ/α) / 4, is infinite there; use for example time='t'."
                 )
         self.net = net
-        self.sde = sde
         self.predicts = predicts
         self.precondition = precondition
         self.time = time
@@ -135,23 +133,28 @@ class Denoiser(AbstractDenoiser):
     def extra_repr(self) -> str:
         return f"sde={self.sde}, predicts={self.predicts!r}, precondition={self.precondition}, time={self.time!r}"
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        return self._predict("x0", x, t, cond)
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.predicts, self.sde)
 
-    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        return self.predict("x0", x, t, **cond)
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
         """Data prediction and the network's raw variance output, both of the shape of `x`, from one evaluation."""
         if not self.learned_variance:
             raise ValueError("`x0_and_variance` needs a denoiser with `learned_variance`=True, got False.")
         out, variance = self.output(x, t, **cond)
         assert variance is not None
-        return self.convert(self.predicts, out, "x0", x, t, self.sigma_data_or_one), variance
+        return self.convert(self.predicts, out, "x0", x, t, self.data_scale), variance
 
-    def output(self, x: Tensor, t: float | Tensor, **cond: Any) -> tuple[Tensor, Tensor | None]:
+    def output(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor | None]:
         """Output of the network in the dtype of `x`, and its variance part or None."""
         check.state("x", x)
         if self.learned_variance and x.ndim == 1:
             raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
         check_conditions(cond, len(x))
+        cond = expand_conditions(cond, len(x))
         net_x = x
         if self.precondition is not None:
             c_in = self.precondition.c_in(self.sde.alpha(t), self.sde.sigma(t))
@@ -190,17 +193,17 @@ class Denoiser(AbstractDenoiser):
         """
         check.match("eps", eps, "x0", check.state("x0", x0))
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        form = form_of(self.predicts, self.sde, t, alpha, sigma, self.sigma_data_or_one)
+        form = form_of(self.predicts, self.sde, t, alpha, sigma, self.data_scale)
         a, b, scale = (check.expand(c, x0) for c in (form.a, form.b, form.scale))
         return (a * x0 + b * eps) / scale
 
     @property
-    def sigma_data_or_one(self) -> float:
+    def data_scale(self) -> float:
         return 1.0 if self.precondition is None else self.precondition.sigma_data
 
-    def _predict(self, want: Want, x: Tensor, t: float | Tensor, cond: dict[str, Any]) -> Tensor:
+    def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         out, _ = self.output(x, t, **cond)
-        return self.convert(self.predicts, out, want, x, t, self.sigma_data_or_one)
+        return self.convert(self.predicts, out, want, x, t, self.data_scale)
 
     def _net_time(self, x: Tensor, t: float | Tensor) -> Tensor:
         if not isinstance(t, Tensor):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type, check_sde
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
 from scoresde.denoisers.predictions import Form, form_of
 from scoresde.processes.sde import SDE
 
@@ -33,10 +33,10 @@ class Reverse:
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        check_denoiser_type(self.denoiser)
+        check_model(self.denoiser, "denoiser")
         check.number("eta", self.eta, least=0)
 
-    def drift(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def drift(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         """Drift, the bracket above, (B, *event); one evaluation of the network."""
 
         def bracket(sde: SDE, t: Any, alpha: Any, sigma: Any) -> Form:
@@ -45,7 +45,7 @@ class Reverse:
                 return velocity
             return Form(velocity.a, velocity.b + self.eta**2 * sde.g2(t) / (2 * sigma))
 
-        return self.denoiser._predict(bracket, x, t, cond)
+        return self.denoiser.predict(bracket, x, t, **cond)
 
     def diffusion(self, t: float | Tensor) -> float | Tensor:
         """Diffusion coefficient η g(t); for η = 0 it is 0 even where g is infinite."""
@@ -71,12 +71,14 @@ class Rescheduled(AbstractDenoiser):
     """
 
     def __init__(self, denoiser: AbstractDenoiser, sde: SDE) -> None:
-        super().__init__()
-        check_denoiser_type(denoiser)
-        self.denoiser = denoiser
-        self.sde = check_sde(sde)
+        super().__init__(sde)
+        self.denoiser = check_model(denoiser, "denoiser")
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    @property
+    def kind(self) -> Kind:
+        return self.denoiser.kind
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         old = self.denoiser.sde
         s = check.time(t, self.sde.T)
         lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type
+from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
@@ -124,7 +124,7 @@ def fit(
         (4, True)
     """
     check.conditions(cond, fit)
-    check_denoiser_type(model)
+    check_model(model)
     check.choice("grad", grad, ("full", "checkpoint"))
     check.integer("steps", steps, least=1)
     check.number("robust", robust, above=0)

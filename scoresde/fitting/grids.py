@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.analysis.moments import Numbers, as_directions, flow_gain, flow_gaps, solve_directions
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type
+from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.fitting.table import Levels
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import karras, quadratic_vp, uniform_lam
@@ -183,7 +183,7 @@ def align_your_steps(
         | Align Your Steps (Sabour et al., 2024), arXiv:2404.14507
     """
     check.conditions(cond, align_your_steps)
-    check_denoiser_type(model)
+    check_model(model)
     check.integer("steps", steps, least=2)
     sde, noise = model.sde, Noise(seed).fork(_STREAM)
     check.state("data", data)
@@ -215,7 +215,7 @@ def _pilot(
     model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int, cond: dict[str, Any]
 ) -> tuple[Tensor, Callable[[int, int], float]]:
     """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
-    check_denoiser_type(model)
+    check_model(model)
     sde = model.sde
     times = uniform_lam(sde, check.integer("fine", fine, least=2))
     if isinstance(shape_or_x, Tensor):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type
+from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.fitting.table import Table
 from scoresde.grids.spacings import quadratic_vp
@@ -47,7 +47,7 @@ def stretch(
         seed: Seed of the directions.
         **cond: Conditions of the network.
     """
-    check_denoiser_type(model)
+    check_model(model)
     if plan.stochastic:
         raise ValueError("`plan` must be deterministic, but it draws noise; use a deterministic solver such as DDIM.")
     delta = Noise(seed).fork(_STREAM + 2).like(check.state("x", x), 0)

@@ -196,7 +196,7 @@ class ReverseSDE(nn.Module):
             return self._last[3]
         t, of_x0, of_eps, _ = self._at(float(s))
         form = Form(of_x0, of_eps)
-        drift = self.model._predict(lambda *_: form, y.reshape(self.shape), t, self.cond).reshape(y.shape)
+        drift = self.model.predict(lambda *_: form, y.reshape(self.shape), t, **self.cond).reshape(y.shape)
         self._last = float(s), y, grad, drift
         return drift
 

@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_denoiser_type
+from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian
-from scoresde.denoisers.start import _ROWS, draw_start
+from scoresde.denoisers.start import draw_start
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 from scoresde.plan.matrices import unroll
 from scoresde.plan.table import Plan
 
@@ -90,7 +91,7 @@ def solve(
         >>> run.sweeps < plan.nfe / 2, bool((run.x - ss.sample(model, (8, 1), plan, seed=0)).abs().max() < 5e-3)
         (True, True)
     """
-    check_denoiser_type(model)
+    check_model(model)
     check.conditions(cond, solve)
     if not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a Plan, got {type(plan).__name__}; make one with solver.plan(sde, grid).")
@@ -131,7 +132,7 @@ def _affine(plan: Plan, a: Tensor, c: Tensor, one: Tensor, x: Tensor, noise: Noi
     out = torch.einsum("r,...->r...", a.to(x), x)
     out = out + one.to(x).reshape(-1, *[1] * x.ndim)
     if plan.stochastic:
-        rows = noise.fork(_ROWS)
+        rows = noise.fork(Stream.STEPS)
         source = PathNoise(rows, plan.spans) if rows.path else rows
         for k in range(c.shape[1]):
             out = out + torch.einsum("r,...->r...", c[:, k].to(x), source.like(x, k))

@@ -15,10 +15,11 @@ from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.network import Denoiser
-from scoresde.denoisers.start import _ROWS, draw_start
+from scoresde.denoisers.start import draw_start
 from scoresde.grids.spacings import quadratic_vp
 from scoresde.integrators.adaptive import Adaptive, AdaptiveSolution, flow
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 from scoresde.plan.run import Hook, Step, run
 from scoresde.plan.table import Plan
 from scoresde.sampling.transitions import Transition
@@ -189,7 +190,7 @@ def solve(
 
     with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
         begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
-        draws = noise.fork(_ROWS) if plan.stochastic else None
+        draws = noise.fork(Stream.STEPS) if plan.stochastic else None
         made: tuple[Transition, ...] = ()
         if transitions:
             made = tuple(row_transitions(plan, model, draw_start(*begin), draws, **cond))

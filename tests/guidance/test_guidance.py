@@ -28,8 +28,8 @@ class Labelled(ss.denoisers.AbstractDenoiser):
     """A mixture whose components have labels: under a label it is the components of that label."""
 
     def __init__(self, sde: ss.SDE) -> None:
-        super().__init__()
-        self.sde, self.calls = sde, list[int]()
+        super().__init__(sde)
+        self.calls = list[int]()
 
         def part(*labels: int) -> ss.GaussianMixture:
             rows = [k for k, label in enumerate(LABELS) if label in labels]

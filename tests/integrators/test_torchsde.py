@@ -24,8 +24,8 @@ class Counted(ss.denoisers.AbstractDenoiser):
     """The denoiser of N(0, I), cheap and linear, that counts its calls and notes where it was called."""
 
     def __init__(self, sde: ss.SDE) -> None:
-        super().__init__()
-        self.sde, self.times, self.shapes = sde, list[float](), set[tuple[int, ...]]()
+        super().__init__(sde)
+        self.times, self.shapes = list[float](), set[tuple[int, ...]]()
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         self.times.append(float(t))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde.denoisers.base import Given
-from scoresde.denoisers.start import _ROWS
+from scoresde.noise.streams import Stream
 from scoresde.grids.zigzags import renoised, repaint
 from scoresde.guidance.classifier import ClassifierGuidance
 from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale
@@ -194,7 +194,7 @@ def test_a_network_under_a_posterior_keeps_a_graph_only_if_asked() -> None:
 
 def draws(seed: int, x: Tensor) -> Any:
     """The normals that a plan reads."""
-    return lambda k: ss.Noise(seed).fork(_ROWS).like(x, k)
+    return lambda k: ss.Noise(seed).fork(Stream.STEPS).like(x, k)
 
 
 def test_dps_is_the_published_algorithm() -> None:

@@ -248,8 +248,8 @@ class Counting(ss.denoisers.AbstractDenoiser):
     """Counts rows that were evaluated, a product with the Jacobian not being one."""
 
     def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
-        super().__init__()
-        self.model, self.sde, self.rows = model, model.sde, 0
+        super().__init__(model.sde)
+        self.model, self.evaluated = model, 0
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         self.rows += len(x)

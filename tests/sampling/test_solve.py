@@ -39,7 +39,7 @@ class Recorder(ss.denoisers.AbstractDenoiser):
     """A denoiser that remembers when it was asked, of what and with which conditions."""
 
     def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
-        super().__init__()
+        super().__init__(model.sde)
         self.model, self.sde = model, model.sde
         self.times: list[Any] = []
         self.states: list[Tensor] = []
@@ -56,7 +56,7 @@ class Net(nn.Module):
     """A small network that takes a condition."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(model.sde)
         self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 2)
         for i, p in enumerate(self.parameters()):
             p.data = 0.5 * ss.Noise(i).normal(tuple(p.shape), 0)

@@ -324,8 +324,7 @@ class Gaussian(ss.denoisers.AbstractDenoiser):
     event = (5,)
 
     def __init__(self, sde: ss.SDE) -> None:
-        super().__init__()
-        self.sde = sde
+        super().__init__(sde)
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
@@ -345,8 +344,7 @@ class Pairs(ss.denoisers.AbstractDenoiser):
     event = (5,)
 
     def __init__(self, sde: ss.SDE) -> None:
-        super().__init__()
-        self.sde = sde
+        super().__init__(sde)
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)

@@ -584,8 +584,7 @@ class One(ss.denoisers.AbstractDenoiser):
     event = (2,)
 
     def __init__(self, sde: ss.SDE) -> None:
-        super().__init__()
-        self.sde = sde
+        super().__init__(sde)
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)

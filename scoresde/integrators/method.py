@@ -1,0 +1,186 @@
+"""What all ways of solving share: a problem, what to watch, and one `Solution`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser, Counter
+from scoresde.denoisers.start import Start
+from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
+from scoresde.plan.run import Hook, Step
+from scoresde.plan.table import Plan
+
+GRADS = ("off", "full", "checkpoint", "adjoint", "reversible")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What to observe in a run, and what to change on the way.
+
+    Arguments:
+        callback: Function of a :class:`~scoresde.plan.run.Step`, called at every node of the grid.
+        hook: Function ``(node, t, x) -> x``, called at every node before the network is evaluated there; its result
+            replaces the state.
+        save_at: Times whose states to keep in ``Solution.trajectory``, or ``"all"``.
+        save_device: Device of the kept states.
+        progress: Whether to show a progress bar in an interactive terminal; ``"always"`` shows it everywhere.
+        transitions: Whether to keep mean, standard deviation and log-density of every step in
+            ``Solution.transitions``, see :func:`scoresde.sampling.transitions`.
+    """
+
+    callback: Callable[[Step], None] | None = None
+    hook: Hook | None = None
+    save_at: str | Sequence[float] = ()
+    save_device: torch.device | str = "cpu"
+    progress: bool | str = False
+    transitions: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.save_at, str):
+            check.choice("save_at", self.save_at, ("all",))
+        if not isinstance(self.progress, bool):
+            check.choice("progress", self.progress, ("always",))
+
+
+def as_watch(watch: Watch | Callable[[Step], None] | bool | None) -> Watch:
+    """A :class:`Watch` from what users give: True for a progress bar, or a function to call at every node."""
+    if watch is None or isinstance(watch, bool):
+        return Watch(progress=bool(watch))
+    if isinstance(watch, Watch):
+        return watch
+    if not callable(watch):
+        raise TypeError(f"`watch` must be a Watch, a function of a Step or True for a bar, got {type(watch).__name__}.")
+    return Watch(callback=watch)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Cost of each sample, tensors (B,) on the CPU.
+
+    Arguments:
+        steps: Number of accepted steps.
+        rejected: Number of rejected steps.
+        nfe: Number of evaluations of the denoiser.
+        finished: Whether the sample reached the end within its budget.
+    """
+
+    steps: Tensor
+    rejected: Tensor
+    nfe: Tensor
+    finished: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Result of a run, whatever the method.
+
+    Arguments:
+        x: Final states, (B, *event).
+        nfe: Number of function evaluations: states that went through the network, divided by the batch size and rounded
+            up. Every forward pass counts: both of guidance, those of correctors and of rejected steps.
+        calls: Number of forward passes of the network, one after another.
+        times: Times of the grid; for methods with error control, the two ends.
+        trajectory: Kept states by time, see :class:`Watch`.
+        seed: Seed of the run's noise.
+        plan: Table that was run, if the method is a plan.
+        stats: Cost of each sample, if each has steps of its own.
+        path: Function of time that interpolates the solution, if the method was asked for dense output.
+        transitions: Gaussian transition of every step, see :class:`Watch`.
+        companion: Second state of a reversible method, needed to run it back.
+        log_prob: Log-densities of the samples, if the method computes them.
+    """
+
+    x: Tensor
+    nfe: int
+    calls: int
+    times: list[Any] = field(repr=False)
+    trajectory: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    seed: int | tuple[int, ...] | None = None
+    plan: Plan | None = field(default=None, repr=False)
+    stats: Stats | None = field(default=None, repr=False)
+    path: Any = field(default=None, repr=False)
+    transitions: tuple[Any, ...] = field(default=(), repr=False)
+    companion: Tensor | None = field(default=None, repr=False)
+    log_prob: Any = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method has to solve; made by :func:`scoresde.sampling.solve`.
+
+    Arguments:
+        model: Denoiser, whose evaluations are counted.
+        shape_or_x: Shape of the samples, or their initial states.
+        t_start: First time, None for the method's default.
+        t_end: Last time; where σ = 0 there, the result is the denoised state.
+        noise: Noise of the run.
+        start: Distribution of the initial state.
+        watch: What to observe.
+        grad: Gradient mode.
+        plan: Table to run, for methods that run a plan.
+        times: Grid, for methods that step on a given grid.
+        counter: Counter of network evaluations.
+    """
+
+    model: AbstractDenoiser
+    shape_or_x: Sequence[int] | Tensor
+    t_start: float | None = None
+    t_end: float = 0.0
+    noise: Noise = field(default_factory=Noise)
+    start: Start = field(default_factory=Start)
+    watch: Watch = field(default_factory=Watch)
+    grad: str = "off"
+    plan: Plan | None = None
+    times: Tensor | None = None
+    counter: Counter = field(default_factory=Counter)
+
+    @property
+    def steps(self) -> Noise:
+        """Noise of the steps, a stream of its own."""
+        return self.noise.fork(Stream.STEPS)
+
+    def draw(self, t: float | Tensor) -> Tensor:
+        """The initial state at time `t`."""
+        return self.start.draw(self.model, self.shape_or_x, t, self.noise)
+
+    def denoise(self, x: Tensor, t: Any) -> Tensor:
+        """Data prediction under the problem's gradient mode."""
+        if self.grad == "checkpoint":
+            out: Tensor = checkpoint(lambda y: self.model.x0(y, t), x, use_reentrant=False)
+            return out
+        return self.model.x0(x, t)
+
+    def solution(self, x: Tensor, times: list[Any], **fields: Any) -> Solution:
+        """A :class:`Solution` with its counts and seed; warns if `x` is not finite."""
+        check.warn_unless_finite(x)
+        nfe = -(-self.counter.states // max(1, len(x)))
+        return Solution(x, nfe, self.counter.calls, times, seed=self.noise.seed, **fields)
+
+
+class Method:
+    """A way of solving. A subclass is a frozen dataclass that writes :meth:`run`."""
+
+    grads: ClassVar[tuple[str, ...]] = ("off", "full")
+    """Gradient modes that the method supports."""
+
+    watches: ClassVar[tuple[str, ...]] = ()
+    """Fields of :class:`Watch` that the method supports."""
+
+    grid: ClassVar[str] = ""
+    """What the method wants of the grid options of ``solve``: ``"plan"``, ``"times"``, or nothing."""
+
+    def run(self, problem: Problem) -> Solution:
+        """Solve a problem.
+
+        Arguments:
+            problem: Model, initial state, interval and noise.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `run(problem)`, which returns a Solution.")

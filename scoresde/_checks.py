@@ -31,30 +31,30 @@ def number(
     *,
     above: float = -math.inf,
     below: float = math.inf,
-    least: float = -math.inf,
-    most: float = math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
 ) -> float:
-    """Return `value` as a finite float inside (above, below) and [least, most]."""
+    """Return `value` as a finite float inside (above, below) and [at_least, at_most]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
     out = float(value)
-    bounds = {"above": above, "below": below, "at least": least, "at most": most}
-    if not (math.isfinite(out) and above < out < below and least <= out <= most):
+    bounds = {"above": above, "below": below, "at least": at_least, "at most": at_most}
+    if not (math.isfinite(out) and above < out < below and at_least <= out <= at_most):
         allowed = " and ".join(f"{word} {b:g}" for word, b in bounds.items() if math.isfinite(b))
         raise ValueError(f"`{name}` must be {('finite and ' + allowed) if allowed else 'finite'}, got {value}.")
     return out
 
 
-def integer(name: str, value: Any, *, least: int = 0) -> int:
-    """Return `value` as an int of at least `least`; reject floats and booleans."""
+def integer(name: str, value: Any, *, at_least: int = 0) -> int:
+    """Return `value` as an int of at least `at_least`; reject floats and booleans."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
     if isinstance(value, Tensor) and (value.ndim or value.is_floating_point() or value.dtype == torch.bool):
         kind = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
         raise TypeError(f"`{name}` must be an integer, got a {kind}; pass a single int.")
     out = int(value.__index__())
-    if out < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {out}.")
+    if out < at_least:
+        raise ValueError(f"`{name}` must be at least {at_least}, got {out}.")
     return out
 
 

@@ -119,7 +119,7 @@ def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float
     """
     if len(check.state("data", data)) < 2 or data.numel() == 0:
         raise ValueError(f"`data` must have shape (N, *event) with N >= 2, got {tuple(data.shape)}.")
-    check.integer("most", most, least=2)
+    check.integer("most", most, at_least=2)
     rows = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:most]
     x = _finite(data)[rows].reshape(len(rows), -1)
     x = x - x.mean(0)  # cdist may use scalar products, which cancel far from the origin
@@ -163,7 +163,7 @@ def bin_width(levels: int, interval: tuple[float, float]) -> float:
     low, high = (check.number("interval", edge) for edge in interval)
     if high <= low:
         raise ValueError(f"`interval` must be (low, high) with low < high, got {interval}.")
-    return (high - low) / check.integer("levels", levels, least=2)
+    return (high - low) / check.integer("levels", levels, at_least=2)
 
 
 def dequantize(

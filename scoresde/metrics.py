@@ -80,7 +80,7 @@ def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> 
         | Sliced and Radon Wasserstein Barycenters of Measures (Bonneel et al., 2015), doi:10.1007/s10851-014-0506-3
     """
     x, y = _pair(x, y)
-    check.integer("n_projections", n_projections, least=1)
+    check.integer("n_projections", n_projections, at_least=1)
     theta = _stream(seed, _DIRECTIONS).normal((n_projections, x.shape[1]), draw=0, dtype=x.dtype).to(x.device)
     theta = theta / theta.norm(dim=1, keepdim=True)
     total = 0.0
@@ -176,10 +176,10 @@ def c2st(
         | Revisiting Classifier Two-Sample Tests (Lopez-Paz and Oquab, 2017), arXiv:1610.06545
     """
     for name, value in (("hidden", hidden), ("steps", steps), ("batch", batch)):
-        check.integer(name, value, least=1)
-    check.integer("folds", folds, least=2)
+        check.integer(name, value, at_least=1)
+    check.integer("folds", folds, at_least=2)
     check.number("lr", lr, above=0)
-    check.number("weight_decay", weight_decay, least=0)
+    check.number("weight_decay", weight_decay, at_least=0)
     noise = _stream(seed, _CLASSIFIER)
     with torch.inference_mode(False), torch.enable_grad():
         x, y = _pair(x, y)
@@ -341,7 +341,7 @@ def compare(
         True
     """
     flat = _pair(x, y)
-    check.integer("n_permutations", n_permutations, least=1)
+    check.integer("n_permutations", n_permutations, at_least=1)
     n, total = len(x), len(x) + len(y)
     keys = _stream(seed, _ORDERS).uniform((n_permutations, total), draw=0, dtype=torch.float64)
     order = torch.cat([torch.arange(total)[None], keys.argsort(dim=1, stable=True)])

@@ -42,7 +42,7 @@ def plot_stability(plans: Sequence[Plan], sde: SDE, variance: float = 1.0, ax: A
         variance: Variance of the data in the direction of the plot.
         ax: Axes to draw into, by default new ones.
     """
-    check.number("variance", variance, least=0)
+    check.number("variance", variance, at_least=0)
     ax = _axes(ax)
     for plan in plans:
         t = [float(row.t) for row in plan.rows if row.evaluates]

@@ -63,7 +63,7 @@ def work_precision(
         **window: Options ``t_start``, ``t_end`` and ``t_min`` of the grids.
     """
     sde = model.sde
-    check.integer("n", n, least=1)
+    check.integer("n", n, at_least=1)
     start = window.get("t_start") or sde.T
     if x is None:
         x = sde.prior(start).sample((n, *getattr(model, "event", (1,))), Noise(seed), dtype=torch.float64)

@@ -67,7 +67,7 @@ class Gaussian(AbstractDenoiser):
         super().__init__(sde)
         m, c = (torch.as_tensor(v, dtype=torch.float64).detach().clone() for v in (mean, spectrum))
         self.event = tuple(m.shape)
-        self.rest = check.number("rest", rest, least=0)
+        self.rest = check.number("rest", rest, at_least=0)
         if m.ndim == 0:
             raise ValueError("`mean` must have the shape of an event, got a number; for scalar events use shape (1,).")
         matrices = [axes] if isinstance(axes, Tensor) else list(axes or ())
@@ -227,7 +227,7 @@ class Gaussian(AbstractDenoiser):
         """
         check.conditions(cond, Gaussian.skip_errors)
         check_model(model)
-        check.integer("points", points, least=2)
+        check.integer("points", points, at_least=2)
         sde = self.sde
         first = sde.lam(sde.T) if sde.alpha(sde.T) > 0 else sde.lam(sde.T * (1 - 1e-3))
         lam = torch.linspace(first, sde.lam(sde.t_min), points, dtype=torch.float64)

@@ -34,7 +34,7 @@ class Reverse:
 
     def __post_init__(self) -> None:
         check_model(self.denoiser, "denoiser")
-        check.number("eta", self.eta, least=0)
+        check.number("eta", self.eta, at_least=0)
 
     def drift(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         """Drift, the bracket above, (B, *event); one evaluation of the network."""

@@ -126,9 +126,9 @@ def fit(
     check.conditions(cond, fit)
     check_model(model)
     check.choice("grad", grad, ("full", "checkpoint"))
-    check.integer("steps", steps, least=1)
+    check.integer("steps", steps, at_least=1)
     check.number("robust", robust, above=0)
-    check.number("forks", forks, least=0, most=1)
+    check.number("forks", forks, at_least=0, at_most=1)
     sde = model.sde
     if gaussian is not None:
         check_gaussian("gaussian", gaussian, sde)
@@ -142,7 +142,7 @@ def fit(
             )
         again = (draw_starts(shape_or_x, table, model, gaussian, seed, dtype, device, k) for k in range(1, CANDIDATES))
         x = forked(table, model, [x, *again], forks, gaussian is not None, cond)
-    n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, least=1)
+    n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, at_least=1)
     if not 0 < n < len(x):
         raise ValueError(f"`held_out` must be in 1 … {len(x) - 1} for {len(x)} trajectories, got {n}; use more.")
     source = noise if isinstance(noise, Noise) else Noise(seed).fork(_STREAM + 1) if noise is None else Noise(noise)

@@ -63,7 +63,7 @@ def gaussian_grid(
         >>> len(grid), float(grid[-1])
         (7, 0.0)
     """
-    check.integer("steps", steps, least=2)
+    check.integer("steps", steps, at_least=2)
     c, w = as_directions(spectrum, weights)
     rule = default_solver(steps) if solver is None else solver
     makers = (quadratic_vp, karras, uniform_lam)
@@ -147,7 +147,7 @@ def equal_error(
     integral of √a over λ. The last step goes from ``sde.t_min`` to 0. The arguments are those of :func:`gits`.
     """
     check.conditions(cond, equal_error)
-    check.integer("steps", steps, least=2)
+    check.integer("steps", steps, at_least=2)
     times, error = _pilot(model, shape_or_x, fine, seed, cond)
     density = torch.tensor([error(i, i + 1) for i in range(len(times) - 2)], dtype=torch.float64).sqrt()
     share = torch.cat([density.new_zeros(1), density.cumsum(0)])
@@ -184,10 +184,10 @@ def align_your_steps(
     """
     check.conditions(cond, align_your_steps)
     check_model(model)
-    check.integer("steps", steps, least=2)
+    check.integer("steps", steps, at_least=2)
     sde, noise = model.sde, Noise(seed).fork(_STREAM)
     check.state("data", data)
-    times = uniform_lam(sde, check.integer("fine", fine, least=steps))
+    times = uniform_lam(sde, check.integer("fine", fine, at_least=steps))
     lam = sde.lam(times[:-1])
     lam = torch.where(lam.isfinite(), lam, lam[1] - (lam[2] - lam[1]))
     rho = (-lam).exp()
@@ -217,7 +217,7 @@ def _pilot(
     """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
     check_model(model)
     sde = model.sde
-    times = uniform_lam(sde, check.integer("fine", fine, least=2))
+    times = uniform_lam(sde, check.integer("fine", fine, at_least=2))
     if isinstance(shape_or_x, Tensor):
         x = check.state("x", shape_or_x)
     else:

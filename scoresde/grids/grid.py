@@ -63,9 +63,9 @@ def make_grid(
     """Make a grid of `steps` steps; rule(first, last, u) maps u in [0, 1] to times from first to last."""
     if not isinstance(sde, SDE):
         raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
-    N = check.integer("steps", steps, least=1)
-    start = sde.T if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-    end = check.number("t_end", t_end, least=0, below=start)
+    N = check.integer("steps", steps, at_least=1)
+    start = sde.T if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
+    end = check.number("t_end", t_end, at_least=0, below=start)
     if reaches_zero or sde.sigma(end) > 0:
         if t_min is not None and t_min != end:
             raise ValueError(f"`t_min` = {t_min:g} is used only if `t_end` is 0, got `t_end` = {end:g}; drop it.")
@@ -122,7 +122,7 @@ def window(
         t_end: New last time, default that of the grid; a smaller one adds a step.
     """
     grid = check_grid(sde, times)
-    start = float(grid[0]) if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-    end = check.number("t_end", float(grid[-1]) if t_end is None else t_end, least=0, below=start)
+    start = float(grid[0]) if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
+    end = check.number("t_end", float(grid[-1]) if t_end is None else t_end, at_least=0, below=start)
     inner = grid[(grid < start) & (grid > end)]
     return check_grid(sde, torch.cat([grid.new_tensor([start]), inner, grid.new_tensor([end])]))

@@ -264,7 +264,7 @@ def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
     if not isinstance(sde, Discrete):
         raise TypeError(f"`sde` must be a Discrete process, because only these have indices, got {type(sde).__name__}.")
     check.choice("spacing", spacing, ("linspace", "leading", "trailing"))
-    n, N = check.integer("steps", steps, least=1), sde.N
+    n, N = check.integer("steps", steps, at_least=1), sde.N
     if n > N:
         raise ValueError(
             f"`steps` must be at most the {N} indices of the process, got {n}; `uniform_t` accepts any number."

@@ -31,7 +31,7 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Te
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eq. 16
     """
     grid = check_grid(sde, times)
-    eta = check.number("eta", eta, least=0)
+    eta = check.number("eta", eta, at_least=0)
     lam = sde.lam(grid)
     left = 1 + eta**2 * torch.expm1(2 * (lam[:-1] - lam[1:]))
     down = lam[1:] - 0.5 * left.clamp_min(0).log()
@@ -63,7 +63,7 @@ def churn(
           algorithm 2
     """
     grid = check_grid(sde, times)
-    gamma = min(check.number("s_churn", s_churn, least=0) / (len(grid) - 1), math.sqrt(2) - 1)
+    gamma = min(check.number("s_churn", s_churn, at_least=0) / (len(grid) - 1), math.sqrt(2) - 1)
     lam = sde.lam(grid)
     up = times_of_lam(sde, lam - math.log1p(gamma))
     out = [grid[:1]]
@@ -89,7 +89,7 @@ def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, 
     grid = check_grid(sde, times)
     check.integer("repeats", repeats)
     a, b = (
-        int((grid - check.number(name, t, least=0, most=sde.T)).abs().argmin())
+        int((grid - check.number(name, t, at_least=0, at_most=sde.T)).abs().argmin())
         for name, t in (("high", high), ("low", low))
     )
     if a >= b:
@@ -113,7 +113,7 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
         zeta: Fraction ζ in [0, 1); 0 returns `times`.
     """
     grid = check_grid(sde, times)
-    zeta = check.number("zeta", zeta, least=0, below=1)
+    zeta = check.number("zeta", zeta, at_least=0, below=1)
     if zeta == 0:
         return grid
     lam = sde.lam(grid) - 0.5 * math.log1p(-zeta)
@@ -143,8 +143,8 @@ def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample:
         | RePaint: Inpainting Using Denoising Diffusion Probabilistic Models (Lugmayr et al., 2022), arXiv:2201.09865
     """
     grid = check_grid(sde, times)
-    check.integer("jump", jump, least=1)
-    check.integer("resample", resample, least=1)
+    check.integer("jump", jump, at_least=1)
+    check.integer("resample", resample, at_least=1)
     out = [grid[:1]]
     last = len(grid) - 1
     for i in range(0, last, jump):

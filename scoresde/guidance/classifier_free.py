@@ -180,7 +180,7 @@ def _check_interval(interval: Any) -> tuple[float, float] | None:
         return None
     if not isinstance(interval, Sequence) or len(interval) != 2:
         raise ValueError(f"`interval` must be two times, (low, high), got {interval!r}.")
-    low = check.number("interval[0]", interval[0], least=0)
+    low = check.number("interval[0]", interval[0], at_least=0)
     return low, check.number("interval[1]", interval[1], above=low)
 
 

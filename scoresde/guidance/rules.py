@@ -52,7 +52,7 @@ class Rescale:
     of: str = "x0"
 
     def __post_init__(self) -> None:
-        check.number("phi", self.phi, least=0, most=1)
+        check.number("phi", self.phi, at_least=0, at_most=1)
         check.choice("of", self.of, PREDICTIONS)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
@@ -162,7 +162,7 @@ class ZeroStar:
 
     def __post_init__(self) -> None:
         if self.zero_above is not None:
-            check.number("zero_above", self.zero_above, least=0)
+            check.number("zero_above", self.zero_above, at_least=0)
 
     def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
         v_s, v_w = (model.convert("x0", d, "velocity", x, t) for d in (strong, weak))

@@ -49,7 +49,7 @@ class DynamicThreshold(Wrapped):
 
     def __init__(self, model: AbstractDenoiser, quantile: float = 0.995, limit: float = 1.0) -> None:
         super().__init__(model)
-        self.quantile = check.number("quantile", quantile, above=0, most=1)
+        self.quantile = check.number("quantile", quantile, above=0, at_most=1)
         self.limit = check.number("limit", limit, above=0)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:

@@ -102,15 +102,15 @@ class Adaptive:
     def __post_init__(self) -> None:
         if not isinstance(self.pair, Pair):
             raise TypeError(f"`pair` must be a pair such as pairs.Adams() or pairs.DPM23(), got {self.pair!r:.80}.")
-        check.number("rtol", self.rtol, least=0)
-        check.number("atol", self.atol, least=0)
+        check.number("rtol", self.rtol, at_least=0)
+        check.number("atol", self.atol, at_least=0)
         if self.rtol + self.atol == 0:
             raise ValueError("`rtol` and `atol` must not both be 0: no step has no error.")
-        check.integer("max_nfe", self.max_nfe, least=1)
+        check.integer("max_nfe", self.max_nfe, at_least=1)
         check.choice("on_limit", self.on_limit, ("raise", "return"))
         if len(self.pid) != 3:
             raise ValueError(f"`pid` must be three gains (P, I, D), got {self.pid}.")
-        check.number("safety", self.safety, above=0, most=1)
+        check.number("safety", self.safety, above=0, at_most=1)
         if self.first_step is not None:
             check.number("first_step", self.first_step, above=0)
 
@@ -616,7 +616,7 @@ def flow(
     check.state("x", x)
     sde, pair = model.sde, rule.pair
     frame = Frame(sde, pair.prediction, pair.in_lam)
-    start, end = (check.number(name, v, least=0, most=sde.T) for name, v in (("s", s), ("t", t)))
+    start, end = (check.number(name, v, at_least=0, at_most=sde.T) for name, v in (("s", s), ("t", t)))
     if sde.sigma(start) == 0:
         raise ValueError(
             f"`s` = {s:g} has no noise to see; start at a positive time such as `sde.t_min` = {sde.t_min:g}."

@@ -112,13 +112,13 @@ def adaptive_sde(
         **cond: Conditions, one row for each sample or the same for all, handed to the network.
     """
     check.conditions(cond, adaptive_sde)
-    eta = check.number("eta", eta, least=0)
+    eta = check.number("eta", eta, at_least=0)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        check.number(name, value, least=0)
+        check.number(name, value, at_least=0)
     if rtol + atol == 0:
         raise ValueError("`rtol` and `atol` are both 0, which no step can meet.")
     check.number("longest", longest, above=0)
-    check.number("first", first, above=0, most=longest)
+    check.number("first", first, above=0, at_most=longest)
     sde = model.sde
     start, end = _window(sde, t_start, t_end)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
@@ -140,8 +140,8 @@ def adaptive_sde(
 
 def _window(sde: SDE, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     last = sde.T if sde.alpha(sde.T) > 0 else (1 - 1e-3) * sde.T
-    start = last if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-    end = sde.t_min if t_end is None else check.number("t_end", t_end, least=0, below=start)
+    start = last if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
+    end = sde.t_min if t_end is None else check.number("t_end", t_end, at_least=0, below=start)
     if sde.alpha(start) == 0 or sde.sigma(end) == 0:
         raise ValueError(
             f"`t_start` = {start:g} and `t_end` = {end:g} must lie where neither α nor σ vanishes, such as {last:g} "

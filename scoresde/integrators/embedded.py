@@ -219,7 +219,7 @@ class Adams(Pair):
     clock: str = "own"
 
     def __post_init__(self) -> None:
-        check.integer("nodes", self.nodes, least=1)
+        check.integer("nodes", self.nodes, at_least=1)
         check.choice("clock", self.clock, ("own", "lam"))
 
     @property

@@ -74,7 +74,7 @@ class Reversible:
     coupling: float = 0.99
 
     def __post_init__(self) -> None:
-        check.number("coupling", self.coupling, above=0, most=1)
+        check.number("coupling", self.coupling, above=0, at_most=1)
 
     def solve(
         self,

@@ -111,13 +111,13 @@ def torchdiffeq_solve(
     check.choice("clock", clock, CLOCKS)
     check.choice("coupling", coupling, ("max", "mean"))
     check.choice("grad", grad, ("off", "full", "adjoint"))
-    check.integer("max_nfe", max_nfe, least=1)
+    check.integer("max_nfe", max_nfe, at_least=1)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     sde = model.sde
     if method in ADAPTIVE:
         refuse_ddp(model)
-    start = sde.T if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-    last = check.number("t_end", t_end, least=0, most=sde.T)
+    start = sde.T if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
+    last = check.number("t_end", t_end, at_least=0, at_most=sde.T)
     clean = sde.sigma(last) == 0
     stop = min(sde.t_min, start) if clean else last
     with torch.set_grad_enabled(grad != "off"):

@@ -94,7 +94,7 @@ def torchsde_sample(
     check.conditions(cond, torchsde_sample)
     check.choice("method", method, ITO + STRATONOVICH)
     check.choice("grad", grad, ("off", "full", "adjoint"))
-    check.integer("steps", steps, least=1)
+    check.integer("steps", steps, at_least=1)
     problem = ReverseSDE(
         model, steps, eta=eta, variable=variable, t_start=t_start, t_end=t_end, method=method, cond=cond
     )
@@ -156,8 +156,8 @@ class ReverseSDE(nn.Module):
         check.choice("variable", variable, ("t", "lam"))
         self.model = model
         sde = model.sde
-        self.t_start = sde.T if t_start is None else check.number("t_start", t_start, above=0, most=sde.T)
-        self.t_end = sde.t_min if t_end is None else check.number("t_end", t_end, least=0, below=self.t_start)
+        self.t_start = sde.T if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
+        self.t_end = sde.t_min if t_end is None else check.number("t_end", t_end, at_least=0, below=self.t_start)
         _check_ends(sde, self.t_start, self.t_end)
         self.steps, self.eta, self.variable, self.cond = steps, eta, variable, cond or {}
         self.shape: tuple[int, ...] = ()

@@ -73,7 +73,7 @@ def sde_from_diffusers(config: Mapping[str, Any]) -> SDE:
     name = str(config.get("_class_name", "FlowMatch" if {"num_train_timesteps", "shift"} <= set(config) else ""))
     if flow_matching or name.startswith("FlowMatch"):
         return Flow()
-    N = check.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), least=1)
+    N = check.integer("num_train_timesteps", config.get("num_train_timesteps", 1000), at_least=1)
     if config.get("trained_betas") is not None:
         table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
     else:

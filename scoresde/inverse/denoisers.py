@@ -189,7 +189,7 @@ class MMPS(_LinearPosterior):
     def __init__(self, model: AbstractDenoiser, measurement: Measurement, iterations: int = 5) -> None:
         super().__init__(model, measurement)
         measurement.noisy(type(self).__name__)
-        self.iterations = check.integer("iterations", iterations, least=1)
+        self.iterations = check.integer("iterations", iterations, at_least=1)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
         t = before_silence(self.sde, t)

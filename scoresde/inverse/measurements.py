@@ -30,7 +30,7 @@ class Measurement(nn.Module):
             )
         self.operator = operator
         self.register_buffer("y", operator._check_y(y))
-        self.std = check.number("std", std, least=0)
+        self.std = check.number("std", std, at_least=0)
 
     @property
     def linear(self) -> Linear:

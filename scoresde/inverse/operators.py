@@ -39,8 +39,8 @@ class Operator(nn.Module):
         if not callable(forward):
             raise TypeError(f"`forward` must be a function (B, *event) to (B, *out), got {type(forward).__name__}.")
         self._function = forward
-        self.event = tuple(check.integer("event", n, least=1) for n in event)
-        self.out = self._output_shape() if out is None else tuple(check.integer("out", n, least=1) for n in out)
+        self.event = tuple(check.integer("event", n, at_least=1) for n in event)
+        self.out = self._output_shape() if out is None else tuple(check.integer("out", n, at_least=1) for n in out)
 
     def _output_shape(self) -> tuple[int, ...]:
         try:
@@ -325,8 +325,8 @@ class Downsample(_ScaledIsometry):
     """
 
     def __init__(self, k: int, event: Sequence[int], dims: int = 2) -> None:
-        check.integer("k", k, least=1)
-        check.integer("dims", dims, least=1)
+        check.integer("k", k, at_least=1)
+        check.integer("dims", dims, at_least=1)
         shape = tuple(event)
         if len(shape) < dims or any(n % k for n in shape[-dims:]):
             raise ValueError(f"`k` = {k} must divide the last {dims} axes of `event` = {shape}; crop or pad the data.")

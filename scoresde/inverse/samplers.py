@@ -128,8 +128,8 @@ def ddrm(
     """
     sde, times, noise = _prepare(model, measurement, grid, seed)
     check.conditions(cond, ddrm)
-    check.number("eta", eta, least=0, most=1)
-    check.number("eta_b", eta_b, least=0, most=1)
+    check.number("eta", eta, at_least=0, at_most=1)
+    check.number("eta_b", eta_b, at_least=0, at_most=1)
     d, of_state, to_state, of_data = measurement.linear.spectrum()
     std, steps = measurement.std, noise.fork(_STEPS)
     alpha, sigma = sde.alpha(times[0]), sde.sigma(times[0])
@@ -340,7 +340,7 @@ def twisted_smc(
     std, A = measurement.noisy("twisted_smc"), measurement.linear
     if len(measurement.y) != 1:
         raise ValueError(f"`y` must be one measurement, (1, *out), for all particles, got {len(measurement.y)} rows.")
-    check.number("threshold", threshold, least=0, most=1)
+    check.number("threshold", threshold, at_least=0, at_most=1)
     d, _, _, of_data = A.spectrum()
     unseen = math.prod(A.out) - len(d)  # dimensions of y outside the range of A
     steps, choices = noise.fork(_STEPS), noise.fork(_CHOICES)

@@ -40,7 +40,7 @@ def bits_per_dim(
         >>> bits_per_dim(torch.zeros(1), 3072, levels=256)
         tensor([7.])
     """
-    check.integer("dims", dims, least=1)
+    check.integer("dims", dims, at_least=1)
     if not density:
         return -nats / (dims * math.log(2))
     if levels is None:
@@ -88,7 +88,7 @@ def dequantized_bits(
     logs = torch.stack(
         [
             log_density(dequantize(images, levels, interval, seed=noise, draw=k, dtype=dtype))
-            for k in range(check.integer("n", n, least=1))
+            for k in range(check.integer("n", n, at_least=1))
         ]
     )
     bits = bits_per_dim(logs.logsumexp(0) - math.log(n), dims, levels, interval)

@@ -243,8 +243,8 @@ def _ready(
     tolerance = _Tolerance(
         check.number("rtol", 1e-5 if rtol is None else rtol, above=0, below=1),
         check.number("atol", 1e-5 if atol is None else atol, above=0, below=1),
-        0 if steps is None else check.integer("steps", steps, least=1),
-        check.integer("max_nfe", 10_000 if max_nfe is None else max_nfe, least=1),
+        0 if steps is None else check.integer("steps", steps, at_least=1),
+        check.integer("max_nfe", 10_000 if max_nfe is None else max_nfe, at_least=1),
     )
     return flow, trace, tolerance
 

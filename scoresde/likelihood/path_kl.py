@@ -108,7 +108,7 @@ def path_kl(
     """
     check.conditions(cond, path_kl)
     check.number("eta", eta, above=0)
-    check.integer("n_times", n_times, least=1)
+    check.integer("n_times", n_times, at_least=1)
     sde = _same_process(model, other)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     source = noise.fork(_EPS)

@@ -117,7 +117,7 @@ class Divergence:
         check.choice("divergence", method, METHODS)
         check.choice("probe", kind, PROBES)
         check.choice("autodiff", autodiff, AUTODIFF)
-        check.integer("n_probes", n_probes, least=1)
+        check.integer("n_probes", n_probes, at_least=1)
         check.integer("chunk", chunk)
         if method == "exact":
             return cls(method, None, autodiff=autodiff, chunk=chunk)

@@ -42,7 +42,7 @@ def _waves(time: Tensor, omega: Tensor) -> Tensor:
 
 
 def _even(features: int) -> int:
-    if check.integer("features", features, least=2) % 2:
+    if check.integer("features", features, at_least=2) % 2:
         raise ValueError(f"`features` must be even (a sine and a cosine for each frequency), got {features}.")
     return features
 
@@ -108,7 +108,7 @@ class Conditioning(nn.Module):
     def __init__(self, time: Sinusoidal | Fourier, width: int, *, classes: int | None = None, context: int = 0) -> None:
         super().__init__()
         self.time = time
-        self.classes = None if classes is None else check.integer("classes", classes, least=1)
+        self.classes = None if classes is None else check.integer("classes", classes, at_least=1)
         self.hidden = nn.Linear(time.features, width)
         self.label = None if classes is None else nn.Embedding(classes + 1, width)
         self.context = nn.Linear(context, width) if check.integer("context", context) else None

@@ -68,9 +68,9 @@ class MLP(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.features = check.integer("features", features, least=1)
-        check.integer("hidden", hidden, least=1)
-        self.outputs = features if out_features is None else check.integer("out_features", out_features, least=1)
+        self.features = check.integer("features", features, at_least=1)
+        check.integer("hidden", hidden, at_least=1)
+        self.outputs = features if out_features is None else check.integer("out_features", out_features, at_least=1)
         self.condition = Conditioning(Fourier(64), hidden, classes=classes, context=context)
         self.first = nn.Linear(features, hidden)
         self.blocks = nn.ModuleList(_Block(hidden) for _ in range(check.integer("depth", depth)))

@@ -83,16 +83,16 @@ class UNet(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        self.dims = check.integer("dims", dims, least=1)
+        self.dims = check.integer("dims", dims, at_least=1)
         if dims > 2:
             raise ValueError(f"`dims` must be 1 for signals or 2 for images, got {dims}.")
-        self.channels = check.integer("channels", channels, least=1)
+        self.channels = check.integer("channels", channels, at_least=1)
         self.image_condition = check.integer("image_condition", image_condition)
-        check.integer("width", width, least=2)
-        check.integer("blocks", blocks, least=1)
-        check.integer("heads", heads, least=1)
-        check.number("dropout", dropout, least=0, below=1)
-        widths = [width * check.integer("multipliers", m, least=1) for m in multipliers]
+        check.integer("width", width, at_least=2)
+        check.integer("blocks", blocks, at_least=1)
+        check.integer("heads", heads, at_least=1)
+        check.number("dropout", dropout, at_least=0, below=1)
+        widths = [width * check.integer("multipliers", m, at_least=1) for m in multipliers]
         if not widths:
             raise ValueError("`multipliers` must have an entry for each level, at least one, got none.")
         for level in attention:
@@ -100,7 +100,7 @@ class UNet(nn.Module):
                 raise ValueError(
                     f"`attention` must hold levels from 0 to {len(widths) - 1}, got {level}; use () for none."
                 )
-        outputs = channels if out_channels is None else check.integer("out_channels", out_channels, least=1)
+        outputs = channels if out_channels is None else check.integer("out_channels", out_channels, at_least=1)
         size = 4 * width
 
         def stage(level: int, inputs: int, attend: bool) -> _Stage:

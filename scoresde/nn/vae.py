@@ -112,11 +112,11 @@ class VAE(nn.Module):
         super().__init__()
         if check.integer("dims", dims) > 2:
             raise ValueError(f"`dims` must be 0 for vectors, 1 for signals or 2 for images, got {dims}.")
-        self.channels = check.integer("channels", channels, least=1)
-        self.latent = check.integer("latent", latent, least=1)
-        check.integer("width", width, least=2)
-        check.integer("blocks", blocks, least=1)
-        widths = [width * check.integer("multipliers", m, least=1) for m in multipliers]
+        self.channels = check.integer("channels", channels, at_least=1)
+        self.latent = check.integer("latent", latent, at_least=1)
+        check.integer("width", width, at_least=2)
+        check.integer("blocks", blocks, at_least=1)
+        widths = [width * check.integer("multipliers", m, at_least=1) for m in multipliers]
         if not widths:
             raise ValueError("`multipliers` must have an entry for each level, at least one, got none.")
         self.dims = dims
@@ -188,7 +188,7 @@ class VAE(nn.Module):
         """
         q = self.encode(x)
         logs = []
-        for k in range(check.integer("samples", samples, least=1)):
+        for k in range(check.integer("samples", samples, at_least=1)):
             z = q.sample(None if noise is None else noise.like(q.mean, k))
             prior = Independent(torch.zeros_like(z), z.new_zeros(()))
             logs.append(self.likelihood(z).log_prob(x) + prior.log_prob(z) - q.log_prob(z))

@@ -54,7 +54,7 @@ def betas(
         | High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022), arXiv:2112.10752
     """
     check.choice("kind", kind, ("linear", "quadratic", "scaled_linear", "sigmoid", "cosine"))
-    check.integer("N", N, least=1)
+    check.integer("N", N, at_least=1)
     if kind == "cosine":
         if beta_start is not None or beta_end is not None:
             raise ValueError("`beta_start` and `beta_end` have no meaning for kind='cosine'; drop them, and use `s`.")
@@ -64,10 +64,10 @@ def betas(
         # 1 − cos²a/cos²b = sin(a − b) sin(a + b) / cos²b avoids cancellation.
         a, b = rate * (i / N + s), rate * ((i - 1) / N + s)
         beta = (rate * torch.ones_like(i) / N).sin() * (a + b).sin() / b.cos() ** 2
-        return beta.clamp_max(check.number("max_beta", max_beta, above=0, most=1))
+        return beta.clamp_max(check.number("max_beta", max_beta, above=0, at_most=1))
     ends = (0.00085, 0.012) if kind == "scaled_linear" else (1e-4, 0.02)
-    first = check.number("beta_start", ends[0] if beta_start is None else beta_start, above=0, most=1)
-    last = check.number("beta_end", ends[1] if beta_end is None else beta_end, above=0, most=1)
+    first = check.number("beta_start", ends[0] if beta_start is None else beta_start, above=0, at_most=1)
+    last = check.number("beta_end", ends[1] if beta_end is None else beta_end, above=0, at_most=1)
     if kind == "linear":
         return torch.linspace(first, last, N, dtype=torch.float64)
     if kind == "sigmoid":

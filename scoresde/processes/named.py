@@ -167,7 +167,7 @@ class Cosine(SDE):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.number("s", self.s, above=0)
-        check.number("T", self.T, above=0, most=1)
+        check.number("T", self.T, above=0, at_most=1)
 
     @property
     def _rate(self) -> float:
@@ -242,7 +242,7 @@ class Polynomial(SDE):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.number("n", self.n, above=0)
-        check.number("T", self.T, above=0, most=1)
+        check.number("T", self.T, above=0, at_most=1)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (1 - t) ** self.n
@@ -284,7 +284,7 @@ class Flow(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.number("T", self.T, above=0, most=1)
+        check.number("T", self.T, above=0, at_most=1)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return 1 - t
@@ -319,7 +319,7 @@ class Trig(SDE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.number("T", self.T, above=0, most=1)
+        check.number("T", self.T, above=0, at_most=1)
 
     def _alpha(self, t: Tensor) -> Tensor:
         return (math.pi / 2 * (1 - t)).sin()

@@ -326,8 +326,8 @@ class SDE:
             mean: Mean m of the data, float.
             std: Standard deviation s of the data, float; 0 gives pure noise of scale σ(t).
         """
-        t = self.T if t is None else check.number("t", t, above=0, most=self.T)
-        check.number("std", std, least=0)
+        t = self.T if t is None else check.number("t", t, above=0, at_most=self.T)
+        check.number("std", std, at_least=0)
         alpha, sigma = self.alpha(t), self.sigma(t)
         snr = (alpha * std / sigma) ** 2
         if snr > 0.01:
@@ -357,14 +357,14 @@ class SDE:
             score: Score ∇log p_t(x), the shape of `x`.
             eta: Noise level, at least 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
         """
-        eta = check.number("eta", eta, least=0)
+        eta = check.number("eta", eta, at_least=0)
         check.match("score", score, "x", check.state("x", x))
         f, g2 = check.expand(self.f(t), x), check.expand(self.g2(t), x)
         return f * x - (1 + eta**2) / 2 * g2 * score
 
     def reverse_diffusion(self, t: TimeT, eta: float = 1.0) -> TimeT:
         """Diffusion η g(t) of the reverse-time family."""
-        return check.number("eta", eta, least=0) * self.g(t)
+        return check.number("eta", eta, at_least=0) * self.g(t)
 
     def flow_drift(self, x: Tensor, t: float | Tensor, score: Tensor) -> Tensor:
         r"""Drift of the probability-flow ODE, :math:`dx/dt = f x - \tfrac12 g^2 \nabla\log p_t(x)`."""

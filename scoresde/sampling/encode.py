@@ -106,7 +106,7 @@ def _both_ways(
     if not (solver is None or isinstance(solver, Solver)):
         raise TypeError(f"`solver` must be a rule such as DPMSolverPP(), which can run both ways, got {solver!r:.80}.")
     sde = model.sde
-    steps = 50 if steps is None else check.integer("steps", steps, least=1)
+    steps = 50 if steps is None else check.integer("steps", steps, at_least=1)
     if grid is None or callable(grid):
         maker = quadratic_vp if grid is None else grid
         times = maker(sde, steps, t_start=noisy, t_end=clean)

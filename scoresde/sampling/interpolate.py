@@ -61,7 +61,7 @@ def interpolate(
         >>> path.shape, path[2].norm().item()
         (torch.Size([5, 1, 2]), 1.00)
     """
-    check.integer("n", n, least=2)
+    check.integer("n", n, at_least=2)
     check.match("x_b", x_b, "x_a", check.state("x_a", x_a))
     z_a, z_b = (encode(model, x, steps=steps, **options) for x in (x_a, x_b))
     ws = torch.linspace(0, 1, n, dtype=torch.float64).tolist()

@@ -97,7 +97,7 @@ class LangevinCorrector:
 
     def __post_init__(self) -> None:
         check.number("snr", self.snr, above=0)
-        check.integer("steps", self.steps, least=1)
+        check.integer("steps", self.steps, at_least=1)
         if self.r is not None:
             check.number("r", self.r, above=0, below=4)
         if not isinstance(self.seed, Noise):

@@ -95,10 +95,10 @@ def solve(
     check.conditions(cond, solve)
     if not isinstance(plan, Plan):
         raise TypeError(f"`plan` must be a Plan, got {type(plan).__name__}; make one with solver.plan(sde, grid).")
-    check.number("tol", tol, least=0)
+    check.number("tol", tol, at_least=0)
     table = unroll(plan)
     n = table.nfe
-    width = n if window is None else min(n, check.integer("window", window, least=1))
+    width = n if window is None else min(n, check.integer("window", window, at_least=1))
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     with torch.no_grad():
         x = draw_start(model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)

@@ -259,9 +259,9 @@ def _plan(
             raise ValueError("`grid` already says where to start and end; `grids.window` cuts a grid.")
         rule = default_solver(len(grid) - 1, model) if solver is None else solver
         return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
-    legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, least=1)
+    legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
     if nfe is not None:
-        check.integer("nfe", nfe, least=1)
+        check.integer("nfe", nfe, at_least=1)
         rule = default_solver(nfe, model) if solver is None else solver
         rule, legs = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:

@@ -68,7 +68,7 @@ class Posterior(Solver):
 
     def __post_init__(self) -> None:
         check_eta("eta", self.eta)
-        check.number("s_noise", self.s_noise, least=0)
+        check.number("s_noise", self.s_noise, at_least=0)
         check.choice("variance", self.variance, ("small", "large", "optimal"))
         if self.variance == "large" and self.eta != 1:
             raise ValueError(f"`variance`='large' requires `eta` = 1, got {said(self.eta)}; change one of the two.")
@@ -128,7 +128,7 @@ class Ancestral(Solver):
 
     def __post_init__(self) -> None:
         check_eta("eta", self.eta)
-        check.number("s_noise", self.s_noise, least=0)
+        check.number("s_noise", self.s_noise, at_least=0)
 
     def __repr__(self) -> str:
         return _format(self, "Ancestral", eta=1.0, s_noise=1.0)
@@ -204,7 +204,7 @@ class Churn(Solver):
 
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
-            check.number(name, getattr(self, name), least=0)
+            check.number(name, getattr(self, name), at_least=0)
         if not self.s_tmax >= self.s_tmin:
             raise ValueError(f"`s_tmax` must be at least `s_tmin` = {self.s_tmin:g}, got {self.s_tmax}.")
 
@@ -334,7 +334,7 @@ class TwoStage(Solver):
     def __post_init__(self) -> None:
         check_eta("eta", self.eta)
         check.number("r", self.r, above=0, below=1)
-        check.number("s_noise", self.s_noise, least=0)
+        check.number("s_noise", self.s_noise, at_least=0)
 
     def __repr__(self) -> str:
         return _format(self, "DPMPPSDE", eta=1.0, r=0.5, s_noise=1.0, one_path=True)

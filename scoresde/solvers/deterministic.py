@@ -30,7 +30,7 @@ FORMS: dict[str, tuple[str | float, ...] | None] = {
 
 
 def order_of(order: int, *allowed: int) -> int:
-    if check.integer("order", order, least=1) not in allowed:
+    if check.integer("order", order, at_least=1) not in allowed:
         raise ValueError(f"`order` must be one of {', '.join(map(str, allowed))}, got {order}.")
     return order
 
@@ -189,7 +189,7 @@ def UniPC(
     """
     check.choice("variant", variant, ("bh2", "bh1", "exact"))
     moments = FORMS[{"bh2": "mid", "bh1": "end", "exact": "exact"}[variant]]
-    corrector_nodes = check.integer("order", order, least=1) + 1 if corrector else 0
+    corrector_nodes = check.integer("order", order, at_least=1) + 1 if corrector else 0
     return Multistep(order, prediction, corrector=corrector_nodes, moments=moments, start=start, label="UniPC")
 
 
@@ -203,7 +203,7 @@ def with_corrector(solver: Solver, order: int | None = None, *, reevaluate: bool
     """
     if not isinstance(solver, Multistep):
         raise TypeError(f"`solver` must be a multistep solver, got {solver!r}.")
-    nodes = solver.order + 1 if order is None else check.integer("order", order, least=1)
+    nodes = solver.order + 1 if order is None else check.integer("order", order, at_least=1)
     return replace(solver, corrector=nodes, reevaluate=reevaluate)
 
 
@@ -388,7 +388,7 @@ class Mixed(Solver):
 
         A step into σ = 0 costs one evaluation, so with `clean` two steps of order 1 replace the last one of order 2.
         """
-        K = check.integer("nfe", nfe, least=1) // 3
+        K = check.integer("nfe", nfe, at_least=1) // 3
         tail = {0: (2, 1), 1: (1,), 2: (1, 1) if clean else (2,)}[nfe % 3]
         orders = (*[3] * (K - 1 if nfe % 3 == 0 else K), *tail) if nfe >= 3 else tail
         return replace(self, orders=orders), len(orders)

@@ -59,7 +59,7 @@ class ExponentialTableau:
 def res3(c2: float = 0.5, c3: float = 1.0) -> ExponentialTableau:
     """Return the three-stage tableau of RES, of order 3 for any 0 < c2, c3 ≤ 1 with c2 ≠ 2/3 and c2 ≠ c3."""
     for name, c in (("c2", c2), ("c3", c3)):
-        check.number(name, c, above=0, most=1)
+        check.number(name, c, above=0, at_most=1)
     if math.isclose(c2, 2 / 3):
         raise ValueError("`c2` must not be 2/3, where the weights of order 3 are undefined; choose another value.")
     gamma = c3 * (3 * c3 - 2) / (c2 * (2 - 3 * c2))

@@ -37,7 +37,7 @@ class AnnealedLangevin(Solver):
     r: float = 0.2
 
     def __post_init__(self) -> None:
-        check.integer("n", self.n, least=1)
+        check.integer("n", self.n, at_least=1)
         check.number("r", self.r, above=0, below=4)
 
     def __repr__(self) -> str:

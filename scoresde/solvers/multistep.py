@@ -48,7 +48,7 @@ class Multistep(Solver):
     label: str = ""
 
     def __post_init__(self) -> None:
-        check.integer("order", self.order, least=1)
+        check.integer("order", self.order, at_least=1)
         check.integer("corrector", self.corrector)
         check.choice("start", self.start, ("ramp", "self"))
         check_eta("eta", self.eta)
@@ -84,7 +84,7 @@ class Multistep(Solver):
         The last step needs no new evaluation. With ``start="self"`` each of the first `order` − 1 steps costs `order`
         evaluations; if `nfe` is too small for further steps, the returned solver has ``start="ramp"``.
         """
-        after = check.integer("nfe", nfe, least=1) - 1
+        after = check.integer("nfe", nfe, at_least=1) - 1
         if self.start == "self":
             steps = self.order + (after - self.order * (self.order - 1)) // self.stages
             if steps > self.order:

@@ -62,7 +62,7 @@ class NoiseCombination(Solver):
         """Return a solver and its number of steps; with `improved` the first step costs two evaluations."""
         if not self.improved:
             return super().for_nfe(nfe, clean=clean)
-        check.integer("nfe", nfe, least=1)
+        check.integer("nfe", nfe, at_least=1)
         return (self, nfe - 1) if nfe > 2 else (replace(self, improved=False), nfe)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
@@ -122,7 +122,7 @@ class PNDM(Solver):
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return PNDM and its number of steps, or PLMS with an improved Euler start if `nfe` is at most 12."""
-        check.integer("nfe", nfe, least=1)
+        check.integer("nfe", nfe, at_least=1)
         return (self, nfe - 9) if nfe > 12 else NoiseCombination(improved=True, label="PLMS").for_nfe(nfe, clean=clean)
 
     def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:

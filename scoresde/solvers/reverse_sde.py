@@ -142,7 +142,7 @@ class ExtendedReverse(Solver):
     published: bool = False
 
     def __post_init__(self) -> None:
-        if check.integer("order", self.order, least=1) > 3:
+        if check.integer("order", self.order, at_least=1) > 3:
             raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
 
     def __repr__(self) -> str:

@@ -51,7 +51,7 @@ class Solver:
             nfe: Number of function evaluations, at least 1.
             clean: Whether the grid ends at σ = 0.
         """
-        check.integer("nfe", nfe, least=1)
+        check.integer("nfe", nfe, at_least=1)
         return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
@@ -187,7 +187,7 @@ def _span_of(span: Span | None, i: int) -> Span | None:
 
 def check_eta(name: str, eta: Eta) -> Eta:
     """Return `eta` if it is a function or a number of at least 0, else raise an error."""
-    return eta if callable(eta) else check.number(name, eta, least=0)
+    return eta if callable(eta) else check.number(name, eta, at_least=0)
 
 
 def said(value: Any) -> str:
@@ -202,7 +202,7 @@ def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
     value = eta(t) if callable(eta) else eta
     if isinstance(value, Tensor) and (isinstance(t, Tensor) or value.requires_grad):
         return value
-    return check.number(name, float(value), least=0)
+    return check.number(name, float(value), at_least=0)
 
 
 def on_leg(s: Weight, t: Weight, formula: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Any, ...]:

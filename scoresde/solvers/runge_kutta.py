@@ -69,7 +69,7 @@ RK4 = Tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6
 
 def second_order(alpha: float) -> Tableau:
     """Return the tableau of order 2 with its second stage at `alpha` in (0, 1]: ½ midpoint, ⅔ Ralston, 1 Heun."""
-    check.number("alpha", alpha, above=0, most=1)
+    check.number("alpha", alpha, above=0, at_most=1)
     return Tableau(((alpha,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)), 2, f"second-order({alpha:g})")
 
 

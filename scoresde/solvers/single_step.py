@@ -47,7 +47,7 @@ class SingleStep(Solver):
 
     def __post_init__(self) -> None:
         check_eta("eta", self.eta)
-        if check.integer("order", self.order, least=1) > 3:
+        if check.integer("order", self.order, at_least=1) > 3:
             raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
         default = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}[self.order]
         object.__setattr__(self, "r", tuple(self.r) or default)

@@ -109,7 +109,7 @@ class Statistics:
         """
         check.conditions(cond, Statistics.estimate)
         sde = model.sde
-        check.integer("n", n, least=2)
+        check.integer("n", n, at_least=2)
         first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
         lams = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
         noise = Noise(seed)

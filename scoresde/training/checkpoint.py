@@ -111,7 +111,7 @@ class Checkpoints:
     keep: int = 3
 
     def __post_init__(self) -> None:
-        check.integer("keep", self.keep, least=1)
+        check.integer("keep", self.keep, at_least=1)
         object.__setattr__(self, "folder", Path(self.folder))
 
     def path(self, step: int) -> Path:

@@ -40,8 +40,8 @@ class DataOrder:
     """
 
     def __init__(self, n: int, batch: int, seed: int) -> None:
-        self.n = check.integer("n", n, least=1)
-        self.batch = check.integer("batch", batch, least=1)
+        self.n = check.integer("n", n, at_least=1)
+        self.batch = check.integer("batch", batch, at_least=1)
         self.seed = seed
         self._epoch, self._permutation = -1, torch.empty(0)
 

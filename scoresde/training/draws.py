@@ -48,7 +48,7 @@ class Draws:
     def __post_init__(self) -> None:
         check.integer("first", self.first)
         if self.total is not None:
-            check.integer("total", self.total, least=1)
+            check.integer("total", self.total, at_least=1)
 
     def uniform(
         self, shape: Sequence[int], draw: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
@@ -122,7 +122,7 @@ def drop_condition(
     References:
         | Classifier-Free Diffusion Guidance (Ho & Salimans, 2022), arXiv:2207.12598
     """
-    check.number("p", p, least=0, most=1)
+    check.number("p", p, at_least=0, at_most=1)
     unknown = sorted(set(null) - set(cond))
     if unknown:
         raise ValueError(f"`null` names {', '.join(unknown)}, but `cond` has only {sorted(cond)}.")

@@ -52,7 +52,7 @@ class EMA:
         if next(module.parameters(), None) is None:
             raise ValueError("`module` has no parameters to average; its network must be an nn.Module, not a function.")
         self.module = module
-        self.decay = check.number("decay", decay, least=0, below=1)
+        self.decay = check.number("decay", decay, at_least=0, below=1)
         self.warmup = bool(warmup)
         self.updates = 0
         self.weights = _copy(module)
@@ -206,7 +206,7 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None)
     if not snapshots:
         raise ValueError("`snapshots` must have at least one entry; save `PowerEMA.snapshot()` during the run.")
     last = max(snapshot.t for snapshot in snapshots)
-    t = last if t is None else check.integer("t", t, least=1)
+    t = last if t is None else check.integer("t", t, at_least=1)
     if t > last:
         raise ValueError(f"`t` must not lie after the last snapshot, at {last}, got {t}.")
     if min(snapshot.t for snapshot in snapshots) < 1:

@@ -126,7 +126,7 @@ class DSM(nn.Module):
         self.proposal = proposal
         if isinstance(proposal, Stratified) and isinstance(proposal.base, nn.Module):
             self.learned_times = proposal.base  # so that its state is saved with the loss
-        self.drop = check.number("drop", drop, least=0, most=1)
+        self.drop = check.number("drop", drop, at_least=0, at_most=1)
         self.null = dict(null or {})
         if self.drop > 0 and not self.null:
             raise ValueError(
@@ -237,9 +237,9 @@ class HybridVLB(DSM):
             raise ValueError("`model` must be a Denoiser made with learned_variance=True; else use DSM.")
         if steps is None:
             steps = model.sde.N if isinstance(model.sde, Discrete) else 1000
-        super().__init__(model, weighting, Steps(check.integer("steps", steps, least=2)), drop=drop, null=null)
+        super().__init__(model, weighting, Steps(check.integer("steps", steps, at_least=2)), drop=drop, null=null)
         self.steps = steps
-        self.vlb = check.number("vlb", vlb, least=0)
+        self.vlb = check.number("vlb", vlb, at_least=0)
 
     def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Terms:
         assert isinstance(self.model, Denoiser)
@@ -298,7 +298,7 @@ def sliced_score_matching(
     References:
         | Sliced Score Matching (Song et al., 2019), arXiv:1905.07088, eq. 8
     """
-    check.integer("projections", projections, least=1)
+    check.integer("projections", projections, at_least=1)
     source = source_of(noise)
     x = check.state("x", x).detach().requires_grad_()
     with torch.enable_grad():
@@ -326,7 +326,7 @@ class LossByNoise(nn.Module):
 
     def __init__(self, sde: SDE, bins: int = 10) -> None:
         super().__init__()
-        check.integer("bins", bins, least=1)
+        check.integer("bins", bins, at_least=1)
         self.sde = sde
         high, low = min(sde.lam(sde.t_min), 8.0), max(sde.lam(sde.T), -8.0)
         self.register_buffer("edges", torch.linspace(low, high, bins + 1), persistent=False)

@@ -114,7 +114,7 @@ class Steps(Times):
     N: int
 
     def __post_init__(self) -> None:
-        check.integer("N", self.N, least=1)
+        check.integer("N", self.N, at_least=1)
 
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         """Quantile: the end of the step that contains u T."""
@@ -358,10 +358,10 @@ class LossAware(nn.Module, Times):
     ) -> None:
         super().__init__()
         self.base = Uniform() if base is None else base
-        self.mix = check.number("mix", mix, above=0, most=1)
-        self.memory = check.number("memory", memory, least=0, below=1)
-        self.warmup = check.integer("warmup", warmup, least=1)
-        self.register_buffer("moment", torch.zeros(check.integer("bins", bins, least=2)))
+        self.mix = check.number("mix", mix, above=0, at_most=1)
+        self.memory = check.number("memory", memory, at_least=0, below=1)
+        self.warmup = check.integer("warmup", warmup, at_least=1)
+        self.register_buffer("moment", torch.zeros(check.integer("bins", bins, at_least=2)))
         self.register_buffer("count", torch.zeros(bins))
 
     def shares(self) -> Tensor:

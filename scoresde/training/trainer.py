@@ -126,8 +126,8 @@ class Trainer:
         if not any(p.requires_grad for p in loss.parameters()):
             raise ValueError("`loss` has no parameters to train; its network must be an nn.Module, not a function.")
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        self.accumulate = check.integer("accumulate", accumulate, least=1)
-        if check.integer("batch", batch, least=1) % (self.world * accumulate):
+        self.accumulate = check.integer("accumulate", accumulate, at_least=1)
+        if check.integer("batch", batch, at_least=1) % (self.world * accumulate):
             raise ValueError(
                 f"`batch`={batch} must be a multiple of {self.world} processes times `accumulate`={accumulate}."
             )
@@ -136,7 +136,7 @@ class Trainer:
         self.nonfinite = check.choice("nonfinite", nonfinite, ("raise", "skip"))
         self.warmup, self.schedule = check.integer("warmup", warmup), schedule
         self.save_every, self.log_every, self.preview_every = (
-            check.integer(name, value, least=1)
+            check.integer(name, value, at_least=1)
             for name, value in (("save_every", save_every), ("log_every", log_every), ("preview_every", preview_every))
         )
         self.checkpoints = None if folder is None else Checkpoints(Path(folder), keep)

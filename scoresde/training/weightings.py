@@ -160,7 +160,7 @@ class P2:
 
     def __post_init__(self) -> None:
         check.number("k", self.k, above=0)
-        check.number("gamma", self.gamma, least=0)
+        check.number("gamma", self.gamma, at_least=0)
 
     def __call__(self, sde: SDE, t: Tensor) -> Tensor:
         snr = _snr(sde, t)
@@ -211,7 +211,7 @@ class Uncertainty(nn.Module):
     def __init__(self, base: str | Weighting = "edm", features: int = 64) -> None:
         super().__init__()
         self.base = base
-        check.integer("features", features, least=2)
+        check.integer("features", features, at_least=2)
         self.register_buffer("frequencies", torch.linspace(0, 2, features // 2).exp2() - 1)
         self.linear = nn.Linear(2 * (features // 2) + 1, 1)
         nn.init.zeros_(self.linear.weight)

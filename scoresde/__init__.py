@@ -34,7 +34,7 @@ from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import Noise
 from scoresde.plan import Plan
 from scoresde.processes import EDM, SDE, VE, VP, Cosine, Discrete, Flow, SubVP, Trig
-from scoresde.sampling import Solution, decode, encode, sample, solve
+from scoresde.sampling import Solution, Start, Watch, decode, encode, sample, solve
 from scoresde.solvers import DDIM, DDPM, DPMSolverPP, EDMHeun, EulerMaruyama, SDEDPMSolverPP, UniPC, VelocityAB
 from scoresde.training import DSM, EMA, Trainer
 
@@ -67,11 +67,13 @@ __all__ = [
     "SDEDPMSolverPP",
     "Solution",
     "SolverError",
+    "Start",
     "SubVP",
     "Trainer",
     "Trig",
     "UniPC",
     "VelocityAB",
+    "Watch",
     "analysis",
     "bits_per_dim",
     "check_denoiser",

@@ -2,93 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
-from scoresde.integrators.adaptive import Adaptive
+from scoresde.integrators.method import Method, Watch
+from scoresde.plan.run import Step
 from scoresde.sampling.solve import GridMaker, solve
 from scoresde.solvers.deterministic import DPMSolverPP
 from scoresde.solvers.rule import Solver
+
+DEFAULT_STEPS = 50
 
 
 def encode(
     model: AbstractDenoiser,
     x: Tensor,
-    solver: Solver | Adaptive | None = None,
+    solver: Solver | Method | None = None,
     *,
     steps: int | None = None,
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
     start: Gaussian | None = None,
-    **options: Any,
+    watch: Watch | Callable[[Step], None] | bool | None = None,
+    grad: str = "off",
 ) -> Tensor:
-    """Run the probability flow from data to noise, with the same rules: :func:`decode` takes it back at their order.
+    """Map data to noise along the probability flow (inversion); :func:`decode` maps back, up to the solver's order.
 
     Arguments:
-        model: A denoiser.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)``.
         x: Data, (B, *event).
-        solver: A deterministic rule, by default DPM-Solver++ with exact single steps of order 3, or :class:`Adaptive`.
-        steps: Number of legs, by default 50; :class:`Adaptive` chooses its own.
-        grid: Times from noise to data, ending at a positive time, or a grid maker; used the other way round.
+        solver: Deterministic solver, by default DPM-Solver++ with exact single steps of order 3; or a method such as
+            ``ss.Adaptive()``.
+        steps: Number of steps, by default 50. Methods with error control choose their own.
+        grid: Times from noise to data that end at a positive time, or a grid maker; used in reverse order.
         t_start: Time of the data, by default ``sde.t_min``.
         t_end: Time of the code, by default T.
-        start: A :class:`Gaussian` whose flow carries the code from `t_end` on to T.
-        **options: Those of :func:`solve` that say nothing about grids.
+        start: Gaussian whose flow carries the code on from `t_end` to T.
+        watch: Observation of the run, as in :func:`solve`.
+        grad: Gradient mode, as in :func:`solve`.
+
+    Returns:
+        Code, (B, *event).
     """
-    _no_budget(options)
-    if isinstance(solver, Adaptive):
-        clean, noisy = _ends(model, t_start, t_end)
-        options |= {"steps": steps, "grid": grid, "t_start": clean, "t_end": noisy}
-        return solve(model, check.state("x", x), solver, **options).x
-    rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
-    plan = rule.plan(model.sde, times.flip(0), up="solve")
-    z = solve(model, check.state("x", x), plan, **options).x
-    return z if start is None else check_gaussian("start", start, model.sde).flow(z, float(times[0]), model.sde.T)
+    check_model(model)
+    check.state("x", x)
+    clean, noisy = _ends(model, t_start, t_end)
+    if isinstance(solver, Method) and not solver.grid:
+        _refuse_grid(solver, steps, grid)
+        z = solve(model, x, solver, t_start=clean, t_end=noisy, watch=watch, grad=grad).x
+        last = noisy
+    else:
+        times = _both_ways(model, steps, grid, t_start, t_end)
+        last = float(times[0])
+        if isinstance(solver, Method) and solver.grid == "times":
+            z = solve(model, x, solver, grid=times.flip(0), watch=watch, grad=grad).x
+        else:
+            plan = _rule(model, solver, times).plan(model.sde, times.flip(0), up="solve")
+            z = solve(model, x, plan, watch=watch, grad=grad).x
+    return z if start is None else check_gaussian("start", start, model.sde).flow(z, last, model.sde.T)
 
 
 def decode(
     model: AbstractDenoiser,
     z: Tensor,
-    solver: Solver | Adaptive | None = None,
+    solver: Solver | Method | None = None,
     *,
     steps: int | None = None,
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
-    **options: Any,
+    start: Gaussian | None = None,
+    watch: Watch | Callable[[Step], None] | bool | None = None,
+    grad: str = "off",
 ) -> Tensor:
-    """Run the probability flow from noise back to data: the inverse of :func:`encode`, with the same arguments.
+    """Map noise back to data along the probability flow: the inverse of :func:`encode`, with the same arguments.
 
-    They mean the same both ways: `t_start` is the time of the data and `t_end` that of the code, so that
-    ``decode(model, encode(model, x, t_end=0.4), t_end=0.4)`` is x. For :func:`sample` the code would start at
+    The times mean the same in both functions: `t_start` is the time of the data and `t_end` the time of the code.
+    Therefore ``decode(model, encode(model, x, t_end=0.4), t_end=0.4)`` is x. For :func:`sample` the same code starts at
     ``t_start=0.4``.
+
+    Arguments:
+        model: Denoiser.
+        z: Code, (B, *event).
+        solver: Deterministic solver or method, as in :func:`encode`.
+        steps: Number of steps, by default 50.
+        grid: Times from noise to data that end at a positive time, or a grid maker.
+        t_start: Time of the data, by default ``sde.t_min``.
+        t_end: Time of the code, by default T.
+        start: Gaussian whose flow carries a code at T to `t_end`.
+        watch: Observation of the run, as in :func:`solve`.
+        grad: Gradient mode, as in :func:`solve`.
+
+    Returns:
+        Data, (B, *event).
     """
-    _no_budget(options)
-    if isinstance(solver, Adaptive):
-        clean, noisy = _ends(model, t_start, t_end)
-        options |= {"steps": steps, "grid": grid, "t_start": noisy, "t_end": clean}
-        return solve(model, check.state("z", z), solver, **options).x
-    rule, times = _both_ways(model, solver, steps, grid, t_start, t_end)
-    return solve(model, check.state("z", z), rule.plan(model.sde, times), **options).x
+    check_model(model)
+    check.state("z", z)
+    clean, noisy = _ends(model, t_start, t_end)
+    if isinstance(solver, Method) and not solver.grid:
+        _refuse_grid(solver, steps, grid)
+        return solve(model, z, solver, t_start=noisy, t_end=clean, start=start, watch=watch, grad=grad).x
+    times = _both_ways(model, steps, grid, t_start, t_end)
+    if isinstance(solver, Method) and solver.grid == "times":
+        return solve(model, z, solver, grid=times, start=start, watch=watch, grad=grad).x
+    plan = _rule(model, solver, times).plan(model.sde, times)
+    return solve(model, z, plan, start=start, watch=watch, grad=grad).x
 
 
-def _no_budget(options: dict[str, Any]) -> None:
-    if "nfe" in options:
-        raise TypeError("`nfe` is a budget for sampling; encode and decode count `steps`, the same number both ways.")
+def _refuse_grid(solver: Method, steps: int | None, grid: object) -> None:
+    for name, value in (("steps", steps), ("grid", grid)):
+        if value is not None:
+            raise TypeError(
+                f"`{name}` has no meaning with {type(solver).__name__}, which chooses its own steps; drop it."
+            )
 
 
 def _ends(model: AbstractDenoiser, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     """Times of data and of its code."""
-    if not isinstance(model, AbstractDenoiser):
-        raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
     sde = model.sde
     noisy = t_end if t_end is not None else sde.T if sde.alpha(sde.T) > 0 else sde.T * (1 - 1e-3)
     return sde.t_min if t_start is None else t_start, noisy
@@ -96,34 +134,42 @@ def _ends(model: AbstractDenoiser, t_start: float | None, t_end: float | None) -
 
 def _both_ways(
     model: AbstractDenoiser,
-    solver: Solver | None,
     steps: int | None,
-    grid: Any,
+    grid: Tensor | Sequence[float] | GridMaker | None,
     t_start: float | None,
     t_end: float | None,
-) -> tuple[Solver, Tensor]:
-    clean, noisy = _ends(model, t_start, t_end)
-    if not (solver is None or isinstance(solver, Solver)):
-        raise TypeError(f"`solver` must be a rule such as DPMSolverPP(), which can run both ways, got {solver!r:.80}.")
+) -> Tensor:
+    """A grid from noise to data that can be run in both directions."""
     sde = model.sde
-    steps = 50 if steps is None else check.integer("steps", steps, at_least=1)
+    clean, noisy = _ends(model, t_start, t_end)
     if grid is None or callable(grid):
         maker = quadratic_vp if grid is None else grid
-        times = maker(sde, steps, t_start=noisy, t_end=clean)
-    elif t_start is not None or t_end is not None:
-        raise ValueError("`grid` already says where to start and end; drop `t_start` and `t_end`.")
+        count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
+        times = maker(sde, count, t_start=noisy, t_end=clean)
+    elif t_start is not None or t_end is not None or steps is not None:
+        raise ValueError("`grid` has its own ends; drop `steps`, `t_start` and `t_end`.")
     else:
         times = check_grid(sde, grid)
-    if sde.sigma(float(times[-1])) == 0:
+    last = float(times[-1])
+    if sde.sigma(last) == 0:
         raise ValueError(
-            f"`grid` must end at a positive time, where there is noise to see, for a code of data; it ends at "
-            f"{float(times[-1]):g}, as in ss.grids.karras(sde, n, t_end=sde.t_min)."
+            f"`grid` must end at a positive time, because a code exists only where σ > 0; it ends at {last:g}. Use for "
+            f"example ss.grids.karras(sde, n, t_end=sde.t_min)."
         )
+    return torch.as_tensor(times)
+
+
+def _rule(model: AbstractDenoiser, solver: object, times: Tensor) -> Solver:
+    """The solver, if it can run both ways."""
     if solver is None:
-        return DPMSolverPP(3, kind="single", form="exact"), times
-    if solver.plan(sde, times).stochastic:
-        raise ValueError(
-            f"`solver` must be deterministic, or what is decoded is not what was encoded; {solver} draws noise. Take a "
-            f"rule without, as DPMSolverPP(2), or eta=0."
+        return DPMSolverPP(3, kind="single", form="exact")
+    if not isinstance(solver, Solver):
+        raise TypeError(
+            f"`solver` must be a solver such as DPMSolverPP(), which can run both ways, got {solver!r:.80}."
         )
-    return solver, times
+    if solver.plan(model.sde, times).stochastic:
+        raise ValueError(
+            f"`solver` must be deterministic, otherwise decoding does not invert encoding; {solver} draws noise. Use a "
+            f"solver without noise, such as DPMSolverPP(2), or eta=0."
+        )
+    return solver

@@ -1,76 +1,66 @@
-"""From a model to samples, and back: `sample`, `solve`, `encode`, `decode`."""
+"""From a denoiser to samples: `sample`, and `solve`, which also returns what the run did."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde._progress import Bar
+from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
 from scoresde.denoisers.gaussian import Gaussian
-from scoresde.denoisers.network import Denoiser
-from scoresde.denoisers.start import draw_start
+from scoresde.denoisers.start import Start, as_start
+from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
-from scoresde.integrators.adaptive import Adaptive, AdaptiveSolution, flow
+from scoresde.integrators.method import GRADS, Method, Problem, Solution, Watch, as_watch
 from scoresde.noise.keyed import Noise
-from scoresde.noise.streams import Stream
-from scoresde.plan.run import Hook, Step, run
+from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
-from scoresde.sampling.transitions import Transition
-from scoresde.sampling.transitions import transitions as row_transitions
+from scoresde.sampling.transitions import transitions
 from scoresde.solvers.deterministic import DPMSolverPP, VelocityAB
 from scoresde.solvers.rule import Solver
 
 GridMaker = Callable[..., Tensor]
-
 DEFAULT_STEPS = 20
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What a solve returns.
-
-    Arguments:
-        x: The result, (B, *event).
-        nfe: Evaluations of the network.
-        times: Times of the nodes.
-        trajectory: States at the times that were asked for, on the device that was asked for, by time.
-        plan: The table that was run.
-        seed: The seed of its noise.
-        transitions: The Gaussian transition of every row after the start, if they were asked for.
-    """
-
-    x: Tensor
-    nfe: int
-    times: list[Any]
-    trajectory: dict[float, Tensor] = field(repr=False)
-    plan: Plan = field(repr=False)
-    seed: int | tuple[int, ...] | None
-    transitions: tuple[Transition, ...] = field(default=(), repr=False)
 
 
 def sample(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
-    solver: Solver | Plan | Adaptive | None = None,
-    **options: Any,
+    solver: Solver | Plan | Method | None = None,
+    *,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    seed: int | Sequence[int] | Noise | None = None,
+    start: Start | Gaussian | None = None,
+    watch: Watch | Callable[[Step], None] | bool | None = None,
+    grad: str = "off",
 ) -> Tensor:
-    """Draw samples.
+    """Draw samples: :func:`solve` with the same arguments, of which only the samples are returned.
 
     Arguments:
-        model: A denoiser.
-        shape_or_x: Shape (B, *event) to start from the prior, or a state to start from at `t_start`.
-        solver: A rule, a plan, :class:`Adaptive`, or None for the default.
-        **options: Those of :func:`solve`.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)``.
+        shape_or_x: Shape (B, *event) to start from the prior, or a state (B, *event) at `t_start`.
+        solver: Solver, plan, other method, or None for :func:`default_solver`.
+        steps: Number of steps of the grid, by default 20.
+        nfe: Budget of evaluations, instead of `steps`.
+        grid: Times, or a function that makes them, such as ``ss.grids.karras``.
+        t_start: First time, by default T.
+        t_end: Last time, by default 0.
+        seed: Seed of the samples: an integer, one integer for each sample, or a :class:`Noise`.
+        start: Distribution, dtype and device of the initial state.
+        watch: True for a progress bar, a function of a :class:`Step`, or a :class:`Watch`.
+        grad: Gradient mode.
 
     Returns:
-        (B, *event).
+        Samples, (B, *event).
 
     Example:
         >>> import torch, scoresde as ss
@@ -79,164 +69,185 @@ def sample(
         >>> bool(((x.abs() - 1).abs() < 0.5).all())
         True
     """
-    return solve(model, shape_or_x, solver, **options).x
-
-
-@overload
-def solve(
-    model: AbstractDenoiser, shape_or_x: Sequence[int] | Tensor, solver: Adaptive, **options: Any
-) -> AdaptiveSolution: ...
-
-
-@overload
-def solve(
-    model: AbstractDenoiser,
-    shape_or_x: Sequence[int] | Tensor,
-    solver: Solver | Plan | None = None,
-    **options: Any,
-) -> Solution: ...
+    return solve(
+        model,
+        shape_or_x,
+        solver,
+        steps=steps,
+        nfe=nfe,
+        grid=grid,
+        t_start=t_start,
+        t_end=t_end,
+        seed=seed,
+        start=start,
+        watch=watch,
+        grad=grad,
+    ).x
 
 
 def solve(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
-    solver: Solver | Plan | Adaptive | None = None,
+    solver: Solver | Plan | Method | None = None,
     *,
     steps: int | None = None,
     nfe: int | None = None,
     grid: Tensor | Sequence[float] | GridMaker | None = None,
-    seed: int | Sequence[int] | Noise | None = None,
     t_start: float | None = None,
     t_end: float = 0.0,
-    data_std: float = 1.0,
-    start: Gaussian | None = None,
-    hook: Hook | None = None,
-    callback: Callable[[Step], None] | None = None,
-    progress: bool | str = False,
-    save_at: str | Sequence[float] = (),
-    save_device: torch.device | str = "cpu",
+    seed: int | Sequence[int] | Noise | None = None,
+    start: Start | Gaussian | None = None,
+    watch: Watch | Callable[[Step], None] | bool | None = None,
     grad: str = "off",
-    overwrite: bool = False,
-    transitions: bool = False,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    **cond: Any,
-) -> Solution | AdaptiveSolution:
-    """Solve from noise to data, with everything that can be said about it.
+) -> Solution:
+    """Run a sampler; return samples and diagnostics.
 
     Arguments:
-        model: A denoiser.
-        shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state at `t_start`.
-        solver: A rule, a :class:`Plan` (whose grid is its own), None for :func:`default_solver`, or
-            :class:`Adaptive`, which chooses its own steps: it takes no `steps`, `nfe`, `grid`,
-            `hook`, `callback`, `progress`, `overwrite` or `transitions`, any times in `save_at`, and returns an
-            :class:`AdaptiveSolution`.
-        steps: Number of legs of the grid; a rule with k stages spends about k evaluations on each. By default 20.
-        nfe: Instead: a budget of evaluations, which the rule turns into legs and never exceeds.
-        grid: Times, or a grid maker such as ``ss.grids.karras``; by default :func:`quadratic_vp`.
-        seed: An integer, one for each sample, a :class:`Noise`, or None for a fresh one (told by the solution).
-        t_start: Where to start, by default T.
-        t_end: Where to end; 0 returns the denoised state.
-        data_std: Standard deviation of the data, for the prior.
-        start: A :class:`Gaussian` whose flow goes from T to `t_start`, or to where the plan starts, without an
-            evaluation; a state is then one at T.
-        hook: ``(node, t, x) -> x`` at every node, before the network is asked there.
-        callback: Called with a :class:`Step` at every node.
-        progress: Show a bar if the terminal is interactive; ``"always"`` shows it wherever it is.
-        save_at: Times of the grid whose states to keep, or ``"all"``.
-        save_device: Where to keep them.
-        grad: ``"off"``, ``"full"`` to differentiate through every evaluation, ``"checkpoint"`` to do so with the memory
-            of one, at the price of a second pass.
-        overwrite: Make states in the memory of those they replace, see :func:`run`: for networks that
-            keep no reference to their input.
-        transitions: Keep mean, standard deviation and log-density of every step, see
-            :func:`transitions`; with ``grad="full"`` they carry gradients to the network.
-        dtype: Of the state, when a shape is given.
-        device: Of the state, when a shape is given; by default the model's.
-        **cond: Conditions, handed to the network.
+        model: Denoiser. Conditions belong to it, as in ``model.given(label=y)``.
+        shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state (B, *event) at `t_start`.
+        solver: Solver such as ``ss.UniPC(3)``; a :class:`Plan`, which has its own grid; a :class:`Method`, such as
+            ``ss.Adaptive()`` or those of ``ss.integrators``; or None for :func:`default_solver`.
+        steps: Number of steps of the grid, by default 20. A solver with k stages costs about k evaluations a step.
+        nfe: Budget of evaluations of the denoiser, instead of `steps`. The run never exceeds it.
+        grid: Times from noise to data, or a function that makes them, such as ``ss.grids.karras``; by default
+            :func:`quadratic_vp`. Methods with error control choose their own times.
+        t_start: First time, by default T.
+        t_end: Last time. Where σ = 0, as at the default of 0, the result is the denoised state.
+        seed: Seed of the samples: an integer, one integer for each sample, a :class:`Noise`, or None for a fresh one,
+            which the solution tells.
+        start: Scale, dtype and device of the initial state, as a :class:`Start`; or a :class:`Gaussian`, whose flow
+            leads from T to the first time without an evaluation (a given state is then one at T).
+        watch: True for a progress bar; a function that is called with a :class:`Step` at every node of the grid; or a
+            :class:`Watch`, which can also keep trajectories and transitions, and change the state by a hook.
+        grad: Gradient mode: ``"off"``; ``"full"`` to differentiate through every evaluation; ``"checkpoint"`` for the
+            same with the memory of one evaluation and twice the time. Some methods have ``"adjoint"`` or
+            ``"reversible"``.
+
+    Returns:
+        A :class:`Solution`: samples, number of evaluations, trajectory, plan, seed.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
+        >>> solution = ss.solve(mix, (4, 1), ss.UniPC(2), nfe=10, seed=0, watch=ss.Watch(save_at="all"))
+        >>> solution.nfe, len(solution.trajectory)
+        (10, 11)
     """
-    check.choice("grad", grad, ("off", "full", "checkpoint"))
-    check.conditions(cond, solve)
-    if isinstance(solver, Adaptive):
-        given: dict[str, Any] = {"steps": steps, "nfe": nfe, "grid": grid, "hook": hook, "callback": callback}
-        given |= {"progress": progress or None, "overwrite": overwrite or None, "transitions": transitions or None}
-        refused = [name for name, value in given.items() if value is not None]
-        if refused:
-            raise TypeError(f"`{refused[0]}` has no meaning with Adaptive, which chooses its own steps; drop it.")
-        source = seed if isinstance(seed, Noise) else Noise(seed)
-        first = model.sde.T if t_start is None else t_start
-        with torch.set_grad_enabled(grad != "off"):
-            x = draw_start(model, shape_or_x, first, source, data_std, dtype, device, start)
-            found = _controlled(model, x, solver, first, t_end, save_at, save_device, _denoise(model, {}, grad), cond)
-        return replace(found, seed=source.seed)
-    plan = _plan(model, solver, steps, nfe, grid, t_start, t_end)
-    noise = seed if isinstance(seed, Noise) else Noise(seed)
-    kept: dict[float, Tensor] = {}
-    wanted = _wanted(plan, save_at)
-
-    def seen(step: Step) -> None:
-        if wanted is not None and (not wanted or float(step.t) in wanted):
-            kept[float(step.t)] = step.x.to(save_device)
-        if callback is not None:
-            callback(step)
-        bar.update(step)
-
-    watched = wanted is not None or callback is not None or bool(progress)
-    if transitions and (watched or hook is not None or grad == "checkpoint"):
-        raise ValueError(
-            "`transitions` has every state of the run; drop `hook`, `callback`, `save_at` and `progress`, and "
-            "`grad`='checkpoint'."
-        )
-
-    with torch.set_grad_enabled(grad != "off"), _Bar(plan, progress) as bar:
-        begin = (model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
-        draws = noise.fork(Stream.STEPS) if plan.stochastic else None
-        made: tuple[Transition, ...] = ()
-        if transitions:
-            made = tuple(row_transitions(plan, model, draw_start(*begin), draws, **cond))
-            x = made[-1].x
-        else:
-            x = run(
-                plan,
-                _denoise(model, cond, grad),
-                draw_start(*begin),  # here, so that nothing but the run holds it
-                draws,
-                hook=hook,
-                callback=seen if watched else None,
-                overwrite=overwrite,
+    check_model(model)
+    method = solver if isinstance(solver, Method) else Tabulated(solver)
+    watch = as_watch(watch)
+    _check_support(method, watch, check.choice("grad", grad, GRADS))
+    counter = Counter()
+    problem = Problem(
+        model.counted(counter),
+        shape_or_x,
+        t_start,
+        t_end,
+        noise=seed if isinstance(seed, Noise) else Noise(seed),
+        start=as_start(start),
+        watch=watch,
+        grad=grad,
+        counter=counter,
+    )
+    if method.grid == "plan":
+        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)
+        problem = replace(problem, plan=plan)
+    elif method.grid == "times":
+        problem = replace(problem, times=_times_for(model, method, steps, nfe, grid, t_start, t_end))
+    else:
+        given = {"steps": steps, "nfe": nfe, "grid": grid}
+        for name in (name for name, value in given.items() if value is not None):
+            raise TypeError(
+                f"`{name}` has no meaning with {type(method).__name__}, which chooses its own steps; drop it."
             )
-    check.warn_unless_finite(x)
-    return Solution(x, plan.nfe, plan.times, kept, plan, noise.seed, made)
+    with torch.set_grad_enabled(grad != "off"):
+        return method.run(problem)
+
+
+@dataclass(frozen=True)
+class Tabulated(Method):
+    """The method of solvers and plans: run the table of the problem row by row.
+
+    Arguments:
+        solver: Solver or plan that the table comes from.
+    """
+
+    grads = ("off", "full", "checkpoint")
+    watches = ("callback", "hook", "save_at", "save_device", "progress", "transitions")
+    grid = "plan"
+
+    solver: Solver | Plan | None = None
+
+    def run(self, problem: Problem) -> Solution:
+        plan, watch = problem.plan, problem.watch
+        assert plan is not None
+        noise = problem.steps if plan.stochastic else None
+        first = plan.rows[0].t
+        if watch.transitions:
+            if watch != Watch(transitions=True) or problem.grad == "checkpoint":
+                raise ValueError(
+                    "`transitions` already keeps every state of the run; drop the other fields of `watch`, and "
+                    "`grad`='checkpoint'."
+                )
+            rows = tuple(transitions(plan, problem.model, problem.draw(first), noise))
+            return problem.solution(rows[-1].x, plan.times, plan=plan, transitions=rows)
+        save = _save_times(plan, watch.save_at)
+        trajectory: dict[float, Tensor] = {}
+        hook = watch.hook
+        if hook is not None and hasattr(hook, "bind"):
+            hook = hook.bind(problem.model)
+
+        def observe(step: Step) -> None:
+            if save is not None and (not save or float(step.t) in save):
+                trajectory[float(step.t)] = step.x.to(watch.save_device)
+            if watch.callback is not None:
+                watch.callback(step)
+            bar.to(step.nfe)
+
+        observed = save is not None or watch.callback is not None or bool(watch.progress)
+        denoise = problem.denoise if problem.grad == "checkpoint" else problem.model.x0
+        with Bar(watch.progress, plan.nfe, plan.name, "eval") as bar:
+            # The start is drawn in the call, so that only the run holds it.
+            x = run(plan, denoise, problem.draw(first), noise, hook=hook, callback=observe if observed else None)
+        return problem.solution(x, plan.times, plan=plan, trajectory=trajectory)
 
 
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
-    """The rule that is used when none is named.
+    """The solver of :func:`solve` when none is given.
 
-    Velocity Adams–Bashforth of an order that rises with the budget, on a grid quadratic in VP time: of all pairs of a
-    rule and a grid the nearest to the best of each case (see the page on work and precision). Unless a network predicts
-    noise: its data prediction at high noise is its error divided by α, which velocity rules weigh more than
-    :func:`DPMSolverPP` of order 2 does.
+    The default is Adams–Bashforth on the velocity, of an order that rises with the budget. For networks that predict ε
+    or the score it is DPM-Solver++(2M), because their x₀ estimate is unreliable at high noise. Guidance and other
+    wrappers do not change the choice: it follows the network at the end of the chain, ``model.kind``.
 
     Arguments:
-        nfe: How many evaluations there are.
-        model: The denoiser.
+        nfe: Number of evaluations.
+        model: Denoiser.
     """
-    if isinstance(model, Denoiser) and model.predicts in ("eps", "score"):
+    if model is not None and model.kind.predicts in ("eps", "score"):
         return DPMSolverPP(order=1 if nfe < 3 else 2)
     return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 7 else 3 if nfe < 12 else 4)
 
 
-def _plan(
+def plan_for(
     model: AbstractDenoiser,
-    solver: Solver | Plan | None,
-    steps: int | None,
-    nfe: int | None,
-    grid: Any,
-    t_start: float | None,
-    t_end: float,
+    solver: Solver | Plan | None = None,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    t_start: float | None = None,
+    t_end: float = 0.0,
 ) -> Plan:
-    if not isinstance(model, AbstractDenoiser):
-        raise TypeError(f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
+    """The plan that :func:`solve` runs with the same arguments.
+
+    Arguments:
+        model: Denoiser.
+        solver: Solver, plan, or None for :func:`default_solver`.
+        steps: Number of steps, by default 20.
+        nfe: Budget of evaluations, instead of `steps`.
+        grid: Times, or a function that makes them.
+        t_start: First time, by default T.
+        t_end: Last time.
+    """
     if isinstance(solver, Plan):
         if steps is not None or nfe is not None or grid is not None or t_start is not None or t_end != 0.0:
             raise ValueError("a plan has its own grid; drop `steps`, `nfe`, `grid`, `t_start` and `t_end`.")
@@ -244,106 +255,93 @@ def _plan(
             warnings.warn(f"the plan was written for {solver.sde}, the model is on {model.sde!r}.", stacklevel=4)
         return solver
     if solver is not None and not isinstance(solver, Solver):
-        hint = (
-            f"call it, {solver.__name__}()" if callable(solver) and hasattr(solver, "__name__") else "as in ss.DDIM()"
-        )
-        got = repr(solver) if isinstance(solver, str | int) else type(solver).__name__
-        raise TypeError(f"`solver` must be a rule such as UniPC(), a Plan or None, got {got}; {hint}.")
+        raise _not_a_solver(solver)
     if isinstance(grid, str):
         raise TypeError(f"`grid` must be times or a grid maker such as ss.grids.karras, got {grid!r}.")
-    given = grid is not None and not callable(grid)
-    if (steps is not None) + (nfe is not None) + given > 1:
-        raise ValueError("give one of `steps` (legs of the grid), `nfe` (a budget of evaluations) and `grid` (times).")
-    if given:
+    has_times = grid is not None and not callable(grid)
+    if (steps is not None) + (nfe is not None) + has_times > 1:
+        raise ValueError("give one of `steps` (a number), `nfe` (a budget of evaluations) and `grid` (times).")
+    if grid is not None and not callable(grid):
         if t_start is not None or t_end != 0.0:
-            raise ValueError("`grid` already says where to start and end; `grids.window` cuts a grid.")
+            raise ValueError("`grid` has its own ends; drop `t_start` and `t_end`, or cut it with `grids.window`.")
         rule = default_solver(len(grid) - 1, model) if solver is None else solver
         return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
-    legs = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
+    count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
     if nfe is not None:
         check.integer("nfe", nfe, at_least=1)
         rule = default_solver(nfe, model) if solver is None else solver
-        rule, legs = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
+        rule, count = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
-        rule = default_solver(legs, model) if solver is None else solver
-    maker: GridMaker = quadratic_vp if grid is None else grid
-    window: dict[str, float] = {} if t_start is None else {"t_start": t_start}
-    if t_end != 0.0:
-        window["t_end"] = t_end
-    plan = rule.plan(model.sde, maker(model.sde, legs, **window))
+        rule = default_solver(count, model) if solver is None else solver
+    plan = rule.plan(model.sde, _make(model, grid, count, t_start, t_end))
     if nfe is not None and plan.nfe > nfe:
         raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
     return plan
 
 
-def _controlled(
+def _make(
+    model: AbstractDenoiser, grid: GridMaker | None, steps: int, t_start: float | None, t_end: float | None
+) -> Tensor:
+    """A grid of `steps` steps by a grid maker."""
+    window: dict[str, float] = {} if t_start is None else {"t_start": t_start}
+    if t_end:
+        window["t_end"] = t_end
+    maker: GridMaker = quadratic_vp if grid is None else grid
+    return maker(model.sde, steps, **window)
+
+
+def _times_for(
     model: AbstractDenoiser,
-    x: Tensor,
-    rule: Adaptive,
-    t_start: float,
+    method: Method,
+    steps: int | None,
+    nfe: int | None,
+    grid: Tensor | Sequence[float] | GridMaker | None,
+    t_start: float | None,
     t_end: float,
-    save_at: str | Sequence[float],
-    save_device: torch.device | str,
-    denoise: Callable[..., Tensor],
-    cond: dict[str, Any],
-) -> AdaptiveSolution:
-    if isinstance(save_at, str):
-        raise ValueError("`save_at` must be times with Adaptive: each sample has steps of its own.")
-    found = flow(model, x, t_start, t_end, replace(rule, dense=True) if save_at else rule, denoise=denoise, **cond)
-    if not save_at:
-        return found
-    assert found.path is not None
-    kept = {float(t): found.path(float(t)).to(save_device) for t in save_at}
-    return replace(found, trajectory=kept, path=found.path if rule.dense else None)
+) -> Tensor:
+    """The grid of a method that steps on given times; it may rise, and by default ends at ``sde.t_min``."""
+    if nfe is not None:
+        raise TypeError(f"`nfe` has no meaning with {type(method).__name__}; give `steps` or `grid`.")
+    if grid is None or callable(grid):
+        count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
+        return _make(model, grid, count, t_start, t_end or model.sde.t_min)
+    if steps is not None or t_start is not None or t_end != 0.0:
+        raise ValueError("`grid` has its own ends; drop `steps`, `t_start` and `t_end`.")
+    times = torch.as_tensor(grid, dtype=torch.float64)
+    rising = len(times) > 1 and bool(times[0] < times[-1])
+    return check_grid(model.sde, times.flip(0)).flip(0) if rising else check_grid(model.sde, times)
 
 
-def _denoise(model: AbstractDenoiser, cond: dict[str, Any], grad: str) -> Callable[..., Tensor]:
-    if grad == "checkpoint":
-        return lambda x, t, **more: checkpoint(lambda y: model.x0(y, t, **cond, **more), x, use_reentrant=False)
-    if not cond:
-        return model.x0
-    return lambda x, t: model.x0(x, t, **cond)
+def _check_support(method: Method, watch: Watch, grad: str) -> None:
+    """Refuse gradient modes and observations that a method does not have."""
+    name = type(method).__name__ if not isinstance(method, Tabulated) else "a solver or plan"
+    if grad not in method.grads:
+        raise ValueError(f"`grad` must be one of {', '.join(map(repr, method.grads))} with {name}, got {grad!r}.")
+    plain = Watch()
+    for field in ("callback", "hook", "save_at", "progress", "transitions"):
+        if field not in method.watches and getattr(watch, field) != getattr(plain, field):
+            raise ValueError(f"`{field}` of `watch` has no meaning with {name}; drop it.")
 
 
-def _wanted(plan: Plan, save_at: str | Sequence[float]) -> set[float] | None:
-    """Times to keep: None for none, empty for all."""
+def _not_a_solver(solver: object) -> TypeError:
+    named = callable(solver) and hasattr(solver, "__name__")
+    hint = f"call it, {getattr(solver, '__name__', '')}()" if named else "as in ss.DDIM()"
+    got = repr(solver) if isinstance(solver, str | int) else type(solver).__name__
+    return TypeError(f"`solver` must be a solver such as UniPC(), a Plan, a Method or None, got {got}; {hint}.")
+
+
+def _save_times(plan: Plan, save_at: str | Sequence[float]) -> set[float] | None:
+    """Times whose states are kept: None for none, empty for all."""
     if save_at and any(isinstance(t, Tensor) and t.ndim for t in plan.times):
-        raise ValueError("`save_at` names times, and each sample has its own here; use `callback`.")
+        raise ValueError("`save_at` names times, and each sample has its own times here; use `callback`.")
     if isinstance(save_at, str):
-        check.choice("save_at", save_at, ("all",))
         return set()
-    wanted = {float(t) for t in save_at}
-    if not wanted:
+    requested = {float(t) for t in save_at}
+    if not requested:
         return None
-    have = [float(t) for t in plan.times]
-    for t in wanted:
-        if t not in have:
-            nearest = min(have, key=lambda s: abs(s - t))
+    times = [float(t) for t in plan.times]
+    for t in requested:
+        if t not in times:
+            nearest = min(times, key=lambda s: abs(s - t))
             raise ValueError(f"`save_at` must name times of the grid, got {t!r}; the nearest is {nearest!r}.")
-    return wanted
-
-
-class _Bar:
-    """A progress bar over nodes, or nothing."""
-
-    def __init__(self, plan: Plan, progress: bool | str) -> None:
-        self._bar: Any = None
-        if not isinstance(progress, bool):
-            check.choice("progress", progress, ("always",))
-        if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=plan.nfe, desc=plan.name, unit="call", disable=False if progress == "always" else None
-            )
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def update(self, step: Step) -> None:
-        if self._bar is not None:
-            self._bar.update(step.nfe - self._bar.n)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    return requested

@@ -40,7 +40,7 @@ class Recorder(ss.denoisers.AbstractDenoiser):
 
     def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
         super().__init__(model.sde)
-        self.model, self.sde = model, model.sde
+        self.model = model
         self.times: list[Any] = []
         self.states: list[Tensor] = []
         self.conditions: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ class Net(nn.Module):
     """A small network that takes a condition."""
 
     def __init__(self) -> None:
-        super().__init__(model.sde)
+        super().__init__()
         self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 2)
         for i, p in enumerate(self.parameters()):
             p.data = 0.5 * ss.Noise(i).normal(tuple(p.shape), 0)
@@ -196,7 +196,7 @@ def test_a_run_in_two_parts_is_one_run_to_the_bit(rule: Solver) -> None:
 def test_the_start_is_drawn_from_the_marginal_at_its_own_time() -> None:
     def start(**options: Any) -> Tensor:
         seen: list[Tensor] = []
-        options = {"steps": 2, "seed": 3, "callback": lambda step: seen.append(step.x), **options}
+        options = {"steps": 2, "seed": 3, "watch": lambda step: seen.append(step.x), **options}
         ss.sample(MIX, (4, 2), ss.DDIM(), **options)
         return seen[0].double()
 
@@ -207,23 +207,23 @@ def test_the_start_is_drawn_from_the_marginal_at_its_own_time() -> None:
             early = start(t_start=t)
         assert torch.allclose(early, unit * math.hypot(VP.alpha(t), VP.sigma(t)), rtol=1e-5)
         with pytest.warns(UserWarning, match="too high for a Gaussian prior"):
-            wide = start(t_start=t, data_std=3.0)
+            wide = start(t_start=t, start=ss.Start(data_std=3.0))
         assert torch.allclose(wide, unit * math.hypot(3 * VP.alpha(t), VP.sigma(t)), rtol=1e-5)
     with pytest.warns(UserWarning, match="too high for a Gaussian prior"):
         assert torch.equal(start(steps=None, grid=[0.5, 0.3, 0.0]), start(t_start=0.5))
     edm = ring(ss.EDM())
-    x = ss.solve(edm, (1000, 2), ss.DDIM(), steps=1, seed=0, save_at="all").trajectory[80.0]
+    x = ss.solve(edm, (1000, 2), ss.DDIM(), steps=1, seed=0, watch=ss.Watch(save_at="all")).trajectory[80.0]
     assert 70 < float(x.std()) < 90
 
 
 def test_dtype_and_device_of_a_start_that_is_drawn() -> None:
     assert ss.sample(MIX, (2, 2), steps=3, seed=0).dtype == torch.float32
-    assert ss.sample(MIX, (2, 2), steps=3, seed=0, dtype=torch.float64).dtype == torch.float64
+    assert ss.sample(MIX, (2, 2), steps=3, seed=0, start=ss.Start(dtype=torch.float64)).dtype == torch.float64
     assert ss.sample(MIX, START, steps=3).dtype == torch.float64, "a state keeps its own"
     model = ss.Denoiser(Net().to("meta"), VP, predicts="v")
     assert ss.sample(model, (2, 2), steps=3, seed=0).device.type == "meta", "where the network is"
     plain = ss.Denoiser(lambda x, t: x, VP, predicts="v")
-    assert ss.sample(plain, (2, 2), steps=3, seed=0, device="meta").device.type == "meta"
+    assert ss.sample(plain, (2, 2), steps=3, seed=0, start=ss.Start(device="meta")).device.type == "meta"
 
 
 # Seeds.
@@ -242,15 +242,15 @@ def test_sample_i_is_the_same_in_every_batch(rule: Solver, event: tuple[int, ...
     some = ss.sample(LINEAR, (2, *event), rule, steps=5, seed=ss.Noise(11, indices=[40, 3]))
     assert torch.equal(some, all_of_them[[40, 3]])
     if event == (2,):
-        whole = ss.sample(MIX, (64, 2), rule, dtype=torch.float64, **kwargs)
+        whole = ss.sample(MIX, (64, 2), rule, start=ss.Start(dtype=torch.float64), **kwargs)
         for n in (1, 7):
-            part = ss.sample(MIX, (n, 2), rule, dtype=torch.float64, **kwargs)
+            part = ss.sample(MIX, (n, 2), rule, start=ss.Start(dtype=torch.float64), **kwargs)
             assert torch.allclose(part, whole[:n], rtol=1e-12, atol=1e-12)
 
 
 def test_a_seed_for_each_sample() -> None:
     rule = Multistep(1, eta=1.0)
-    out = ss.sample(MIX, (3, 2), rule, steps=5, seed=[7, 8, 7], dtype=torch.float64)
+    out = ss.sample(MIX, (3, 2), rule, steps=5, seed=[7, 8, 7], start=ss.Start(dtype=torch.float64))
     assert torch.equal(out[0], out[2]) and not torch.equal(out[0], out[1])
     with pytest.raises(ValueError, match="`seed` has 2 entries and the state has 3 rows"):
         ss.sample(MIX, (3, 2), rule, steps=5, seed=[7, 8])
@@ -277,8 +277,8 @@ def test_no_generator_but_ones_own_is_touched() -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
     for seed in (0, None):
         ss.sample(MIX, (3, 2), Multistep(1, eta=1.0), steps=4, seed=seed)
-        z = ss.encode(MIX, START, steps=4, seed=seed)
-        ss.decode(MIX, z, steps=4, seed=seed)
+        z = ss.encode(MIX, START, steps=4)
+        ss.decode(MIX, z, steps=4)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
     assert (before[2] == np.random.get_state()[1]).all()  # noqa: NPY002
@@ -295,7 +295,7 @@ def test_callbacks_and_hooks_see_every_node() -> None:
         nodes.append((node, t))
         return x
 
-    found = ss.solve(MIX, START, ss.solvers.DPMSolver(2), steps=5, callback=seen.append, hook=look)
+    found = ss.solve(MIX, START, ss.solvers.DPMSolver(2), steps=5, watch=ss.Watch(callback=seen.append, hook=look))
     assert [s.t for s in seen] == found.times and nodes == list(enumerate(found.times))
     assert [s.nfe for s in seen] == [1, 3, 5, 7, 9, 9]
     assert torch.equal(seen[0].x, START) and torch.equal(seen[-1].x, found.x)
@@ -312,7 +312,7 @@ def test_a_hook_that_replaces_known_numbers_holds_them_exactly() -> None:
         return x
 
     for rule in (ss.DDIM(), ss.UniPC(3), Multistep(2, eta=1.0)):
-        out = ss.sample(MIX, START, rule, steps=8, hook=inpaint, seed=0)
+        out = ss.sample(MIX, START, rule, steps=8, watch=ss.Watch(hook=inpaint), seed=0)
         assert bool((out[:, 0] == known).all())
         assert bool((out[:, 1] != ss.sample(MIX, START, rule, steps=8, seed=0)[:, 1]).all())
 
@@ -320,37 +320,37 @@ def test_a_hook_that_replaces_known_numbers_holds_them_exactly() -> None:
 def test_trajectories_hold_what_was_asked_for() -> None:
     times = ss.grids.karras(VP, 6).tolist()
     seen: list[Step] = []
-    found = ss.solve(MIX, START, grid=times, save_at="all", callback=seen.append)
+    found = ss.solve(MIX, START, grid=times, watch=ss.Watch(save_at="all", callback=seen.append))
     assert list(found.trajectory) == times
     for step in seen:
         assert torch.equal(found.trajectory[step.t], step.x)
     assert torch.equal(found.trajectory[0.0], found.x)
-    some = ss.solve(MIX, START, grid=times, save_at=[times[4], times[1]])
+    some = ss.solve(MIX, START, grid=times, watch=ss.Watch(save_at=[times[4], times[1]]))
     assert list(some.trajectory) == [times[1], times[4]]
     assert torch.equal(some.trajectory[times[4]], found.trajectory[times[4]])
     assert ss.solve(MIX, START, grid=times).trajectory == {}
-    meta = ss.solve(MIX, START, grid=times, save_at="all", save_device="meta")
+    meta = ss.solve(MIX, START, grid=times, watch=ss.Watch(save_at="all", save_device="meta"))
     assert all(x.device.type == "meta" for x in meta.trajectory.values()) and meta.x.device.type == "cpu"
     with pytest.raises(ValueError, match=r"`save_at` must name times of the grid, got 0.33; the nearest is 0\.\d"):
-        ss.solve(MIX, START, grid=times, save_at=[times[1], 0.33])
+        ss.solve(MIX, START, grid=times, watch=ss.Watch(save_at=[times[1], 0.33]))
     with pytest.raises(ValueError, match="`save_at` must be one of 'all', got 'last'"):
-        ss.solve(MIX, START, grid=times, save_at="last")
+        ss.solve(MIX, START, grid=times, watch=ss.Watch(save_at="last"))
     many = torch.tensor([[1.0, 0.9], [0.5, 0.4], [0.0, 0.0]], dtype=torch.float64)
-    with pytest.raises(ValueError, match="each sample has its own here; use `callback`"):
-        ss.solve(MIX, START[:2], grid=many, save_at="all")
+    with pytest.raises(ValueError, match="each sample has its own times here; use `callback`"):
+        ss.solve(MIX, START[:2], grid=many, watch=ss.Watch(save_at="all"))
 
 
 def test_progress_is_quiet_unless_somebody_watches(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for progress in (False, True):
-        ss.sample(MIX, START, steps=4, progress=progress)
+        ss.sample(MIX, START, steps=4, watch=ss.Watch(progress=progress))
         assert capsys.readouterr() == ("", "")
-    found = ss.solve(MIX, START, ss.solvers.DPMSolver(2), steps=4, progress="always")
+    found = ss.solve(MIX, START, ss.solvers.DPMSolver(2), steps=4, watch=ss.Watch(progress="always"))
     out, err = capsys.readouterr()
     assert out == "" and f"{found.nfe}/{found.nfe}" in err and "DPMSolver" in err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    ss.sample(MIX, START, steps=4, progress=True)
+    ss.sample(MIX, START, steps=4, watch=True)
     assert "4/4" in capsys.readouterr().err
 
 
@@ -369,7 +369,7 @@ def test_gradients_off_full_and_checkpointed() -> None:
         net = Net().double()
         shift = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
         x = START.clone().requires_grad_()
-        out = ss.sample(ss.Denoiser(net, VP, predicts="v"), x, ss.UniPC(2), steps=4, grad=grad, shift=shift)
+        out = ss.sample(ss.Denoiser(net, VP, predicts="v").given(shift=shift), x, ss.UniPC(2), steps=4, grad=grad)
         calls = len(net.seen)
         assert calls == 4
         if grad == "off":
@@ -392,7 +392,7 @@ def test_gradients_are_right_also_for_a_start_that_is_drawn() -> None:
     model = ss.Denoiser(net, VP, predicts="v")
 
     def loss() -> Tensor:
-        options: dict[str, Any] = {"steps": 3, "seed": 0, "dtype": torch.float64, "grad": "full"}
+        options: dict[str, Any] = {"steps": 3, "seed": 0, "grad": "full"}
         return ss.sample(model, (2, 2), Multistep(2, eta=0.5), **options).square().sum()
 
     loss().backward()
@@ -425,7 +425,7 @@ def test_sampling_leaves_the_callers_gradient_mode_as_it_was() -> None:
             ss.sample(MIX, START, steps=2)
             assert torch.is_grad_enabled() is mode
             with pytest.raises(TypeError):
-                ss.sample(MIX, START, steps=2, hook=lambda node, t, x: None)  # type: ignore[arg-type, return-value]
+                ss.sample(MIX, START, steps=2, watch=ss.Watch(hook=lambda node, t, x: None))  # type: ignore[arg-type, return-value]
             assert torch.is_grad_enabled() is mode
 
 
@@ -458,16 +458,21 @@ def test_a_plan_runs_as_it_is() -> None:
 def test_conditions_go_to_the_network() -> None:
     recorder = Recorder(MIX)
     label = torch.arange(6)
-    ss.sample(recorder, START, steps=3, label=label, text=["a"] * 6)
+    ss.sample(recorder.given(label=label, text=["a"] * 6), START, steps=3)
     assert all(c["label"] is label and c["text"] == ["a"] * 6 for c in recorder.conditions)
     assert len(recorder.conditions) == 3
     model = ss.Denoiser(Net(), VP, predicts="v")
-    moved = ss.sample(model, START.float(), steps=3, shift=torch.ones(6, 1))
+    moved = ss.sample(model.given(shift=torch.ones(6, 1)), START.float(), steps=3)
     assert not torch.equal(moved, ss.sample(model, START.float(), steps=3))
     with pytest.raises(ValueError, match="condition `shift` has 2 rows and the state has 6"):
-        ss.sample(model, START.float(), steps=3, shift=torch.ones(2, 1))
-    z = ss.encode(recorder, START, steps=3, label=label)
-    ss.decode(recorder, z, steps=3, label=label)
+        ss.sample(model.given(shift=torch.ones(2, 1)), START.float(), steps=3)
+    one = ss.sample(model.given(shift=torch.ones(1, 1)), START.float(), steps=3)
+    assert torch.equal(one, moved), "one row is expanded to all rows"
+    table = torch.ones(2, 1, 1)  # no batch axis: it reaches the network as it is
+    shared = ss.Denoiser(lambda x, t, table: x + table.sum(0), VP, predicts="v").given(shared={"table": table})
+    assert ss.sample(shared, START, steps=3).shape == START.shape
+    z = ss.encode(recorder.given(label=label), START, steps=3)
+    ss.decode(recorder.given(label=label), z, steps=3)
     assert all(c["label"] is label for c in recorder.conditions)
 
 
@@ -502,7 +507,7 @@ def test_into_no_noise_the_result_is_the_denoised_state(sde: ss.SDE) -> None:
     model = ring(sde)
     for rule in (ss.DDIM(), ss.DPMSolverPP(3), ss.UniPC(2), Multistep(2, eta=1.0)):
         recorder = Recorder(model)
-        out = ss.sample(recorder, (4, 2), rule, steps=4, seed=0, dtype=torch.float64)
+        out = ss.sample(recorder, (4, 2), rule, steps=4, seed=0, start=ss.Start(dtype=torch.float64))
         assert torch.equal(out, model.x0(recorder.states[-1], recorder.times[-1]))
 
 
@@ -541,7 +546,7 @@ def test_codes_span_the_whole_process_by_default(sde: ss.SDE) -> None:
     model = ring(sde)
     data = model.sample(16, t=0.0, seed=0)
     seen: list[Step] = []
-    z = ss.encode(model, data, callback=seen.append)
+    z = ss.encode(model, data, watch=ss.Watch(callback=seen.append))
     times = [s.t for s in seen]
     assert times == sorted(times) and times[0] == sde.t_min and times[-1] >= 0.99 * sde.T
     back = ss.decode(model, z)
@@ -568,9 +573,9 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "grid and t_start": (
         lambda: ss.sample(MIX, START, grid=[1.0, 0.0], t_start=0.5),
         ValueError,
-        "`grid` already says where to start and end; `grids.window` cuts a grid",
+        "`grid` has its own ends; .*`grids.window`",
     ),
-    "grid and t_end": (lambda: ss.sample(MIX, START, grid=[1.0, 0.0], t_end=0.5), ValueError, "already says where"),
+    "grid and t_end": (lambda: ss.sample(MIX, START, grid=[1.0, 0.0], t_end=0.5), ValueError, "has its own ends"),
     "no steps": (lambda: ss.sample(MIX, START, steps=0), ValueError, "`steps` must be at least 1, got 0"),
     "half a step": (lambda: ss.sample(MIX, START, steps=2.5), TypeError, "`steps` must be an integer"),  # type: ignore[arg-type]
     "no evaluations": (lambda: ss.sample(MIX, START, ss.DDIM(), nfe=0), ValueError, "`nfe` must be at least 1, got 0"),
@@ -590,7 +595,7 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "a start past T": (lambda: ss.sample(MIX, START, t_start=2.0), ValueError, "`t_start` must be .*at most 1, got 2"),
     "an end past the start": (lambda: ss.sample(MIX, START, t_start=0.5, t_end=0.6), ValueError, "`t_end` must be"),
     "a network for a model": (lambda: ss.sample(Net(), START), TypeError, "`model` must be a denoiser.*got Net"),  # type: ignore[arg-type]
-    "a rule by name": (lambda: ss.sample(MIX, START, "unipc"), TypeError, "`solver` must be a rule.*'unipc'"),  # type: ignore[arg-type]
+    "a rule by name": (lambda: ss.sample(MIX, START, "unipc"), TypeError, "`solver` must be a solver.*'unipc'"),  # type: ignore[arg-type]
     "a rule not called": (lambda: ss.sample(MIX, START, ss.UniPC), TypeError, r"call it, UniPC\(\)"),  # type: ignore[arg-type]
     "a number for a shape": (lambda: ss.sample(MIX, 4), ValueError, r"a state or a shape \(B, \*event\), got 4"),  # type: ignore[arg-type]
     "an empty shape": (lambda: ss.sample(MIX, ()), ValueError, r"a shape \(B, \*event\), got \(\)"),
@@ -600,17 +605,17 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "an integer state": (lambda: ss.sample(MIX, torch.zeros(2, 2, dtype=torch.int64)), TypeError, "int64"),
     "a seed that is none": (lambda: ss.sample(MIX, (2, 2), seed="a"), TypeError, "`seed` must be an integer"),
     "gradients by halves": (lambda: ss.sample(MIX, START, grad="half"), ValueError, "`grad` must be one of 'off'"),
-    "progress sometimes": (lambda: ss.sample(MIX, START, progress="auto"), ValueError, "`progress` must be one of"),
+    "progress sometimes": (lambda: ss.sample(MIX, START, watch=ss.Watch(progress="auto")), ValueError, "`progress` must be one of"),
     "a shape at many times": (
         lambda: ss.sample(MIX, (2, 2), grid=torch.tensor([[1.0, 0.9], [0.1, 0.1]], dtype=torch.float64)),
         ValueError,
         "have no common prior; give a state",
     ),
-    "a misspelt option": (lambda: ss.sample(MIX, START, stpes=3), TypeError, "did you mean `steps`"),
+    "a misspelt option": (lambda: ss.sample(MIX, START, stpes=3), TypeError, "unexpected keyword argument 'stpes'"),
     "a code from no noise": (
         lambda: ss.encode(MIX, START, t_start=0.0),
         ValueError,
-        "must end at a positive time, where there is noise to see",
+        "must end at a positive time, because a code exists only where",
     ),
     "a code on a grid to data": (lambda: ss.encode(MIX, START, grid=[1.0, 0.5, 0.0]), ValueError, "positive time"),
     "a code that goes nowhere": (
@@ -621,19 +626,19 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "a code by noise": (
         lambda: ss.encode(MIX, START, Multistep(1, eta=1.0)),
         ValueError,
-        "`solver` must be deterministic.*draws noise. Take a rule without",
+        "`solver` must be deterministic.*draws noise. Use a solver without",
     ),
     "a code by a plan": (
         lambda: ss.encode(MIX, START, ss.DDIM().plan(VP, [1.0, 0.5])),  # type: ignore[arg-type]
         TypeError,
-        "`solver` must be a rule.*which can run both ways",
+        "`solver` must be a solver.*which can run both ways",
     ),
     "a code with two grids": (
         lambda: ss.encode(MIX, START, grid=[1.0, 0.5], t_end=0.9),
         ValueError,
-        "`grid` already says where to start and end; drop `t_start` and `t_end`",
+        "`grid` has its own ends; drop `steps`, `t_start` and `t_end`",
     ),
-    "a code by a budget": (lambda: ss.encode(MIX, START, nfe=5), TypeError, "`nfe` is a budget for sampling"),
+    "a code by a budget": (lambda: ss.encode(MIX, START, nfe=5), TypeError, "unexpected keyword argument 'nfe'"),
     "a code of a network": (lambda: ss.encode(Net(), START), TypeError, "`model` must be a denoiser"),  # type: ignore[arg-type]
     "a code of a shape": (lambda: ss.encode(MIX, (2, 2)), TypeError, "`x` must be a torch.Tensor"),  # type: ignore[arg-type]
     "a decoded shape": (lambda: ss.decode(MIX, (2, 2)), TypeError, "`z` must be a torch.Tensor"),  # type: ignore[arg-type]

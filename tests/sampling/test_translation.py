@@ -53,7 +53,7 @@ def test_one_model_translates_between_its_conditions() -> None:
     model = ss.Denoiser(net, VP, predicts="x0")
     x = a.sample(50, VP.t_min, seed=0)
     from_a, to_b = torch.zeros(50), torch.ones(50)
-    y = ss.decode(model, ss.encode(model, x, steps=30, label=from_a), steps=30, label=to_b)
+    y = ss.decode(model.given(label=to_b), ss.encode(model.given(label=from_a), x, steps=30), steps=30)
     torch.testing.assert_close(y, ss.decode(b, ss.encode(a, x, steps=30), steps=30), rtol=1e-4, atol=1e-4)
 
 
@@ -79,9 +79,9 @@ def test_a_network_that_sees_an_image_learns_what_follows_from_it() -> None:
         loss(x, noise=step, image=y).backward()
         adam.step()
     _, y = pictures(200, 1000)
-    x = ss.sample(model.eval(), (200, 1, 8), nfe=12, seed=0, image=y)
+    x = ss.sample(model.eval().given(image=y), (200, 1, 8), nfe=12, seed=0)
     assert float((x + 0.8 * y).square().mean().sqrt()) == pytest.approx(0.3, abs=0.08)
     assert float((x - x.mean(0)).square().mean().sqrt()) > 0.7, "and the image decides"
-    one = ss.sample(model, (400, 1, 8), nfe=12, seed=0, image=y[:1])
+    one = ss.sample(model.given(image=y[:1]), (400, 1, 8), nfe=12, seed=0)
     assert float((one.mean(0) + 0.8 * y[0]).abs().max()) < 0.15
     assert float((one.std(0) - 0.3).abs().max()) < 0.12

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.embedded import Adams, Frame, Pair, Past, State, Weigh, advance, beside, polynomial
 
 Field = Callable[[Tensor, State, "Tensor | None"], State]
@@ -681,16 +682,3 @@ def _rows(cond: dict[str, Any], rows: Tensor, size: int) -> dict[str, Any]:
         return leaf
 
     return {name: tree_map(choose, tree) for name, tree in cond.items()}
-
-
-def refuse_ddp(model: AbstractDenoiser) -> None:
-    """Ranks with error control ask their networks differently often; a wrapper that talks at each call hangs."""
-    group = torch.distributed
-    if not (group.is_available() and group.is_initialized() and group.get_world_size() > 1):
-        return
-    for module in model.modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            raise ValueError(
-                "the network is wrapped in DistributedDataParallel: with error control each rank asks it a different "
-                "number of times, and ranks that wait for each other hang; make the denoiser of `net.module`."
-            )

@@ -16,19 +16,19 @@ accepted steps' interpolant, by three Gauss–Legendre nodes on each, and does n
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
 from scoresde.data import Standardize
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.mixture import GaussianMixture
 from scoresde.integrators.adaptive import SolverError
 from scoresde.likelihood.trace import Divergence
@@ -392,7 +392,7 @@ class _Flow:
         if reference is None:
             sde.prior(std=s)  # warns where data still shows at T
         first, last = (math.atan2(sde.sigma(u), sde.alpha(u) * s) for u in (t, sde.T))
-        return cls(alone(model), cond, gaussian, s, tuple(x.shape[1:]), first, last, to_zero)
+        return cls(unwrap_ddp(model), cond, gaussian, s, tuple(x.shape[1:]), first, last, to_zero)
 
     def time(self, c: Tensor) -> Tensor:
         """The time at which σ/α = s tan c."""
@@ -615,31 +615,3 @@ def _alive(
             worst_sample=int(rows[0]),
             finite=True,
         )
-
-
-def alone(model: AbstractDenoiser) -> AbstractDenoiser:
-    """The model with every network taken out of ``DistributedDataParallel``; itself where there is none.
-
-    Its forward pass waits for the other ranks where there are buffers, and ranks take different numbers of steps.
-
-    Arguments:
-        model: A denoiser; it is not changed.
-    """
-
-    def inside(module: nn.Module) -> Iterator[bool]:
-        return (isinstance(m, nn.parallel.DistributedDataParallel) for m in module.modules())
-
-    def unwrap(module: nn.Module) -> nn.Module:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return unwrap(module.module)
-        if not any(inside(module)):
-            return module
-        twin = copy.copy(module)
-        twin._modules = {name: child and unwrap(child) for name, child in module._modules.items()}
-        return twin
-
-    if not any(inside(model)):
-        return model
-    found = unwrap(model)
-    assert isinstance(found, AbstractDenoiser)
-    return found

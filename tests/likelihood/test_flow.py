@@ -15,7 +15,7 @@ from instances import SDES
 from torch import Tensor, distributed, nn
 
 import scoresde as ss
-from scoresde.likelihood.flow import alone
+from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.likelihood.trace import AUTODIFF, Divergence, jacobian_products
 
 F64 = torch.float64
@@ -359,7 +359,7 @@ def test_ranks_with_different_numbers_of_steps_do_not_wait_for_each_other(tmp_pa
 
 def test_a_model_that_is_not_wrapped_is_left_as_it_is() -> None:
     model = ss.Denoiser(nn.Linear(2, 2), ss.VP(), predicts="eps")
-    assert alone(model) is model
+    assert unwrap_ddp(model) is model
 
 
 # The door.

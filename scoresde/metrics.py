@@ -24,12 +24,11 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 
 _CHUNK = 1 << 20  # numbers in a block of distances or projections, to bound the memory
 
 _OCTAVES, _PER_OCTAVE = 48, 1024  # bins of the median distance: from 2⁻⁴⁸ of the largest distance, 0.07 % wide
-
-_DIRECTIONS, _ORDERS, _CLASSIFIER = range(3)  # random streams of a seed, one for each use
 
 
 def w2_1d(x: Tensor, y: Tensor) -> float:
@@ -81,7 +80,7 @@ def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> 
     """
     x, y = _pair(x, y)
     check.integer("n_projections", n_projections, at_least=1)
-    theta = _stream(seed, _DIRECTIONS).normal((n_projections, x.shape[1]), draw=0, dtype=x.dtype).to(x.device)
+    theta = _stream(seed, Stream.DIRECTIONS).normal((n_projections, x.shape[1]), draw=0, dtype=x.dtype).to(x.device)
     theta = theta / theta.norm(dim=1, keepdim=True)
     total = 0.0
     for part in theta.split(max(1, _CHUNK // (len(x) + len(y)))):
@@ -180,7 +179,7 @@ def c2st(
     check.integer("folds", folds, at_least=2)
     check.number("lr", lr, above=0)
     check.number("weight_decay", weight_decay, at_least=0)
-    noise = _stream(seed, _CLASSIFIER)
+    noise = _stream(seed, Stream.CLASSIFIER)
     with torch.inference_mode(False), torch.enable_grad():
         x, y = _pair(x, y)
         if folds > min(len(x), len(y)):
@@ -343,7 +342,7 @@ def compare(
     flat = _pair(x, y)
     check.integer("n_permutations", n_permutations, at_least=1)
     n, total = len(x), len(x) + len(y)
-    keys = _stream(seed, _ORDERS).uniform((n_permutations, total), draw=0, dtype=torch.float64)
+    keys = _stream(seed, Stream.ORDERS).uniform((n_permutations, total), draw=0, dtype=torch.float64)
     order = torch.cat([torch.arange(total)[None], keys.argsort(dim=1, stable=True)])
     call, options = metric, {}
     if isinstance(metric, functools.partial) and not metric.args:

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
-from scoresde.noise.keyed import Noise
+from scoresde.noise.keyed import Noise, as_noise
+from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
 
 KINDS = ("full", "diagonal", "separable", "low rank")
 
 _FULL = 1024  # largest event size D for which the full covariance is the default
-
-_STREAM = 0x67617573
 
 
 class Gaussian(AbstractDenoiser):
@@ -194,7 +193,7 @@ class Gaussian(AbstractDenoiser):
             seed: Seed, a :class:`Noise`, or None for a random seed.
             dtype: Dtype of the samples, float32 or float64.
         """
-        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        noise = as_noise(seed).fork(Stream.GAUSSIAN)
         return self.carry(noise.normal((n, *self.event), 0, dtype=dtype, device=self._mean.device), t)
 
     def skip_errors(
@@ -231,7 +230,7 @@ class Gaussian(AbstractDenoiser):
         sde = self.sde
         first = sde.lam(sde.T) if sde.alpha(sde.T) > 0 else sde.lam(sde.T * (1 - 1e-3))
         lam = torch.linspace(first, sde.lam(sde.t_min), points, dtype=torch.float64)
-        z = Noise(seed).fork(_STREAM).normal((n, *self.event), 1, dtype=torch.float64, device=self._mean.device)
+        z = Noise(seed).fork(Stream.GAUSSIAN).normal((n, *self.event), 1, dtype=torch.float64, device=self._mean.device)
         times, errors = [sde.T], [0.0]
         total, previous = torch.zeros_like(z), None
         with torch.no_grad():

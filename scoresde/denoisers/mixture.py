@@ -17,12 +17,11 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_sde, undefined_prediction
 from scoresde.denoisers.predictions import Want, as_form
-from scoresde.noise.keyed import Noise
+from scoresde.noise.keyed import Noise, as_noise
+from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
 
 _CHUNK = 1 << 18  # largest number of entries of a temporary tensor of differences
-
-_STREAM = 0x6D6978  # makes samples independent of the noise of a solver with the same seed
 
 
 def squared_distances(x: Tensor, centres: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
@@ -200,7 +199,7 @@ class GaussianMixture(_Exact):
         """
         check.integer("n", n)
         check.dtype("dtype", dtype)
-        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        noise = as_noise(seed).fork(Stream.MIXTURE)
         K, D = self._points.shape
         like: dict[str, Any] = {"dtype": self._points.dtype, "device": self._points.device}
         u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)
@@ -411,7 +410,7 @@ class Empirical(_Exact):
         """Exact samples of the marginal at time `t`, (n, *event); the arguments of :meth:`GaussianMixture.sample`."""
         check.integer("n", n)
         check.dtype("dtype", dtype)
-        noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_STREAM)
+        noise = as_noise(seed).fork(Stream.MIXTURE)
         N, D = self._points.shape
         u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)[:, 0]
         x = self._points[(u * N).long().clamp_max(N - 1)]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scoresde import _checks as check
 from scoresde.nn.blocks import GroupNorm, Residual, Upsample, conv, dtype_of, initialise
-from scoresde.noise.keyed import Noise
+from scoresde.noise.keyed import Noise, as_noise
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class VAE(nn.Module):
             seed: Seed, a :class:`Noise`, or None for a fresh seed.
             noisy: True to add the decoder's noise, for exact samples of the model; means look cleaner.
         """
-        noise = seed if isinstance(seed, Noise) else Noise(seed)
+        noise = as_noise(seed)
         device = next(self.decoder.parameters()).device
         p = self.likelihood(noise.normal(self.latent_shape(shape), 0, device=device))
         return p.sample(noise.normal(shape, 1, device=device)) if noisy else p.mean

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 
 _BASE, _DEEPEST = 16.0, 31
 
@@ -45,8 +46,6 @@ _AT_ONCE = 1 << 16  # numbers drawn in one call on a CPU
 _DEVICE_AT_ONCE = 1 << 24  # numbers drawn in one call on other devices, where the overhead of a call is larger
 
 _CACHED = 6  # levels whose normals are cached, because the next value is likely to share them
-
-_SPINE = 0  # stream of the chain; the streams of the cells follow
 
 
 @dataclass(frozen=True)
@@ -219,7 +218,9 @@ class BrownianPath:
         outer = cell + 1 if cell >= 0 else cell
         anchor = _CELLS if sign > 0 else 4 * _CELLS
         draws = torch.arange(abs(outer) + 1)[:, None]
-        links = (z for chunk in self._normals(_SPINE, rows, anchor + (draws if outer > 0 else -draws)) for z in chunk)
+        links = (
+            z for chunk in self._normals(Stream.SPINE, rows, anchor + (draws if outer > 0 else -draws)) for z in chunk
+        )
         inner = here = next(links)
         for z in links:
             inner, here = here, (here + math.sqrt(_BASE - 1) * z) / 4

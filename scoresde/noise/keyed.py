@@ -266,6 +266,11 @@ class Noise:
         return lo[:, None], hi[:, None], (index & _MASK)[:, None], (index >> 32)[:, None]
 
 
+def as_noise(seed: int | Sequence[int] | Tensor | Noise | None) -> Noise:
+    """Return `seed` if it is a :class:`Noise`, otherwise the :class:`Noise` of this seed."""
+    return seed if isinstance(seed, Noise) else Noise(seed)
+
+
 class Ahead:
     """A source for draws in increasing order: for small states, one call computes several draws.
 

@@ -103,7 +103,7 @@ def bounds(
     q = vae.encode(x)
     z = q.sample(noise)
     entropy = 0.5 * (q.log_var + 1 + math.log(2 * math.pi)).flatten(1).sum(1)
-    log_p = ss.elbo(model, z, n_times=options.draws, repeats=1, scale=scale, seed=noise.fork(2)).value
+    log_p = ss.elbo(model, z, monte_carlo=ss.likelihood.MonteCarlo(n_times=options.draws, repeats=1), scale=scale, seed=noise.fork(2)).value
     return {
         "VAE": vae.elbo(x, noise).elbo,
         f"VAE, {options.latents} latents": vae.importance_bound(x, options.latents, noise),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.noise.keyed import Noise
+from scoresde.noise.keyed import Noise, as_noise
+from scoresde.noise.streams import Stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,12 +106,12 @@ class Standardize:
         return self.mean.to(x), self.std.to(x)
 
 
-def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float:
+def suggest_sigma_max(data: Tensor, *, max_samples: int = 2000, seed: int = 0) -> float:
     """Compute the largest distance between two samples, a noise level at which all samples overlap.
 
     Arguments:
         data: Data set, (N, *event), N ≥ 2.
-        most: Largest number of samples to use, default 2000, drawn without replacement.
+        max_samples: Largest number of samples to use, default 2000, drawn without replacement.
         seed: Seed of the draw of these samples, default 0.
 
     References:
@@ -119,8 +120,8 @@ def suggest_sigma_max(data: Tensor, *, most: int = 2000, seed: int = 0) -> float
     """
     if len(check.state("data", data)) < 2 or data.numel() == 0:
         raise ValueError(f"`data` must have shape (N, *event) with N >= 2, got {tuple(data.shape)}.")
-    check.integer("most", most, at_least=2)
-    rows = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:most]
+    check.integer("max_samples", max_samples, at_least=2)
+    rows = torch.randperm(len(data), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:max_samples]
     x = _finite(data)[rows].reshape(len(rows), -1)
     x = x - x.mean(0)  # cdist may use scalar products, which cancel far from the origin
     return float(torch.cdist(x, x).max())
@@ -153,9 +154,6 @@ def _finite(data: Tensor) -> Tensor:
         row = int((~wide.isfinite()).reshape(len(wide), -1).any(1).nonzero()[0, 0])
         raise ValueError(f"`data` must be finite, but row {row} is not.")
     return wide
-
-
-_EPS, _TIMES, _DECODER, _DEQUANTISE = 3, 4, 5, 6  # random streams of a seed
 
 
 def bin_width(levels: int, interval: tuple[float, float]) -> float:
@@ -192,7 +190,7 @@ def dequantize(
     width = bin_width(levels, interval)
     if images.device.type == "cpu" and images.numel() and not 0 <= int(images.min()) <= int(images.max()) < levels:
         raise ValueError(f"`images` must lie in 0 … {levels - 1}, got {int(images.min())} … {int(images.max())}.")
-    noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_DEQUANTISE)
+    noise = as_noise(seed).fork(Stream.DEQUANTIZE)
     shape = tuple(images.shape)
     offset = 0.5 if middle else noise.uniform(shape, draw, dtype=dtype, device=images.device)
     return interval[0] + width * (images.to(dtype) + offset)

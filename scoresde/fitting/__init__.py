@@ -1,14 +1,16 @@
 """Plans and grids fitted to a model."""
 
-from scoresde.fitting.fit import fit
+from scoresde.fitting.fit import Descent, Split, fit
 from scoresde.fitting.grids import align_your_steps, equal_error, gaussian_grid, gits
-from scoresde.fitting.trajectories import stretch
+from scoresde.fitting.trajectories import expansion
 
 __all__ = [
+    "Descent",
+    "Split",
     "align_your_steps",
     "equal_error",
+    "expansion",
     "fit",
     "gaussian_grid",
     "gits",
-    "stretch",
 ]

@@ -29,18 +29,19 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
+from scoresde.denoisers.start import Start, as_start
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
-    _STREAM,
     CANDIDATES,
     Trajectories,
     check_teacher,
@@ -50,6 +51,8 @@ from scoresde.fitting.trajectories import (
 )
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
+from scoresde.plan.matrices import Unrolled
 from scoresde.plan.table import Plan
 from scoresde.solvers.rule import Solver
 
@@ -58,138 +61,183 @@ _ROUND = 25  # iterations between two evaluations of the held-out errors
 _PATIENCE = 3  # rounds without improvement before the fit stops
 
 
+@dataclass(frozen=True)
+class Split:
+    """Division of the trajectories of a fit.
+
+    Arguments:
+        held_out: Number of trajectories that are not fitted and decide when to stop; by default a third.
+        forks: Fraction of the trajectories that start where the flow forks, for the tails of the error: the one of ten
+            candidates with the largest :func:`expansion`. The candidates are drawn, so this needs a shape.
+    """
+
+    held_out: int | None = None
+    forks: float = 0.0
+
+    def __post_init__(self) -> None:
+        check.number("forks", self.forks, at_least=0, at_most=1)
+        if self.held_out is not None:
+            check.integer("held_out", self.held_out, at_least=1)
+
+    def sizes(self, n: int) -> tuple[range, range]:
+        """Numbers of the fitted and of the held-out trajectories, of n."""
+        held = n // 3 if self.held_out is None else self.held_out
+        if not 0 < held < n:
+            raise ValueError(f"`held_out` must be in 1 … {n - 1} for {n} trajectories, got {held}; use more.")
+        return range(held, n), range(held)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Loss and memory of a fit.
+
+    Arguments:
+        robust: Multiple of the median error up to which errors count as squares, and above as logarithms: a small one
+            fits the median, a large one the mean square.
+        batch: Number of trajectories in memory at once, by default all.
+        grad: Gradients, ``"full"``, or ``"checkpoint"`` for the memory of one evaluation at the cost of a second pass.
+    """
+
+    robust: float = 1.0
+    batch: int | None = None
+    grad: str = "full"
+
+    def __post_init__(self) -> None:
+        check.number("robust", self.robust, above=0)
+        check.choice("grad", self.grad, ("full", "checkpoint"))
+        if self.batch is not None:
+            check.integer("batch", self.batch, at_least=1)
+
+
 def fit(
-    rule: Plan | Solver,
+    solver: Plan | Solver,
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
     *,
     grid: Tensor | Sequence[float] | None = None,
     what: Sequence[str] | None = None,
-    gaussian: Gaussian | None = None,
     teacher: Plan | Tensor | None = None,
-    held_out: int | None = None,
-    forks: float = 0.0,
+    start: Start | Gaussian | None = None,
+    split: Split | None = None,
+    descent: Descent | None = None,
     steps: int = 300,
-    robust: float = 1.0,
-    seed: int = 0,
-    noise: Noise | int | None = None,
-    batch: int | None = None,
-    grad: str = "full",
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
+    seed: int | Noise = 0,
     progress: bool | str = False,
-    **cond: Any,
 ) -> Plan:
     """Fit the coefficients of a plan to a model.
 
     Arguments:
-        rule: Plan; or a solver, whose weights follow the times and are corrected by the fit.
-        model: Denoiser; its parameters do not change.
+        solver: Plan; or a solver, whose weights follow the times and are corrected by the fit.
+        model: Denoiser; its parameters do not change. Conditions belong to it, as in ``model.given(label=y)``, with one
+            row for each trajectory.
         shape_or_x: Shape (B, *event) of the trajectories, held-out ones included; or their initial states, at T with
-            `gaussian`, otherwise at the first time of the plan.
+            a Gaussian start, otherwise at the first time of the plan.
         grid: Times from noise to data, for a solver.
-        what: Parts to fit, of ``"times"`` (of the states), ``"asked"`` (times of the evaluations) and ``"weights"``; by
-            default all; for stochastic plans the last two, and their noise is not changed.
-        gaussian: Gaussian whose flow carries the initial states from T to the first time of the plan, which is then
-            fitted with the other times. Run the result with ``start=gaussian``.
-        teacher: Fine plan from T (without `gaussian`, from the first time of the plan), or its results, (B, *event); by
-            default the default solver with 200 evaluations. The teacher of a stochastic plan must draw the same
-            normals. A coarse plan cannot reproduce all of their effect, so its samples have slightly less variance.
-        held_out: Number of trajectories that are not fitted and decide when to stop; by default a third.
-        forks: Fraction of the trajectories that start where the flow forks, for the tails of the error: the one of ten
-            candidates with the largest :func:`stretch`. The candidates are drawn, so this needs a shape.
+        what: Parts to fit, of ``"times"`` (of the states), ``"network_times"`` (of the evaluations) and ``"weights"``;
+            by default all; for stochastic plans the last two, and their noise is not changed.
+        teacher: Fine plan from T (without a Gaussian start, from the first time of the plan), or its results,
+            (B, *event); by default the default solver with 200 evaluations. The teacher of a stochastic plan must draw
+            the same normals. A coarse plan cannot reproduce all of their effect, so its samples have slightly less
+            variance.
+        start: Scale, dtype and device of the initial states; or a Gaussian whose flow carries them from T to the first
+            time of the plan, which is then fitted with the other times. Run the result with the same ``start``.
+        split: Held-out and forking trajectories, as a :class:`Split`.
+        descent: Loss and memory, as a :class:`Descent`.
         steps: Largest number of iterations.
-        robust: Multiple of the median error up to which errors count as squares, and above as logarithms: a small one
-            fits the median, a large one the mean square.
-        seed: Seed of the initial states.
-        noise: Normals of a stochastic plan, by default from `seed`; ``Noise(seed, path=True)`` to follow a teacher with
-            another grid on the same Brownian paths.
-        batch: Number of trajectories in memory at once, by default all.
-        grad: Gradients, ``"full"``, or ``"checkpoint"`` for the memory of one evaluation at the cost of a second pass.
-        dtype: Dtype of the states, if a shape is given.
-        device: Device of the states, if a shape is given; by default the model's.
+        seed: Seed of the initial states and of a stochastic plan's normals. ``Noise(seed, path=True)`` lets a
+            stochastic plan follow a teacher with another grid on the same Brownian paths.
         progress: True for a progress bar on an interactive terminal; ``"always"`` for one on any output.
-        **cond: Conditions of the network; tensors have a row for each trajectory.
 
     Returns:
-        A plan with its origin in ``plan.meta``. The geometric mean of its held-out errors is at most that of `rule`.
+        A plan with its origin in ``plan.meta``. The geometric mean of its held-out errors is at most that of `solver`.
 
     Example:
         >>> import torch, scoresde as ss
         >>> model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [0.2], [1.0]]), std=0.2)
         >>> start = ss.VelocityAB(2).plan(model.sde, ss.grids.karras(model.sde, 4))
-        >>> plan = fit(start, model, (96, 1), dtype=torch.float64, steps=50)
+        >>> plan = fit(start, model, (96, 1), start=ss.Start(dtype=torch.float64), steps=50)
         >>> errors = plan.meta["held_out"]
         >>> plan.nfe, errors["after"]["mean_log"] < 0.2 * errors["before"]["mean_log"]
         (4, True)
     """
-    check.conditions(cond, fit)
     check_model(model)
-    check.choice("grad", grad, ("full", "checkpoint"))
     check.integer("steps", steps, at_least=1)
-    check.number("robust", robust, above=0)
-    check.number("forks", forks, at_least=0, at_most=1)
-    sde = model.sde
-    if gaussian is not None:
-        check_gaussian("gaussian", gaussian, sde)
-    table = Table(rule, sde, grid, what, gaussian is not None)
-    x = draw_starts(shape_or_x, table, model, gaussian, seed, dtype, device)
-    if forks:
+    start, split, descent = as_start(start), split or Split(), descent or Descent()
+    gaussian = start.gaussian and check_gaussian("start", start.gaussian, model.sde)
+    table = Table(solver, model.sde, grid, what, gaussian is not None)
+    own = Noise(seed.seed) if isinstance(seed, Noise) else Noise(seed)
+    x = draw_starts(shape_or_x, table, model, start, own)
+    if split.forks:
         if isinstance(shape_or_x, Tensor) or isinstance(teacher, Tensor) or table.plan.stochastic:
             raise ValueError(
                 "`forks` draws initial states for a deterministic plan: give a shape, and no tensor as `teacher`; or "
-                "select initial states with ss.fitting.stretch."
+                "select initial states with ss.fitting.expansion."
             )
-        again = (draw_starts(shape_or_x, table, model, gaussian, seed, dtype, device, k) for k in range(1, CANDIDATES))
-        x = forked(table, model, [x, *again], forks, gaussian is not None, cond)
-    n = len(x) // 3 if held_out is None else check.integer("held_out", held_out, at_least=1)
-    if not 0 < n < len(x):
-        raise ValueError(f"`held_out` must be in 1 … {len(x) - 1} for {len(x)} trajectories, got {n}; use more.")
-    source = noise if isinstance(noise, Noise) else Noise(seed).fork(_STREAM + 1) if noise is None else Noise(noise)
+        again = (draw_starts(shape_or_x, table, model, start, own, k) for k in range(1, CANDIDATES))
+        x = forked(table, model, [x, *again], split.forks, gaussian is not None)
+    train, held = split.sizes(len(x))
+    source = seed if isinstance(seed, Noise) else own.fork(Stream.FITTED_NOISE)
     check_teacher(teacher, table, source)
-    truth, teacher_name = teacher_ends(teacher, table, model, x, gaussian, source, cond)
-    normals = PathNoise(source, table.plan.spans) if source.path and table.plan.stochastic else source
-    drawn = [normals.like(x, k) for k in range(table.start.z.shape[1])]
-    rows = Trajectories(model, x, truth, drawn, gaussian, cond, batch or len(x), grad)
-    train, held = range(n, len(x)), range(n)
-
+    truth, teacher_name = teacher_ends(teacher, table, model, x, gaussian, source)
+    rows = Trajectories(model, x, truth, _normals(table.plan, source, x), gaussian, descent.batch, descent.grad)
     before = {"train": rows.errors(table.start, train), "held_out": rows.errors(table.start, held)}
-    best, best_held, stale = table.start, before["held_out"], 0
-    with _Bar(table.name, steps, progress) as bar:
-        spent = 0
-        scale = before["train"]
-        while spent < steps and stale < _PATIENCE:
-            delta = robust * float(scale.median())
-            spent += _descend(table, rows, train, max(delta, 1e-12), min(_ROUND, steps - spent))
-            now = table.now(detach=True)
-            scale, error = rows.errors(now, train), rows.errors(now, held)
-            gained = _mean_log(error) < 0.998 * _mean_log(best_held)
-            if _mean_log(error) < _mean_log(best_held):
-                best, best_held = now, error
-            stale = 0 if gained else stale + 1
-            bar.update(spent, train=_mean_log(scale), held=_mean_log(error))
-            if not math.isfinite(_mean_log(scale)):
-                break
+    with Bar(progress, steps, f"fit {table.name}") as bar:
+        best, best_held, spent = _rounds(table, rows, (train, held), before, descent.robust, steps, bar)
     after = {"train": rows.errors(best, train), "held_out": best_held}
     meta = {
         "scoresde": importlib.metadata.version("scoresde"),
         "from": table.name,
-        "sde": repr(sde),
+        "sde": repr(model.sde),
         "teacher": teacher_name,
         "what": list(table.what),
         "gaussian start": gaussian is not None,
         "iterations": spent,
-        "robust": robust,
-        "forks": forks,
-        "seed": seed,
+        "robust": descent.robust,
+        "forks": split.forks,
+        "seed": own.seed,
         "trajectories": {"train": len(train), "held_out": len(held)},
         "levels": [float(t) for t in table.levels_of(best)],
         **{k: {"before": _summary(before[k]), "after": _summary(after[k])} for k in ("train", "held_out")},
     }
     if best is table.start:
         return replace(table.plan, meta=meta)
-    on_path = "asked" not in table.what
-    return best.plan(table.plan, on_path=on_path, name=f"{table.plan.name}, fitted", order=None, meta=meta)
+    on_path = "network_times" not in table.what
+    plan = best.plan(table.plan, on_path=on_path)
+    return replace(plan, name=f"{table.plan.name}, fitted", order=None, meta=meta)
+
+
+def _normals(plan: Plan, noise: Noise, x: Tensor) -> list[Tensor]:
+    """All normals that a plan draws, (B, *event) each."""
+    source = PathNoise(noise, plan.spans) if noise.path and plan.stochastic else noise
+    return [source.like(x, k) for k in range(plan.draws)]
+
+
+def _rounds(
+    table: Table,
+    rows: Trajectories,
+    sets: tuple[range, range],
+    before: dict[str, Tensor],
+    robust: float,
+    steps: int,
+    bar: Bar,
+) -> tuple[Unrolled, Tensor, int]:
+    """Rounds of L-BFGS until the held-out error stops falling; the best table, its held-out errors, iterations."""
+    train, held = sets
+    best, best_held, stale = table.start, before["held_out"], 0
+    spent, scale = 0, before["train"]
+    while spent < steps and stale < _PATIENCE:
+        delta = robust * float(scale.median())
+        spent += _descend(table, rows, train, max(delta, 1e-12), min(_ROUND, steps - spent))
+        now = table.now(detach=True)
+        scale, error = rows.errors(now, train), rows.errors(now, held)
+        gained = _mean_log(error) < 0.998 * _mean_log(best_held)
+        if _mean_log(error) < _mean_log(best_held):
+            best, best_held = now, error
+        stale = 0 if gained else stale + 1
+        bar.to(spent, train=f"{_mean_log(scale):.2e}", held=f"{_mean_log(error):.2e}")
+        if not math.isfinite(_mean_log(scale)):
+            break
+    return best, best_held, spent
 
 
 def _mean_log(errors: Tensor) -> float:
@@ -206,55 +254,30 @@ def _summary(errors: Tensor) -> dict[str, float]:
 def _descend(table: Table, rows: Trajectories, which: range, delta: float, steps: int) -> int:
     """Run a round of L-BFGS; return its number of iterations."""
     optimiser = torch.optim.LBFGS(
-        table.knobs, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
+        table.parameters, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
     )
 
     def closure() -> float:
         total = 0.0
-        gradients = [torch.zeros_like(k) for k in table.knobs]
+        gradients = [torch.zeros_like(k) for k in table.parameters]
         for part in rows.parts(which):
             with torch.enable_grad():
                 e = rows.error(table.now(), part)
                 loss = 0.5 * (e**2 + delta**2).log().sum() / len(which)
-                parts = torch.autograd.grad(loss, table.knobs, allow_unused=True)
+                parts = torch.autograd.grad(loss, table.parameters, allow_unused=True)
             total += float(loss.detach())
             for g, p in zip(gradients, parts, strict=True):
                 g += 0 if p is None else p
         good = math.isfinite(total) and all(bool(g.isfinite().all()) for g in gradients)
-        for k, g in zip(table.knobs, gradients, strict=True):
+        for k, g in zip(table.parameters, gradients, strict=True):
             k.grad = g if good else torch.zeros_like(g)
         return total if good else 1e6
 
-    saved = [k.detach().clone() for k in table.knobs]
+    saved = [k.detach().clone() for k in table.parameters]
     optimiser.step(closure)
-    if not all(bool(k.isfinite().all()) for k in table.knobs):
+    if not all(bool(k.isfinite().all()) for k in table.parameters):
         with torch.no_grad():
-            for k, value in zip(table.knobs, saved, strict=True):
+            for k, value in zip(table.parameters, saved, strict=True):
                 k.copy_(value)
     state: dict[str, Any] = next(iter(optimiser.state.values()), {})
     return max(1, int(state.get("n_iter", 1)))
-
-
-class _Bar:
-    """A progress bar over iterations, if it is enabled."""
-
-    def __init__(self, name: str, steps: int, progress: bool | str) -> None:
-        self._bar: Any = None
-        if not isinstance(progress, bool):
-            check.choice("progress", progress, ("always",))
-        if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, desc=f"fit {name}", disable=False if progress == "always" else None)
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def update(self, spent: int, **errors: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix({k: f"{v:.2e}" for k, v in errors.items()}, refresh=False)
-            self._bar.update(spent - self._bar.n)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

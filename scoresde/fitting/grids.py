@@ -18,17 +18,17 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.analysis.moments import Numbers, as_directions, flow_gain, flow_gaps, solve_directions
 from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.start import Start
 from scoresde.fitting.table import Levels
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import karras, quadratic_vp, uniform_lam
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.run import Step, run
 from scoresde.processes.sde import SDE
 from scoresde.sampling.solve import default_solver
 from scoresde.solvers.rule import Solver
-
-_STREAM = 0x6F7074
 
 
 def gaussian_grid(
@@ -76,9 +76,9 @@ def gaussian_grid(
 
     best = min(grids, key=lambda times: float(loss(times)))
     levels = Levels(sde, best.tolist(), True, False, sde.lam(sde.t_min))
-    for knob in levels.knobs:
-        knob.requires_grad_(True)
-    optimiser = torch.optim.LBFGS(levels.knobs, max_iter=100, line_search_fn="strong_wolfe")
+    for parameter in levels.parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.LBFGS(levels.parameters, max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimiser.zero_grad()
@@ -108,7 +108,6 @@ def gits(
     *,
     fine: int = 64,
     seed: int = 0,
-    **cond: Any,
 ) -> Tensor:
     """Grid that minimises the sum of the errors of single DDIM steps, each from a state of fine trajectories.
 
@@ -118,13 +117,11 @@ def gits(
         steps: Number of steps; the grid has one more time.
         fine: Number of steps of the fine grid, uniform in λ, from which times are selected.
         seed: Seed of the initial states.
-        **cond: Conditions of the network.
 
     References:
         | On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., 2024), arXiv:2405.11326
     """
-    check.conditions(cond, gits)
-    times, error = _pilot(model, shape_or_x, fine, seed, cond)
+    times, error = _pilot(model, shape_or_x, fine, seed)
     cost = torch.full((len(times), len(times)), math.inf, dtype=torch.float64)
     for i in range(len(times) - 1):
         for j in range(i + 1, len(times)):
@@ -139,16 +136,21 @@ def equal_error(
     *,
     fine: int = 64,
     seed: int = 0,
-    **cond: Any,
 ) -> Tensor:
     r"""Grid whose steps have equal errors, from the error density of fine trajectories.
 
     The error of a step of size h is about a(λ) h². Fine steps measure a, and each step gets an equal share of the
-    integral of √a over λ. The last step goes from ``sde.t_min`` to 0. The arguments are those of :func:`gits`.
+    integral of √a over λ. The last step goes from ``sde.t_min`` to 0.
+
+    Arguments:
+        model: Denoiser.
+        shape_or_x: Shape (B, *event) of the trajectories, or their initial states at T.
+        steps: Number of steps; the grid has one more time.
+        fine: Number of steps of the fine grid, uniform in λ, that measures the errors.
+        seed: Seed of the initial states.
     """
-    check.conditions(cond, equal_error)
     check.integer("steps", steps, at_least=2)
-    times, error = _pilot(model, shape_or_x, fine, seed, cond)
+    times, error = _pilot(model, shape_or_x, fine, seed)
     density = torch.tensor([error(i, i + 1) for i in range(len(times) - 2)], dtype=torch.float64).sqrt()
     share = torch.cat([density.new_zeros(1), density.cumsum(0)])
     lam = model.sde.lam(times[:-1])
@@ -160,9 +162,7 @@ def equal_error(
     return check_grid(model.sde, torch.cat([times[:1], inner, times[-2:]]))
 
 
-def align_your_steps(
-    model: AbstractDenoiser, data: Tensor, steps: int, *, fine: int = 64, seed: int = 0, **cond: Any
-) -> Tensor:
+def align_your_steps(model: AbstractDenoiser, data: Tensor, steps: int, *, fine: int = 64, seed: int = 0) -> Tensor:
     r"""Align Your Steps: the grid with the smallest upper bound on the KL divergence of frozen-denoiser steps.
 
     .. math:: \sum_i \int_{\lambda_i}^{\lambda_{i+1}} e^{2\lambda}\,
@@ -177,15 +177,13 @@ def align_your_steps(
         steps: Number of steps; the grid has one more time.
         fine: Number of steps of the fine grid, uniform in λ, from which times are selected.
         seed: Seed of the forward paths.
-        **cond: Conditions of the network.
 
     References:
         | Align Your Steps (Sabour et al., 2024), arXiv:2404.14507
     """
-    check.conditions(cond, align_your_steps)
     check_model(model)
     check.integer("steps", steps, at_least=2)
-    sde, noise = model.sde, Noise(seed).fork(_STREAM)
+    sde, noise = model.sde, Noise(seed).fork(Stream.GRIDS)
     check.state("data", data)
     times = uniform_lam(sde, check.integer("fine", fine, at_least=steps))
     lam = sde.lam(times[:-1])
@@ -199,7 +197,7 @@ def align_your_steps(
             u = u + float(fresh.sqrt()) * noise.like(data, k)
             t = float(times[k])
             x = sde.alpha(t) * u if sde.alpha(t) > 0 else sde.sigma(t) / float(rho[k]) * u
-            denoised.append(model.x0(x, t, **cond).flatten(1))
+            denoised.append(model.x0(x, t).flatten(1))
     denoised.reverse()
     weight = (2 * lam).exp() * lam.diff().mean()
     cost = torch.full((len(lam), len(lam)), math.inf, dtype=torch.float64)
@@ -212,20 +210,17 @@ def align_your_steps(
 
 
 def _pilot(
-    model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int, cond: dict[str, Any]
+    model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int
 ) -> tuple[Tensor, Callable[[int, int], float]]:
     """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
     check_model(model)
     sde = model.sde
     times = uniform_lam(sde, check.integer("fine", fine, at_least=2))
-    if isinstance(shape_or_x, Tensor):
-        x = check.state("x", shape_or_x)
-    else:
-        x = sde.prior().sample(tuple(shape_or_x), Noise(seed).fork(_STREAM))
+    x = Start().draw(model, shape_or_x, sde.T, Noise(seed).fork(Stream.GRIDS))
     visited: list[Step] = []
     plan = default_solver(fine, model).plan(sde, times)
     with torch.no_grad():
-        run(plan, lambda y, t: model.x0(y, t, **cond), x, callback=visited.append)
+        run(plan, model.x0, x, callback=visited.append)
     variance = float(visited[-1].x.var(0).mean()) if len(x) > 1 else 1.0
     alpha, sigma = sde.alpha(times), sde.sigma(times)
 

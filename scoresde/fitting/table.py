@@ -16,7 +16,7 @@ from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.rule import Solver
 
-WHAT = ("times", "asked", "weights")
+WHAT = ("times", "network_times", "weights")
 
 
 @dataclass(frozen=True)
@@ -31,28 +31,35 @@ class _TimedTable(Unrolled):
 
 
 class Table:
-    """A plan as a function of its trainable tensors, the knobs."""
+    """A plan as a function of its trainable tensors, the parameters."""
 
-    def __init__(self, rule: Plan | Solver, sde: SDE, grid: Any, what: Sequence[str] | None, starts_free: bool) -> None:
+    def __init__(
+        self,
+        solver: Plan | Solver,
+        sde: SDE,
+        grid: Tensor | Sequence[float] | None,
+        what: Sequence[str] | None,
+        starts_free: bool,
+    ) -> None:
         self.sde = sde
-        self.rule: Solver | None = None
-        if isinstance(rule, Plan):
+        self.solver: Solver | None = None
+        if isinstance(solver, Plan):
             if grid is not None:
-                raise ValueError("`rule` is a plan, which has its own grid; drop `grid`.")
-            self.plan = rule
-        elif isinstance(rule, Solver):
+                raise ValueError("`solver` is a plan, which has its own grid; drop `grid`.")
+            self.plan = solver
+        elif isinstance(solver, Solver):
             if grid is None or callable(grid):
                 raise ValueError(
-                    "`grid` must be given as times if `rule` is a solver, as in grid=ss.grids.karras(sde, 5)."
+                    "`grid` must be given as times if `solver` is a solver, as in grid=ss.grids.karras(sde, 5)."
                 )
-            self.rule, grid = rule, check_grid(sde, grid)
-            self.plan = rule.plan(sde, grid)
+            self.solver, grid = solver, check_grid(sde, grid)
+            self.plan = solver.plan(sde, grid)
         else:
-            raise TypeError(f"`rule` must be a Plan or a solver such as UniPC(), got {type(rule).__name__}.")
+            raise TypeError(f"`solver` must be a Plan or a solver such as UniPC(), got {type(solver).__name__}.")
         self.name = self.plan.name or "plan"
         self.start = unroll(self.plan)
         if self.start.nfe == 0:
-            raise ValueError("`rule` must evaluate the network at least once: there is nothing to fit.")
+            raise ValueError("`solver` must evaluate the network at least once: there is nothing to fit.")
         times = [float(self.start.start), *(float(t) for t in self.start.t[1:])]
         known = self.plan.meta.get("levels", ())
         if len(known) == len(times):  # the plan was fitted before
@@ -60,7 +67,7 @@ class Table:
         self.what = self._parts(what)
         for word in self.what:
             check.choice("what", word, WHAT)
-        moved = grid.tolist() if self.rule is not None else times
+        moved = grid.tolist() if isinstance(grid, Tensor) else times
         lam = sde.lam(torch.tensor(times[:-1], dtype=torch.float64))
         # evaluate at no larger λ than in training, unless the plan does
         self.max_lam = max(sde.lam(sde.t_min), float(lam.max()))
@@ -73,13 +80,13 @@ class Table:
         self.shifts = torch.where(gaps.isfinite(), gaps, 0.0)
         self.weights = torch.zeros(n + 1, n, dtype=torch.float64)
         self.mask = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)
-        self.knobs = list(self.levels.knobs)
-        self.knobs += [self.shifts] if "asked" in self.what else []
-        self.knobs += [self.weights] if "weights" in self.what and n > 1 else []
-        if not self.knobs:
+        self.parameters = list(self.levels.parameters)
+        self.parameters += [self.shifts] if "network_times" in self.what else []
+        self.parameters += [self.weights] if "weights" in self.what and n > 1 else []
+        if not self.parameters:
             raise ValueError(f"`what`={list(self.what)} leaves nothing to fit; evaluations of the plan: {n}.")
-        for knob in self.knobs:
-            knob.requires_grad_(True)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
 
     def _parts(self, what: Sequence[str] | None) -> tuple[str, ...]:
         if what is not None:
@@ -87,7 +94,7 @@ class Table:
         return WHAT[1:] if self.plan.stochastic else WHAT
 
     def now(self, *, detach: bool = False) -> Unrolled:
-        """The table at the current knobs."""
+        """The table at the current parameters."""
         if detach:
             with torch.no_grad():
                 return self._now()
@@ -99,8 +106,8 @@ class Table:
 
     def _now(self) -> Unrolled:
         times = self.levels()
-        if self.rule is not None and "times" in self.what:
-            u = unroll(self.rule.plan(self.sde, times))
+        if self.solver is not None and "times" in self.what:
+            u = unroll(self.solver.plan(self.sde, times))
             levels = torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in u.t])
             x, d = u.x, u.d
         elif "times" in self.what:
@@ -124,7 +131,7 @@ class Table:
         return x, self.start.d * torch.where(old != 0, new / torch.where(old != 0, old, 1.0), 1.0)[:, None]
 
     def _network_times(self, levels: Tensor) -> tuple[Any, ...]:
-        if "asked" not in self.what and not bool(self.shifts.any()):
+        if "network_times" not in self.what and not bool(self.shifts.any()):
             return tuple(levels)
         lam = self.sde.lam(levels[:-1])
         moves = lam.detach().isfinite()
@@ -134,12 +141,12 @@ class Table:
 
 
 class Levels:
-    """Times that decrease for any values of their knobs, the first λ and the logarithms of gaps in λ."""
+    """Times that decrease for any values of their parameters, the first λ and the logarithms of gaps in λ."""
 
     def __init__(self, sde: SDE, times: Sequence[float], free: bool, first: bool, max_lam: float) -> None:
         self.sde = sde
         self.times = torch.tensor(times, dtype=torch.float64)
-        self.knobs: list[Tensor] = []
+        self.parameters: list[Tensor] = []
         if not free:
             return
         if not bool((self.times.diff() < 0).all()):
@@ -158,11 +165,11 @@ class Levels:
         self.low, self.end = sde.lam(sde.T), float(inner[-1])
         self.head, self.gaps = inner[:1].clone(), inner.diff().log()
         if first or self.no_signal:
-            self.knobs.append(self.head)
-        self.knobs += [self.gaps] if len(self.gaps) > 1 else []
+            self.parameters.append(self.head)
+        self.parameters += [self.gaps] if len(self.gaps) > 1 else []
 
     def __call__(self) -> Tensor:
-        if not self.knobs:
+        if not self.parameters:
             return self.times
         head = self.head.clamp(max(self.low, self.end - 40.0), self.end - 1.0)
         share = self.gaps.softmax(0) + 1e-4  # no two times coincide

@@ -1,16 +1,18 @@
 """Log-densities by the probability flow, evidence bounds, bits per dimension, divergences of paths."""
 
 from scoresde.likelihood.bits import bits_per_dim, dequantized_bits
-from scoresde.likelihood.elbo import Elbo, elbo
+from scoresde.likelihood.elbo import Bins, Elbo, MonteCarlo, elbo
 from scoresde.likelihood.flow import LogProb, log_prob, sample_with_log_prob
 from scoresde.likelihood.path_kl import Estimate, denoiser_error, path_kl
 from scoresde.likelihood.trace import Divergence, jacobian_products
 
 __all__ = [
+    "Bins",
     "Divergence",
     "Elbo",
     "Estimate",
     "LogProb",
+    "MonteCarlo",
     "bits_per_dim",
     "denoiser_error",
     "dequantized_bits",

@@ -28,15 +28,57 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._numerics import legendre
-from scoresde.data import _DECODER, _EPS, _TIMES, Standardize, bin_width
-from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.denoisers.network import Denoiser
+from scoresde.data import Standardize, bin_width
+from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
 from scoresde.grids.grid import check_grid
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
 VARIANCES = ("small", "large", "learned")
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """Number and kind of the draws of a bound.
+
+    Arguments:
+        n_times: Number of times for each sample and repeat; a grid of at most this many steps uses each step once.
+        repeats: Number of independent estimates, for the standard error; the cost is repeats (n_times + 1) evaluations.
+        control: True for the control variate N(0, s²), whose loss is known: only the difference is estimated. This
+            removes most of the noise if the data fills its space, and adds noise if it has few values. The default is
+            true without `bins`; a learned variance never uses it.
+    """
+
+    n_times: int = 32
+    repeats: int = 4
+    control: bool | None = None
+
+    def __post_init__(self) -> None:
+        check.integer("n_times", self.n_times, at_least=1)
+        check.integer("repeats", self.repeats, at_least=1)
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Bins of discrete data: `levels` bins that divide an interval.
+
+    Arguments:
+        levels: Number of bins, such as 256 for bytes.
+        interval: Interval that the bins divide.
+    """
+
+    levels: int
+    interval: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check.integer("levels", self.levels, at_least=1)
+
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return bin_width(self.levels, self.interval)
 
 
 @dataclass(frozen=True)
@@ -64,20 +106,15 @@ def elbo(
     model: AbstractDenoiser,
     x: Tensor,
     *,
-    grid: Tensor | Sequence[float] | None = None,
-    continuous: bool | None = None,
-    n_times: int = 32,
-    repeats: int = 4,
+    grid: Tensor | Sequence[float] | str | None = None,
+    monte_carlo: MonteCarlo | None = None,
     variance: str = "small",
-    levels: int = 0,
-    interval: tuple[float, float] = (-1.0, 1.0),
-    control: bool | None = None,
+    bins: Bins | None = None,
     seed: int | Sequence[int] | Noise | None = None,
     data_std: float = 1.0,
     t_min: float | None = None,
     scale: Standardize | None = None,
     grad: str = "off",
-    **cond: Any,
 ) -> Elbo:
     r"""Variational lower bound on log p(x) of each sample, in nats, on a grid of times or in continuous time.
 
@@ -86,28 +123,21 @@ def elbo(
     constant; on a grid the probability of a step is proportional to its length in u.
 
     Arguments:
-        model: Denoiser.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)``.
         x: Data, (B, *event).
-        grid: Times from T down to a positive time, for the bound on this grid. The default for a :class:`Discrete`
-            process is its own steps, N … 1.
-        continuous: True for the continuous-time bound down to `t_min`; the default unless there is a `grid` or the
-            process is a :class:`Discrete` one.
-        n_times: Number of times for each sample and repeat; a grid of at most this many steps uses each step once.
-        repeats: Number of independent estimates, for the standard error; the cost is repeats (n_times + 1) evaluations.
+        grid: Times from T down to a positive time, for the bound on this grid; or ``"continuous"`` for the bound in
+            continuous time down to `t_min`. The default is continuous time, but for a :class:`Discrete` process its own
+            steps, N … 1.
+        monte_carlo: Number of times and repeats, as a :class:`MonteCarlo`.
         variance: Variance of the model's steps on a grid: ``"small"``, of the posterior given x_0; ``"large"``, of the
             forward step; or ``"learned"``, the interpolation that a network with ``learned_variance`` predicts.
-        levels: Number of bins of `interval` for a bound on a probability; 0 for a density. x must lie on the middles of
+        bins: Bins for a bound on a probability, as a :class:`Bins`; None for a density. x must lie on the middles of
             the bins. The last step is the probability of the bin of x; the outermost bins extend to infinity.
-        interval: Interval that the bins divide.
-        control: True for the control variate N(0, s²), whose loss is known: only the difference is estimated. This
-            removes most of the noise if the data fills its space, and adds noise if it has few values. The default is
-            true without `levels`; a learned variance never uses it.
         seed: Seed of times and noise: an integer, one for each sample, or a :class:`Noise`.
         data_std: Standard deviation s of the data, for the prior at T and the choice of times.
         t_min: End of continuous time, by default that of the process.
         scale: Map from `x` to the data of the model; its log-determinant is added to a density.
         grad: Gradients, ``"off"`` or ``"full"``.
-        **cond: Conditions of the network.
 
     Example:
         >>> import torch, scoresde as ss
@@ -117,51 +147,36 @@ def elbo(
         >>> bool((bound.value < mix.log_prob(x) + 3 * bound.standard_error).all())
         True
     """
-    check.conditions(cond, elbo)
+    check_model(model)
     check.state("x", x)
     check.choice("grad", grad, ("off", "full"))
     check.choice("variance", variance, VARIANCES)
-    R, s = check.integer("repeats", repeats, at_least=1), check.number("data_std", data_std, above=0)
-    check.integer("n_times", n_times, at_least=1)
+    s = check.number("data_std", data_std, above=0)
+    plan = MonteCarlo() if monte_carlo is None else monte_carlo
+    R = plan.repeats
     noise = seed if isinstance(seed, Noise) else Noise(seed)
-    sde = sde_of(model)
+    sde, counter = model.sde, Counter()
+    counted = model.counted(counter)
     z = x if scale is None else scale(x)
-    control = (not levels if control is None else bool(control)) and variance != "learned"
-    steps = Steps.of(sde, grid, continuous, t_min, s)
+    control = (bins is None if plan.control is None else bool(plan.control)) and variance != "learned"
+    steps = Steps.of(sde, grid, t_min, s)
     if steps.times is None and variance != "small":
         raise ValueError(f"`variance`={variance!r} needs a grid: continuous time has only one variance; give `grid`.")
     with torch.set_grad_enabled(grad == "full"):
-        draws = steps.draw(n_times, R, noise.fork(_TIMES), z)
-        source, decoder = noise.fork(_EPS), noise.fork(_DECODER)
+        source = noise.fork(Stream.DIFFUSED)
         sums = [z.new_zeros(len(z)) for _ in range(R)]
-        for i, (r, t, weight, k) in enumerate(draws):
+        for i, (r, t, weight, k) in enumerate(steps.draw(plan.n_times, R, noise.fork(Stream.TIMES), z)):
             x_t = sde.perturb(z, t, source.like(z, i))
-            sums[r] = sums[r] + weight * _step_loss(model, sde, z, x_t, t, k, steps, variance, control, cond)
-        consistency, t = torch.stack(sums), steps.first
-        consistency = consistency + steps.known(z, variance, control)
-        decoded = []
-        for r in range(R):
-            x_1 = sde.perturb(z, t, decoder.like(z, r))
-            if levels:
-                decoded.append(_decode_bins(sde, z, model.x0(x_1, t, **cond), t, levels, interval))
-            else:
-                square_error = _square_error(model, z, x_1, t, s, control, cond)
-                if control:
-                    square_error = square_error + _expected(sde, squared_norm(z), math.prod(z.shape[1:]), t, s)
-                decoded.append(_decode(sde, z, square_error, t))
-        reconstruction = torch.stack(decoded)
+            sums[r] = sums[r] + weight * _step_loss(counted, z, x_t, t, k, steps, variance, control)
+        consistency = torch.stack(sums) + steps.known(z, variance, control)
+        reconstruction = _reconstruction(counted, z, steps, bins, control, noise.fork(Stream.DECODER), R)
         prior = _prior_gap(sde, z, s)
-    if scale is not None and not levels:
+    if scale is not None and bins is None:
         reconstruction = reconstruction + scale.log_det(x)
     total = reconstruction - consistency - prior
     error = total.detach().std(0) / R**0.5 if R > 1 else torch.full_like(prior, math.nan)
-    return Elbo(total.mean(0), error, reconstruction.mean(0), consistency.mean(0), prior, len(draws) + R)
-
-
-def sde_of(model: AbstractDenoiser) -> SDE:
-    if not isinstance(model, AbstractDenoiser):
-        raise TypeError(f"`model` must be a denoiser: Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
-    return model.sde
+    nfe = -(-counter.states // max(1, len(x)))
+    return Elbo(total.mean(0), error, reconstruction.mean(0), consistency.mean(0), prior, nfe)
 
 
 # (repeat, time, weight, step on the grid); all but the repeat are numbers or (B,); the step may be None.
@@ -178,14 +193,10 @@ class Steps:
     times: Tensor | None  # increasing, t_1 … t_N, float64; None in continuous time
 
     @classmethod
-    def of(cls, sde: SDE, grid: Any, continuous: bool | None, t_min: float | None, s: float) -> Steps:
-        if grid is not None and continuous:
-            raise ValueError("`grid` cannot be used with `continuous`=True; drop one of them.")
-        if grid is None and not isinstance(sde, Discrete):
-            if continuous is False:
-                raise ValueError(f"`grid` must be given with `continuous`=False: {type(sde).__name__} has no steps.")
-            continuous = True
-        if continuous:
+    def of(cls, sde: SDE, grid: Tensor | Sequence[float] | str | None, t_min: float | None, s: float) -> Steps:
+        if isinstance(grid, str):
+            check.choice("grid", grid, ("continuous",))
+        if isinstance(grid, str) or (grid is None and not isinstance(sde, Discrete)):
             return cls(sde, s, sde.t_min if t_min is None else check.number("t_min", t_min, above=0, below=sde.T), None)
         if t_min is not None:
             raise ValueError("`t_min` is for continuous time; a grid ends at its last time. Drop `t_min`.")
@@ -254,14 +265,13 @@ class Steps:
 
 
 def squared_norm(d: Tensor) -> Tensor:
+    """Squared norm of each sample, (B,)."""
     return d.square().flatten(1).sum(1)
 
 
-def _square_error(
-    model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, control: bool, cond: dict[str, Any]
-) -> Tensor:
+def _square_error(model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, s: float, control: bool) -> Tensor:
     """|x_0 − d|², (B,); `control` subtracts the same for the denoiser of N(0, s²), whose mean is known."""
-    square_error = squared_norm(x0 - model.x0(x_t, t, **cond))
+    square_error = squared_norm(x0 - model.x0(x_t, t))
     if not control:
         return square_error
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
@@ -276,36 +286,40 @@ def _expected(sde: SDE, square: Any, size: int, t: Any, s: float) -> Any:
 
 
 def _step_loss(
-    model: AbstractDenoiser,
-    sde: SDE,
-    x0: Tensor,
-    x_t: Tensor,
-    t: Any,
-    k: Any,
-    steps: Steps,
-    variance: str,
-    control: bool,
-    cond: dict[str, Any],
+    model: AbstractDenoiser, x0: Tensor, x_t: Tensor, t: Any, k: Any, steps: Steps, variance: str, control: bool
 ) -> Tensor:
     """Loss of a step without the part that :meth:`Steps.known` returns, (B,)."""
     if steps.times is None:
-        return _square_error(model, x0, x_t, t, steps.s, control, cond)
+        return _square_error(model, x0, x_t, t, steps.s, control)
     s: Any = float(steps.times[k - 1]) if isinstance(k, int) else steps.times.to(x0)[k - 1]
-    _, c_0, small = sde.posterior(s, t)
-    large = sde.transition(s, t)[1] ** 2
+    _, c_0, small = model.sde.posterior(s, t)
+    large = model.sde.transition(s, t)[1] ** 2
     if variance != "learned":
         v = small if variance == "small" else large
-        square_error = _square_error(model, x0, x_t, t, steps.s, control, cond)
-        return square_error.mul(c_0**2 / (2 * v))
-    if not isinstance(model, Denoiser):
-        raise TypeError(
-            f"`variance`='learned' needs a Denoiser with learned_variance=True, got {type(model).__name__}."
-        )
-    d, share = model.x0_and_variance(x_t, t, **cond)
+        return _square_error(model, x0, x_t, t, steps.s, control).mul(c_0**2 / (2 * v))
+    d, share = model.x0_and_variance(x_t, t)
     lo, hi, c = (torch.as_tensor(check.expand(v, x0)).to(x0) for v in (small, large, c_0))
     excess = (share + 1) / 2 * (hi / lo).log()  # log(model's variance / posterior variance)
     terms = (-excess).exp() * (1 + (c * (x0 - d)) ** 2 / lo) - 1 + excess
     return 0.5 * terms.flatten(1).sum(1)
+
+
+def _reconstruction(
+    model: AbstractDenoiser, x0: Tensor, steps: Steps, bins: Bins | None, control: bool, noise: Noise, repeats: int
+) -> Tensor:
+    """Log-probability of x_0 given the state at the first time, (repeats, B)."""
+    sde, t = model.sde, steps.first
+    out = []
+    for r in range(repeats):
+        x_1 = sde.perturb(x0, t, noise.like(x0, r))
+        if bins is not None:
+            out.append(_decode_bins(sde, x0, model.x0(x_1, t), t, bins))
+            continue
+        square_error = _square_error(model, x0, x_1, t, steps.s, control)
+        if control:
+            square_error = square_error + _expected(sde, squared_norm(x0), math.prod(x0.shape[1:]), t, steps.s)
+        out.append(_decode(sde, x0, square_error, t))
+    return torch.stack(out)
 
 
 def _decode(sde: SDE, x0: Tensor, square_error: Tensor, t: float) -> Tensor:
@@ -314,20 +328,21 @@ def _decode(sde: SDE, x0: Tensor, square_error: Tensor, t: float) -> Tensor:
     return -0.5 * square_error / rho**2 - math.prod(x0.shape[1:]) * (math.log(rho) + 0.5 * math.log(2 * math.pi))
 
 
-def _decode_bins(sde: SDE, x0: Tensor, d: Tensor, t: float, levels: int, interval: tuple[float, float]) -> Tensor:
+def _decode_bins(sde: SDE, x0: Tensor, d: Tensor, t: float, bins: Bins) -> Tensor:
     """Log-probability of the bins of x_0 under N(d, σ²/α²), (B,)."""
-    step = bin_width(levels, interval)
-    bins = (x0 - interval[0]) / step - 0.5
-    if x0.device.type == "cpu" and bool(((bins - bins.round()).abs() > 1e-2).any()):
+    step = bins.width
+    number = (x0 - bins.interval[0]) / step - 0.5
+    if x0.device.type == "cpu" and bool(((number - number.round()).abs() > 1e-2).any()):
         raise ValueError(
-            f"`x` must lie on the middles of {levels} bins of {interval}, as after `dequantize(..., middle=True)`."
+            f"`x` must lie on the middles of {bins.levels} bins of {bins.interval}, as after "
+            f"`dequantize(..., middle=True)`."
         )
     rho = sde.sigma(t) / sde.alpha(t)
     below, above = (x0 - d - step / 2) / rho, (x0 - d + step / 2) / rho
     # Use the side where both tails are small: their difference loses no digits.
     flip = below + above > 0
     below, above = torch.where(flip, -above, below), torch.where(flip, -below, above)
-    first, last = bins.round() <= 0, bins.round() >= levels - 1
+    first, last = number.round() <= 0, number.round() >= bins.levels - 1
     open_below, open_above = torch.where(flip, last, first), torch.where(flip, first, last)
     log_above = torch.where(open_above, 0.0, torch.special.log_ndtr(above))
     log_below = torch.where(open_below, -math.inf, torch.special.log_ndtr(below))

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.data import _EPS, _TIMES
-from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.likelihood.elbo import Steps, sde_of, squared_norm
+from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.likelihood.elbo import Steps, squared_norm
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
 
 
@@ -41,7 +40,6 @@ def denoiser_error(
     *,
     prediction: str = "eps",
     seed: int | Sequence[int] | Noise | None = None,
-    **cond: Any,
 ) -> Estimate:
     """Mean squared difference per entry between the predictions of two denoisers on noised data, at given times.
 
@@ -52,20 +50,18 @@ def denoiser_error(
         ts: Times.
         prediction: Prediction to compare: ``"eps"``, ``"x0"``, ``"score"``, ``"v"`` or ``"velocity"``.
         seed: Seed of the noise.
-        **cond: Conditions of `model`.
 
     Returns:
         An :class:`Estimate` with an entry for each time.
     """
-    check.conditions(cond, denoiser_error)
     check.choice("prediction", prediction, ("eps", "x0", "score", "v", "velocity"))
     _same_process(model, exact)
-    noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(_EPS)
+    noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(Stream.DIFFUSED)
     means, errors = [], []
     with torch.no_grad():
         for i, t in enumerate(float(t) for t in ts):
             x_t = model.sde.perturb(data, t, noise.like(data, i))
-            a, b = getattr(model, prediction)(x_t, t, **cond), getattr(exact, prediction)(x_t, t)
+            a, b = getattr(model, prediction)(x_t, t), getattr(exact, prediction)(x_t, t)
             each = squared_norm(a - b) / math.prod(data.shape[1:])
             means.append(each.mean())
             errors.append(each.std() / len(data) ** 0.5)
@@ -82,7 +78,6 @@ def path_kl(
     data_std: float = 1.0,
     t_min: float | None = None,
     seed: int | Sequence[int] | Noise | None = None,
-    **cond: Any,
 ) -> Estimate:
     r"""KL divergence between the paths of the reverse SDEs of two models, from T to t_min, in nats.
 
@@ -101,28 +96,26 @@ def path_kl(
         data_std: Standard deviation s of the data, for the choice of times.
         t_min: End of the paths, by default that of the process.
         seed: Seed of times and noise.
-        **cond: Conditions of both.
 
     References:
         | Maximum Likelihood Training of Score-Based Diffusion Models (Song et al., 2021), arXiv:2101.09258, theorem 1
     """
-    check.conditions(cond, path_kl)
     check.number("eta", eta, above=0)
     check.integer("n_times", n_times, at_least=1)
     sde = _same_process(model, other)
     noise = seed if isinstance(seed, Noise) else Noise(seed)
-    source = noise.fork(_EPS)
-    steps = Steps.of(sde, None, True, t_min, check.number("data_std", data_std, above=0))
+    source = noise.fork(Stream.DIFFUSED)
+    steps = Steps.of(sde, "continuous", t_min, check.number("data_std", data_std, above=0))
     total = data.new_zeros(len(data))
     with torch.no_grad():
-        for i, (_, t, weight, _) in enumerate(steps.draw(n_times, 1, noise.fork(_TIMES), data)):
+        for i, (_, t, weight, _) in enumerate(steps.draw(n_times, 1, noise.fork(Stream.TIMES), data)):
             x_t = sde.perturb(data, t, source.like(data, i))
-            total = total + weight * squared_norm(model.x0(x_t, t, **cond) - other.x0(x_t, t, **cond))
+            total = total + weight * squared_norm(model.x0(x_t, t) - other.x0(x_t, t))
     total = (1 + eta**2) ** 2 / (4 * eta**2) * total
     return Estimate(total.mean(), total.std() / len(data) ** 0.5, n_times)
 
 
 def _same_process(a: AbstractDenoiser, b: AbstractDenoiser) -> SDE:
-    if sde_of(a) != sde_of(b):
+    if check_model(a).sde != check_model(b, "other").sde:
         raise ValueError(f"the models have different processes, {a.sde!r} and {b.sde!r}; use Rescheduled for one.")
     return a.sde

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import scoresde as ss
 from scoresde.analysis.moments import point_mass_defect
 from scoresde.fitting.fit import fit
-from scoresde.fitting.trajectories import stretch
+from scoresde.fitting.trajectories import expansion
 from scoresde.plan.matrices import unroll
 from scoresde.plan.run import run
 
@@ -87,7 +87,7 @@ def test_the_gaussian_start_is_fitted_with_it() -> None:
     x, truth = ends(96)
     fresh, target = ends(256, seed=1)
     begun = ss.VelocityAB(2).plan(SDE, ss.grids.quadratic_vp(SDE, 4, t_start=0.5))
-    plan = fit(begun, MODEL, x, gaussian=START, teacher=truth, steps=100)
+    plan = fit(begun, MODEL, x, start=START, teacher=truth, steps=100)
     assert plan.times[0] != 0.5 and plan.meta["gaussian start"]
     without = median(ss.sample(MODEL, fresh, begun, start=START), target)
     assert median(ss.sample(MODEL, fresh, plan, start=START), target) < without / 8
@@ -96,11 +96,11 @@ def test_the_gaussian_start_is_fitted_with_it() -> None:
 def test_the_first_evaluation_may_be_asked_at_another_time() -> None:
     x, truth = ends(96)
     begun = ss.VelocityAB(2).plan(SDE, ss.grids.quadratic_vp(SDE, 4, t_start=0.5))
-    plan = fit(begun, MODEL, x, gaussian=START, teacher=truth, what=("asked",), steps=10)
+    plan = fit(begun, MODEL, x, start=START, teacher=truth, what=("network_times",), steps=10)
     assert plan.times[0] == 0.5 and not plan.rows[0].evaluates and plan.rows[1].t != 0.5
     found = (ss.sample(MODEL, x[:32], plan, start=START) - truth[:32]).square().mean(1).sqrt()
     assert float(found.median()) == pytest.approx(plan.meta["held_out"]["after"]["median"], rel=0.2)
-    again = fit(plan, MODEL, x, gaussian=START, teacher=truth, steps=25)
+    again = fit(plan, MODEL, x, start=START, teacher=truth, steps=25)
     assert again.meta["held_out"]["before"] == pytest.approx(plan.meta["held_out"]["after"]), "taken up where it was"
     assert again.meta["held_out"]["after"]["mean_log"] < 0.5 * again.meta["held_out"]["before"]["mean_log"]
 
@@ -110,16 +110,19 @@ def test_the_stretch_is_that_of_the_flow() -> None:
     one = ss.GaussianMixture(SDE, torch.zeros(1, 8), std=2.0)  # whose flow is a factor
     x = SDE.prior().sample((3, 8), ss.Noise(0), dtype=torch.float64)
     factor = float(one.flow(torch.ones(1, 8, dtype=torch.float64), SDE.T, 0.0)[0, 0])
-    assert torch.allclose(stretch(one, x, plan), torch.full((3,), factor, dtype=torch.float64), rtol=1e-3)
+    assert torch.allclose(expansion(one, x, plan), torch.full((3,), factor, dtype=torch.float64), rtol=1e-3)
     two = ss.GaussianMixture(SDE, torch.tensor([[-1.0], [1.0]]), std=0.1)
-    far, between = stretch(two, torch.tensor([[1.5], [0.0]], dtype=torch.float64), plan)
+    far, between = expansion(two, torch.tensor([[1.5], [0.0]], dtype=torch.float64), plan)
     assert between > 10 * far
 
 
 def test_forks_serve_the_tails() -> None:
     begun = ss.VelocityAB(3).plan(SDE, ss.grids.quadratic_vp(SDE, 5))
-    how: dict[str, Any] = {"steps": 25, "dtype": torch.float64, "seed": 1}
-    plain, forked = (fit(begun, MODEL, (120, 8), forks=share, robust=10.0, **how) for share in (0.0, 0.5))
+    how: dict[str, Any] = {"steps": 25, "start": ss.Start(dtype=torch.float64), "seed": 1}
+    plain, forked = (
+        fit(begun, MODEL, (120, 8), split=ss.fitting.Split(forks=share), descent=ss.fitting.Descent(robust=10.0), **how)
+        for share in (0.0, 0.5)
+    )
     assert forked.meta["forks"] == 0.5
     starts = [plan.meta["held_out"]["before"]["rmse"] for plan in (plain, forked)]
     assert starts[1] > 1.2 * starts[0], "harder trajectories"
@@ -130,11 +133,12 @@ def test_forks_serve_the_tails() -> None:
         seen.append(len(x) == len(shift))
         return MODEL.x0(x.double(), t.double()).to(x)
 
-    fit(begun, ss.Denoiser(net, SDE, predicts="x0"), (120, 8), forks=0.25, steps=1, shift=labels)
+    model = ss.Denoiser(net, SDE, predicts="x0").given(shift=labels)
+    fit(begun, model, (120, 8), split=ss.fitting.Split(forks=0.25), steps=1)
     assert all(seen), "each with its own condition"
 
 
-@pytest.mark.parametrize("what", [("times",), ("asked",), ("weights",), ("times", "weights")], ids=" ".join)
+@pytest.mark.parametrize("what", [("times",), ("network_times",), ("weights",), ("times", "weights")], ids=" ".join)
 @pytest.mark.parametrize("kind", ["plan", "rule"])
 def test_each_part_is_fitted_alone(kind: str, what: tuple[str, ...]) -> None:
     x, truth = ends(96)
@@ -145,7 +149,7 @@ def test_each_part_is_fitted_alone(kind: str, what: tuple[str, ...]) -> None:
     errors = plan.meta["held_out"]
     assert errors["after"]["mean_log"] < 0.9 * errors["before"]["mean_log"]
     a, b = unroll(begun), unroll(plan)
-    if "times" not in what and "asked" not in what:
+    if "times" not in what and "network_times" not in what:
         assert [float(t) for t in a.t] == pytest.approx([float(t) for t in b.t], abs=1e-12)
     if "weights" not in what and "times" not in what:
         assert torch.allclose(a.d, b.d, atol=1e-14)
@@ -155,7 +159,7 @@ def test_each_part_is_fitted_alone(kind: str, what: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("what", [("weights",), ("asked", "weights")], ids=" ".join)
+@pytest.mark.parametrize("what", [("weights",), ("network_times", "weights")], ids=" ".join)
 def test_every_rule_can_be_fitted(name: str, what: tuple[str, ...]) -> None:
     x, truth = ends(96)
     rule, legs = RULES[name].for_nfe(5)
@@ -173,7 +177,7 @@ def test_it_stays_exact_on_one_point_and_in_order(sde: ss.SDE) -> None:
     model = mixture(sde)
     begun = ss.VelocityAB(2).plan(sde, ss.grids.karras(sde, 4))
     for what in (("times", "weights"), None):
-        plan = fit(begun, model, (48, 8), dtype=torch.float64, what=what, steps=25)
+        plan = fit(begun, model, (48, 8), start=ss.Start(dtype=torch.float64), what=what, steps=25)
         assert plan.meta["held_out"]["after"]["mean_log"] < 0.7 * plan.meta["held_out"]["before"]["mean_log"]
         assert point_mass_defect(plan, sde) < 1e-12
         levels = torch.tensor(plan.meta["levels"])
@@ -183,12 +187,12 @@ def test_it_stays_exact_on_one_point_and_in_order(sde: ss.SDE) -> None:
 
 def test_a_fit_may_end_early_and_go_up() -> None:
     grid = ss.grids.karras(SDE, 4, t_end=0.05)
-    plan = fit(ss.VelocityAB(2), MODEL, (48, 8), grid=grid, dtype=torch.float64, steps=25)
+    plan = fit(ss.VelocityAB(2), MODEL, (48, 8), grid=grid, start=ss.Start(dtype=torch.float64), steps=25)
     assert plan.times[-1] == 0.05 and point_mass_defect(plan, SDE) < 1e-12
     data = MODEL.sample(48, seed=0)
     up = ss.DPMSolverPP(3, kind="single").plan(SDE, ss.grids.karras(SDE, 4, t_end=SDE.t_min).flip(0), up="solve")
     code = ss.encode(MODEL, data, steps=100)
-    fitted = fit(up, MODEL, data, teacher=code, what=("asked", "weights"), steps=25)
+    fitted = fit(up, MODEL, data, teacher=code, what=("network_times", "weights"), steps=25)
     assert fitted.meta["held_out"]["after"]["mean_log"] < 0.3 * fitted.meta["held_out"]["before"]["mean_log"]
 
 
@@ -220,7 +224,7 @@ def test_stochastic_plans_keep_their_noise() -> None:
     ]
     teacher = ss.solvers.DPMSolver(3).plan(SDE, torch.cat([grid[:1], *down]))
     assert teacher.draws == begun.draws
-    plan = fit(begun, MODEL, (96, 8), teacher=teacher, dtype=torch.float64, steps=50)
+    plan = fit(begun, MODEL, (96, 8), teacher=teacher, start=ss.Start(dtype=torch.float64), steps=50)
     errors = plan.meta["held_out"]
     assert errors["after"]["mean_log"] < 0.5 * errors["before"]["mean_log"]
     assert torch.allclose(unroll(plan).z, unroll(begun).z) and point_mass_defect(plan, SDE) < 1e-12
@@ -229,7 +233,7 @@ def test_stochastic_plans_keep_their_noise() -> None:
 def test_stochastic_plans_follow_their_paths() -> None:
     rule, noise = ss.SDEDPMSolverPP(2), ss.Noise(3, path=True)
     begun, teacher = (rule.plan(SDE, ss.grids.karras(SDE, n)) for n in (8, 80))
-    plan = fit(begun, MODEL, (96, 8), teacher=teacher, noise=noise, dtype=torch.float64, steps=25)
+    plan = fit(begun, MODEL, (96, 8), teacher=teacher, seed=noise, start=ss.Start(dtype=torch.float64), steps=25)
     errors = plan.meta["held_out"]
     assert errors["after"]["mean_log"] < 0.8 * errors["before"]["mean_log"] and plan.spans == begun.spans
 
@@ -258,11 +262,14 @@ def test_networks_are_fitted_to_and_left_alone() -> None:
     net = Net()
     model = ss.Denoiser(net, SDE, predicts="x0")
     begun = ss.VelocityAB(2).plan(SDE, ss.grids.karras(SDE, 4))
-    plans = [fit(begun, model, (48, 4), steps=20, **how) for how in ({}, {"grad": "checkpoint", "batch": 16})]
+    plans = [
+        fit(begun, model, (48, 4), steps=20, **how)
+        for how in ({}, {"descent": ss.fitting.Descent(grad="checkpoint", batch=16)})
+    ]
     assert net.scale.grad is None
     for plan in plans:
         assert plan.meta["held_out"]["after"]["mean_log"] < 0.5 * plan.meta["held_out"]["before"]["mean_log"]
-    conditioned = fit(begun, model, (48, 4), steps=5, shift=torch.full((48,), 0.1))
+    conditioned = fit(begun, model.given(shift=torch.full((48,), 0.1)), (48, 4), steps=5)
     assert conditioned.meta["held_out"]["before"] != plans[0].meta["held_out"]["before"], "the condition is handed on"
 
 
@@ -277,7 +284,13 @@ def test_checkpointing_keeps_the_memory_of_one_evaluation() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(saved, lambda x: x):
-            fit(ss.VelocityAB(2).plan(SDE, ss.grids.karras(SDE, 6)), model, (12, 4), steps=1, grad=grad)
+            fit(
+                ss.VelocityAB(2).plan(SDE, ss.grids.karras(SDE, 6)),
+                model,
+                (12, 4),
+                steps=1,
+                descent=ss.fitting.Descent(grad=grad),
+            )
     wanted = {grad: max(sizes, default=0) for grad, sizes in kept.items()}
     assert wanted == {"full": 8 * 512, "checkpoint": 0}, "no activation is held from one evaluation to the next"
 
@@ -300,8 +313,8 @@ PLAN = ss.VelocityAB(2).plan(SDE, ss.grids.karras(SDE, 4))
         (lambda: fit(PLAN, MODEL, (9, 8), what=("time",)), "`what`"),
         (lambda: fit(PLAN, MODEL, (9, 8), what=()), "leaves nothing to fit"),
         (lambda: fit(PLAN, MODEL, (1, 8)), "`held_out`"),
-        (lambda: fit(PLAN, MODEL, ends(9)[0], forks=0.5), "`forks`"),
-        (lambda: stretch(MODEL, ends(9)[0], ss.DDPM().plan(SDE, ss.grids.karras(SDE, 4))), "draws noise"),
+        (lambda: fit(PLAN, MODEL, ends(9)[0], split=ss.fitting.Split(forks=0.5)), "`forks`"),
+        (lambda: expansion(MODEL, ends(9)[0], ss.DDPM().plan(SDE, ss.grids.karras(SDE, 4))), "draws noise"),
         (lambda: fit(replace(PLAN, rows=PLAN.rows), MODEL, (9, 8), teacher=torch.zeros(3, 8)), "`teacher`"),
         (
             lambda: fit(ss.EDMHeun().plan(SDE, ss.grids.karras(SDE, 4)), MODEL, (9, 8), what=("times",)),

@@ -30,7 +30,7 @@ def standard_normal(sde: ss.SDE) -> ss.GaussianMixture:
 def test_the_continuous_bound_lies_below_the_density(name: str) -> None:
     mix = mixture(SDES[name])
     x = mix.sample(64, seed=1)
-    bound = ss.elbo(mix, x, n_times=12, repeats=8, seed=0)
+    bound = ss.elbo(mix, x, monte_carlo=ss.likelihood.MonteCarlo(n_times=12, repeats=8), seed=0)
     assert bool((bound.value < mix.log_prob(x) + 5 * bound.standard_error).all()), name
     gap, error = (mix.log_prob(x) - bound.value).mean(), float(bound.standard_error.square().mean().sqrt()) / 8
     assert gap > -3 * error, "on average over the data, too"
@@ -42,7 +42,7 @@ def test_the_continuous_bound_lies_below_the_density(name: str) -> None:
 def test_the_discrete_bound_lies_below_the_density(variance: str) -> None:
     mix = mixture(ss.Discrete(ss.processes.betas("linear", 1000)))
     x = mix.sample(64, seed=1)
-    bound = ss.elbo(mix, x, variance=variance, n_times=12, repeats=8, seed=0)
+    bound = ss.elbo(mix, x, variance=variance, monte_carlo=ss.likelihood.MonteCarlo(n_times=12, repeats=8), seed=0)
     assert bool((bound.value < mix.log_prob(x) + 5 * bound.standard_error).all())
 
 
@@ -51,12 +51,18 @@ def test_the_bound_of_a_gaussian_closes_as_steps_grow() -> None:
     x = 1.5 * mix.sample(20, seed=1)
     gaps = []
     for n in (8, 32, 128):
-        bound = ss.elbo(mix, x, grid=ss.grids.uniform_lam(mix.sde, n, t_end=1e-5), n_times=n, repeats=1, seed=0)
+        bound = ss.elbo(
+            mix,
+            x,
+            grid=ss.grids.uniform_lam(mix.sde, n, t_end=1e-5),
+            monte_carlo=ss.likelihood.MonteCarlo(n_times=n, repeats=1),
+            seed=0,
+        )
         gaps.append(mix.log_prob(x) - bound.value)
         assert bool((gaps[-1] > 0).all())
     means = [float(gap.mean()) for gap in gaps]
     assert means[0] > 3 * means[1] > 9 * means[2], "as one over the steps"
-    limit = ss.elbo(mix, x, t_min=1e-6, n_times=4, seed=0)
+    limit = ss.elbo(mix, x, t_min=1e-6, monte_carlo=ss.likelihood.MonteCarlo(n_times=4), seed=0)
     assert (mix.log_prob(x) - limit.value).abs().max() < 5e-3
 
 
@@ -64,8 +70,8 @@ def test_importance_sampled_times_are_unbiased_and_quiet() -> None:
     sde = ss.Discrete(ss.processes.betas("cosine", 60))
     mix = mixture(sde)
     x = mix.sample(200, seed=1)
-    every = ss.elbo(mix, x, n_times=60, repeats=4, seed=0)
-    some = ss.elbo(mix, x, n_times=6, repeats=8, seed=1)
+    every = ss.elbo(mix, x, monte_carlo=ss.likelihood.MonteCarlo(n_times=60, repeats=4), seed=0)
+    some = ss.elbo(mix, x, monte_carlo=ss.likelihood.MonteCarlo(n_times=6, repeats=8), seed=1)
     difference = (every.value - some.value).mean()
     error = (every.standard_error.square() + some.standard_error.square()).mean().sqrt() / 200**0.5
     assert abs(float(difference)) < 4 * float(error)
@@ -79,7 +85,10 @@ def test_the_three_terms_are_those_of_the_textbook() -> None:
     sde = ss.Discrete(ss.processes.betas("linear", 12, beta_start=0.02, beta_end=0.5))
     mix = mixture(sde)
     x = mix.sample(1, seed=1).expand(4000, 2)
-    found = {kind: ss.elbo(mix, x, variance=kind, repeats=1, seed=0) for kind in ("small", "large")}
+    found = {
+        kind: ss.elbo(mix, x, variance=kind, monte_carlo=ss.likelihood.MonteCarlo(repeats=1), seed=0)
+        for kind in ("small", "large")
+    }
     for kind, bound in found.items():
         total = torch.zeros((), dtype=F64)
         for t in range(2, 13):
@@ -110,17 +119,17 @@ def test_learned_variances_run_from_small_to_large() -> None:
         learned, fixed = (ss.elbo(m, x, variance=v, seed=0) for m, v in ((model, "learned"), (mix, kind)))
         z = (learned.value - fixed.value).sum() / (learned.standard_error**2 + fixed.standard_error**2).sum().sqrt()
         assert abs(float(z)) < 4, kind
-    with pytest.raises(TypeError, match="needs a Denoiser with learned_variance=True"):
+    with pytest.raises(ValueError, match="predicts no variance; make the denoiser with `learned_variance`=True"):
         ss.elbo(mix, x, variance="learned")
 
 
 def test_a_bound_has_its_seed_its_scale_and_its_gradient() -> None:
     mix = mixture(ss.VP())
     x = mix.sample(6, seed=1)
-    few: dict[str, Any] = {"n_times": 4, "seed": 3}
+    few: dict[str, Any] = {"monte_carlo": ss.likelihood.MonteCarlo(n_times=4), "seed": 3}
     whole = ss.elbo(mix, x, **few)
     assert torch.equal(whole.value, ss.elbo(mix, x, **few).value)
-    part = ss.elbo(mix, x[2:], n_times=4, seed=ss.Noise(3, offset=2))
+    part = ss.elbo(mix, x[2:], monte_carlo=ss.likelihood.MonteCarlo(n_times=4), seed=ss.Noise(3, offset=2))
     assert torch.allclose(part.value, whole.value[2:], atol=1e-10)
     scale = ss.data.Standardize(torch.full((2,), 5.0, dtype=F64), torch.full((2,), 3.0, dtype=F64))
     assert torch.allclose(ss.elbo(mix, 5 + 3 * x, scale=scale, **few).value, whole.value - 2 * math.log(3), atol=1e-9)
@@ -130,7 +139,9 @@ def test_a_bound_has_its_seed_its_scale_and_its_gradient() -> None:
     step[0, 0] = 1e-5
     ends = [float(ss.elbo(mix, x + s * step, **few).value[0]) for s in (1, -1)]
     assert abs((ends[0] - ends[1]) / 2e-5 - float(slope[0, 0])) < 1e-4 * abs(float(slope[0, 0])) + 1e-5
-    assert bool(ss.elbo(mix, x, n_times=2, repeats=1).standard_error.isnan().all())
+    assert bool(
+        ss.elbo(mix, x, monte_carlo=ss.likelihood.MonteCarlo(n_times=2, repeats=1)).standard_error.isnan().all()
+    )
 
 
 # Bits.
@@ -141,13 +152,19 @@ def test_the_mass_of_bins_is_a_probability() -> None:
     sde = ss.Discrete(ss.processes.betas("linear", 100, beta_end=0.2))
     middles = ss.data.dequantize(torch.arange(8)[:, None], 8, middle=True, dtype=F64)
     data = ss.denoisers.Empirical(sde, middles[[2, 5]])
-    bound = ss.elbo(data, middles, levels=8, n_times=30, repeats=24, seed=0)
+    bound = ss.elbo(
+        data,
+        middles,
+        bins=ss.likelihood.Bins(levels=8),
+        monte_carlo=ss.likelihood.MonteCarlo(n_times=30, repeats=24),
+        seed=0,
+    )
     mass = bound.value.exp()
     assert bool((bound.reconstruction <= 0).all()) and float(mass[[0, 1, 3, 4, 6, 7]].sum()) < 1e-6
     assert bool(((bound.value[[2, 5]] - math.log(0.5)).abs() < 5 * bound.standard_error[[2, 5]] + 0.02).all())
     assert float(bound.standard_error[[2, 5]].max()) < 0.4
     with pytest.raises(ValueError, match="must lie on the middles of 8 bins"):
-        ss.elbo(data, middles + 0.03, levels=8)
+        ss.elbo(data, middles + 0.03, bins=ss.likelihood.Bins(levels=8))
 
 
 def test_the_offset_is_that_of_the_bins() -> None:
@@ -243,13 +260,12 @@ def test_slerp_is_the_great_circle_at_any_angle(angle: float) -> None:
     ("options", "message"),
     [
         ({"variance": "large"}, "`variance`='large' needs a grid"),
-        ({"continuous": False}, "`grid` must be given with `continuous`=False: VP has no steps"),
-        ({"grid": [1.0, 0.5], "continuous": True}, "drop one of them"),
+        ({"grid": "steps"}, "`grid` must be one of 'continuous', got 'steps'"),
+        ({"grid": "continuous", "variance": "large"}, "`variance`='large' needs a grid"),
         ({"grid": [1.0, 0.5, 0.0]}, "from T = 1 to a positive time"),
         ({"grid": [0.9, 0.5]}, "from T = 1 to a positive time"),
         ({"grid": [1.0, 0.5], "t_min": 0.1}, "`t_min` is for continuous time"),
         ({"grid": [1.0, 0.5], "variance": "huge"}, "`variance` must be one of"),
-        ({"n_times": 0}, "`n_times` must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -258,7 +274,13 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
         ss.elbo(mix, torch.zeros(2, 2, dtype=F64), **options)
 
 
-def test_bins_are_checked() -> None:
+def test_draws_and_bins_are_checked() -> None:
+    with pytest.raises(ValueError, match="`n_times` must be at least 1"):
+        ss.likelihood.MonteCarlo(n_times=0)
+    with pytest.raises(ValueError, match="`repeats` must be at least 1"):
+        ss.likelihood.MonteCarlo(repeats=0)
+    with pytest.raises(ValueError, match="`levels` must be at least 1"):
+        ss.likelihood.Bins(0)
     with pytest.raises(ValueError, match="low < high"):
         ss.bits_per_dim(torch.zeros(1), 3, 256, (1.0, -1.0))
     with pytest.raises(TypeError, match="tensor of integers"):

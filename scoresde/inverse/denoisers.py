@@ -13,40 +13,90 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Wrapped
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 from scoresde.grids.grid import check_grid
 from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.guidance.scale import Scale, check_scale, scale_at
-from scoresde.inverse.measurements import Measurement
-from scoresde.inverse.operators import Linear, least_residual
-from scoresde.processes.sde import SDE
+from scoresde.inverse.measurements import Measurement, check_measurement
+from scoresde.inverse.operators import Linear, minimal_residual
+from scoresde.processes.sde import SDE, TimeT
 
 
-class _Posterior(Wrapped):
+class PosteriorDenoiser(Wrapped):
+    """Base of denoisers that approximate E[x_0 | x_t, y]; a subclass writes ``x0(x, t, **cond)``.
+
+    The measurement may hold one y for each sample. It then follows the samples under every method that evaluates some
+    samples of a batch, such as ``ss.Adaptive``. A subclass with other attributes of this kind adds their names to
+    `per_sample`.
+
+    Arguments:
+        model: Denoiser of the prior.
+        measurement: Measurement.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> class RobustDPS(ss.inverse.PosteriorDenoiser):
+        ...     # Guidance by the sum of absolute residuals, with one step size for each sample.
+        ...     per_sample = (*ss.inverse.PosteriorDenoiser.per_sample, "step")
+        ...     def __init__(self, model, measurement, step):
+        ...         super().__init__(model, measurement)
+        ...         self.step = step
+        ...     def x0(self, x, t, **cond):
+        ...         with torch.enable_grad():
+        ...             x = x.detach().requires_grad_()
+        ...             x0 = self.model.x0(x, t, **cond)
+        ...             distance = self.measurement.residual(x0).abs().sum()
+        ...             (slope,) = torch.autograd.grad(distance, x)
+        ...         return x0.detach() - self.step[:, None] * slope
+        >>> prior = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2), std=1.0)
+        >>> first = ss.inverse.Mask(torch.tensor([True, False]))
+        >>> y = torch.tensor([[-1.0], [0.0], [1.0]])
+        >>> model = RobustDPS(prior, ss.inverse.Measurement(first, y, std=0.1), step=torch.full((3,), 0.2))
+        >>> ss.sample(model, (3, 2), ss.Adaptive(), seed=0).shape
+        torch.Size([3, 2])
+    """
+
+    per_sample: ClassVar[tuple[str, ...]] = ("measurement",)
+
+    measurement: Measurement
+
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model)
-        if not isinstance(measurement, Measurement):
-            raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
-        self.measurement = measurement
+        self.measurement = check_measurement(measurement)
 
 
-class _LinearPosterior(_Posterior):
+class LinearPosteriorDenoiser(PosteriorDenoiser):
+    """Base of posterior denoisers for linear operators and Gaussian noise.
+
+    Arguments:
+        model: Denoiser of the prior.
+        measurement: Measurement with a linear operator.
+
+    Example:
+        >>> import scoresde as ss
+        >>> class Landweber(ss.inverse.LinearPosteriorDenoiser):
+        ...     def x0(self, x, t, **cond):
+        ...         x0 = self.model.x0(x, t, **cond)
+        ...         return x0 + 0.5 * self.A.adjoint(self.measurement.residual(x0))
+    """
+
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model, measurement)
         measurement.linear  # noqa: B018  # raises early for nonlinear operators
 
     @property
     def A(self) -> Linear:
+        """The operator."""
         return self.measurement.linear
 
 
-class DPS(_Posterior):
+class DPS(PosteriorDenoiser):
     r"""Diffusion posterior sampling: p(x₀ | x_t) is approximated by a point mass at D.
 
     .. math:: \nabla\log p(y \mid x_t) \approx \nabla_{x_t}\log p(y \mid x_0 = D(x_t))
@@ -69,16 +119,26 @@ class DPS(_Posterior):
           algorithm 1
     """
 
+    per_sample = (*PosteriorDenoiser.per_sample, "scale")
+
     def __init__(
         self, model: AbstractDenoiser, measurement: Measurement, scale: Scale = 1.0, *, norm: bool = False
     ) -> None:
         super().__init__(model, measurement)
         if not norm:
-            measurement.likely("DPS without `norm`=True")
+            measurement.require_likelihood("DPS without `norm`=True")
         self.scale = check_scale(scale)
         self.norm = norm
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            word = f"tensor {tuple(scale.shape)}"
+        else:
+            word = str(getattr(scale, "__name__", type(scale).__name__)) if callable(scale) else f"{scale:g}"
+        return f"scale={word}, norm={self.norm}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         gain = scale_at(self.scale, t, x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
@@ -88,11 +148,11 @@ class DPS(_Posterior):
 
         slope = graph.pull(gradient(fit, graph.x0, self))
         if not self.norm:
-            gain = gain * _tweedie(self.sde, t, x)
+            gain = gain * tweedie_gain(self.sde, t, x)
         return graph.release(graph.x0 + gain * slope)
 
 
-def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable[[Any], float]:
+def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable[[float | Tensor], float]:
     r"""Scale for :class:`DPS` with ``norm=True``: each DDPM step then moves by ζ times the gradient.
 
     A DDPM step t → s multiplies D by :math:`c_0 = \alpha_s (1 - e^{2(\lambda_t - \lambda_s)})`, so the scale is
@@ -109,7 +169,7 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
     times = check_grid(sde, grid).tolist()
     scales: dict[float, float] = {t: zeta / sde.posterior(s, t)[1] for t, s in pairwise(times)}
 
-    def scale(t: Any) -> float:
+    def scale(t: float | Tensor) -> float:
         at = float(t)
         if at not in scales:
             raise ValueError(
@@ -121,7 +181,7 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
     return scale
 
 
-class PiGDM(_LinearPosterior):
+class PiGDM(LinearPosteriorDenoiser):
     r"""Pseudo-inverse guidance: p(x₀ | x_t) is approximated by the isotropic Gaussian N(D, r² I).
 
     .. math:: \nabla\log p(y \mid x_t) \approx \left(\frac{\partial D}{\partial x_t}\right)^T A^T
@@ -148,16 +208,19 @@ class PiGDM(_LinearPosterior):
         self.data_std = check.number("data_std", data_std, above=0)
         self.through_net = through_net
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"data_std={self.data_std:g}, through_net={self.through_net}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         variance = isotropic_variance(self.sde, t, self.data_std)
         if not self.through_net:
             x0 = self.model.x0(x, t, **cond)
             return x0 + check.expand(variance, x) * self._pull(x0, variance)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
-        return graph.release(graph.x0 + _tweedie(self.sde, t, x) * graph.pull(self._pull(graph.x0, variance)))
+        return graph.release(graph.x0 + tweedie_gain(self.sde, t, x) * graph.pull(self._pull(graph.x0, variance)))
 
-    def _pull(self, x0: Tensor, variance: Any) -> Tensor:
+    def _pull(self, x0: Tensor, variance: float | Tensor) -> Tensor:
         A = self.A
         r = self.measurement.residual(x0)
         if self.measurement.std == 0:
@@ -165,7 +228,7 @@ class PiGDM(_LinearPosterior):
         return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.std**2))
 
 
-class MMPS(_LinearPosterior):
+class MMPS(LinearPosteriorDenoiser):
     r"""Moment matching: p(x₀ | x_t) is approximated by a Gaussian with the covariance V from the denoiser's Jacobian.
 
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T (A V A^T + \mathrm{std}^2)^{-1} (y - A D), \qquad
@@ -188,13 +251,16 @@ class MMPS(_LinearPosterior):
 
     def __init__(self, model: AbstractDenoiser, measurement: Measurement, iterations: int = 5) -> None:
         super().__init__(model, measurement)
-        measurement.noisy(type(self).__name__)
+        measurement.require_noise(type(self).__name__)
         self.iterations = check.integer("iterations", iterations, at_least=1)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"iterations={self.iterations}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
-        gain = _tweedie(self.sde, t, x)
+        gain = tweedie_gain(self.sde, t, x)
         A = self.A
 
         def covariance(u: Tensor) -> Tensor:
@@ -207,7 +273,7 @@ class MMPS(_LinearPosterior):
     def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
         variance = self.measurement.std**2
-        return least_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
+        return minimal_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
 
 
 class TMPD(MMPS):
@@ -228,12 +294,15 @@ class TMPD(MMPS):
     def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
         super().__init__(model, measurement)
 
+    def extra_repr(self) -> str:
+        return ""
+
     def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
         A = self.A
         return r / (self.measurement.std**2 + A(covariance(torch.ones_like(r))).clamp_min(0))
 
 
-class DDNM(_LinearPosterior):
+class DDNM(LinearPosteriorDenoiser):
     r"""Null-space projection: y determines the component in the row space of A, the network the null space.
 
     .. math:: D' = A^+ y + (I - A^+ A)\, D
@@ -246,12 +315,12 @@ class DDNM(_LinearPosterior):
         | Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model (Wang et al., 2023), arXiv:2212.00490
     """
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         x0 = self.model.x0(x, t, **cond)
         return x0 + self.A.pinv(self.measurement.residual(x0))
 
 
-class DiffPIR(_LinearPosterior):
+class DiffPIR(LinearPosteriorDenoiser):
     r"""Plug-and-play restoration: the proximal point of the data prediction under the measurement's likelihood.
 
     .. math:: D' = \arg\min_z \lVert y - A z\rVert^2 + \kappa\lVert z - D\rVert^2
@@ -274,7 +343,10 @@ class DiffPIR(_LinearPosterior):
         super().__init__(model, measurement)
         self.weight = check.number("weight", weight, above=0)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"weight={self.weight:g}"
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         A = self.A
         x0 = self.model.x0(x, t, **cond)
         r = self.measurement.residual(x0)
@@ -286,12 +358,12 @@ class DiffPIR(_LinearPosterior):
         return x0 + check.expand(self.sde.sigma(t), x) ** 2 * A.adjoint(A.solve(r, sigma**2, kappa))
 
 
-def isotropic_variance(sde: SDE, t: Any, data_std: float) -> Any:
+def isotropic_variance(sde: SDE, t: TimeT, data_std: float) -> TimeT:
     r"""Variance of x₀ given x_t for data N(0, s² I), :math:`\sigma^2 s^2 / (\alpha^2 s^2 + \sigma^2)`."""
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     return sigma**2 * data_std**2 / (alpha**2 * data_std**2 + sigma**2)
 
 
-def _tweedie(sde: SDE, t: Any, x: Tensor) -> Any:
+def tweedie_gain(sde: SDE, t: float | Tensor, x: Tensor) -> float | Tensor:
     """σ²/α, the factor that maps ∇log p(y | x_t) to a shift of the data prediction."""
     return check.expand(sde.sigma(t) ** 2 / sde.alpha(t), x)

@@ -3,11 +3,14 @@ r"""Measurements :math:`y = A(x_0)` + noise, Gaussian or Poisson, and their like
 from __future__ import annotations
 
 import math
+from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.inverse.operators import Linear, Operator
+from scoresde.inverse.operators import Linear, Operator, module_rows
+
+_Measurement = TypeVar("_Measurement", bound="Measurement")
 
 
 class Measurement(nn.Module):
@@ -17,8 +20,17 @@ class Measurement(nn.Module):
         operator: Operator A; most methods need a :class:`Linear` one.
         y: Observed values: (1, *out), one measurement for all samples, or (B, *out), one for each.
         std: Standard deviation of the noise; 0 for an exact measurement, which some methods do not accept.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> ss.inverse.Measurement(ss.inverse.Downsample(2, (3, 8, 8)), torch.zeros(5, 3, 4, 4), std=0.1)
+        Measurement(Downsample(2, event=(3, 8, 8), dims=2), y=(5, 3, 4, 4), std=0.1)
     """
 
+    per_sample: ClassVar[tuple[str, ...]] = ("operator", "y")
+    """Names of attributes that hold one entry for each sample; :meth:`rows` selects them."""
+
+    operator: Operator
     y: Tensor
 
     def __init__(self, operator: Operator, y: Tensor, std: float) -> None:
@@ -29,8 +41,22 @@ class Measurement(nn.Module):
                 f"function as Linear(forward, event) or Operator(forward, event)."
             )
         self.operator = operator
-        self.register_buffer("y", operator._check_y(y))
+        self.register_buffer("y", operator.as_output(y))
         self.std = check.number("std", std, at_least=0)
+
+    def extra_repr(self) -> str:
+        return f"{self.operator!r}, y={tuple(self.y.shape)}, std={self.std:g}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def rows(self: _Measurement, index: Tensor) -> _Measurement:
+        """This measurement for some samples of the batch.
+
+        Arguments:
+            index: Numbers of the samples, an integer tensor (b,); a number may occur more than once.
+        """
+        return module_rows(self, self.per_sample, index)
 
     @property
     def linear(self) -> Linear:
@@ -51,21 +77,21 @@ class Measurement(nn.Module):
         if len(self.y) not in (1, len(x)):
             raise ValueError(
                 f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples or one "
-                f"for each sample. If you split the batch, split `y` as well."
+                f"for each sample. If you split the batch, split `y` as well, as in `measurement.rows(index)`."
             )
         return self.y.to(x)
 
     def log_prob(self, x0: Tensor) -> Tensor:
         r"""log N(y; A x0, std² I) in nats, (B, *event) to (B,); needs std > 0."""
-        std = self.noisy("log_prob")
+        std = self.require_noise("log_prob")
         z = (self.residual(x0) / std).flatten(1)
-        return -0.5 * z.square().sum(1) - z.shape[1] * (math.log(std) + 0.5 * math.log(2 * math.pi))
+        return -0.5 * z.square().sum(1) - self.operator.entries * (math.log(std) + 0.5 * math.log(2 * math.pi))
 
-    def likely(self, who: str) -> None:
+    def require_likelihood(self, who: str) -> None:
         """Raise an error if y has no likelihood; `who` is the method named in the message."""
-        self.noisy(who)
+        self.require_noise(who)
 
-    def noisy(self, who: str) -> float:
+    def require_noise(self, who: str) -> float:
         """Return `std`; raise an error if it is 0. `who` is the method named in the message."""
         if self.std == 0:
             raise ValueError(
@@ -88,14 +114,17 @@ class Counts(Measurement):
     Arguments:
         operator: Operator A, linear or not, that returns the expected counts μ.
         y: Counts, (1, *out) or (B, *out), at least 0.
-        least: Threshold ε below which log μ is linear.
+        floor: Threshold ε below which log μ is linear.
     """
 
-    def __init__(self, operator: Operator, y: Tensor, least: float = 1e-2) -> None:
+    def __init__(self, operator: Operator, y: Tensor, floor: float = 1e-2) -> None:
         super().__init__(operator, y, 0.0)
-        self.least = check.number("least", least, above=0)
+        self.floor = check.number("floor", floor, above=0)
         if bool((y < 0).any()):
             raise ValueError(f"`y` must be counts, at least 0, got {float(y.min()):g}.")
+
+    def extra_repr(self) -> str:
+        return f"{self.operator!r}, y={tuple(self.y.shape)}, floor={self.floor:g}"
 
     @property
     def linear(self) -> Linear:
@@ -107,12 +136,19 @@ class Counts(Measurement):
     def log_prob(self, x0: Tensor) -> Tensor:
         """log Poisson(y; A(x0)) in nats, (B, *event) to (B,)."""
         y, mu = self.data(x0), self.operator(x0)
-        inside = mu.clamp_min(self.least)
-        log_mu = inside.log() + (mu - inside) / self.least
+        inside = mu.clamp_min(self.floor)
+        log_mu = inside.log() + (mu - inside) / self.floor
         return (y * log_mu - mu - (y + 1).lgamma()).flatten(1).sum(1)
 
-    def likely(self, who: str) -> None:
+    def require_likelihood(self, who: str) -> None:
         pass  # the Poisson likelihood always exists
 
-    def noisy(self, who: str) -> float:
+    def require_noise(self, who: str) -> float:
         raise TypeError(f"{who} needs Gaussian noise, Measurement(operator, y, std), got Counts.")
+
+
+def check_measurement(measurement: Measurement) -> Measurement:
+    """Return `measurement`; raise an error unless it is one."""
+    if not isinstance(measurement, Measurement):
+        raise TypeError(f"`measurement` must be Measurement(operator, y, std), got {type(measurement).__name__}.")
+    return measurement

@@ -7,20 +7,46 @@ An operator is a function from states (B, *event) to outputs (B, *out). A linear
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import select
 
 _DENSE = 1 << 26  # largest number of entries of a dense matrix
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Operator = TypeVar("_Operator", bound="Operator")
+
+
+def module_rows(module: _Module, names: Sequence[str], index: Tensor) -> _Module:
+    """A shallow copy of a module for some samples of the batch; the module itself if nothing changes.
+
+    Arguments:
+        module: Module with attributes that hold one entry for each sample.
+        names: Names of these attributes: buffers, modules with a method ``rows(index)``, or others.
+        index: Numbers of the samples, an integer tensor (b,).
+    """
+    selected = {name: select(getattr(module, name), index) for name in names}
+    if all(value is getattr(module, name) for name, value in selected.items()):
+        return module
+    twin = copy.copy(module)
+    twin._modules, twin._buffers = dict(module._modules), dict(module._buffers)
+    for name, value in selected.items():
+        setattr(twin, name, value)
+    return twin
 
 
 class Operator(nn.Module):
     """Any differentiable function of a state, linear or not.
+
+    A subclass with data of its own writes :meth:`evaluate`, and names in `per_sample` what has one entry for each
+    sample.
 
     Arguments:
         forward: Function ``forward(x)``, (B, *event) to (B, *out), that treats rows independently.
@@ -30,6 +56,9 @@ class Operator(nn.Module):
 
     event: tuple[int, ...]
     out: tuple[int, ...]
+    per_sample: tuple[str, ...] = ()
+    """Names of attributes that hold one entry for each sample; :meth:`rows` selects them."""
+
     __call__: Callable[..., Tensor]
 
     def __init__(
@@ -45,7 +74,7 @@ class Operator(nn.Module):
     def _output_shape(self) -> tuple[int, ...]:
         try:
             with torch.no_grad():
-                y = self._apply_to(torch.zeros(1, *self.event))
+                y = self.evaluate(torch.zeros(1, *self.event))
         except RuntimeError as error:
             raise ValueError(
                 f"`forward` failed on a float32 state of zeros on the CPU ({error}); use the dtype and device of its "
@@ -63,12 +92,36 @@ class Operator(nn.Module):
             raise ValueError(
                 f"`x` must have the operator's shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}."
             )
-        return self._apply_to(x)
+        return self.evaluate(x)
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def evaluate(self, x: Tensor) -> Tensor:
+        """A x without a check of the shape."""
         return self._function(x)
 
-    def _check_y(self, y: Tensor) -> Tensor:
+    @property
+    def entries(self) -> int | Tensor:
+        """Number of entries of an output, (B,) if it differs between samples."""
+        return math.prod(self.out)
+
+    def rows(self: _Operator, index: Tensor) -> _Operator:
+        """This operator for some samples of the batch.
+
+        Arguments:
+            index: Numbers of the samples, an integer tensor (b,).
+        """
+        twin = module_rows(self, self.per_sample, index)
+        if twin is not self:
+            twin.__dict__.pop("_svd", None)  # the decomposition of another matrix
+        return twin
+
+    def extra_repr(self) -> str:
+        return f"{_name(self._function)}, event={self.event}, out={self.out}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def as_output(self, y: Tensor) -> Tensor:
+        """Return `y`; raise an error unless its shape is (B, *out)."""
         check.state("y", y)
         if tuple(y.shape[1:]) != self.out:
             raise ValueError(
@@ -76,6 +129,10 @@ class Operator(nn.Module):
                 f"{tuple(y.shape)}."
             )
         return y
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class Spectrum(NamedTuple):
@@ -136,24 +193,28 @@ class Linear(Operator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Aᵀ y, (B, *out) to (B, *event)."""
-        return self._adjoint(self._check_y(y))
+        return self.transpose(self.as_output(y))
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
+        """Aᵀ y without a check of the shape; a subclass may have a cheaper one."""
         if self._own_adjoint is not None:
             return self._own_adjoint(y)
         differentiable = torch.is_grad_enabled() and y.requires_grad
         with torch.enable_grad():
             x = torch.zeros(len(y), *self.event, dtype=y.dtype, device=y.device, requires_grad=True)
-            return torch.autograd.grad(self._apply_to(x), x, y, create_graph=differentiable)[0]
+            return torch.autograd.grad(self.evaluate(x), x, y, create_graph=differentiable)[0]
 
     def matrix(self) -> Tensor:
         """A as a dense matrix, (M, D), float64."""
+        own = next((len(v) for name in self.per_sample if isinstance(v := getattr(self, name), Tensor)), 1)
+        if own > 1:
+            raise ValueError(f"the operator has {own} rows and so no single matrix; select one, as in `A.rows(index)`.")
         D, M = math.prod(self.event), math.prod(self.out)
         if D * M > _DENSE:
             raise ValueError(f"the dense matrix would have {M} × {D} entries, too many; use `forward` and `adjoint`.")
         with torch.no_grad():
-            eye = torch.eye(D, dtype=torch.float64, device=self._device()).reshape(D, *self.event)
-            return self._apply_to(eye).reshape(D, M).mT.contiguous()
+            eye = torch.eye(D, dtype=torch.float64, device=self.device).reshape(D, *self.event)
+            return self.evaluate(eye).reshape(D, M).mT.contiguous()
 
     def spectrum(self) -> Spectrum:
         """Singular value decomposition, from the dense matrix; a subclass may have a closed form."""
@@ -173,13 +234,15 @@ class Linear(Operator):
     def pinv(self, y: Tensor) -> Tensor:
         """A⁺ y, the least-squares solution of minimal norm, (B, *out) to (B, *event)."""
         s, _, to_state, of_data = self.spectrum()
-        return to_state(of_data(self._check_y(y)) / s.to(y))
+        return to_state(of_data(self.as_output(y)) / s.to(y))
 
-    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
+    def solve(self, y: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
         """(a A Aᵀ + b)⁻¹ y for a and b numbers or tensors (B, 1, …), by conjugate gradients."""
-        return conjugate_gradients(lambda u: a * self._apply_to(self._adjoint(u)) + b * u, self._check_y(y))
+        return conjugate_gradients(lambda u: a * self.evaluate(self.transpose(u)) + b * u, self.as_output(y))
 
-    def _device(self) -> torch.device:
+    @property
+    def device(self) -> torch.device:
+        """Device of the buffers, the CPU without any."""
         first = next(self.buffers(), None)
         return torch.device("cpu") if first is None else first.device
 
@@ -215,7 +278,7 @@ def conjugate_gradients(
     return u
 
 
-def least_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int) -> Tensor:
+def minimal_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: int) -> Tensor:
     """Minimise ‖y − S u‖ over the Krylov space of each row, for any matrix S (Orthodir).
 
     The residual never grows, so ‖S u‖ ≤ 2‖y‖ also if S is not symmetric or not positive definite.
@@ -254,68 +317,120 @@ def least_residual(matvec: Callable[[Tensor], Tensor], y: Tensor, iterations: in
     return u
 
 
-class _ScaledIsometry(Linear):
+class ScaledIsometry(Linear):
     """Linear operator with A Aᵀ = g I: all singular values are √g."""
 
     gram: float
 
     def spectrum(self) -> Spectrum:
         root = math.sqrt(self.gram)  # U = I, V = Aᵀ/√g
-        s = torch.full((math.prod(self.out),), root, dtype=torch.float64, device=self._device())
+        s = torch.full((math.prod(self.out),), root, dtype=torch.float64, device=self.device)
         return Spectrum(
             s,
-            lambda x: self._apply_to(x).flatten(1) / root,
-            lambda c: self._adjoint(c.reshape(-1, *self.out)) / root,
+            lambda x: self.evaluate(x).flatten(1) / root,
+            lambda c: self.transpose(c.reshape(-1, *self.out)) / root,
             lambda y: y.flatten(1),
         )
 
     def pinv(self, y: Tensor) -> Tensor:
         return self.adjoint(y) / self.gram
 
-    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        gain: Any = a * self.gram + b
-        return self._check_y(y).div(gain)
+    def solve(self, y: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+        return self.as_output(y) / (a * self.gram + b)
 
 
-class Mask(_ScaledIsometry):
+class Mask(ScaledIsometry):
     """Inpainting: the m entries of a state where the mask is True, (B, m).
 
     Arguments:
-        mask: Boolean tensor, True where the state is known.
-        event: Shape of a state, to which the mask broadcasts; by default the shape of `mask`.
+        mask: Boolean tensor, True where the state is known; or (B, ...), one mask for each sample. Then m is the
+            largest number of known entries, and outputs with fewer are padded with zeros.
+        event: Shape of a state, to which the mask broadcasts; by default the shape of `mask`. It must be given with one
+            mask for each sample.
+
+    Example:
+        >>> import torch
+        >>> left, both = Mask(torch.tensor([True, False])), Mask(torch.tensor([[True, False], [True, True]]), (2,))
+        >>> left(torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+        tensor([[3.],
+                [5.]])
+        >>> both(torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+        tensor([[3., 0.],
+                [5., 6.]])
     """
 
     mask: Tensor
+    index: Tensor
+    known: Tensor
     gram = 1.0
 
     def __init__(self, mask: Tensor, event: Sequence[int] | None = None) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = str(mask.dtype)[6:] if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"`mask` must be a bool tensor, True where the state is known, got {got}; use mask > 0.5.")
+        check_mask(mask, "the state")
         shape = tuple(mask.shape if event is None else event)
+        each = mask.ndim == len(shape) + 1
         try:
-            whole = mask.expand(shape)
+            whole = mask.expand((len(mask), *shape) if each else shape)
         except RuntimeError:
             raise ValueError(f"`mask` of shape {tuple(mask.shape)} does not broadcast to `event` = {shape}.") from None
-        if not bool(whole.any()):
+        counts = whole.flatten(1).sum(1) if each else whole.sum()
+        if not bool(counts.any()):
             raise ValueError("`mask` has no True entry; set it to True where the state is known.")
         nn.Module.__init__(self)
         self.register_buffer("mask", whole.contiguous())
-        index = whole.flatten().nonzero()[:, 0]
-        self.register_buffer("_index", index)
-        self.event, self.out = shape, (len(index),)
+        m = int(counts.max())
+        if each:
+            self.per_sample = ("mask", "index", "known")
+            index = whole.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :m]
+            self.register_buffer("known", torch.arange(m, device=mask.device) < counts[:, None])
+        else:
+            index = whole.flatten().nonzero()[:, 0]
+        self.register_buffer("index", index)
+        self.event, self.out = shape, (m,)
 
-    _index: Tensor
+    @property
+    def entries(self) -> int | Tensor:
+        return self.known.sum(1) if self.per_sample else self.out[0]
 
-    def _apply_to(self, x: Tensor) -> Tensor:
-        return x.flatten(1)[:, self._index]
+    def extra_repr(self) -> str:
+        if self.per_sample:
+            return f"event={self.event}, known={self.out[0]}, rows={len(self.mask)}"
+        return f"event={self.event}, known={self.out[0]}"
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def as_output(self, y: Tensor) -> Tensor:
+        """Return `y` with zeros in its padding; raise an error unless its shape is (B, m)."""
+        y = super().as_output(y)
+        return torch.where(self._of_rows(self.known, y), y, 0.0) if self.per_sample else y
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        if not self.per_sample:
+            return x.flatten(1)[:, self.index]
+        y = x.flatten(1).gather(1, self._of_rows(self.index, x))
+        return torch.where(self._of_rows(self.known, x), y, 0.0)
+
+    def transpose(self, y: Tensor) -> Tensor:
         x = y.new_zeros(len(y), math.prod(self.event))
-        return x.index_copy(1, self._index, y).reshape(-1, *self.event)
+        if not self.per_sample:
+            return x.index_copy(1, self.index, y).reshape(-1, *self.event)
+        y = torch.where(self._of_rows(self.known, y), y, 0.0)
+        return x.scatter(1, self._of_rows(self.index, y), y).reshape(-1, *self.event)
+
+    def _of_rows(self, value: Tensor, x: Tensor) -> Tensor:
+        if len(value) not in (1, len(x)):
+            raise ValueError(
+                f"`mask` has {len(value)} rows and the batch has {len(x)}; give one mask for all samples or one for "
+                f"each sample."
+            )
+        return value.expand(len(x), -1)
 
 
-class Downsample(_ScaledIsometry):
+def check_mask(mask: Tensor, known: str) -> None:
+    """Raise an error unless `mask` is a bool tensor; `known` is what it selects, for the message."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = str(mask.dtype)[6:] if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"`mask` must be a bool tensor, True where {known} is known, got {got}; use mask > 0.5.")
+
+
+class Downsample(ScaledIsometry):
     """Super-resolution: means over blocks of size k along the last axes.
 
     Arguments:
@@ -334,18 +449,21 @@ class Downsample(_ScaledIsometry):
         self.k, self.dims, self.gram = k, dims, float(k) ** -dims
         self.event, self.out = shape, (*shape[:-dims], *(n // k for n in shape[-dims:]))
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"{self.k}, event={self.event}, dims={self.dims}"
+
+    def evaluate(self, x: Tensor) -> Tensor:
         lead = x.shape[: x.ndim - self.dims]
         blocks = [m for n in x.shape[x.ndim - self.dims :] for m in (n // self.k, self.k)]
         return x.reshape(*lead, *blocks).mean(tuple(range(-2 * self.dims + 1, 0, 2)))
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
         for axis in range(-self.dims, 0):
             y = y.repeat_interleave(self.k, dim=axis)
         return y * self.gram
 
 
-class Grey(_ScaledIsometry):
+class Grey(ScaledIsometry):
     """Colourisation: a weighted sum of the channels, the first axis of an event.
 
     Arguments:
@@ -361,14 +479,18 @@ class Grey(_ScaledIsometry):
         if len(weights) != event[0]:
             raise ValueError(f"`weights` must be one for each of {event[0]} channels, got {len(weights)}.")
         nn.Module.__init__(self)
-        self.register_buffer("weights", torch.tensor(list(weights), dtype=torch.float64))
-        self.gram = sum(float(w) ** 2 for w in weights)
+        self._numbers = tuple(float(w) for w in weights)
+        self.register_buffer("weights", torch.tensor(self._numbers, dtype=torch.float64))
+        self.gram = sum(w**2 for w in self._numbers)
         self.event, self.out = tuple(event), (1, *event[1:])
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"event={self.event}, weights=({', '.join(f'{w:.4g}' for w in self._numbers)})"
+
+    def evaluate(self, x: Tensor) -> Tensor:
         return (x * self._columns(x)).sum(1, keepdim=True)
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
         return y * self._columns(y)
 
     def _columns(self, x: Tensor) -> Tensor:
@@ -397,21 +519,25 @@ class Blur(Linear):
         # Real and imaginary parts, because Module.to() casts complex buffers with a warning.
         self.register_buffer("kernel", torch.view_as_real(torch.fft.rfftn(centred)))
         self.event = self.out = shape
+        self._sizes = tuple(kernel.shape)
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"kernel={self._sizes}, event={self.event}"
+
+    def evaluate(self, x: Tensor) -> Tensor:
         return self._filter(x, self._kernel(x))
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
         return self._filter(y, self._kernel(y).conj())
 
     def pinv(self, y: Tensor) -> Tensor:
-        k = self._kernel(self._check_y(y))  # frequencies with k ≈ 0 are set to 0
+        k = self._kernel(self.as_output(y))  # frequencies with k ≈ 0 are set to 0
         power = k.abs().square()
         positive = power > power.max() * torch.finfo(y.dtype).eps
         return self._filter(y, torch.where(positive, k.conj() / torch.where(positive, power, 1.0), 0.0))
 
-    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        self._check_y(y)
+    def solve(self, y: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+        self.as_output(y)
         return self._filter(y, 1 / (a * self._kernel(y).abs().square() + b))
 
     def _kernel(self, x: Tensor) -> Tensor:
@@ -434,11 +560,7 @@ class FourierMask(Linear):
     mask: Tensor
 
     def __init__(self, mask: Tensor, event: Sequence[int]) -> None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = str(mask.dtype)[6:] if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"`mask` must be a bool tensor, True where a frequency is known, got {got}; use mask > 0.5."
-            )
+        check_mask(mask, "a frequency")
         shape, n = tuple(event), mask.ndim
         if n > len(shape) or tuple(mask.shape) != shape[-n:]:
             raise ValueError(
@@ -448,11 +570,14 @@ class FourierMask(Linear):
         self.register_buffer("mask", mask)
         self.event, self.out = shape, (*shape[:-n], int(mask.sum()), 2)
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def extra_repr(self) -> str:
+        return f"event={self.event}, known={self.out[-2]} of {self.mask.numel()}"
+
+    def evaluate(self, x: Tensor) -> Tensor:
         z = torch.fft.fftn(x, dim=tuple(range(-self.mask.ndim, 0)), norm="ortho")
         return torch.view_as_real(z[..., self.mask])
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
         z = torch.view_as_complex(y.contiguous())
         whole = z.new_zeros(len(y), *self.event)
         whole[..., self.mask] = z
@@ -482,16 +607,19 @@ class Matrix(Linear):
         self.register_buffer("_vectors", vectors)
         self.event, self.out = shape, (len(A),)
 
+    def extra_repr(self) -> str:
+        return f"A={tuple(self.A.shape)}, event={self.event}"
+
     _values: Tensor
     _vectors: Tensor
 
-    def _apply_to(self, x: Tensor) -> Tensor:
+    def evaluate(self, x: Tensor) -> Tensor:
         return x.flatten(1) @ self.A.mT.to(x)
 
-    def _adjoint(self, y: Tensor) -> Tensor:
+    def transpose(self, y: Tensor) -> Tensor:
         return (y @ self.A.to(y)).reshape(-1, *self.event)
 
-    def solve(self, y: Tensor, a: Any, b: Any) -> Tensor:
-        u = self._vectors.to(self._check_y(y))
+    def solve(self, y: Tensor, a: float | Tensor, b: float | Tensor) -> Tensor:
+        u = self._vectors.to(self.as_output(y))
         gain: Tensor = a * self._values.to(y) + b
         return ((y @ u) / gain) @ u.mT

@@ -13,17 +13,20 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde.denoisers.base import Given
-from scoresde.noise.streams import Stream
 from scoresde.grids.zigzags import renoised, repaint
 from scoresde.guidance.classifier import ClassifierGuidance
 from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale
 from scoresde.inverse.exact import log_evidence, posterior
 from scoresde.inverse.measurements import Counts, Measurement
 from scoresde.inverse.operators import Blur, Downsample, FourierMask, Grey, Linear, Mask, Matrix, Operator
-from scoresde.inverse.samplers import Replacement, daps, ddrm, red_diff, twisted_smc
+from scoresde.inverse.particles import twisted_smc
+from scoresde.inverse.replacement import Replacement
+from scoresde.inverse.samplers import daps, ddrm, red_diff
+from scoresde.noise.streams import Stream
 from scoresde.solvers.rule import Solver
 
 F64 = torch.float64
+DOUBLE = ss.Start(dtype=F64)
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
@@ -172,11 +175,11 @@ def test_moment_matching_solves_also_what_is_no_covariance() -> None:
 def test_an_exact_method_samples_the_posterior() -> None:
     prior = gaussian(VP)
     exact = posterior(prior, SEEN)
-    x = ss.sample(MMPS(prior, SEEN), (4000, 4), ss.UniPC(3), steps=25, seed=0, dtype=F64)
+    x = ss.sample(MMPS(prior, SEEN), (4000, 4), ss.UniPC(3), steps=25, seed=0, start=DOUBLE)
     assert ss.metrics.moments(exact.sample(4000, seed=1), x).max_z < 4
 
 
-def test_a_network_under_a_posterior_keeps_a_graph_only_if_asked() -> None:
+def test_a_network_under_a_posterior_keeps_a_graph_only_if_the_state_has_one() -> None:
     prior = mixture(VP)
     x = prior.sample(3, 0.5, seed=0)
     for model in (DPS(prior, SEEN), PiGDM(prior, SEEN), MMPS(prior, SEEN), TMPD(prior, SEEN)):
@@ -247,7 +250,7 @@ def test_photons_guide_by_the_gradient_of_their_likelihood() -> None:
     dark = torch.full((5, 4), -50.0, dtype=F64).requires_grad_()
     (back,) = torch.autograd.grad(seen.log_prob(dark).sum(), dark)
     assert back.isfinite().all() and bool((back[:, :3] > 0).all())
-    edge = torch.tensor([[seen.least / 3 - 4]], dtype=F64).expand(5, 4)
+    edge = torch.tensor([[seen.floor / 3 - 4]], dtype=F64).expand(5, 4)
     torch.testing.assert_close(seen.log_prob(edge - 1e-9), seen.log_prob(edge + 1e-9), rtol=1e-6, atol=1e-6)
 
 
@@ -287,7 +290,7 @@ def test_ddrm_is_the_published_algorithm_pixel_by_pixel() -> None:
     prior, seen, times = mixture(VP), MEASUREMENTS["mask"], ss.grids.uniform_t(VP, 9).tolist()
     start = VP.prior().sample((5, 4), ss.Noise(0), dtype=F64)
     x, eta, eta_b = start, 0.7, 0.9
-    noise = ss.Noise(3).fork(1)
+    noise = ss.Noise(3).fork(Stream.STEPS)
     for k, (t, s) in enumerate(pairwise(times)):
         x0, z = prior.x0(x, t), noise.like(x, k)
         alpha, sigma = VP.alpha(s), VP.sigma(s)
@@ -304,17 +307,17 @@ def test_ddrm_is_the_published_algorithm_pixel_by_pixel() -> None:
                 std = math.sqrt(sigma**2 - (eta_b * alpha * seen.std) ** 2)
             out[:, i] = mean + std * z[:, i]
         x = out
-    torch.testing.assert_close(ddrm(prior, seen, start, times, eta=eta, eta_b=eta_b, seed=3), x)
-    exact = ddrm(prior, KNOWN, (5, 4), 6, seed=0)
+    torch.testing.assert_close(ddrm(prior, seen, start, times, eta=eta, eta_b=eta_b, seed=3).x, x)
+    exact = ddrm(prior, KNOWN, (5, 4), 6, seed=0).x
     torch.testing.assert_close(exact[:, :2], KNOWN.y.float().expand(5, 2))
     dense = Measurement(Matrix(FIRST_TWO.matrix()), seen.y, seen.std)
-    torch.testing.assert_close(ddrm(prior, dense, start, times, eta=eta, eta_b=eta_b, seed=3), x)
+    torch.testing.assert_close(ddrm(prior, dense, start, times, eta=eta, eta_b=eta_b, seed=3).x, x)
 
 
 def test_the_middle_step_of_daps_is_a_draw_from_its_gaussian() -> None:
     mu, t = rand(4, seed=8), 0.3
     model = ss.Denoiser(lambda x, t: mu.expand_as(x), VP, predicts="x0")
-    x = daps(model, SEEN, torch.zeros(20_000, 4, dtype=F64), [t, 0.0], steps=1, data_std=0.8, seed=0)
+    x = daps(model, SEEN, torch.zeros(20_000, 4, dtype=F64), [t, 0.0], steps=1, data_std=0.8, seed=0).x
     var = 1 / (1 / 0.8**2 + (VP.alpha(t) / VP.sigma(t)) ** 2)
     exact = posterior(ss.GaussianMixture(VP, mu[None], std=math.sqrt(var)), SEEN)
     assert ss.metrics.moments(exact.sample(20_000, seed=1), x).max_z < 4
@@ -323,7 +326,7 @@ def test_the_middle_step_of_daps_is_a_draw_from_its_gaussian() -> None:
 def test_red_diff_finds_the_balance_of_fit_and_prior() -> None:
     prior, seen = ss.GaussianMixture(VP, torch.zeros(1, 4), std=1.0), MEASUREMENTS["mask"]
     grid = torch.linspace(0.5, 0.3, 200, dtype=F64).tolist()
-    x = red_diff(prior, seen, torch.zeros(100, 4, dtype=F64), grid, lr=0.03, weight=0.5, seed=0)
+    x = red_diff(prior, seen, torch.zeros(100, 4, dtype=F64), grid, lr=0.03, weight=0.5, seed=0).x
     # ε_θ(x) = σ x for N(0, I) under VP, so on average (σ/α)(ε_θ − ε) is σ² μ.
     pull = 0.5 * sum(VP.sigma(t) ** 2 for t in grid[-50:]) / 50
     torch.testing.assert_close(x.mean(0)[:2], seen.y[0] / (1 + pull), rtol=0.1, atol=0.02)
@@ -353,6 +356,7 @@ def test_weighted_particles_reach_posterior_and_evidence() -> None:
 # Known pixels.
 
 WITH_ARGUMENTS = {
+    "Churn": lambda: ss.solvers.Churn(ss.EDMHeun(), 40.0),
     "DPMSolverV3": lambda: ss.solvers.DPMSolverV3(
         ss.solvers.Statistics((-6.0, 0.0, 7.0), (0.9, 0.5, 0.1), (-0.2, -0.5, -0.1), (0.1, 0.2, 0.3))
     ),
@@ -362,18 +366,26 @@ WITH_ARGUMENTS = {
 
 
 def catalogue() -> list[Solver]:
-    """Every rule that the package names, with its defaults where it has them."""
-    found = []
-    for name in ss.__all__:
-        thing = getattr(ss, name)
-        rule = inspect.isclass(thing) and issubclass(thing, Solver)
-        made = inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Solver"
-        if name != "Solver" and (rule or made):
-            found.append(WITH_ARGUMENTS.get(name, thing)())
-    return found
+    """Every solver that the package names, with its defaults if it has them; names of equal solvers count once."""
+    solvers = []
+    for name in ss.solvers.__all__:
+        thing = getattr(ss.solvers, name)
+        is_class = inspect.isclass(thing) and issubclass(thing, Solver) and thing is not Solver
+        if is_class or (inspect.isfunction(thing) and inspect.signature(thing).return_annotation == "Solver"):
+            parameters = inspect.signature(thing).parameters.values()
+            if name in WITH_ARGUMENTS or all(p.default is not p.empty for p in parameters):
+                solvers.append(WITH_ARGUMENTS.get(name, thing)())
+    solvers += [ss.DPMSolverPP(3, kind="single"), ss.DDPM("large"), ss.solvers.Ancestral(ss.DPMSolverPP(2))]
+    return list({repr(solver): solver for solver in solvers}.values())
 
 
-CATALOGUE = [*catalogue(), ss.DPMSolverPP(3, kind="single"), ss.DDPM("large"), ss.solvers.Ancestral(ss.DPMSolverPP(2))]
+CATALOGUE = catalogue()
+
+
+def test_the_catalogue_misses_no_solver_in_daily_use() -> None:
+    names = {repr(solver).split("(")[0].split("[")[0] for solver in CATALOGUE}
+    assert len(CATALOGUE) >= 43
+    assert {"DDIM", "DDPM", "DPMSolverPP", "EDMHeun", "EulerMaruyama", "SDEDPMSolverPP", "UniPC", "VelocityAB"} <= names
 
 
 @pytest.mark.parametrize("solver", CATALOGUE, ids=lambda s: f"{s!r}".replace(" ", ""))
@@ -381,17 +393,17 @@ def test_known_pixels_are_exact_at_the_end_under_every_solver(solver: Solver) ->
     for sde in (VP, ss.Flow(T=0.99), ss.EDM()):
         prior = mixture(sde)
         hook = Replacement(sde, KNOWN, seed=1)
-        x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, hook=hook, dtype=F64)
+        x = ss.sample(prior, (3, 4), solver, steps=8, seed=0, watch=ss.Watch(hook=hook), start=DOUBLE)
         assert torch.equal(x[:, :2], KNOWN.y.expand(3, 2)), sde
         assert x.isfinite().all() and not torch.equal(x[0, 2:], x[1, 2:])
-    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), solver, steps=8, seed=0, dtype=F64)
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), solver, steps=8, seed=0, start=DOUBLE)
     torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-10, atol=1e-10)
 
 
 def test_a_sampler_without_nodes_of_its_own_refuses_replacement_and_takes_the_denoiser() -> None:
-    with pytest.raises(TypeError, match="`hook` has no meaning with Adaptive"):
-        ss.sample(mixture(VP), (3, 4), ss.Adaptive(), hook=Replacement(VP, KNOWN, seed=1))
-    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), ss.Adaptive(), seed=0, dtype=F64)
+    with pytest.raises(ValueError, match="`hook` of `watch` has no meaning with Adaptive"):
+        ss.sample(mixture(VP), (3, 4), ss.Adaptive(), watch=ss.Watch(hook=Replacement(VP, KNOWN, seed=1)))
+    x = ss.sample(DDNM(mixture(VP), KNOWN), (3, 4), ss.Adaptive(), seed=0, start=DOUBLE)
     torch.testing.assert_close(x[:, :2], KNOWN.y.expand(3, 2), rtol=1e-12, atol=1e-12)
 
 
@@ -406,7 +418,7 @@ def test_repaint_goes_back_and_agrees_better() -> None:
     for resample in (1, 8):
         times = repaint(VP, ss.grids.quadratic_vp(VP, 30), 3, resample)
         hook = Replacement(VP, KNOWN, seed=1)
-        x = ss.sample(prior, (500, 4), ss.DDPM(), grid=times, seed=0, hook=hook, dtype=F64)
+        x = ss.sample(prior, (500, 4), ss.DDPM(), grid=times, seed=0, watch=ss.Watch(hook=hook), start=DOUBLE)
         errors.append(float((x.mean(0) - exact.mean()).norm()))
     assert errors[1] < 0.6 * errors[0], "how far off it stays is measured in experiments/posteriors.py"
 
@@ -441,9 +453,9 @@ def test_every_method_is_finite_on_every_process(sde: ss.SDE) -> None:
         x = ss.sample(model, (3, 4), steps=6, seed=0)
         assert x.dtype == torch.float32 and x.isfinite().all() and float(x.abs().max()) < 50, type(model).__name__
     for x in (
-        ddrm(prior, seen, (3, 4), 6, seed=0),
-        daps(prior, seen, (3, 4), 4, steps=2, seed=0),
-        red_diff(prior, seen, (3, 4), 10, seed=0),
+        ddrm(prior, seen, (3, 4), 6, seed=0).x,
+        daps(prior, seen, (3, 4), 4, steps=2, seed=0).x,
+        red_diff(prior, seen, (3, 4), 10, seed=0).x,
         twisted_smc(prior, seen, (8, 4), 6, seed=0).x,
     ):
         assert x.shape[1:] == (4,) and x.isfinite().all() and float(x.abs().max()) < 50
@@ -472,16 +484,16 @@ def test_pictures_keep_their_axes(op: Any) -> None:
         for make in (DPS, TMPD, DDNM, DiffPIR):
             assert make(prior, seen).x0(x, time).shape == x.shape
     for out in (
-        ddrm(prior, seen, (2, *event), 4, seed=0),
-        daps(prior, seen, (2, *event), 3, steps=2, seed=0),
-        red_diff(prior, seen, (2, *event), 4, seed=0),
+        ddrm(prior, seen, (2, *event), 4, seed=0).x,
+        daps(prior, seen, (2, *event), 3, steps=2, seed=0).x,
+        red_diff(prior, seen, (2, *event), 4, seed=0).x,
         twisted_smc(prior, seen, (4, *event), 4, seed=0).x,
     ):
         assert out.shape[1:] == event and out.isfinite().all()
 
 
 class Detached(torch.nn.Module):
-    """A network that forgets its input's graph, as one under torch.no_grad() does."""
+    """A network whose output has no graph, as under torch.no_grad()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -493,7 +505,7 @@ class Detached(torch.nn.Module):
 
 
 def test_a_network_that_cannot_be_differentiated_is_named_by_every_method_that_needs_it() -> None:
-    model = ss.Denoiser(Detached(), VP, predicts="eps")  # its data prediction depends on x beside the network
+    model = ss.Denoiser(Detached(), VP, predicts="eps")  # its data prediction depends on x outside the network
     x = torch.zeros(3, 4)
     for method in (DPS, PiGDM, MMPS, TMPD):
         with pytest.raises(ValueError, match=r"the network has no gradient.*no_grad"):
@@ -503,7 +515,7 @@ def test_a_network_that_cannot_be_differentiated_is_named_by_every_method_that_n
     for method in (DDNM, DiffPIR):
         assert method(model, SEEN).x0(x, 0.4).isfinite().all()
     assert PiGDM(model, SEEN, through_net=False).x0(x, 0.4).isfinite().all()
-    with torch.no_grad():  # the caller's mode is nobody's business
+    with torch.no_grad():  # the caller's mode has no effect
         assert not MMPS(mixture(VP), SEEN).x0(x, 0.4).requires_grad
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) forbids"):
         MMPS(mixture(VP), SEEN).x0(x, 0.4)
@@ -512,7 +524,7 @@ def test_a_network_that_cannot_be_differentiated_is_named_by_every_method_that_n
 def test_conditions_and_measurements_of_another_batch_are_named() -> None:
     model = ss.Denoiser(lambda x, t, label: 0.1 * label[:, None] * x, VP, predicts="x0")
     with pytest.raises(ValueError, match="condition `label` has 2 rows and the state has 3"):
-        ss.sample(DDNM(model, SEEN), (3, 4), steps=2, label=torch.ones(2))
+        ss.sample(DDNM(model.given(label=torch.ones(2)), SEEN), (3, 4), steps=2)
     two = Measurement(A, rand(2, 2), 0.3)
     for method in (DPS, PiGDM, MMPS, TMPD, DDNM, DiffPIR):
         with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
@@ -522,7 +534,7 @@ def test_conditions_and_measurements_of_another_batch_are_named() -> None:
             sampler(mixture(VP), two, (3, 4), 3)
     hook = Replacement(VP, Measurement(FIRST_TWO, rand(2, 2), 0.0), seed=0)
     with pytest.raises(ValueError, match="`y` has 2 rows and the state has 3"):
-        ss.sample(mixture(VP), (3, 4), steps=2, hook=hook)
+        ss.sample(mixture(VP), (3, 4), steps=2, watch=ss.Watch(hook=hook))
 
 
 def test_errors_name_what_is_wrong() -> None:

@@ -20,7 +20,7 @@ from scoresde.inverse.operators import (
     Matrix,
     Operator,
     conjugate_gradients,
-    least_residual,
+    minimal_residual,
 )
 
 F64 = torch.float64
@@ -120,23 +120,23 @@ def test_conjugate_gradients_leave_solved_rows_alone() -> None:
     torch.testing.assert_close(conjugate_gradients(lambda u: u @ S, y, iterations=1)[1], y[1])
 
 
-def test_least_residuals_solve_any_matrix_and_never_do_harm() -> None:
+def test_minimal_residuals_solve_any_matrix_and_never_do_harm() -> None:
     S, y = rand(5, 5), rand(7, 5, seed=1)  # neither symmetric nor positive
-    torch.testing.assert_close(least_residual(lambda u: u @ S.mT, y, 5), torch.linalg.solve(S, y.mT).mT)
+    torch.testing.assert_close(minimal_residual(lambda u: u @ S.mT, y, 5), torch.linalg.solve(S, y.mT).mT)
     last = y.norm(dim=1)
     for k in range(1, 5):
         krylov = torch.stack([y @ torch.linalg.matrix_power(S, j).mT for j in range(k)], 2)
         best = torch.linalg.lstsq(S @ krylov, y[..., None]).solution
-        u = least_residual(lambda u: u @ S.mT, y, k)
+        u = minimal_residual(lambda u: u @ S.mT, y, k)
         torch.testing.assert_close(u, (krylov @ best)[..., 0], rtol=1e-6, atol=1e-6)
         left = (y - u @ S.mT).norm(dim=1)
         assert bool((left <= last + 1e-12).all())
         last = left
     turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)  # y is orthogonal to S y
-    assert not least_residual(lambda u: u @ turn.mT, y[:, :2], 1).any()
-    torch.testing.assert_close(least_residual(lambda u: u @ turn.mT, y[:, :2], 3), y[:, :2] @ turn)
-    assert torch.equal(least_residual(lambda u: 0 * u, y, 3), torch.zeros_like(y))
-    done = least_residual(lambda u: u @ S.mT.float(), y.float() * torch.tensor([1.0] * 6 + [0.0])[:, None], 12)
+    assert not minimal_residual(lambda u: u @ turn.mT, y[:, :2], 1).any()
+    torch.testing.assert_close(minimal_residual(lambda u: u @ turn.mT, y[:, :2], 3), y[:, :2] @ turn)
+    assert torch.equal(minimal_residual(lambda u: 0 * u, y, 3), torch.zeros_like(y))
+    done = minimal_residual(lambda u: u @ S.mT.float(), y.float() * torch.tensor([1.0] * 6 + [0.0])[:, None], 12)
     assert done.isfinite().all() and not done[-1].any()
 
 

@@ -236,6 +236,17 @@ class AbstractDenoiser(nn.Module):
         return twin
 
 
+def trainable(model: AbstractDenoiser) -> tuple[Tensor, ...]:
+    """Tensors of a denoiser that require grad: parameters, fixed conditions and other attributes in `per_sample`."""
+    tensors: list[Tensor] = list(model.parameters())
+    for module in model.modules():
+        if isinstance(module, AbstractDenoiser):
+            for leaf in (leaf for name in module.per_sample for leaf in tree_leaves(getattr(module, name))):
+                tensors += tree_leaves(leaf.value if isinstance(leaf, Shared) else leaf)
+    unique = {id(v): v for v in tensors if isinstance(v, Tensor) and v.requires_grad}
+    return tuple(unique.values())
+
+
 def undefined_prediction(t: float | Tensor, alpha: Any, sigma: Any) -> ValueError:
     return ValueError(
         f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: the conversion divides "

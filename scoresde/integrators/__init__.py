@@ -1,7 +1,8 @@
 """Integration that a table cannot hold: error control, reversible solves, torchdiffeq and torchsde."""
 
-from scoresde.integrators.adaptive import Adaptive, SolverError, Stats, flow, integrate
-from scoresde.integrators.adaptive_sde import adaptive_sde
+from scoresde.integrators.adaptive import Adaptive, flow
+from scoresde.integrators.adaptive_sde import AdaptiveSDE
+from scoresde.integrators.dense import Path
 from scoresde.integrators.embedded import (
     DPM12,
     DPM23,
@@ -12,30 +13,39 @@ from scoresde.integrators.embedded import (
     EmbeddedRungeKutta,
     Frame,
     Pair,
+    Scheme,
 )
-from scoresde.integrators.reversible import Reversible, Twin
-from scoresde.integrators.via_torchdiffeq import torchdiffeq_solve
-from scoresde.integrators.via_torchsde import ReverseSDE, torchsde_sample
+from scoresde.integrators.loop import Accepted, Control, Equation, SolverError, integrate
+from scoresde.integrators.method import Method, Problem, Stats
+from scoresde.integrators.reversible import Reversible
+from scoresde.integrators.via_torchdiffeq import TorchDiffEq
+from scoresde.integrators.via_torchsde import ReverseSDE, TorchSDE
 
 __all__ = [
     "DPM12",
     "DPM23",
+    "Accepted",
     "Adams",
     "Adaptive",
+    "AdaptiveSDE",
     "BogackiShampine",
+    "Control",
     "DPMPair",
     "DormandPrince",
     "EmbeddedRungeKutta",
+    "Equation",
     "Frame",
+    "Method",
     "Pair",
+    "Path",
+    "Problem",
     "ReverseSDE",
     "Reversible",
+    "Scheme",
     "SolverError",
     "Stats",
-    "Twin",
-    "adaptive_sde",
+    "TorchDiffEq",
+    "TorchSDE",
     "flow",
     "integrate",
-    "torchdiffeq_solve",
-    "torchsde_sample",
 ]

@@ -177,6 +177,9 @@ class Method:
     grid: ClassVar[str] = ""
     """What the method wants of the grid options of ``solve``: ``"plan"``, ``"times"``, or nothing."""
 
+    to_data: ClassVar[bool] = True
+    """Whether the grid of a method with ``grid = "times"`` may end where σ = 0; otherwise it ends at ``sde.t_min``."""
+
     def run(self, problem: Problem) -> Solution:
         """Solve a problem.
 

@@ -1,6 +1,6 @@
 r"""Algebraically reversible solvers of the probability flow ODE, with exact inversion and constant-memory gradients.
 
-The solver holds y = x/(α + σ) and a second state z, in the time variable τ = σ/(α + σ). Let Ψ_h be the increment of a
+The solver stores y = x/(α + σ) and a second state z, in the time variable τ = σ/(α + σ). Let Ψ_h be the increment of a
 one-step method. A step is
 
 .. math::
@@ -23,106 +23,99 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, trainable
 from scoresde.grids.grid import check_grid
 from scoresde.integrators.adaptive import slope
 from scoresde.integrators.embedded import Frame
+from scoresde.integrators.method import Method, Problem, Solution
+from scoresde.noise.keyed import Noise
 from scoresde.solvers.runge_kutta import MIDPOINT, Tableau
 
 
-class Twin(NamedTuple):
-    """The two states of a reversible solver; they agree up to the error of the one-step method.
-
-    Arguments:
-        x: State, (B, *event).
-        z: Second state, (B, *event), required for the exact inverse.
-    """
-
-    x: Tensor
-    z: Tensor
-
-
 @dataclass(frozen=True)
-class Reversible:
-    """Reversible solver: :meth:`solve` runs the steps, and :meth:`invert` with the same times undoes them.
+class Reversible(Method):
+    """Reversible solver of the probability flow along a grid with σ > 0, decreasing or increasing.
+
+    The solution has two states, `x` and `companion`, which agree up to the error of the one-step method. :meth:`invert`
+    recovers the initial states from both. A solve with ``grad="reversible"`` has the gradients of ``grad="full"`` with
+    the memory of one step, because the inverse recomputes the states.
 
     Arguments:
         tableau: Butcher tableau of the one-step method; each stage costs two evaluations per step.
         coupling: Coupling c in (0, 1]. A smaller c damps the difference of the two states faster, but the inverse of n
             steps amplifies rounding by c⁻ⁿ.
+        companion: Second state at the first time, (B, *event), such as that of a solution to continue; by default the
+            initial state itself.
 
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
         >>> times = ss.grids.karras(mix.sde, 20, t_end=mix.sde.t_min)
         >>> noise = torch.randn(4, 1, dtype=torch.float64)
-        >>> twin = ss.integrators.Reversible().solve(mix, noise, times)
-        >>> back = ss.integrators.Reversible().invert(mix, twin, times)
-        >>> bool((back.x - noise).abs().max() < 1e-10)
+        >>> solver = ss.integrators.Reversible()
+        >>> solution = ss.solve(mix, noise, solver, grid=times)
+        >>> bool((solver.invert(mix, solution).x - noise).abs().max() < 1e-10)
         True
     """
 
+    grads = ("off", "full", "reversible")
+    grid = "times"
+    to_data = False
+
     tableau: Tableau = MIDPOINT
     coupling: float = 0.99
+    companion: Tensor | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check.number("coupling", self.coupling, above=0, at_most=1)
 
-    def solve(
-        self,
-        model: AbstractDenoiser,
-        x: Tensor | Twin,
-        times: Tensor | Sequence[float],
-        *,
-        grad: str = "off",
-        **cond: Any,
-    ) -> Twin:
-        """Solve the probability flow along `times`.
-
-        Arguments:
-            model: A denoiser.
-            x: State (B, *event) at the first time, or a :class:`Twin`.
-            times: Times with σ > 0, decreasing or increasing.
-            grad: ``"off"``, ``"full"``, or ``"reversible"``, which gives the same gradients with the memory of one
-                step: the inverse recomputes the states.
-            **cond: Conditions for the network.
-        """
-        check.conditions(cond, Reversible.solve)
-        check.choice("grad", grad, ("off", "full", "reversible"))
-        flow = self._flow(model, times, cond)
-        y = self._to_flow(flow, x, 0)
-        with torch.set_grad_enabled(grad != "off"):
-            if grad == "reversible":
-                leaves = [*model.parameters(), *(v for v in tree_leaves(cond) if isinstance(v, Tensor))]
-                inputs = [v for v in leaves if v.requires_grad]
-                y = Twin(*_Recomputed.apply(flow, *y, *inputs))  # type: ignore[no-untyped-call]
+    def run(self, problem: Problem) -> Solution:
+        if problem.times is None:
+            raise ValueError("`problem` must have `times`, the grid of the solve.")
+        flow = self._flow(problem.model, problem.times)
+        with torch.set_grad_enabled(problem.grad != "off"):
+            x = problem.draw(flow.times[0])
+            start = flow.states(x, x if self.companion is None else check.match("companion", self.companion, "x", x), 0)
+            if problem.grad == "reversible":
+                inputs = trainable(problem.model)
+                end = _States(*_Recomputed.apply(flow, *start, *inputs))  # type: ignore[no-untyped-call]
             else:
-                y = flow.forward(y)
-        return self._from_flow(flow, y, -1)
+                end = flow.forward(start)
+            x, companion = flow.outputs(end, -1)
+        return problem.solution(x, flow.times, companion=companion)
 
-    def invert(self, model: AbstractDenoiser, twin: Twin, times: Tensor | Sequence[float], **cond: Any) -> Twin:
-        """Recover the initial states of :meth:`solve` from its result.
+    def invert(
+        self, model: AbstractDenoiser, solution: Solution, times: Tensor | Sequence[float] | None = None
+    ) -> Solution:
+        """Recover the initial states of a solve from its solution.
 
         Arguments:
-            model: Denoiser passed to :meth:`solve`.
-            twin: Result of :meth:`solve`.
-            times: Times passed to :meth:`solve`, in the same order.
-            **cond: Conditions passed to :meth:`solve`.
-        """
-        check.conditions(cond, Reversible.invert)
-        flow = self._flow(model, times, cond)
-        with torch.no_grad():
-            return self._from_flow(flow, flow.backward(self._to_flow(flow, twin, -1)), 0)
+            model: Denoiser of the solve.
+            solution: Solution of this solver, with its `companion`.
+            times: Grid of the solve in the same order, by default that of `solution`.
 
-    def _flow(self, model: AbstractDenoiser, times: Any, cond: dict[str, Any]) -> _Flow:
+        Returns:
+            Solution with both initial states; its times run backwards.
+        """
+        if solution.companion is None:
+            raise ValueError("`solution` has no `companion`, so it cannot be inverted; solve with Reversible().")
+        counter = Counter()
+        counted = check_model(model).counted(counter)
+        flow = self._flow(counted, solution.times if times is None else times)
+        problem = Problem(counted, solution.x, noise=Noise(solution.seed), counter=counter)
+        with torch.no_grad():
+            start = flow.backward(flow.states(solution.x, solution.companion, -1))
+            x, companion = flow.outputs(start, 0)
+        return problem.solution(x, flow.times[::-1], companion=companion)
+
+    def _flow(self, model: AbstractDenoiser, times: Tensor | Sequence[float]) -> _Flow:
         sde = model.sde
         grid = torch.as_tensor(times, dtype=torch.float64)
         rising = len(grid) > 1 and bool(grid[0] < grid[1])
@@ -130,16 +123,16 @@ class Reversible:
         if bool((sde.sigma(grid) == 0).any()):
             raise ValueError("`times` must have σ > 0 everywhere, as in ss.grids.karras(sde, n, t_end=sde.t_min).")
         frame = Frame(sde)
-        return _Flow(self, frame, frame.u(grid), lambda u, y: slope(model, frame, u, y, **cond))
+        u = frame.u(grid)
+        scales = frame.scale(u).tolist()
+        return _Flow(self, grid.tolist(), u.tolist(), scales, lambda u, y: slope(model, frame, u, y))
 
-    def _to_flow(self, flow: _Flow, x: Tensor | Twin, end: int) -> Twin:
-        pair = Twin(x, x) if isinstance(x, Tensor) else x
-        scale = float(flow.frame.scale(flow.u[end, None]))
-        return Twin(*(check.state("x", v) / scale for v in pair))
 
-    def _from_flow(self, flow: _Flow, y: Twin, end: int) -> Twin:
-        scale = float(flow.frame.scale(flow.u[end, None]))
-        return Twin(*(v * scale for v in y))
+class _States(NamedTuple):
+    """The two states of the solver, both in units of α + σ."""
+
+    y: Tensor
+    z: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,9 +140,19 @@ class _Flow:
     """Discretised flow dy/du = field(u, y) on the grid u."""
 
     solver: Reversible
-    frame: Frame
-    u: Tensor
+    times: list[float]
+    u: list[float]
+    scales: list[float]
     field: Callable[[float, Tensor], Tensor]
+
+    def states(self, x: Tensor, companion: Tensor, node: int) -> _States:
+        """States of the solver from x and its companion at a node."""
+        scale = self.scales[node]
+        return _States(check.state("x", x) / scale, check.state("companion", companion) / scale)
+
+    def outputs(self, at: _States, node: int) -> tuple[Tensor, Tensor]:
+        """x and its companion from the states of the solver at a node."""
+        return at.y * self.scales[node], at.z * self.scales[node]
 
     def increment(self, u: float, h: float, y: Tensor) -> Tensor:
         """Increment Ψ_h of the one-step method at (u, y)."""
@@ -165,49 +168,58 @@ class _Flow:
             total = torch.add(total, k, alpha=h * w) if w else total
         return total
 
-    def step(self, n: int, at: Twin) -> Twin:
-        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.solver.coupling
-        y = c * at.x + (1 - c) * at.z + self.increment(u, v - u, at.z)
-        return Twin(y, at.z - self.increment(v, u - v, y))
+    def step(self, n: int, at: _States) -> _States:
+        u, v, c = self.u[n], self.u[n + 1], self.solver.coupling
+        y = c * at.y + (1 - c) * at.z + self.increment(u, v - u, at.z)
+        return _States(y, at.z - self.increment(v, u - v, y))
 
-    def back(self, n: int, at: Twin) -> Twin:
+    def back(self, n: int, at: _States) -> _States:
         """Inverse of step n."""
-        u, v, c = float(self.u[n]), float(self.u[n + 1]), self.solver.coupling
-        z = at.z + self.increment(v, u - v, at.x)
-        return Twin((at.x - (1 - c) * z - self.increment(u, v - u, z)) / c, z)
+        u, v, c = self.u[n], self.u[n + 1], self.solver.coupling
+        z = at.z + self.increment(v, u - v, at.y)
+        return _States((at.y - (1 - c) * z - self.increment(u, v - u, z)) / c, z)
 
-    def forward(self, at: Twin) -> Twin:
+    def forward(self, at: _States) -> _States:
         for n in range(len(self.u) - 1):
             at = self.step(n, at)
         return at
 
-    def backward(self, at: Twin) -> Twin:
+    def backward(self, at: _States) -> _States:
         for n in reversed(range(len(self.u) - 1)):
             at = self.back(n, at)
         return at
+
+
+class _Context(Protocol):
+    """Context of an autograd function."""
+
+    flow: _Flow
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
 
 
 class _Recomputed(torch.autograd.Function):
     """Gradients with the memory of one step: the backward pass recomputes the states by inverse steps."""
 
     @staticmethod
-    def forward(ctx: Any, flow: _Flow, y: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: _Context, flow: _Flow, y: Tensor, z: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            end = flow.forward(Twin(y, z))
+            end = flow.forward(_States(y, z))
         ctx.flow = flow
         ctx.save_for_backward(*end, *inputs)
-        return end.x, end.z
+        return end.y, end.z
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_z: Tensor) -> Any:
+    def backward(ctx: _Context, grad_y: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         y, z, *inputs = ctx.saved_tensors
-        at, grads = Twin(y, z), (grad_y, grad_z)
+        at, grads = _States(y, z), (grad_y, grad_z)
         sums = [torch.zeros_like(v) for v in inputs]
         for n in reversed(range(len(ctx.flow.u) - 1)):
             with torch.no_grad():
                 at = ctx.flow.back(n, at)
             with torch.enable_grad():
-                start = Twin(*(v.detach().requires_grad_() for v in at))
+                start = _States(*(v.detach().requires_grad_() for v in at))
                 end = ctx.flow.step(n, start)
                 inner = torch.autograd.grad(end, (*start, *inputs), grads, allow_unused=True)
             grads = (inner[0], inner[1])

@@ -1,28 +1,29 @@
-r"""The reverse SDE of a denoiser as a problem for torchsde, with any of its methods.
+r"""The reverse SDE of a denoiser, solved by torchsde with any of its methods.
 
-torchsde integrates forward in its own time s, of states (B, d). Here s counts steps, so that it is exact in floating
-point, and goes down in diffusion time:
+torchsde integrates forward in its own time s, on states (B, d). Here s counts steps, so it is exact in floating point,
+and diffusion time decreases in s:
 
 .. math:: dx = \dot t\,\mathrm{drift}(x, t)\,ds + \eta\,g(t)\sqrt{|\dot t|}\,dW_s, \qquad t = t(s), \quad
           t(s) \text{ or } \lambda(t(s)) \text{ linear}.
 
-The noise does not depend on the state ("additive"), which is what torchsde's method of strong order 1.5 needs, and its
-product with an increment is given instead of a matrix, so images are no larger a problem than vectors.
+The noise does not depend on the state ("additive"), which torchsde's method of strong order 1.5 requires. The problem
+gives the product of the diffusion with an increment instead of a matrix, so images cost no more than vectors of the
+same size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser, trainable
 from scoresde.denoisers.predictions import Form
-from scoresde.denoisers.start import device_of
+from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import BrownianPath, depth_for
 from scoresde.noise.keyed import Noise
 from scoresde.processes.sde import SDE
@@ -31,112 +32,118 @@ ITO = ("euler", "milstein", "srk")
 
 STRATONOVICH = ("euler_heun", "heun", "midpoint", "reversible_heun")
 
-_START, _STEPS = 0, 1  # streams of a seed: the start, as in `solve`, and the increments
+_AHEAD = 1 << 15  # numbers that one call draws
 
-_AHEAD = 1 << 15  # numbers drawn in one call
+_SHORTEST = 1e-4  # shortest adaptive step, in units of torchsde's time
 
 
-def torchsde_sample(
-    model: AbstractDenoiser,
-    shape_or_x: Sequence[int] | Tensor,
-    method: str = "srk",
-    *,
-    steps: int = 100,
-    eta: float = 1.0,
-    variable: str = "t",
-    seed: int | Sequence[int] | Noise | None = None,
-    t_start: float | None = None,
-    t_end: float | None = None,
-    denoise: bool = True,
-    adaptive: bool = False,
-    rtol: float = 1e-2,
-    atol: float = 1e-3,
-    grad: str = "off",
-    data_std: float = 1.0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    **cond: Any,
-) -> Tensor:
-    """Draw samples with torchsde (``pip install torchsde``).
+@dataclass(frozen=True)
+class TorchSDE(Method):
+    """Solve the reverse SDE with torchsde (``pip install torchsde``).
 
-    Increments come from our seeds: sample i is the same in any batch, and torch's global generator is left alone. Two
-    exceptions: adaptive "srk" needs torchsde's own Brownian interval, whose entropy is the seed, and every adaptive
-    method of torchsde has one error, hence one step, for the whole batch.
+    Where σ(t_end) = 0, the solve stops at ``sde.t_min`` and returns E[x_0 | x] there, with one more evaluation. At the
+    first time, by default T, g must be finite, which excludes α = 0.
+
+    The increments come from the keyed seeds of the library: sample i is the same in any batch, and torch's global
+    generator is not used. There are two exceptions: the adaptive ``"srk"`` uses torchsde's own Brownian interval, whose
+    entropy is the seed; and every adaptive method of torchsde has one error estimate, hence one step, for the batch.
+    ``Noise(seed, path=True)`` gives every method but ``"srk"`` one Brownian path for all numbers of steps.
+
+    A solve with ``grad="adjoint"`` has the memory of one step. Its gradients are exact with ``"reversible_heun"``, and
+    have the order of the method otherwise.
 
     Arguments:
-        model: A denoiser.
-        shape_or_x: Shape (B, *event) to start from the prior at `t_start`, or a state at `t_start`.
-        method: ``"srk"`` (strong order 1.5, two evaluations a step), ``"euler"``, ``"milstein"`` (the same as Euler
-            here), or, one evaluation, ``"reversible_heun"``, or, two, ``"midpoint"``, ``"heun"``, ``"euler_heun"``.
-        steps: Number of equal steps; the first step if `adaptive`.
-        eta: 1 for the reverse SDE, or any other positive number.
-        variable: In which steps are equal: ``"t"``, or ``"lam"``, which suits the steep end of most processes.
-        seed: An integer, one for each sample, a :class:`Noise`, or None for a fresh one. ``Noise(seed, path=True)``
-            gives one Brownian path whatever the number of steps, to every method but "srk".
-        t_start: Where to start, by default T; α must not vanish there.
-        t_end: Where to stop, by default ``sde.t_min``; σ must not vanish there.
-        denoise: Return E[x_0 | x] at `t_end`, one more evaluation, instead of x.
-        adaptive: Let torchsde choose the steps.
+        method: ``"srk"`` (strong order 1.5, two evaluations per step); with one evaluation ``"euler"``, ``"milstein"``
+            (here the same as Euler), ``"euler_heun"`` or ``"reversible_heun"``; with two, ``"midpoint"`` or ``"heun"``.
+        steps: Number of equal steps; if `adaptive`, the first step is one of them.
+        eta: Factor η > 0 of the noise; 1 is the reverse SDE.
+        variable: Variable in which the steps are equal: ``"t"``, or ``"lam"``, which suits most processes near data.
+        adaptive: Whether torchsde controls the error by its choice of steps.
         rtol: Relative tolerance of adaptive steps.
         atol: Absolute tolerance of adaptive steps.
-        grad: ``"off"``, ``"full"`` to differentiate through every step, or ``"adjoint"`` for torchsde's adjoint: exact
-            with "reversible_heun", to the order of the method with others, and always with the memory of one step.
-        data_std: Standard deviation of the data, for the prior.
-        dtype: Of the state, when a shape is given.
-        device: Of the state, when a shape is given; by default the model's.
-        **cond: Conditions, handed to the network.
 
-    Returns:
-        (B, *event).
+    Example:
+        >>> import torch, scoresde as ss
+        >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
+        >>> solution = ss.solve(mix, (4, 1), ss.integrators.TorchSDE("srk", steps=30, variable="lam"), seed=0)
+        >>> solution.nfe, bool(((solution.x.abs() - 1).abs() < 0.5).all())
+        (61, True)
     """
-    import torchsde
 
-    check.conditions(cond, torchsde_sample)
-    check.choice("method", method, ITO + STRATONOVICH)
-    check.choice("grad", grad, ("off", "full", "adjoint"))
-    check.integer("steps", steps, at_least=1)
-    problem = ReverseSDE(
-        model, steps, eta=eta, variable=variable, t_start=t_start, t_end=t_end, method=method, cond=cond
-    )
-    noise = seed if isinstance(seed, Noise) else Noise(seed)
-    if isinstance(shape_or_x, Tensor):
-        x = check.state("x", shape_or_x)
-    else:
-        shape = tuple(check.integer("shape", n) for n in shape_or_x)
-        where = device_of(model) if device is None else device
-        prior = model.sde.prior(problem.t_start, std=data_std)
-        x = prior.sample(shape, noise.fork(_START), dtype=dtype, device=where)
-    problem.shape = tuple(x.shape)
-    y = x.flatten(1) if x.ndim > 1 else x[:, None]
-    bm = _brownian(problem, method, noise.fork(_STEPS), y, adaptive)
-    how: dict[str, Any] = {"bm": bm, "method": method, "dt": 1.0, "adaptive": adaptive, "rtol": rtol, "atol": atol}
-    how["dt_min"] = 1e-4
-    if grad == "adjoint":
-        how |= {"adjoint_params": tuple(p for p in model.parameters() if p.requires_grad)}
-    # float64 times: a sum of float32 steps overshoots the end. torchsde draws a normal to look at shapes.
-    ts = torch.tensor([0.0, float(steps)], dtype=torch.float64)
-    devices = [y.device] if y.device.type == "cuda" else []
-    with torch.set_grad_enabled(grad != "off"), torch.random.fork_rng(devices):
-        integrate = torchsde.sdeint_adjoint if grad == "adjoint" else torchsde.sdeint
-        end = integrate(problem, y, ts, **how)[-1].reshape(x.shape)
-        problem.forget()
-        end = model.x0(end, problem.t_end, **cond) if denoise else end
-    check.warn_unless_finite(end)
-    return end
+    grads = ("off", "full", "adjoint")
+
+    method: str = "srk"
+    steps: int = 100
+    eta: float = 1.0
+    variable: str = "t"
+    adaptive: bool = False
+    rtol: float = 1e-2
+    atol: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check.choice("method", self.method, ITO + STRATONOVICH)
+        check.integer("steps", self.steps, at_least=1)
+        check.number("eta", self.eta, above=0)
+        check.choice("variable", self.variable, ("t", "lam"))
+        check.number("rtol", self.rtol, at_least=0)
+        check.number("atol", self.atol, at_least=0)
+
+    def run(self, problem: Problem) -> Solution:
+        import torchsde
+
+        model, sde = problem.model, problem.model.sde
+        end = check.number("t_end", problem.t_end, at_least=0, below=sde.T)
+        clean = sde.sigma(end) == 0
+        equation = self.equation(model, problem.t_start, sde.t_min if clean else end)
+        with torch.set_grad_enabled(problem.grad != "off"):
+            x = problem.draw(equation.t_start)
+            equation.shape = tuple(x.shape)
+            y = x.flatten(1) if x.ndim > 1 else x[:, None]
+            arguments: dict[str, object] = {
+                "bm": brownian(equation, self.method, problem.steps, y, self.adaptive),
+                "method": self.method,
+                "dt": 1.0,
+                "adaptive": self.adaptive,
+                "rtol": self.rtol,
+                "atol": self.atol,
+                "dt_min": _SHORTEST,
+            }
+            if problem.grad == "adjoint":
+                arguments["adjoint_params"] = trainable(model)
+            integrate = torchsde.sdeint_adjoint if problem.grad == "adjoint" else torchsde.sdeint
+            # float64 times: a sum of float32 steps overshoots the end
+            s = torch.tensor([0.0, float(self.steps)], dtype=torch.float64)
+            # torchsde draws a normal to find out shapes
+            with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
+                x = integrate(equation, y, s, **arguments)[-1].reshape(x.shape)
+            equation.forget()
+            x = problem.denoise(x, equation.t_end) if clean else x
+        return problem.solution(x, [equation.t_start, end])
+
+    def equation(self, model: AbstractDenoiser, t_start: float | None = None, t_end: float | None = None) -> ReverseSDE:
+        """The equation that this method solves.
+
+        Arguments:
+            model: Denoiser.
+            t_start: First time, by default T.
+            t_end: Last time, by default ``sde.t_min``.
+        """
+        return ReverseSDE(
+            model, self.steps, eta=self.eta, variable=self.variable, t_start=t_start, t_end=t_end, method=self.method
+        )
 
 
 class ReverseSDE(nn.Module):
-    """The problem that torchsde is given: ``f`` and ``g_prod`` of its time and its flat states.
+    """The equation in the form of torchsde: ``f`` and ``g_prod`` of torchsde's time and of flat states.
 
     Arguments:
-        model: A denoiser.
-        steps: How many units of torchsde's time there are.
-        eta: η.
-        variable: What is linear in torchsde's time, ``"t"`` or ``"lam"``.
-        t_start: Where to start.
-        t_end: Where to stop.
-        method: torchsde's name of the method, which decides how it wants the noise.
-        cond: Conditions for the network.
+        model: Denoiser.
+        steps: Number of units of torchsde's time.
+        eta: Factor η > 0 of the noise.
+        variable: Variable that is linear in torchsde's time, ``"t"`` or ``"lam"``.
+        t_start: First time, by default T.
+        t_end: Last time, by default ``sde.t_min``.
+        method: Name of the method in torchsde, which determines the form of the noise.
     """
 
     def __init__(
@@ -149,7 +156,6 @@ class ReverseSDE(nn.Module):
         t_start: float | None = None,
         t_end: float | None = None,
         method: str = "srk",
-        cond: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check.number("eta", eta, above=0)
@@ -159,11 +165,11 @@ class ReverseSDE(nn.Module):
         self.t_start = sde.T if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)
         self.t_end = sde.t_min if t_end is None else check.number("t_end", t_end, at_least=0, below=self.t_start)
         _check_ends(sde, self.t_start, self.t_end)
-        self.steps, self.eta, self.variable, self.cond = steps, eta, variable, cond or {}
+        self.steps, self.eta, self.variable = steps, eta, variable
         self.shape: tuple[int, ...] = ()
         self.sde_type = "ito" if method in ITO else "stratonovich"
         self.noise_type = "diagonal" if method == "reversible_heun" else "additive"
-        if self.noise_type == "diagonal":  # it alone asks for g itself
+        if self.noise_type == "diagonal":  # the only method that evaluates g itself
             self.g = self._diagonal
         self._lam = sde.lam(self.t_start), sde.lam(self.t_end)
         self._table: dict[float, tuple[float, float, float, float]] = {}
@@ -180,7 +186,7 @@ class ReverseSDE(nn.Module):
         return torch.where(s == 0, self.t_start, torch.where(s == self.steps, self.t_end, t))
 
     def clock(self, s: float) -> float:
-        """What is linear in torchsde's time: the time of a Brownian path that all numbers of steps share."""
+        """Value of `variable` at torchsde's time s: the time of a Brownian path that all numbers of steps share."""
         return self.time(s) if self.variable == "t" else self.model.sde.lam(self.time(s))
 
     def _speed(self, t: Tensor, sigma: Tensor, g2: Tensor) -> Tensor:
@@ -190,25 +196,25 @@ class ReverseSDE(nn.Module):
         return (self._lam[1] - self._lam[0]) / self.steps * 2 * sigma**2 / g2
 
     def f(self, s: Tensor, y: Tensor) -> Tensor:
-        """Drift. torchsde asks twice at the same place, to check shapes and within a step: it is computed once."""
+        """Drift. torchsde evaluates the drift twice at one place; the second time the stored value is returned."""
         grad = torch.is_grad_enabled()
         if self._last is not None and self._last[1] is y and (self._last[0], self._last[2]) == (float(s), grad):
             return self._last[3]
-        t, of_x0, of_eps, _ = self._at(float(s))
+        t, of_x0, of_eps, _ = self._coefficients(float(s))
         form = Form(of_x0, of_eps)
-        drift = self.model.predict(lambda *_: form, y.reshape(self.shape), t, **self.cond).reshape(y.shape)
+        drift = self.model.predict(lambda *_: form, y.reshape(self.shape), t).reshape(y.shape)
         self._last = float(s), y, grad, drift
         return drift
 
     def g_prod(self, s: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Diffusion times `v`."""
-        return v * self._at(float(s))[3]
+        return v * self._coefficients(float(s))[3]
 
     def _diagonal(self, s: Tensor, y: Tensor) -> Tensor:
-        return torch.full_like(y, self._at(float(s))[3])
+        return torch.full_like(y, self._coefficients(float(s))[3])
 
-    def _at(self, s: float) -> tuple[float, float, float, float]:
-        """Time, coefficients of x0 and ε in the drift, and diffusion; those of all steps at once."""
+    def _coefficients(self, s: float) -> tuple[float, float, float, float]:
+        """Time, coefficients of x0 and ε in the drift, and diffusion; computed for all steps in one call."""
         if s not in self._table:
             at = torch.arange(self.steps + 1, dtype=torch.float64) + (s - math.floor(s))
             at = at[at <= self.steps]
@@ -224,7 +230,7 @@ class ReverseSDE(nn.Module):
         return self._table[s]
 
     def forget(self) -> None:
-        """Drop the last drift, and the state that it was computed at."""
+        """Delete the stored drift and its state."""
         self._last = None
 
 
@@ -237,25 +243,57 @@ def _check_ends(sde: SDE, start: float, end: float) -> None:
     if sde.sigma(end) == 0:
         raise ValueError(
             f"`t_end` = {end:g} has σ = 0, where the score is infinite; stop at a positive time such as `sde.t_min` = "
-            f"{sde.t_min:g} and take E[x_0 | x] there, as `denoise`=True does."
+            f"{sde.t_min:g} and take E[x_0 | x] there, as `TorchSDE` does."
         )
 
 
-def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptive: bool) -> Any:
-    """What torchsde calls a Brownian motion: W and, for "srk", its time integral U on a stretch of s."""
+class Brownian(Protocol):
+    """Brownian motion of torchsde: increments W over an interval of s and, for "srk", their time integrals U."""
+
+    def __call__(self, a: float, b: float, *, return_U: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """W(b) − W(a), or (W, U)."""
+
+
+def brownian(equation: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptive: bool) -> Brownian:
+    """The Brownian motion of a solve: keyed increments, or torchsde's own for adaptive "srk".
+
+    Arguments:
+        equation: Equation that is solved.
+        method: Name of the method in torchsde.
+        noise: Noise of the steps.
+        y: Flat state, (B, d).
+        adaptive: Whether the steps are adaptive.
+    """
     import torchsde
 
     if noise.path and method == "srk":
         raise ValueError("`method`='srk' needs the time integral of its noise, which a path has not; take 'euler'.")
-    each = 2 if method == "srk" else 1  # normals a step: W, and what U has besides
-    how: dict[str, Any] = {"dtype": y.dtype, "device": y.device}
-    if noise.path and not adaptive:
-        times = [problem.clock(float(k)) for k in range(problem.steps + 1)]
-        how["depth"] = depth_for(torch.tensor(times, dtype=torch.float64))
-    path = BrownianPath(noise, y.shape, **how)
+    if not adaptive or method != "srk":
+        return _increments(equation, method, noise, y, adaptive)
+    interval: Brownian = torchsde.BrownianInterval(
+        0.0,
+        float(equation.steps),
+        size=tuple(y.shape),
+        dtype=y.dtype,
+        device=y.device,
+        entropy=[*noise.seed] if isinstance(noise.seed, tuple) else [noise.seed, noise.offset],
+        dt=1.0,
+        levy_area_approximation="space-time",
+    )
+    return interval
+
+
+def _increments(equation: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptive: bool) -> Brownian:
+    import torchsde
+
+    each = 2 if method == "srk" else 1  # normals of a step: one for W, one more for U
+    fixed = noise.path and not adaptive
+    times = [equation.clock(float(k)) for k in range(equation.steps + 1)] if fixed else []
+    depth = {"depth": depth_for(torch.tensor(times, dtype=torch.float64))} if fixed else {}
+    path = BrownianPath(noise, y.shape, dtype=y.dtype, device=y.device, **depth)
 
     class Increments(torchsde.BaseBrownian):  # type: ignore[misc]
-        """Keyed increments: one draw a unit of s, or, where stretches are of any length, a keyed path."""
+        """Keyed increments: one draw per unit of s or, if intervals have any length, a keyed path."""
 
         dtype, device, shape = y.dtype, y.device, tuple(y.shape)
         levy_area_approximation = "space-time" if method == "srk" else "none"
@@ -267,14 +305,16 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
         def __repr__(self) -> str:
             return f"Increments({noise})"
 
-        def __call__(self, a: Any, b: Any = None, return_U: bool = False, return_A: bool = False) -> Any:
+        def __call__(
+            self, a: float, b: float, return_U: bool = False, return_A: bool = False
+        ) -> Tensor | tuple[Tensor, Tensor]:
             a, b = float(a), float(b)
             if noise.path:
-                return path.normal(problem.clock(a), problem.clock(b)) * math.sqrt(b - a)
+                return path.normal(equation.clock(a), equation.clock(b)) * math.sqrt(b - a)
             if adaptive:
                 return path(a, b)
             if b - a != 1 or not a.is_integer():
-                raise ValueError(f"stretch [{a:g}, {b:g}] of torchsde's time is not one of its steps.")
+                raise ValueError(f"the interval [{a:g}, {b:g}] of torchsde's time is not one of its steps.")
             w, *h = self._normals(int(a))
             return (w, w / 2 + h[0] * 12**-0.5) if return_U else w
 
@@ -286,16 +326,5 @@ def _brownian(problem: ReverseSDE, method: str, noise: Noise, y: Tensor, adaptiv
             at = each * (k - first)
             return self._chunk[1][at : at + each]
 
-    if adaptive and method == "srk":
-        entropy = [*noise.seed] if isinstance(noise.seed, tuple) else [noise.seed, noise.offset]
-        return torchsde.BrownianInterval(
-            0.0,
-            float(problem.steps),
-            size=tuple(y.shape),
-            dtype=y.dtype,
-            device=y.device,
-            entropy=entropy,
-            dt=1.0,
-            levy_area_approximation="space-time",
-        )
-    return Increments()
+    increments: Brownian = Increments()
+    return increments

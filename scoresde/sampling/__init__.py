@@ -5,13 +5,14 @@ from scoresde.integrators.method import Solution, Watch
 from scoresde.sampling.encode import decode, encode
 from scoresde.sampling.interpolate import interpolate, slerp
 from scoresde.sampling.langevin import LangevinCorrector, langevin
-from scoresde.sampling.learned_variance import mean_squared_score, sample_learned_variance
+from scoresde.sampling.learned_variance import LearnedVariance, mean_squared_score
 from scoresde.sampling.parallel import Parallel
 from scoresde.sampling.solve import default_solver, plan_for, sample, solve
 from scoresde.sampling.transitions import Transition, transitions
 
 __all__ = [
     "LangevinCorrector",
+    "LearnedVariance",
     "Parallel",
     "Solution",
     "Start",
@@ -25,7 +26,6 @@ __all__ = [
     "mean_squared_score",
     "plan_for",
     "sample",
-    "sample_learned_variance",
     "slerp",
     "solve",
     "transitions",

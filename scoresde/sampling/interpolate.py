@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.integrators.method import Method
 from scoresde.sampling.encode import decode, encode
+from scoresde.sampling.solve import GridMaker
+from scoresde.solvers.rule import Solver
 
 
 def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
@@ -39,17 +42,29 @@ def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
 
 
 def interpolate(
-    model: AbstractDenoiser, x_a: Tensor, x_b: Tensor, n: int, *, steps: int = 50, **options: Any
+    model: AbstractDenoiser,
+    x_a: Tensor,
+    x_b: Tensor,
+    n: int,
+    solver: Solver | Method | None = None,
+    *,
+    steps: int | None = None,
+    grid: Tensor | Sequence[float] | GridMaker | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
 ) -> Tensor:
     """Interpolate between data samples: encode both ends, interpolate the codes by :func:`slerp`, and decode.
 
     Arguments:
-        model: A denoiser.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)`` with one row for each sample of `x_a`.
         x_a: First end, (B, *event).
         x_b: Second end, of the shape of `x_a`.
         n: Number of points, at least 2; both ends are included.
-        steps: Number of steps of each solve.
-        **options: Options of :func:`encode`, and conditions.
+        solver: Deterministic solver or method, as in :func:`encode`.
+        steps: Number of steps of each solve, by default 50.
+        grid: Times from noise to data that end at a positive time, or a grid maker.
+        t_start: Time of the data, by default ``sde.t_min``.
+        t_end: Time of the codes, by default T.
 
     Returns:
         Points, (n, B, *event); the first and last equal `x_a` and `x_b` up to the error of the solver.
@@ -63,6 +78,6 @@ def interpolate(
     """
     check.integer("n", n, at_least=2)
     check.match("x_b", x_b, "x_a", check.state("x_a", x_a))
-    z_a, z_b = (encode(model, x, steps=steps, **options) for x in (x_a, x_b))
-    ws = torch.linspace(0, 1, n, dtype=torch.float64).tolist()
-    return torch.stack([decode(model, slerp(z_a, z_b, w), steps=steps, **options) for w in ws])
+    z_a, z_b = (encode(model, x, solver, steps=steps, grid=grid, t_start=t_start, t_end=t_end) for x in (x_a, x_b))
+    codes = [slerp(z_a, z_b, w) for w in torch.linspace(0, 1, n, dtype=torch.float64).tolist()]
+    return torch.stack([decode(model, z, solver, steps=steps, grid=grid, t_start=t_start, t_end=t_end) for z in codes])

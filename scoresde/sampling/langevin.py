@@ -13,15 +13,14 @@ References:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.noise.keyed import Noise
+from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.noise.keyed import Noise, as_noise
 
 
 def langevin(
@@ -32,30 +31,27 @@ def langevin(
     n: int = 1,
     *,
     seed: int | Noise | None = None,
-    **cond: Any,
 ) -> Tensor:
     """Run `n` unadjusted Langevin steps at time `t`, with `n` evaluations.
 
     Arguments:
-        model: A denoiser.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)``.
         x: State, (B, *event).
         t: Time of the noise level, with σ(t) > 0.
         step: Step size ε, a number or (B,); for a Gaussian of variance v ≥ σ(t)² the step is stable if ε < 2v.
         n: Number of steps.
         seed: Integer, :class:`Noise`, or None for a random seed.
-        **cond: Conditions for the network.
     """
-    check.conditions(cond, langevin)
-    noise = seed if isinstance(seed, Noise) else Noise(seed)
+    noise = as_noise(seed)
     epsilon = check.expand(step, check.state("x", x), "step")
     for k in range(check.integer("n", n)):
-        x = x + epsilon * model.score(x, t, **cond) + (2 * epsilon) ** 0.5 * noise.like(x, k)
+        x = x + epsilon * model.score(x, t) + (2 * epsilon) ** 0.5 * noise.like(x, k)
     return x
 
 
 @dataclass(frozen=True, eq=False)
 class LangevinCorrector:
-    r"""Langevin corrector: a ``hook`` of :func:`solve` that runs Langevin steps at every node.
+    r"""Langevin corrector: a hook of :func:`solve` that runs Langevin steps at every node.
 
     .. math:: \epsilon_b = 2\left(\mathrm{snr}\,\frac{\sqrt D}{|\nabla\log p_t(x_b)|}\right)^2 \le \sigma_t^2
               \quad\text{or}\quad \epsilon = \tfrac{r}{2}\,\sigma_t^2
@@ -71,59 +67,66 @@ class LangevinCorrector:
     E|∇log p|², which is the second form with r = 4 snr².
 
     Arguments:
-        model: A denoiser, usually the one that is sampled.
         snr: Ratio of the drift to the noise of a step; 0.16 suits VP and VE on images.
         r: Step size ε in units of σ²/2, as in :class:`AnnealedLangevin`; if given, `snr` is not used.
-        steps: Number of steps at each node; each needs one evaluation, which is not counted in `nfe` of the solution.
+        steps: Number of steps at each node; each needs one evaluation.
         seed: Integer, :class:`Noise`, or None for a random seed.
-        start: Correct the start too.
-        cond: Conditions for the network.
+        start: Whether to correct the start too.
+        model: Denoiser of the corrector, by default the one that is solved. The number of function evaluations of the
+            solution contains those of the corrector by default, and not those of a model that is given here.
 
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)
-        >>> corrector = LangevinCorrector(mix, snr=0.1, seed=1)
-        >>> ss.sample(mix, (4, 1), ss.DDIM(), steps=10, seed=0, hook=corrector).shape
-        torch.Size([4, 1])
+        >>> corrector = ss.sampling.LangevinCorrector(snr=0.1, seed=1)
+        >>> ss.solve(mix, (4, 1), ss.DDIM(), steps=10, seed=0, watch=ss.Watch(hook=corrector)).nfe
+        19
     """
 
-    model: AbstractDenoiser
     snr: float = 0.16
     r: float | None = None
     steps: int = 1
     seed: int | Noise | None = None
     start: bool = False
-    cond: dict[str, Any] = field(default_factory=dict)
+    model: AbstractDenoiser | None = None
 
     def __post_init__(self) -> None:
         check.number("snr", self.snr, above=0)
         check.integer("steps", self.steps, at_least=1)
         if self.r is not None:
             check.number("r", self.r, above=0, below=4)
-        if not isinstance(self.seed, Noise):
-            object.__setattr__(self, "seed", Noise(self.seed))
+        if self.model is not None:
+            check_model(self.model)
+        object.__setattr__(self, "seed", as_noise(self.seed))
 
-    def __call__(self, node: int, t: Any, x: Tensor) -> Tensor:
+    def bind(self, model: AbstractDenoiser) -> LangevinCorrector:
+        """The corrector with a denoiser: its own, or else `model`; :func:`solve` calls this method.
+
+        Arguments:
+            model: Denoiser that is solved.
+        """
+        return self if self.model is not None else replace(self, model=model)
+
+    def __call__(self, node: int, t: float | Tensor, x: Tensor) -> Tensor:
         """Run the corrector at one node and return the new state."""
-        if (node == 0 and not self.start) or _clean(self.model, t):
+        model, noise = self.model, self.seed
+        if model is None:
+            raise ValueError("the corrector has no `model`; call corrector.bind(model), as `solve` does.")
+        assert isinstance(noise, Noise)
+        sigma = model.sde.sigma(t)
+        clean = bool((sigma == 0).any()) if isinstance(sigma, Tensor) else sigma == 0
+        if clean or (node == 0 and not self.start):
             return x
-        assert isinstance(self.seed, Noise)
         for k in range(self.steps):
-            z = self.seed.like(x, node * self.steps + k)
-            score = self.model.score(x, t, **self.cond)
-            epsilon = check.expand(self._step_size(t, score), x)
+            z = noise.like(x, node * self.steps + k)
+            score = model.score(x, t)
+            epsilon = check.expand(self._step_size(sigma**2, score), x)
             x = x + epsilon * score + (2 * epsilon) ** 0.5 * z
         return x
 
-    def _step_size(self, t: Any, score: Tensor) -> float | Tensor:
-        sigma2: float | Tensor = self.model.sde.sigma(t) ** 2
+    def _step_size(self, sigma2: float | Tensor, score: Tensor) -> float | Tensor:
         rows = score.flatten(1) if score.ndim > 1 else score[:, None]
         D = rows.shape[1]
         if self.r is not None or D * self.snr**2 < 2:
             return (2 * self.snr**2 if self.r is None else self.r / 2) * sigma2
         return torch.minimum(2 * self.snr**2 * D / rows.square().sum(1), torch.as_tensor(sigma2).to(rows))
-
-
-def _clean(model: AbstractDenoiser, t: Any) -> bool:
-    sigma = model.sde.sigma(t)
-    return bool((sigma == 0).any()) if isinstance(sigma, Tensor) else sigma == 0

@@ -3,85 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.denoisers.network import Denoiser
 from scoresde.grids.grid import check_grid
+from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.keyed import Noise
 from scoresde.solvers.ancestral import posterior_step
 
-_START, _ROWS = 0, 1  # streams of a seed, as in `sample`
 
-
-def sample_learned_variance(
-    model: Denoiser,
-    shape_or_x: Sequence[int] | Tensor,
-    times: Tensor | Sequence[float],
-    *,
-    seed: int | Sequence[int] | Noise | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    **cond: Any,
-) -> Tensor:
+@dataclass(frozen=True)
+class LearnedVariance(Method):
     r"""DDPM with the variance that the network predicts, a geometric mean of the small and the large variance.
 
     .. math:: \log v = \tfrac{1+r}{2}\log\beta + \tfrac{1-r}{2}\log\frac{\beta\,\sigma_t^2}{\sigma_s^2}, \qquad
               \beta = \sigma_s^2\left(1 - e^{-2h}\right)
 
-    The variance depends on the state, so this sampler has no :class:`Plan`. With the same seed it uses the same start
-    and the same normals as ``sample(model, ..., DDPM())``.
+    The denoiser is made with ``learned_variance=True``; its network returns a prediction and r in [−1, 1]. The variance
+    depends on the state, so no :class:`Plan` exists. With the same seed and times the start and the normals are those
+    of :class:`DDPM`.
 
-    Arguments:
-        model: Denoiser made with ``learned_variance=True``; its network returns a prediction and r in [−1, 1].
-        shape_or_x: Shape (B, *event) to start from the prior, or a state at the first time.
-        times: Decreasing times, (N + 1,).
-        seed: Integer, one integer for each sample, or a :class:`Noise`.
-        dtype: Data type of the state, if a shape is given.
-        device: Device of the state, if a shape is given; by default that of the model.
-        **cond: Conditions for the network.
+    Example:
+        >>> import torch, scoresde as ss
+        >>> net = lambda x, t: torch.cat([0.5 * x, torch.zeros_like(x)], dim=1)
+        >>> model = ss.Denoiser(net, ss.VP(), predicts="eps", learned_variance=True)
+        >>> ss.solve(model, (2, 3), ss.sampling.LearnedVariance(), steps=5, seed=0).nfe
+        5
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672, eq. 15
     """
-    check.conditions(cond, sample_learned_variance)
-    sde, grid = model.sde, check_grid(model.sde, times)
-    noise = seed if isinstance(seed, Noise) else Noise(seed)
-    if isinstance(shape_or_x, Tensor):
-        x = check.state("x", shape_or_x)
-    else:
-        first = next(model.parameters(), None)
-        where = device or (first.device if first is not None else "cpu")
-        x = sde.prior(float(grid[0])).sample(tuple(shape_or_x), noise.fork(_START), dtype=dtype, device=where)
-    noise = noise.fork(_ROWS)
-    with torch.no_grad():
-        for i, (s, t) in enumerate(pairwise(grid)):
-            d, r = model.x0_and_variance(x, float(s), **cond)
-            c_x, c_d, std = (float(w) for w in posterior_step(sde, s, t, 1.0))
-            x = c_x * x + c_d * d
-            if std > 0:
-                # The large variance is (σ_s/σ_t)² times the small one, so √v = std · (σ_s/σ_t)^((1 + r)/2).
-                ratio = sde.sigma(float(s)) / sde.sigma(float(t))
-                x = x + std * ratio ** ((1 + r) / 2) * noise.like(x, i)
-    return x
+
+    grid = "times"
+
+    def run(self, problem: Problem) -> Solution:
+        if problem.times is None:
+            raise ValueError("`problem` must have `times`, the grid of the solve.")
+        model, sde = problem.model, problem.model.sde
+        grid, noise = check_grid(sde, problem.times), problem.steps
+        x = problem.draw(float(grid[0]))
+        with torch.set_grad_enabled(problem.grad != "off"):
+            for i, (s, t) in enumerate(pairwise(grid)):
+                d, r = model.x0_and_variance(x, float(s))
+                c_x, c_d, std = (float(w) for w in posterior_step(sde, s, t, 1.0))
+                x = c_x * x + c_d * d
+                if std > 0:
+                    # The large variance is (σ_s/σ_t)² times the small one, so √v = std · (σ_s/σ_t)^((1 + r)/2).
+                    ratio = sde.sigma(float(s)) / sde.sigma(float(t))
+                    x = x + std * ratio ** ((1 + r) / 2) * noise.like(x, i)
+        return problem.solution(x, grid.tolist())
 
 
 def mean_squared_score(
-    model: AbstractDenoiser, data: Tensor, times: Tensor | Sequence[float], *, seed: int = 0, **cond: Any
+    model: AbstractDenoiser, data: Tensor, times: Tensor | Sequence[float], *, seed: int = 0
 ) -> Tensor:
     r"""Estimate E|∇log p_t|²/D at the start of each step, the `score_square` of DDPM with ``variance="optimal"``.
 
     Arguments:
-        model: A denoiser.
+        model: Denoiser; conditions belong to it, as in ``model.given(label=y)`` with one row for each sample of `data`.
         data: Data, (B, *event); a few hundred samples are enough.
         times: Decreasing times, (N + 1,).
         seed: Seed of the noise.
-        **cond: Conditions for the network.
 
     Returns:
         Estimates, (N,), float64.
@@ -89,11 +75,10 @@ def mean_squared_score(
     References:
         | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
-    check.conditions(cond, mean_squared_score)
     noise, grid = Noise(seed), check_grid(model.sde, times)
     values = []
     with torch.no_grad():
         for i, t in enumerate(grid[:-1].tolist()):
             x = model.sde.perturb(data, t, noise.like(data, i))
-            values.append(model.score(x, t, **cond).double().square().mean())
+            values.append(model.score(x, t).double().square().mean())
     return torch.stack(values).cpu()

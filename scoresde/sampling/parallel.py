@@ -15,137 +15,137 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_model
-from scoresde.denoisers.gaussian import Gaussian
-from scoresde.denoisers.start import draw_start
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Noise
-from scoresde.noise.streams import Stream
-from scoresde.plan.matrices import unroll
+from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.table import Plan
+from scoresde.solvers.rule import Solver
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """Result of a parallel run.
+class Parallel(Method):
+    """Run a plan by Picard iteration; the result equals that of a run row by row, up to the tolerance.
+
+    ``Solution.calls`` is the number of sweeps, if a prediction of the model is one forward pass. The model is evaluated
+    at a vector of times, one for each state. Its conditions are repeated for each row of a sweep.
 
     Arguments:
-        x: Samples, (B, *event).
-        sweeps: Number of sequential batched evaluations.
-        nfe: Number of function evaluations for each sample over all sweeps; a sequential run needs ``plan.nfe``.
-        plan: The plan.
-        seed: Seed of the noise.
-    """
-
-    x: Tensor
-    sweeps: int
-    nfe: int
-    plan: Plan = field(repr=False)
-    seed: int | tuple[int, ...] | None
-
-
-def solve(
-    model: AbstractDenoiser,
-    shape_or_x: Sequence[int] | Tensor,
-    plan: Plan,
-    *,
-    tol: float = 1e-3,
-    window: int | None = None,
-    seed: int | Sequence[int] | Noise | None = None,
-    data_std: float = 1.0,
-    start: Gaussian | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    **cond: Any,
-) -> Parallel:
-    """Run a plan by Picard iteration; the result equals that of :func:`solve` up to the tolerance.
-
-    Arguments:
-        model: A denoiser; it is evaluated at a vector of times, one for each state.
-        shape_or_x: Shape (B, *event) to start from the prior, or a state at the first time.
-        plan: The plan.
+        solver: Solver, or plan with a grid of its own; by default the solver that :func:`solve` chooses.
         tol: Tolerance on the change of d in a sweep, as a root mean square over the entries of a sample. A row has
             converged if its d and all earlier ones change by at most `tol` in every sample.
         window: Number of rows in a sweep, by default all; memory and batch size grow with it.
-        seed: Integer, one integer for each sample, :class:`Noise`, or None for a random seed.
-        data_std: Standard deviation of the data, for the prior.
-        start: Gaussian initial distribution, as in :func:`solve`.
-        dtype: Data type of the state, if a shape is given.
-        device: Device of the state, if a shape is given; by default that of the model.
-        **cond: Conditions for the network; tensors with a row for each sample are repeated for each state.
 
     Example:
         >>> import torch, scoresde as ss
         >>> model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.2)
         >>> plan = ss.DDIM().plan(model.sde, ss.grids.uniform_lam(model.sde, 50))
-        >>> run = solve(model, (8, 1), plan, seed=0)
-        >>> run.sweeps < plan.nfe / 2, bool((run.x - ss.sample(model, (8, 1), plan, seed=0)).abs().max() < 5e-3)
+        >>> run = ss.solve(model, (8, 1), ss.sampling.Parallel(plan), seed=0)
+        >>> run.calls < plan.nfe / 2, bool((run.x - ss.sample(model, (8, 1), plan, seed=0)).abs().max() < 5e-3)
         (True, True)
     """
-    check_model(model)
-    check.conditions(cond, solve)
-    if not isinstance(plan, Plan):
-        raise TypeError(f"`plan` must be a Plan, got {type(plan).__name__}; make one with solver.plan(sde, grid).")
-    check.number("tol", tol, at_least=0)
-    table = unroll(plan)
-    n = table.nfe
-    width = n if window is None else min(n, check.integer("window", window, at_least=1))
-    noise = seed if isinstance(seed, Noise) else Noise(seed)
-    with torch.no_grad():
-        x = draw_start(model, shape_or_x, plan.rows[0].t, noise, data_std, dtype, device, start)
-        affine = _affine(plan, table.x, table.z, table.one, x, noise)
-        B = table.d.to(x)
-        times = torch.tensor([float(t) for t in table.t[:n]], dtype=torch.float64).to(x)
-        denoised = torch.zeros((n, *x.shape), dtype=x.dtype, device=x.device)
-        known, first, sweeps, nfe = 0, 0, 0, 0
-        while first < n:
-            rows = slice(first, min(first + width, n))
-            if rows.stop > known:  # the last known d is the first guess for new rows
-                if known:
-                    denoised[known : rows.stop] = denoised[known - 1]
-                known = rows.stop
-            states = affine[rows] + torch.tensordot(B[rows, :known], denoised[:known], dims=1)
-            new = _evaluate(model, states, times[rows], cond)
-            sweeps += 1
-            nfe += len(new)
-            change = (new - denoised[rows]).flatten(2).square().mean(2).sqrt().amax(1)
-            # The first row depends on converged rows only, so it is exact.
-            converged = int((change[1:] <= tol).cumprod(0).sum()) + 1
-            denoised[rows] = new
-            first += converged
-        result = affine[n] + torch.tensordot(B[n], denoised, dims=1)
-    check.warn_unless_finite(result)
-    return Parallel(result, sweeps, nfe, replace(plan), noise.seed)
+
+    grads = ("off",)
+    grid = "plan"
+
+    solver: Solver | Plan | None = None
+    tol: float = 1e-3
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.solver is None or isinstance(self.solver, Solver | Plan)):
+            got = type(self.solver).__name__
+            raise TypeError(f"`solver` must be a solver such as DDIM(), a Plan or None, got {got}.")
+        check.number("tol", self.tol, at_least=0)
+        if self.window is not None:
+            check.integer("window", self.window, at_least=1)
+
+    def run(self, problem: Problem) -> Solution:
+        plan = self.solver if problem.plan is None else problem.plan
+        if not isinstance(plan, Plan):
+            raise ValueError("`problem` must have a `plan`, the table of the run.")
+        table = unroll(plan)
+        n, model = table.nfe, problem.model
+        width = n if self.window is None else min(n, self.window)
+        with torch.no_grad():
+            x = problem.draw(plan.rows[0].t)
+            affine = constants(plan, table, x, problem.steps)
+            weights = table.d.to(x)
+            times = torch.tensor([float(t) for t in table.t[:n]], dtype=torch.float64).to(x)
+            denoised = torch.zeros((n, *x.shape), dtype=x.dtype, device=x.device)
+            started, first = 0, 0
+            repeated = repeat_samples(model, len(x))
+            while first < n:
+                rows = slice(first, min(first + width, n))
+                if rows.stop > started:  # the last d is the first guess for new rows
+                    if started:
+                        denoised[started : rows.stop] = denoised[started - 1]
+                    started = rows.stop
+                states = affine[rows] + torch.tensordot(weights[rows, :started], denoised[:started], dims=1)
+                new = evaluate(repeated(len(states)), states, times[rows])
+                change = (new - denoised[rows]).reshape(*new.shape[:2], -1).square().mean(2).sqrt().amax(1)
+                denoised[rows] = new
+                # The first row depends on converged rows only, so it is exact.
+                first += 1 + int((change[1:] <= self.tol).cumprod(0).sum())
+            x = affine[n] + torch.tensordot(weights[n], denoised, dims=1)
+        return problem.solution(x, plan.times, plan=plan)
 
 
-def _affine(plan: Plan, a: Tensor, c: Tensor, one: Tensor, x: Tensor, noise: Noise) -> Tensor:
-    """Part of each state that does not depend on d: A x_0 + C z + e, (n + 1, B, *event)."""
-    out = torch.einsum("r,...->r...", a.to(x), x)
-    out = out + one.to(x).reshape(-1, *[1] * x.ndim)
+def constants(plan: Plan, table: Unrolled, x: Tensor, noise: Noise) -> Tensor:
+    """Part of each state of a plan that does not depend on d: A x_0 + C z + e.
+
+    Arguments:
+        plan: Plan with n evaluations.
+        table: The unrolled plan.
+        x: Initial state, (B, *event).
+        noise: Noise of the steps.
+
+    Returns:
+        The parts, (n + 1, B, *event); the last one belongs to the result.
+    """
+    out = torch.einsum("r,...->r...", table.x.to(x), x)
+    out = out + table.one.to(x).reshape(-1, *[1] * x.ndim)
     if plan.stochastic:
-        rows = noise.fork(Stream.STEPS)
-        source = PathNoise(rows, plan.spans) if rows.path else rows
-        for k in range(c.shape[1]):
-            out = out + torch.einsum("r,...->r...", c[:, k].to(x), source.like(x, k))
+        source = PathNoise(noise, plan.spans) if noise.path else noise
+        for k in range(table.z.shape[1]):
+            out = out + torch.einsum("r,...->r...", table.z[:, k].to(x), source.like(x, k))
     return out
 
 
-def _evaluate(model: AbstractDenoiser, states: Tensor, times: Tensor, cond: dict[str, Any]) -> Tensor:
-    """Data predictions at all states, in one batch."""
-    rows, size = states.shape[:2]
+def evaluate(model: AbstractDenoiser, states: Tensor, times: Tensor) -> Tensor:
+    """Data predictions at states (n, B, *event) and times (n,), in one batch of n B states.
 
-    def repeated(c: Any) -> Any:
-        return c.repeat(rows, *[1] * (c.ndim - 1)) if isinstance(c, Tensor) and c.ndim and len(c) == size > 1 else c
+    Arguments:
+        model: Denoiser for a batch of n B states, see :func:`repeat_samples`.
+        states: States.
+        times: Times.
+    """
+    n, size = states.shape[:2]
+    flat = states.reshape(n * size, *states.shape[2:])
+    return model.x0(flat, times.repeat_interleave(size)).reshape(states.shape)
 
-    flat = states.reshape(rows * size, *states.shape[2:])
-    out = model.x0(flat, times.repeat_interleave(size), **tree_map(repeated, cond))
-    return out.reshape(states.shape)
+
+def repeat_samples(model: AbstractDenoiser, size: int) -> Callable[[int], AbstractDenoiser]:
+    """Function of n that returns the denoiser for n copies of a batch, with everything that belongs to its samples.
+
+    Arguments:
+        model: Denoiser.
+        size: Number of samples of the batch.
+    """
+    last: tuple[int, AbstractDenoiser] = (1, model)
+
+    def repeated(n: int) -> AbstractDenoiser:
+        nonlocal last
+        if last[0] != n:
+            last = n, model.rows(torch.arange(size).repeat(n))
+        return last[1]
+
+    return repeated

@@ -299,12 +299,12 @@ def _times_for(
     t_start: float | None,
     t_end: float,
 ) -> Tensor:
-    """The grid of a method that steps on given times; it may rise, and by default ends at ``sde.t_min``."""
+    """The grid of a method that steps on given times; it may rise."""
     if nfe is not None:
         raise TypeError(f"`nfe` has no meaning with {type(method).__name__}; give `steps` or `grid`.")
     if grid is None or callable(grid):
         count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
-        return _make(model, grid, count, t_start, t_end or model.sde.t_min)
+        return _make(model, grid, count, t_start, t_end or (0.0 if method.to_data else model.sde.t_min))
     if steps is not None or t_start is not None or t_end != 0.0:
         raise ValueError("`grid` has its own ends; drop `steps`, `t_start` and `t_end`.")
     times = torch.as_tensor(grid, dtype=torch.float64)

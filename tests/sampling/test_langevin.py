@@ -1,4 +1,4 @@
-"""Langevin dynamics: its bias on a Gaussian is a formula, and samples do not know their batch mates."""
+"""Langevin dynamics: its bias on a Gaussian is a formula, and samples do not depend on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_the_marginal_is_invariant_as_the_step_vanishes() -> None:
 def long_run(x: Tensor, v: float, **options: Any) -> float:
     """Relative bias of the variance after a corrector has worked for long."""
     gaussian = ss.GaussianMixture(ss.VP(), torch.zeros(1, x.shape[1]), std=0.5)
-    return float(LangevinCorrector(gaussian, seed=2, **options)(1, T, x).square().mean() / v - 1)
+    return float(LangevinCorrector(seed=2, model=gaussian, **options)(1, T, x).square().mean() / v - 1)
 
 
 @pytest.mark.parametrize("D", [2, 64])
-def test_the_corrector_has_the_bias_it_states(D: int) -> None:
+def test_the_corrector_has_the_documented_bias(D: int) -> None:
     x = math.sqrt(V) * Noise(7).normal((50_000 // D, D), 0, dtype=F64)
     se = 4 * math.sqrt(2 / x.numel())
     sigma2 = GAUSSIAN.sde.sigma(T) ** 2
@@ -78,14 +78,14 @@ def test_the_corrector_keeps_a_mixture_in_the_plane() -> None:
     mix = ss.GaussianMixture(ss.VP(), [[-1.0, 0.0], [1.0, 0.0]], std=0.3)
     t = mix.sde.t_of_lam(1.0)
     start = mix.sample(20_000, t, seed=0)
-    x = LangevinCorrector(mix, seed=1, steps=100)(1, t, start)
+    x = LangevinCorrector(seed=1, steps=100, model=mix)(1, t, start)
     truth = mix.sample(20_000, t, seed=3)
     assert float(x.abs().max()) < 1.2 * float(truth.abs().max())
     for moment in (lambda y: y.square().mean(0), lambda y: y.abs().mean(0)):
         assert torch.allclose(moment(x), moment(truth), rtol=0.04), "1/(1 − snr²), and what the draws differ by"
     far = torch.full((1, 100), 1e-9, dtype=F64)  # where the score vanishes steps are bounded too
     wide = ss.GaussianMixture(ss.VP(), torch.zeros(1, 100), std=1.0)
-    assert float(LangevinCorrector(wide, seed=0)(1, T, far).abs().max()) < 10
+    assert float(LangevinCorrector(seed=0).bind(wide)(1, T, far).abs().max()) < 10
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -93,47 +93,68 @@ def test_each_sample_has_its_own_step(steps: int) -> None:
     mix = ss.GaussianMixture(ss.VP(), Noise(3).normal((2, 50), 0), std=0.2)
 
     def go(n: int, offset: int) -> Tensor:
-        hook = LangevinCorrector(mix, 0.2, steps=steps, seed=Noise(5, offset=offset))
-        return ss.sample(mix, (n, 50), ss.DDIM(), steps=8, seed=Noise(0, offset=offset), hook=hook, dtype=F64)
+        watch = ss.Watch(hook=LangevinCorrector(0.2, steps=steps, seed=Noise(5, offset=offset)))
+        start = ss.Start(dtype=F64)
+        return ss.sample(mix, (n, 50), ss.DDIM(), steps=8, seed=Noise(0, offset=offset), start=start, watch=watch)
 
     whole = go(64, 0)
     assert torch.allclose(go(1, 63), whole[63:], rtol=0, atol=1e-12)
     assert torch.allclose(go(7, 7), whole[7:14], rtol=0, atol=1e-12)
     x = mix.sample(2, T, seed=0)
-    corrector = LangevinCorrector(mix, 0.2, seed=0)
+    corrector = LangevinCorrector(0.2, seed=0, model=mix)
     score, z = mix.score(x, T), Noise(0).like(x, 1)
     epsilon = 2 * (0.2 * 50**0.5 / score.norm(dim=1))[:, None] ** 2
     assert torch.allclose(corrector(1, T, x), x + epsilon * score + (2 * epsilon).sqrt() * z)
 
 
 def test_the_corrector_works_after_the_predictor_and_not_at_the_ends() -> None:
-    asked: list[float] = []
+    times: list[float] = []
 
     class Noted(ss.denoisers.AbstractDenoiser):
-        sde = GAUSSIAN.sde
-
         def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
-            asked.append(float(t))
+            times.append(float(t))
             return GAUSSIAN.x0(x, t)
 
-    model = Noted()
+    model = Noted(GAUSSIAN.sde)
     grid = ss.grids.karras(model.sde, 4).tolist()
-    ss.sample(model, (2, 64), ss.DDIM(), grid=grid, seed=0, hook=LangevinCorrector(model, seed=1, steps=2))
-    assert asked == [grid[0], *(t for t in grid[1:-1] for _ in range(3))]
-    asked.clear()
-    ss.sample(model, (2, 64), ss.DDIM(), grid=grid, seed=0, hook=LangevinCorrector(model, seed=1, start=True))
-    assert asked == [t for t in grid[:-1] for _ in range(2)]
+    corrector = LangevinCorrector(seed=1, steps=2)
+    solution = ss.solve(model, (2, 64), ss.DDIM(), grid=grid, seed=0, watch=ss.Watch(hook=corrector))
+    assert times == [grid[0], *(t for t in grid[1:-1] for _ in range(3))]
+    assert solution.nfe == solution.calls == len(times), "evaluations of the corrector are counted"
+    times.clear()
+    corrector = LangevinCorrector(seed=1, start=True)
+    ss.sample(model, (2, 64), ss.DDIM(), grid=grid, seed=0, watch=ss.Watch(hook=corrector))
+    assert times == [t for t in grid[:-1] for _ in range(2)]
+
+
+def test_the_corrector_evaluates_the_model_that_is_solved_or_its_own() -> None:
+    net = ss.Denoiser(lambda x, t, shift: GAUSSIAN.x0(x, t.to(x)) + shift[:, None], GAUSSIAN.sde, predicts="x0")
+    one, two = (net.given(shift=torch.tensor(shift)) for shift in ([0.5, -0.5], [0.0, 0.0]))
+
+    def go(corrector: LangevinCorrector) -> ss.Solution:
+        return ss.solve(one, (2, 64), ss.DDIM(), steps=5, seed=0, watch=ss.Watch(hook=corrector))
+
+    bound, own, other = (go(LangevinCorrector(seed=1, model=model)) for model in (None, one, two))
+    assert torch.equal(bound.x, own.x) and not torch.equal(bound.x, other.x)
+    assert (bound.nfe, own.nfe, other.nfe) == (9, 5, 5)
+    x = torch.zeros(2, 64)
+    assert torch.equal(
+        langevin(one, x, T, 0.1, seed=1)[1:],
+        langevin(one.rows(torch.tensor([1])), x[1:], T, 0.1, seed=Noise(1, offset=1)),
+    )
+    with pytest.raises(ValueError, match="the corrector has no `model`"):
+        LangevinCorrector()(1, T, x)
 
 
 def test_correcting_helps_a_coarse_predictor() -> None:
     mix = ss.GaussianMixture(ss.VE(), torch.zeros(1, 16), std=1.0)
     grid = ss.grids.uniform_lam(mix.sde, 6, t_end=mix.sde.t_of_sigma(0.1))
 
-    def error(**options: Any) -> float:
-        x = ss.sample(mix, (2000, 16), ss.DDIM(), grid=grid, seed=0, **options)
+    def error(watch: ss.Watch | None = None) -> float:
+        x = ss.sample(mix, (2000, 16), ss.DDIM(), grid=grid, seed=0, watch=watch)
         return abs(float(x.var()) / (1 + 0.1**2) - 1)
 
-    plain, corrected = error(), error(hook=LangevinCorrector(mix, 0.4, steps=15, seed=1))
+    plain, corrected = error(), error(ss.Watch(hook=LangevinCorrector(0.4, steps=15, seed=1)))
     assert corrected < plain / 2, (plain, corrected)
 
 
@@ -179,6 +200,8 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="x/α is undefined; start at a smaller t"):
         AnnealedLangevin().plan(ss.Flow(), [1.0, 0.5, 0.0])
     with pytest.raises(ValueError, match="`snr`"):
-        LangevinCorrector(GAUSSIAN, snr=0.0)
+        LangevinCorrector(snr=0.0)
+    with pytest.raises(TypeError, match="`model` must be a denoiser"):
+        LangevinCorrector(model=GAUSSIAN.sde)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`r`"):
         AnnealedLangevin(r=4.0)

@@ -31,7 +31,7 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
               + \sqrt v\,z, \qquad \beta = \sigma_s^2 - \frac{\alpha_s^2}{\alpha_t^2}\sigma_t^2
 
     Learned variances depend on the state, and a plan cannot hold them; see
-    :func:`sample_learned_variance`. Order 1, weak order 1.
+    :class:`LearnedVariance`. Order 1, weak order 1.
 
     Arguments:
         variance: Variance v: ``"small"`` is β σ_t²/σ_s². ``"large"`` is β, correct for data from N(0, I). ``"optimal"``
@@ -45,7 +45,7 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
     """
     if variance == "learned":
         raise ValueError(
-            "`variance`='learned' depends on the state, so a plan cannot hold it; use `sample_learned_variance`."
+            "`variance`='learned' depends on the state, so a plan cannot hold it; use sampling.LearnedVariance()."
         )
     given = tuple(float(v) for v in score_square) if isinstance(score_square, Tensor) else score_square
     return Posterior(1.0, variance, given, label="DDPM")

@@ -523,10 +523,11 @@ def test_a_learned_variance_lies_between_the_small_and_the_large_one() -> None:
     x = ss.Noise(0).normal((3, 2, 4), 0, dtype=torch.float64)
     for r, kind in ((-1.0, "small"), (1.0, "large")):
         table = ss.sample(model(r), x, ss.DDPM(kind).plan(sde, grid), seed=4)
-        assert relative(ss.sampling.sample_learned_variance(model(r), x, grid, seed=4), table) < 1e-12
-        from_noise = ss.sampling.sample_learned_variance(model(r), (3, 2, 4), grid, seed=4)
+        learned = ss.solve(model(r), x, ss.sampling.LearnedVariance(), grid=grid, seed=4)
+        assert relative(learned.x, table) < 1e-12 and learned.nfe == learned.calls == len(grid) - 1
+        from_noise = ss.sample(model(r), (3, 2, 4), ss.sampling.LearnedVariance(), grid=grid, seed=4)
         assert relative(from_noise, ss.sample(model(r), (3, 2, 4), ss.DDPM(kind).plan(sde, grid), seed=4)) < 1e-5
-    with pytest.raises(ValueError, match="use `sample_learned_variance`"):
+    with pytest.raises(ValueError, match="use sampling.LearnedVariance"):
         ss.DDPM("learned")
 
 

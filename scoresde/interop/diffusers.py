@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.pretrained import Net
 from scoresde.processes.discrete import Discrete, betas, zero_terminal_snr
@@ -123,6 +124,6 @@ class _Unwrapped(torch.nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **cond: Condition) -> Tensor:
         out = self.net(x, t, **cond)
         return out if isinstance(out, Tensor) else getattr(out, "sample", out)

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import mul, sub
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import EDM, VE, VP, Flow, SubVP
@@ -93,9 +93,11 @@ def from_flow(net: Net, *, data_at: float = 0.0) -> Denoiser:
 
 
 class _Negated(torch.nn.Module):
+    """A network with the opposite sign."""
+
     def __init__(self, net: Net) -> None:
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, **cond: Condition) -> Tensor:
         return -self.net(x, t, **cond)

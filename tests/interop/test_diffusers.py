@@ -1,6 +1,6 @@
 """Our plans against the schedulers of diffusers: the same steps where those are right, and where not, who converges.
 
-Both are asked for the same times of the same discrete process, with the exact denoiser of a mixture in float64. The
+Both run on the same times of the same discrete process, with the exact denoiser of a mixture in float64. The
 schedulers keep their levels or their states in float32, which is all that 1e-5 allows for.
 """
 
@@ -192,12 +192,12 @@ def test_single_steps_with_their_stages_at_labels(kind: str, prediction: Any, or
     made = scheduler("DPMSolverSinglestep", 12, **config)
     times = [*(float(k) + 1 for k in made.timesteps), 1.0]
     plan: Plan | None = None
-    for i in range(0, 12, order):  # each leg has its own fractions, so its own rule
+    for i in range(0, 12, order):  # each step has its own fractions, so its own rule
         lam = [LINEAR.lam(t) for t in times[i : i + order + 1]]
         r = tuple((v - lam[0]) / (lam[-1] - lam[0]) for v in lam[1:-1])
         form = {"moments": ("exact", "mid")} if theirs == "midpoint" else {"reads": tuple(range(order))}
-        leg = SingleStep(order, prediction, r=r, **form).plan(LINEAR, [times[i], times[i + order]])
-        plan = leg if plan is None else plan.join(leg)
+        step = SingleStep(order, prediction, r=r, **form).plan(LINEAR, [times[i], times[i + order]])
+        plan = step if plan is None else plan.join(step)
     assert plan is not None and plan.nfe == 12
     assert relative(follow(made, MODEL, START), run(plan, MODEL.x0, START)) < 1e-5
 
@@ -288,8 +288,8 @@ def test_their_third_order_multistep_is_of_order_two(kind: str, rule: Any) -> No
         for k, t in zip(made.timesteps[2:], times[2:], strict=False):
             x = made.step(noise(model, x, t), k, x).prev_sample.double()
         ours = run(rule(3, kind="multi", form="exact", start="self").plan(sde, grid), model.x0, start)
-        for found, end in zip(errors, (x, ours), strict=True):
-            found.append(float((end - exact).norm(dim=1).median()))
+        for distances, end in zip(errors, (x, ours), strict=True):
+            distances.append(float((end - exact).norm(dim=1).median()))
     theirs, mine = (math.log2(a / b) for a, b in errors)
     assert abs(theirs - 2) < 0.2 and mine > 2.8, errors
     assert errors[0][1] > 4 * errors[1][1]
@@ -297,7 +297,7 @@ def test_their_third_order_multistep_is_of_order_two(kind: str, rule: Any) -> No
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_their_bh1_is_not_a_number_at_data(order: int) -> None:
-    """B(h) = h is infinite on the leg into σ = 0, and times 0 there. Ours returns what the denoiser said."""
+    """B(h) = h is infinite on the step into σ = 0, and times 0 there. Ours returns the data prediction."""
     made = scheduler("UniPCMultistep", 10, solver_order=order, solver_type="bh1", final_sigmas_type="zero")
     assert not follow(made, MODEL, START).isfinite().any()
     gaps = []
@@ -324,7 +324,7 @@ def test_their_unipc_needs_lower_orders_before_data(order: int) -> None:
 
 
 def test_their_trailing_labels_are_ours_or_one_too_many() -> None:
-    """They count a float step: where that rounds there is one label more than asked for, and it is −1."""
+    """They count a float step: where that rounds there is one label too many, and it is −1."""
     made = diffusers.DPMSolverMultistepScheduler(timestep_spacing="trailing")
     for n in range(1, 1001):
         made.set_timesteps(n)
@@ -349,7 +349,7 @@ def test_their_ddim_does_not_go_to_the_next_label() -> None:
 
 
 def test_third_order_deis_converges_where_theirs_cancels_in_float32() -> None:
-    """Its weights are differences of antiderivatives of log σ, rounding on short legs. Ours are quadratures."""
+    """Its weights are differences of antiderivatives of log σ, rounding on short steps. Ours are quadratures."""
     theirs, ours = [], []
     for n in (50, 200, 400):
         made = diffusers.DEISMultistepScheduler(
@@ -365,18 +365,18 @@ def test_third_order_deis_converges_where_theirs_cancels_in_float32() -> None:
 
 
 @pytest.mark.parametrize("n", [10, 20, 50])
-def test_their_karras_levels_ask_at_another_noise(n: int) -> None:
-    """Labels are rounded, levels are not: the network is asked about a σ/α that the state does not have."""
+def test_their_karras_levels_evaluate_at_another_noise(n: int) -> None:
+    """Labels are rounded, levels are not: the network is evaluated at a σ/α that the state does not have."""
     made = diffusers.DPMSolverMultistepScheduler(trained_betas=list(LINEAR.betas), use_karras_sigmas=True)
     made.set_timesteps(n)
     at_label = (-LINEAR.lam(made.timesteps.double() + 1)).exp()
     gap = (at_label / made.sigmas[:-1].double() - 1).abs().max()
     assert float(gap) > 0.01
     times = ss.grids.karras(LINEAR, n)
-    asked_at: list[float] = []
+    evaluated_at: list[float] = []
     plan = ss.DPMSolverPP(2).plan(LINEAR, times)
-    run(plan, lambda x, t: asked_at.append(t) or MODEL.x0(x, t), START)  # type: ignore[func-returns-value]
-    ours = torch.tensor([math.exp(-LINEAR.lam(t)) for t in asked_at])
+    run(plan, lambda x, t: evaluated_at.append(t) or MODEL.x0(x, t), START)  # type: ignore[func-returns-value]
+    ours = torch.tensor([math.exp(-LINEAR.lam(t)) for t in evaluated_at])
     torch.testing.assert_close(ours.float(), made.sigmas[:-1], rtol=2e-4, atol=0)
 
 
@@ -394,7 +394,7 @@ def test_their_levels_are_products_in_float32() -> None:
 
 
 def test_their_flow_shift_is_applied_twice_at_the_data_end() -> None:
-    """The least level is shifted when the scheduler is made and again with the grid."""
+    """The lowest level is shifted when the scheduler is made and again with the grid."""
     shift = 3.0
 
     def shifted(s: float) -> float:

@@ -1,4 +1,4 @@
-"""Networks trained elsewhere: each code base's conventions, held against its own tables and formulas."""
+"""Networks trained elsewhere: each code base's conventions, compared with its own tables and formulas."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_ddpm_labels_are_indices_and_its_steps_are_the_processs(N: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_improved_diffusion_returns_a_variance_beside_the_noise(channels: int) -> None:
+def test_improved_diffusion_returns_a_variance_with_the_noise(channels: int) -> None:
     x = ss.Noise(0).normal((2, channels, 4, 4), 0)
     eps, variance = (ss.Noise(i).normal(tuple(x.shape), 0) for i in (1, 2))
     model = interop.from_ddpm(
         lambda x, i: torch.cat([eps, variance], dim=1), ss.processes.betas("cosine", 100), learned_variance=True
     )
-    x0, kept = model.x0_and_variance(x, 50.0)
+    x0, second = model.x0_and_variance(x, 50.0)
     a, s = model.sde.alpha(50.0), model.sde.sigma(50.0)
-    assert torch.allclose(x0, (x - s * eps) / a, rtol=1e-5, atol=1e-6) and torch.equal(kept, variance)
+    assert torch.allclose(x0, (x - s * eps) / a, rtol=1e-5, atol=1e-6) and torch.equal(second, variance)
 
 
 @pytest.mark.parametrize("kind", ["vp", "subvp"])
@@ -92,7 +92,9 @@ def test_score_sde_ve_networks_return_the_score_at_their_noise() -> None:
         assert torch.equal(model.score(x, t), out)
         sigma = model.sde.sigma(t)
         assert seen[-1].tolist() == pytest.approx([sigma] * 4, rel=1e-6)
-        assert torch.allclose(model.x0(x, t), x + sigma**2 * out, rtol=1e-12), "Tweedie, at the noise it was told"
+        assert torch.allclose(model.x0(x, t), x + sigma**2 * out, rtol=1e-12), (
+            "Tweedie, at the noise level of its label"
+        )
 
 
 def test_edm_networks_return_the_data_at_their_noise() -> None:
@@ -244,12 +246,12 @@ def test_all_schedulers_of_the_library_are_read_or_refused_never_guessed() -> No
         try:
             sde = interop.sde_from_diffusers(config)
         except ValueError as error:
-            told = str(error)
+            message = str(error)
         else:
             read.add(name)
-            told = ""
-        if told:
-            assert "not understood" in told or "`beta_schedule`" in told, name
+            message = ""
+        if message:
+            assert "not understood" in message or "`beta_schedule`" in message, name
         elif isinstance(sde, ss.Discrete):
             table = getattr(scheduler, "alphas_cumprod", None)
             assert table is not None, f"{name} has no table of its own, so ours is a guess"

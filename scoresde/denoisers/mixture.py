@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_sde, undefined_prediction
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, undefined_prediction
 from scoresde.denoisers.predictions import Want, as_form
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
@@ -152,8 +152,8 @@ class GaussianMixture(_Exact):
     def under(self, sde: SDE) -> GaussianMixture:
         """The same data under another process."""
         copy = GaussianMixture.__new__(GaussianMixture)
-        AbstractDenoiser.__init__(copy)
-        copy.sde, copy.event = check_sde(sde), self.event
+        AbstractDenoiser.__init__(copy, sde)
+        copy.event = self.event
         for name, buffer in self.named_buffers():
             copy.register_buffer(name, buffer)
         if self._basis is None:

@@ -2,18 +2,20 @@ r"""Numerical building blocks used in several folders: Gauss–Legendre nodes an
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
-LEGENDRE_NODES, LEGENDRE_WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(80))
+@cache
+def legendre(n: int = 80) -> tuple[Tensor, Tensor]:
+    """Gauss–Legendre nodes and weights on [0, 1], float64; exact for polynomials of degree 2n − 1."""
+    nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(n))
+    return (nodes + 1) / 2, weights / 2
 
-LEGENDRE_NODES, LEGENDRE_WEIGHTS = (LEGENDRE_NODES + 1) / 2, LEGENDRE_WEIGHTS / 2
 
-
-def legendre() -> tuple[Tensor, Tensor]:
-    """Gauss–Legendre nodes and weights on [0, 1], float64."""
-    return LEGENDRE_NODES, LEGENDRE_WEIGHTS
+LEGENDRE_NODES, LEGENDRE_WEIGHTS = legendre()
 
 
 def lagrange(u: Tensor, nodes: Tensor, batched: bool) -> Tensor:

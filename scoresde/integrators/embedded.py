@@ -7,7 +7,7 @@ f = p x + q d:
 
 with the weights of :func:`weights` and a separate step for each sample. In the prediction's clock c the
 kernel is constant and dy/dc = ±f. For velocity, c is the flow time τ = σ/(α + σ), and x/(α + σ) has the slope ε − x0 on
-any process. :mod:`scoresde.integrators.adaptive` controls the step size.
+any process. :mod:`scoresde.integrators.loop` controls the step size.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._numerics import lagrange, legendre
 from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import LAM, NOISE, VELOCITY, Prediction
 from scoresde.solvers.quadrature import Point, weights
@@ -31,25 +31,17 @@ State = tuple[Tensor, ...]
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Weights (k, B) of the slopes at `nodes` (k, B), for the step from `s` to `t`, both (B,)."""
 
-Ask = Callable[[Tensor, State], State]
+Evaluate = Callable[[Tensor, State], State]
 """Slopes of a state at clock u, (B,)."""
 
-_NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(8))
-
-_NODES, _WEIGHTS = (_NODES + 1) / 2, _WEIGHTS / 2  # exact for polynomials of degree 15
+QUADRATURE = 8  # Gauss–Legendre nodes; exact for polynomials of degree 15
 
 
 def polynomial(s: Tensor, t: Tensor, nodes: Tensor) -> Tensor:
     r"""Weights :math:`\int_s^t \ell_j(u)\,du` of the polynomial through `nodes`, (B,), (B,), (k, B) to (k, B)."""
-    u = s[..., None] + (t - s)[..., None] * _NODES
-    rows = []
-    for j in range(len(nodes)):
-        basis = torch.ones_like(u)
-        for m in range(len(nodes)):
-            if m != j:
-                basis = basis * (u - nodes[m, ..., None]) / (nodes[j] - nodes[m])[..., None]
-        rows.append(basis @ _WEIGHTS * (t - s))
-    return torch.stack(rows)
+    at, weights = legendre(QUADRATURE)
+    u = s[..., None] + (t - s)[..., None] * at
+    return lagrange(u[None], nodes[None], batched=True)[0] @ weights * (t - s)
 
 
 @dataclass(frozen=True)
@@ -114,22 +106,24 @@ class Attempt(NamedTuple):
         f: Slopes there, or None if they are evaluated only after the step is accepted.
         error: Estimate of the error of y[0], of the same shape.
         power: Exponent of the step length in the error, a number or (B,).
+        stages: Slopes of the stages in their order, the first at the start of the step, for pairs with stages.
     """
 
     y: State
     f: State | None
     error: Tensor
     power: Tensor | float
+    stages: Sequence[State] = ()
 
 
-def beside(v: Tensor, x: Tensor) -> Tensor:
+def on_device(v: Tensor, x: Tensor) -> Tensor:
     """Copy coefficients to the device and dtype of `x` without blocking."""
     return v.to(device=x.device, dtype=x.dtype, non_blocking=True)
 
 
 def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
     """Compute y + Σ w_j f_j; the weights, (k, B), are copied to the device once."""
-    w = beside(w, y[0])
+    w = on_device(w, y[0])
     out = list(y)
     for weight, f in zip(w, slopes, strict=True):
         for i, piece in enumerate(f):
@@ -137,15 +131,8 @@ def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
     return tuple(out)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A step with an error estimate; a subclass implements :meth:`attempt`.
-
-    Arguments:
-        prediction: Prediction that is the slope of the probability flow, default VELOCITY.
-    """
-
-    prediction: Prediction = field(default=VELOCITY, kw_only=True)
+class Scheme:
+    """A step with an error estimate; a subclass implements :meth:`attempt`."""
 
     @property
     def order(self) -> int:
@@ -162,16 +149,31 @@ class Pair:
         """Number of function evaluations per accepted step, including the one at its end."""
         raise NotImplementedError
 
-    @property
-    def in_lam(self) -> bool:
-        """Whether the steps are in λ."""
-        return False
+    def rows(self, index: Tensor) -> Scheme:
+        """The scheme of some samples, for schemes with data of each sample.
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+        Arguments:
+            index: Numbers of the samples, (b,).
+        """
+        return self
+
+    def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
+        """End of a step of length about h from s, (B,); the last two steps before `end` have equal lengths.
+
+        Arguments:
+            s: Start of the step, (B,).
+            h: Length that the error control chose, (B,), positive.
+            end: End of the interval, (B,), on either side of `s`.
+        """
+        left = (end - s).abs()
+        length = torch.where(left < 1.1 * h, left, torch.where(left < 2 * h, left / 2, h))
+        return torch.where(length >= left, end, s + (end - s).sign() * length)
+
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Attempt the step from s to t.
 
         Arguments:
-            ask: Function that evaluates the slopes, see :data:`Ask`.
+            evaluate: Function that evaluates the slopes, see :data:`Evaluate`.
             weigh: Function that computes the weights, see :data:`Weigh`.
             s: Start of the step for each sample, (B,).
             t: End of the step for each sample, (B,).
@@ -179,6 +181,22 @@ class Pair:
             past: Slopes at s and at earlier nodes.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Pair(Scheme):
+    """A scheme for the probability flow.
+
+    Arguments:
+        prediction: Prediction that is the slope of the probability flow, default VELOCITY.
+    """
+
+    prediction: Prediction = field(default=VELOCITY, kw_only=True)
+
+    @property
+    def in_lam(self) -> bool:
+        """Whether the steps are in λ."""
+        return False
 
 
 @dataclass
@@ -238,7 +256,7 @@ class Adams(Pair):
     def in_lam(self) -> bool:
         return self.clock == "lam"
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         u = torch.stack([t, *past.u[: self.nodes]])
         k = past.count.clamp_max(self.nodes)
         predictor, corrector, error = torch.zeros(3, *u.shape, dtype=torch.float64)
@@ -253,7 +271,7 @@ class Adams(Pair):
             corrector[: n + 1, mask] = w
             error[: n + 1, mask] = w[-1] / difference[-1] * difference
         old = past.f[: self.nodes]
-        f = ask(t, advance(y, predictor[1:], old))
+        f = evaluate(t, advance(y, predictor[1:], old))
         slopes = [f, *old]
         gap = advance((torch.zeros_like(y[0]),), error, [(g[0],) for g in slopes])[0]
         return Attempt(advance(y, corrector, slopes), f, gap, k.double() + 1)
@@ -267,12 +285,14 @@ class EmbeddedRungeKutta(Pair):
         a: Rows of the lower triangular tableau; the last row gives the result.
         error: Weights of the error estimate, one for each stage and one for the result.
         of_order: Order of the result.
+        middle: Weights of the stages for the state in the middle of the step, of order 4, if they are known.
         prediction: Prediction that is the slope, default VELOCITY.
     """
 
     a: tuple[tuple[float, ...], ...] = ()
     error: tuple[float, ...] = ()
     of_order: int = 0
+    middle: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if [len(row) for row in self.a] != list(range(1, len(self.error))):
@@ -289,17 +309,17 @@ class EmbeddedRungeKutta(Pair):
     def calls(self) -> int:
         return len(self.a)  # the first stage is the last one of the previous step
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         h = weigh(s, t, s[None])
         slopes = [past.f[0]]
         stage = y
         for i, row in enumerate(self.a):
             c = t if i == len(self.a) - 1 else s + sum(row) * (t - s)
             stage = advance(y, torch.tensor(row, dtype=torch.float64)[:, None] * h, slopes)
-            slopes.append(ask(c, stage))
+            slopes.append(evaluate(c, stage))
         gap = torch.tensor(self.error, dtype=torch.float64)[:, None] * h
         error = advance((torch.zeros_like(y[0]),), gap, [(f[0],) for f in slopes])[0]
-        return Attempt(stage, slopes[-1], error, float(self.of_order))
+        return Attempt(stage, slopes[-1], error, float(self.of_order), slopes)
 
 
 def BogackiShampine(prediction: Prediction = VELOCITY) -> Pair:
@@ -317,6 +337,10 @@ def DormandPrince(prediction: Prediction = VELOCITY) -> Pair:
 
     Arguments:
         prediction: Prediction that is the slope, default VELOCITY.
+
+    References:
+        | A family of embedded Runge-Kutta formulae (Dormand & Prince, 1980), doi:10.1016/0771-050X(80)90013-3
+        | Some practical Runge-Kutta formulas (Shampine, 1986), doi:10.1090/S0025-5718-1986-0815836-3
     """
     b = (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
     low = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
@@ -328,8 +352,17 @@ def DormandPrince(prediction: Prediction = VELOCITY) -> Pair:
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
         b,
     )
+    middle = (
+        6025192743 / 60171106304,
+        0.0,
+        51252292925 / 130801643596,
+        -2691868925 / 90256659456,
+        187940372067 / 3189068634112,
+        -1776094331 / 39487288512,
+        11237099 / 470086768,
+    )
     error = tuple(u - v for u, v in zip((*b, 0.0), low, strict=True))
-    return EmbeddedRungeKutta(a, error, 5, prediction=prediction)
+    return EmbeddedRungeKutta(a, error, 5, middle, prediction=prediction)
 
 
 @dataclass(frozen=True)
@@ -366,17 +399,17 @@ class DPMPair(Pair):
     def in_lam(self) -> bool:
         return True
 
-    def attempt(self, ask: Ask, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         first = past.f[0]
         u = s + (t - s) * (1 / 2 if self.of_order == 2 else 1 / 3)
-        g = ask(u, advance(y, weigh(s, u, s[None]), [first]))
+        g = evaluate(u, advance(y, weigh(s, u, s[None]), [first]))
         low, slopes = weigh(s, t, s[None]), [first, g]
         if self.of_order == 2:
             high = weigh(s, t, torch.stack([s, u]))
             gap = high - torch.cat([low, torch.zeros_like(low)])
         else:
             v = s + (t - s) * (2 / 3)
-            slopes.append(ask(v, advance(y, weigh(s, v, torch.stack([s, u])), slopes)))
+            slopes.append(evaluate(v, advance(y, weigh(s, v, torch.stack([s, u])), slopes)))
             a, b = weigh(s, t, torch.stack([s, v]))
             zero = torch.zeros_like(a)
             high = torch.stack([a, zero, b])

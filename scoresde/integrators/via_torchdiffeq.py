@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, trainable
 from scoresde.denoisers.distributed import refuse_ddp
-from scoresde.integrators.adaptive import SolverError, slope
+from scoresde.integrators.adaptive import slope
 from scoresde.integrators.embedded import Frame
+from scoresde.integrators.loop import SolverError
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.solvers.interpolants import NOISE, VELOCITY
 

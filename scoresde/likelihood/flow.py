@@ -30,7 +30,7 @@ from scoresde.data import Standardize
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.mixture import GaussianMixture
-from scoresde.integrators.adaptive import SolverError
+from scoresde.integrators.loop import SolverError
 from scoresde.likelihood.trace import Divergence
 from scoresde.noise.keyed import Noise
 
@@ -291,21 +291,25 @@ class _Gaussian:
         if reference is None:
             zero = x.new_zeros(math.prod(x.shape[1:]))
             return cls(zero, x.new_tensor(check.number("data_std", std, above=0) ** 2), zero, None)
-        if not isinstance(reference, GaussianMixture) or len(reference._points) != 1:
+        if not isinstance(reference, GaussianMixture) or len(reference.means) != 1:
             raise ValueError(
                 "`reference` must be one Gaussian, as in ss.GaussianMixture(sde, mean[None], cov=cov[None])."
             )
         if reference.event != tuple(x.shape[1:]):
             raise ValueError(f"`reference` has events of shape {reference.event}, `x` {tuple(x.shape[1:])}.")
-        basis = reference._basis
+        basis = reference.axes
         full = basis is None or basis.shape[1] == basis.shape[2]
-        least = float((reference._iso + reference._spread.amin(1)).min()) if full else float(reference._iso.min())
+        least = (
+            float((reference.isotropic + reference.spectrum.amin(1)).min())
+            if full
+            else float(reference.isotropic.min())
+        )
         if least <= 0:
             raise ValueError("`reference` must have a positive definite covariance, or it has no density.")
         return cls(
-            reference._points[0].to(x),
-            reference._iso[0].to(x),
-            reference._spread[0].to(x),
+            reference.means[0].flatten().to(x),
+            reference.isotropic[0].to(x),
+            reference.spectrum[0].to(x),
             None if basis is None else basis[0].to(x),
         )
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import integrators
-from scoresde.integrators.adaptive import Adaptive, AdaptiveSolution, Path, flow, integrate
+from scoresde.integrators.adaptive import Adaptive, flow
+from scoresde.integrators.dense import Path
 from scoresde.integrators.embedded import Past, State, polynomial
+from scoresde.integrators.loop import integrate
 from scoresde.solvers.interpolants import DATA, LAM, NOISE, TAU, VELOCITY, V
 from scoresde.solvers.quadrature import weights
 
@@ -122,7 +124,7 @@ def test_pairs_have_the_orders_they_declare(pair: integrators.Pair, order: int) 
     rule = Adaptive(integrators.Adams(), 1e-11, 1e-11)
     at = tight(model, x, sde.T, 0.35)
 
-    def ask(u: Tensor, y: State) -> State:
+    def slopes(u: Tensor, y: State) -> State:
         point = frame.point(u[:1])
         t, N = float(point.t), frame.prediction.scale(point.alpha, point.sigma)
         p, q = frame.prediction.p(point.alpha, point.sigma), frame.prediction.q(point.alpha, point.sigma)
@@ -136,9 +138,9 @@ def test_pairs_have_the_orders_they_declare(pair: integrators.Pair, order: int) 
         states = [flow(model, at, 0.35, float(frame.t(u)), rule).x if j else at for j, u in enumerate(us)]
         ys = [v / frame.scale(u) for u, v in zip(us, states, strict=True)]
         wide = [u.expand(len(x)) for u in us]
-        past = Past(wide, [ask(u, (y,)) for u, y in zip(wide, ys, strict=True)], torch.full((len(x),), len(us)))
+        past = Past(wide, [slopes(u, (y,)) for u, y in zip(wide, ys, strict=True)], torch.full((len(x),), len(us)))
         end = first + direction * h
-        step = pair.attempt(ask, frame.weigh, wide[0], end.expand(len(x)), (ys[0],), past)
+        step = pair.attempt(slopes, frame.weigh, wide[0], end.expand(len(x)), (ys[0],), past)
         truth = flow(model, at, 0.35, float(frame.t(end)), rule).x / frame.scale(end)
         errors.append(float(distance(step.y[0], truth).median()))
         estimates.append(float(step.error.square().mean(1).sqrt().median()))
@@ -200,18 +202,19 @@ def test_a_hard_sample_is_itself_in_any_batch_and_costs_the_others_nothing(kind:
 def test_calls_and_evaluations_are_counted() -> None:
     sde = ss.VP()
     mix = ring(sde)
-    asked: list[int] = []
+    seen: list[int] = []
 
     def net(x: Tensor, t: Tensor) -> Tensor:
-        asked.append(len(x))
+        seen.append(len(x))
         return mix.x0(x, t.double())
 
     model = ss.Denoiser(net, sde, predicts="x0")
     for pair in (integrators.Adams(), integrators.DPM23(), integrators.BogackiShampine()):
-        asked.clear()
+        seen.clear()
         found = ss.solve(model, noise(sde, 16), Adaptive(pair, 1e-3, 1e-3))
-        assert found.nfe == len(asked) and int(found.stats.nfe.sum()) == sum(asked)
-        assert len(set(asked)) > 3, "samples leave as they finish"
+        assert found.calls == len(seen) and int(found.stats.nfe.sum()) == sum(seen)
+        assert found.nfe == math.ceil(sum(seen) / 16)
+        assert len(set(seen)) > 3, "samples leave as they finish"
         steps, rejected = found.stats.steps, found.stats.rejected
         if isinstance(pair, integrators.Adams):
             assert torch.equal(found.stats.nfe, 2 + steps + rejected), "one a step, two to start"
@@ -230,25 +233,23 @@ def test_conditions_leave_with_their_samples() -> None:
     shift = torch.linspace(-1, 1, 6, dtype=torch.float64)[:, None]
     x = noise(sde, 6)
     both = torch.zeros(1, 2, dtype=torch.float64)
-    whole = ss.solve(model, x, Adaptive(), shift=shift, both=both)
+    whole = ss.solve(model.given(shift=shift, shared={"both": both}), x, Adaptive())
     assert len(set(whole.stats.nfe.tolist())) > 1
     for i in range(6):
-        one = ss.solve(model, x[i : i + 1], Adaptive(), shift=shift[i : i + 1], both=both)
+        one = ss.solve(model.given(shift=shift[i : i + 1], shared={"both": both}), x[i : i + 1], Adaptive())
         assert float(distance(one.x, whole.x[i : i + 1])) < 1e-9
 
 
 def test_chunks_and_ranks_make_no_difference() -> None:
-    """Each half by itself is the whole; the halves ask their networks differently often, which is why wrappers that
-    talk at each call are refused."""
+    """Each half by itself is the whole; the halves make different numbers of calls, which is why wrappers that
+    wait for other ranks are refused."""
     sde = ss.EDM()
     model = ring(sde)
-    whole = ss.solve(model, (8, 2), Adaptive(rtol=1e-4, atol=1e-4), seed=5, dtype=torch.float64)
-    halves = [
-        ss.solve(model, (4, 2), Adaptive(rtol=1e-4, atol=1e-4), seed=ss.Noise(5, offset=4 * r), dtype=torch.float64)
-        for r in range(2)
-    ]
+    rule, start = Adaptive(rtol=1e-4, atol=1e-4), ss.Start(dtype=torch.float64)
+    whole = ss.solve(model, (8, 2), rule, seed=5, start=start)
+    halves = [ss.solve(model, (4, 2), rule, seed=ss.Noise(5, offset=4 * r), start=start) for r in range(2)]
     assert float(distance(torch.cat([half.x for half in halves]), whole.x).max()) < 1e-12
-    assert halves[0].nfe != halves[1].nfe
+    assert halves[0].calls != halves[1].calls
 
 
 def test_a_wrapper_that_waits_for_other_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,14 +324,14 @@ def test_dense_output_has_its_order() -> None:
         path.at(torch.tensor([4.1]))
 
 
-def test_states_at_times_that_were_asked_for() -> None:
+def test_states_at_times_of_choice() -> None:
     sde = ss.VP()
     model, x = ring(sde), noise(sde)
-    found = ss.solve(model, x, Adaptive(rtol=1e-5, atol=1e-5), save_at=[0.5, 0.1])
+    found = ss.solve(model, x, Adaptive(rtol=1e-5, atol=1e-5), watch=ss.Watch(save_at=[0.5, 0.1]))
     assert list(found.trajectory) == [0.5, 0.1] and found.path is None
     assert float(distance(found.trajectory[0.5], tight(model, x, sde.T, 0.5)).max()) < 1e-4
     with pytest.raises(ValueError, match="steps of its own"):
-        ss.solve(model, x, Adaptive(), save_at="all")
+        ss.solve(model, x, Adaptive(), watch=ss.Watch(save_at="all"))
 
 
 def test_float32_states_are_as_good_as_their_dtype() -> None:
@@ -391,22 +392,23 @@ def test_a_plain_equation_both_ways_with_a_companion_that_does_not_steer() -> No
     one = torch.ones(3, 2, dtype=torch.float64)
     plain = lambda u, y, rows: field(u, y, rows)[:1]  # noqa: E731
     for pair in (integrators.Adams(), integrators.DormandPrince()):
-        rule = Adaptive(pair, 1e-8, 1e-8)
-        run = integrate(field, (one, torch.zeros(3, dtype=torch.float64)), 0.0, torch.tensor([1.0, 1.0, -1.0]), rule)
+        rule = pair, Adaptive(pair, 1e-8, 1e-8).control
+        run = integrate(field, (one, torch.zeros(3, dtype=torch.float64)), 0.0, torch.tensor([1.0, 1.0, -1.0]), *rule)
         expected = torch.tensor([1.0, 2.0, -3.0], dtype=torch.float64).exp()[:, None] * one
         torch.testing.assert_close(run.y[0], expected, rtol=1e-6, atol=1e-7)
-        assert torch.equal(run.stats.steps, integrate(plain, one, 0.0, run.u, rule).stats.steps)
+        assert torch.equal(run.stats.steps, integrate(plain, one, 0.0, run.u, *rule).stats.steps)
     slow = lambda u, y, rows: (-y[0], u * y[0][:, 0])  # noqa: E731
-    run = integrate(slow, (one, torch.zeros(3, dtype=torch.float64)), 0.0, 2.0, Adaptive(rtol=1e-9, atol=1e-9))
+    rule = integrators.Adams(), Adaptive(rtol=1e-9, atol=1e-9).control
+    run = integrate(slow, (one, torch.zeros(3, dtype=torch.float64)), 0.0, 2.0, *rule)
     torch.testing.assert_close(run.y[1], torch.full_like(run.y[1], 1 - 3 * math.exp(-2)), rtol=1e-7, atol=1e-8)
     with pytest.raises(ValueError, match="slopes of the shapes"):
-        integrate(lambda u, y, rows: y[0][:, :1], one, 0.0, 1.0, Adaptive())
+        integrate(lambda u, y, rows: y[0][:, :1], one, 0.0, 1.0, *rule)
 
 
 # Limits and failures.
 
 
-def test_a_limit_on_evaluations_is_kept_and_said() -> None:
+def test_a_limit_on_evaluations_holds_and_is_named() -> None:
     sde = ss.VP()
     model, x = ring(sde, std=0.02), noise(sde, 32)
     free = ss.solve(model, x, Adaptive(rtol=1e-5, atol=1e-5))
@@ -435,7 +437,7 @@ def test_a_network_that_breaks_is_named_with_time_and_sample() -> None:
     model = ss.Denoiser(net, sde, predicts="x0")
     for pair in (integrators.Adams(), integrators.DormandPrince(), integrators.DPM12()):
         with pytest.raises(ss.SolverError, match=r"Sample 2 was at t = .*not finite") as caught:
-            ss.sample(model, x, Adaptive(pair), breaks=breaks)
+            ss.sample(model.given(breaks=breaks), x, Adaptive(pair))
         error = caught.value
         assert error.worst_sample == 2 and not error.finite and 0.1 < error.t < 0.6 and -1e-4 < error.dt < 0
         assert error.nfe < 500
@@ -459,12 +461,15 @@ def test_bad_arguments_are_refused_at_the_door() -> None:
             Adaptive(**wrong)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`pair` must be a pair"):
         Adaptive(ss.DDIM())  # type: ignore[arg-type]
-    for option in ({"steps": 10}, {"nfe": 10}, {"grid": ss.grids.karras}, {"hook": print}, {"progress": True}):
+    for option in ({"steps": 10}, {"nfe": 10}, {"grid": ss.grids.karras}):
         with pytest.raises(TypeError, match="chooses its own steps"):
             ss.solve(model, (2, 2), Adaptive(), **option)
+    for watch in (ss.Watch(hook=lambda node, t, x: x), ss.Watch(callback=print)):
+        with pytest.raises(ValueError, match="has no meaning with Adaptive"):
+            ss.solve(model, (2, 2), Adaptive(), watch=watch)
     with pytest.raises(TypeError, match="chooses its own steps"):
         ss.encode(model, noise(ss.VP()), Adaptive(), steps=10)
-    with pytest.raises(ValueError, match="no noise to see"):
+    with pytest.raises(ValueError, match="no noise to start from"):
         flow(model, noise(ss.VP()), 0.0, 1.0)
     with pytest.raises(ValueError, match="cannot start or end where α = 0"):
         ss.sample(ring(ss.Flow()), (2, 2), Adaptive(integrators.DPM23()))
@@ -472,7 +477,7 @@ def test_bad_arguments_are_refused_at_the_door() -> None:
 
 def test_a_solution_says_what_it_is() -> None:
     found = ss.solve(ring(ss.VP()), (3, 2), Adaptive(), seed=11)
-    assert isinstance(found, AdaptiveSolution) and found.seed == 11
+    assert isinstance(found, ss.Solution) and found.seed == 11 and found.times == [1.0, 0.0]
     assert float(distance(ss.sample(ring(ss.VP()), (3, 2), Adaptive(), seed=11), found.x).max()) == 0
     cheap = ss.solve(ring(ss.VP()), (3, 2), Adaptive(first_step=0.05), seed=11)
     assert torch.equal(cheap.stats.nfe, 1 + cheap.stats.steps + cheap.stats.rejected)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.integrators.adaptive_sde import adaptive_sde
+from scoresde.integrators import AdaptiveSDE
 from scoresde.noise.keyed import Noise
 
 F64 = torch.float64
@@ -62,19 +62,20 @@ def test_unbiased_where_redrawn_noise_is_biased() -> None:
     assert theirs[1] > theirs[0] - 2 * se, "and no better at a tighter one"
     ours = []
     for tol in (0.05, 0.02):
-        run = adaptive_sde(model, x, rtol=tol, atol=tol, seed=1, t_end=end, denoise=False)
+        run = ss.solve(model, x, AdaptiveSDE(rtol=tol, atol=tol), seed=1, t_end=end)
         ours.append(float(run.x.std()) / std - 1)
-        assert float(run.rejected.double().mean()) > 1
+        assert run.stats is not None and float(run.stats.rejected.double().mean()) > 1
         assert abs(float(run.x.mean())) < 4 * std / n**0.5
     assert abs(ours[1]) < 3 * se and abs(ours[1]) < abs(ours[0]) / 2, ours
 
 
+DOUBLE = ss.Start(dtype=F64)
 MIX = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
 
 
 def test_the_error_on_the_path_is_proportional_to_the_tolerance() -> None:
     def go(tol: float) -> Tensor:
-        return adaptive_sde(MIX, (24, 2), rtol=tol, atol=tol, seed=0, dtype=F64, t_end=0.05, denoise=False).x
+        return ss.sample(MIX, (24, 2), AdaptiveSDE(rtol=tol, atol=tol), seed=0, start=DOUBLE, t_end=0.05)
 
     truth = go(0.004)
     errors = [float((go(tol) - truth).norm(dim=1).median()) for tol in (0.05, 0.0125)]
@@ -86,49 +87,51 @@ def test_the_error_on_the_path_is_proportional_to_the_tolerance() -> None:
 def test_moments_of_a_gaussian(sde: ss.SDE, eta: float) -> None:
     model = ss.GaussianMixture(sde, [[0.3, -0.2]], std=0.5)
     n, end = 1000, sde.t_of_lam(2.0)
-    run = adaptive_sde(model, (n, 2), eta=eta, rtol=0.02, atol=0.02, seed=0, t_end=end, denoise=False, dtype=F64)
+    x = ss.sample(model, (n, 2), AdaptiveSDE(eta, rtol=0.02, atol=0.02), seed=0, t_end=end, start=DOUBLE)
     std = math.hypot(0.5 * sde.alpha(end), sde.sigma(end))
     se = 1 / math.sqrt(n)
-    assert ((run.x.std(0) / std - 1).abs() < 4 * se / 2**0.5 + 1.5 * 0.02).all()
-    assert ((run.x.mean(0) - sde.alpha(end) * model.mean()).abs() < 4 * se * std + 0.01).all()
+    assert ((x.std(0) / std - 1).abs() < 4 * se / 2**0.5 + 1.5 * 0.02).all()
+    assert ((x.mean(0) - sde.alpha(end) * model.mean()).abs() < 4 * se * std + 0.01).all()
 
 
 def test_each_sample_by_itself() -> None:
     def go(n: int, offset: int) -> Any:
-        return adaptive_sde(MIX, (n, 2), seed=Noise(3, offset=offset), dtype=F64)
+        return ss.solve(MIX, (n, 2), AdaptiveSDE(), seed=Noise(3, offset=offset), start=DOUBLE)
 
     whole = go(64, 0)
-    assert len(set(whole.nfe.tolist())) > 3, "steps differ between samples"
+    assert len(set(whole.stats.nfe.tolist())) > 3, "steps differ between samples"
     for n, offset in ((1, 63), (7, 7)):
         part = go(n, offset)
         assert torch.allclose(part.x, whole.x[offset : offset + n], rtol=0, atol=1e-10)
-        assert torch.equal(part.nfe, whole.nfe[offset : offset + n])
+        assert torch.equal(part.stats.nfe, whole.stats.nfe[offset : offset + n])
 
 
-def test_counts_are_what_was_asked() -> None:
-    asked: list[int] = []
+def test_counts_are_those_of_the_network() -> None:
+    sizes: list[int] = []
 
     class Noted(ss.denoisers.AbstractDenoiser):
-        sde = MIX.sde
-
         def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
-            asked.append(len(x))
+            sizes.append(len(x))
             assert len(cond["label"]) == len(x)
             return MIX.x0(x, t)
 
-    run = adaptive_sde(Noted(), (16, 2), seed=0, label=torch.arange(16))
-    assert run.calls == len(asked) and int(run.nfe.sum()) == sum(asked)
-    assert torch.equal(run.nfe, 2 + run.accepted + run.rejected)
-    assert asked[-2] < 16, "samples that are done leave"
+    run = ss.solve(Noted(MIX.sde).given(label=torch.arange(16)), (16, 2), AdaptiveSDE(), seed=0)
+    assert run.stats is not None
+    assert run.calls == len(sizes) and int(run.stats.nfe.sum()) == sum(sizes) and run.nfe == math.ceil(sum(sizes) / 16)
+    assert torch.equal(run.stats.nfe, 2 + run.stats.steps + run.stats.rejected)
+    assert sizes[-2] < 16, "samples that are done leave"
     before = torch.get_rng_state()
-    again = adaptive_sde(MIX, (16, 2), seed=0)
+    again = ss.solve(MIX, (16, 2), AdaptiveSDE(), seed=0)
     assert torch.equal(again.x, run.x) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="both 0"):
-        adaptive_sde(MIX, (2, 2), rtol=0.0, atol=0.0)
-    with pytest.raises(ValueError, match="neither α nor σ vanishes"):
-        adaptive_sde(MIX, (2, 2), t_end=0.0)
-    with pytest.raises(RuntimeError, match="have not arrived after 5 attempts"):
-        adaptive_sde(MIX, (2, 2), seed=0, most=5)
+    with pytest.raises(ValueError, match="both be 0"):
+        AdaptiveSDE(rtol=0.0, atol=0.0)
+    with pytest.raises(ValueError, match="`t_start` = 1 has α = 0"):
+        ss.sample(ss.GaussianMixture(ss.Flow(), [[-1.0, 0.5]], std=0.2), (2, 2), AdaptiveSDE(), t_start=1.0)
+    with pytest.raises(ss.SolverError, match="`max_steps` = 5 attempts were not enough.*had used 6 evaluations"):
+        ss.sample(MIX, (2, 2), AdaptiveSDE(max_steps=5), seed=0)
+    broken = ss.Denoiser(lambda x, t: torch.where(t[:, None] < 0.5, torch.nan, 0.3 * x), ss.VP(), predicts="x0")
+    with pytest.raises(ss.SolverError, match=r"Sample 0 was at t = 0\.[56].*not finite"):
+        ss.sample(broken, (2, 2), AdaptiveSDE(), seed=0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from scoresde import _checks as check
+from scoresde._printing import short
 from scoresde.denoisers.predictions import Want, as_form, conversion, form_of
 from scoresde.processes.sde import SDE
 
@@ -49,16 +50,14 @@ class Kind:
 
 
 class Counter:
-    """Count of network evaluations.
-
-    Arguments:
-        calls: Number of forward passes.
-        states: Number of states that went through the network: the sum of the batch sizes of all calls.
-    """
+    """Count of network evaluations, with the numbers `calls` of forward passes and `states` of evaluated states."""
 
     def __init__(self) -> None:
         self.calls = 0
         self.states = 0
+
+    def __repr__(self) -> str:
+        return f"Counter(calls={self.calls}, states={self.states})"
 
     def add(self, states: int) -> None:
         """Count one forward pass on a batch of `states`."""
@@ -70,7 +69,9 @@ class AbstractDenoiser(nn.Module):
     """Base class of all denoisers; a subclass calls ``super().__init__(sde)`` and writes :meth:`x0`.
 
     All methods take a state `x` of shape (B, *event), a time `t` (a number, () or (B,)) and conditions by name. They
-    return a tensor of the shape of `x`.
+    return a tensor of the shape of `x`. Conditions reach :meth:`x0` as the user gave them;
+    ``expand_conditions(cond, len(x))`` expands single rows and unpacks :class:`Shared` ones. A denoiser that holds
+    values of samples, such as a scale of shape (B,), lists their attributes in `per_sample`.
 
     Arguments:
         sde: Process of the states.
@@ -97,10 +98,23 @@ class AbstractDenoiser(nn.Module):
         """Data prediction, E[x_0 | x_t = x]."""
         raise NotImplementedError(f"{type(self).__name__} must define `x0(x, t, **cond)`.")
 
+    def __repr__(self) -> str:
+        own = self.extra_repr()
+        inner = [f"{name}={short(module)}" for name, module in self.named_children()]
+        return f"{type(self).__name__}({', '.join([own] * bool(own) + inner)})"
+
+    def extra_repr(self) -> str:
+        return f"sde={self.sde!r}"
+
     @property
     def kind(self) -> Kind:
         """The network, or exact model, that this denoiser ends in."""
         return Kind("x0", self.sde)
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        """Conditions that are fixed by :meth:`given`, by name."""
+        return {}
 
     def given(self, *, shared: Mapping[str, Any] | None = None, **cond: Condition) -> Given:
         """Fix conditions of the network.
@@ -211,8 +225,15 @@ class AbstractDenoiser(nn.Module):
         Arguments:
             index: Numbers of the samples, an integer tensor (b,); a number may occur more than once.
         """
-        own = {name: select(getattr(self, name), index) for name in self.per_sample}
-        return self._twin(lambda inner: inner.rows(index), own)
+        return self._twin(lambda inner: inner.rows(index), self.row_attributes(index))
+
+    def row_attributes(self, index: Tensor) -> dict[str, object]:
+        """Attributes of :meth:`rows`, by name: by default those in `per_sample`, selected by :func:`select`.
+
+        Arguments:
+            index: Numbers of the samples, an integer tensor (b,).
+        """
+        return {name: select(getattr(self, name), index) for name in self.per_sample}
 
     def counted(self, counter: Counter) -> AbstractDenoiser:
         """This denoiser with `counter` counting every evaluation of the network at its end.
@@ -223,7 +244,9 @@ class AbstractDenoiser(nn.Module):
         twin = self._twin(lambda inner: inner.counted(counter), {})
         return _Counted(self, counter) if twin is self else twin
 
-    def _twin(self, change: Callable[[AbstractDenoiser], AbstractDenoiser], own: dict[str, Any]) -> AbstractDenoiser:
+    def _twin(
+        self, change: Callable[[AbstractDenoiser], AbstractDenoiser], own: Mapping[str, object]
+    ) -> AbstractDenoiser:
         """A shallow copy with changed inner denoisers and attributes; the denoiser itself if nothing changes."""
         modules = {name: _changed(module, change) for name, module in self._modules.items()}
         same = all(modules[name] is module for name, module in self._modules.items())
@@ -231,6 +254,7 @@ class AbstractDenoiser(nn.Module):
             return self
         twin = copy.copy(self)
         twin._modules = modules
+        twin._buffers = dict(self._buffers)
         for name, value in own.items():
             setattr(twin, name, value)
         return twin
@@ -294,7 +318,7 @@ def check_model(model: Any, name: str = "model") -> AbstractDenoiser:
 
 def same_process(model: AbstractDenoiser, other: AbstractDenoiser, name: str) -> None:
     """Raise an error if `other` is on another process than `model`."""
-    if repr(model.sde) != repr(other.sde):
+    if model.sde != other.sde:
         raise ValueError(
             f"`{name}` is on {other.sde!r} and the model on {model.sde!r}; ss.denoisers.Rescheduled({name}, "
             f"model.sde) puts it on the same process."
@@ -309,7 +333,7 @@ def _changed(module: nn.Module | None, change: Callable[[AbstractDenoiser], Abst
         parts = {name: _changed(part, change) for name, part in module._modules.items()}
         if any(parts[name] is not part for name, part in module._modules.items()):
             module = copy.copy(module)
-            module._modules = parts
+            vars(module)["_modules"] = parts
     return module
 
 
@@ -322,7 +346,9 @@ def select(value: Any, index: Tensor) -> Any:
         index: Numbers of the samples, an integer tensor (b,).
     """
     if isinstance(value, Tensor):
-        return value[index.to(value.device, non_blocking=True)] if value.ndim and len(value) > 1 else value
+        if value.ndim == 0 or len(value) == 1:
+            return value
+        return value[index.to(value.device, non_blocking=value.device.type != "cpu")]
     if hasattr(value, "rows"):
         return value.rows(index)
     if callable(value):
@@ -338,10 +364,17 @@ class _OfSamples:
     def __init__(self, function: Callable[[Any], Any], index: Tensor) -> None:
         self.function, self.index = function, index
 
-    def __call__(self, t: Any) -> Any:
-        value = self.function(t)
-        elementwise = isinstance(t, Tensor) and t.ndim and isinstance(value, Tensor) and value.shape == t.shape
-        return value if elementwise else select(value, self.index)
+    def rows(self, index: Tensor) -> _OfSamples:
+        return _OfSamples(self.function, self.index[index.to(self.index.device)])
+
+    def __call__(self, t: float | Tensor) -> Any:
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            return select(self.function(t), self.index)
+        first = self.function(t[:1])
+        if not isinstance(first, Tensor) or first.ndim == 0 or len(first) == 1:
+            return self.function(t)  # elementwise in t
+        rows = [select(self.function(s), i) for s, i in zip(t.split(1), self.index.split(1), strict=True)]
+        return torch.cat(rows)
 
 
 class Wrapped(AbstractDenoiser):
@@ -359,6 +392,13 @@ class Wrapped(AbstractDenoiser):
     def kind(self) -> Kind:
         return self.model.kind
 
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        return self.model.conditions
+
+    def extra_repr(self) -> str:
+        return ""
+
 
 class Given(Wrapped):
     """A denoiser with fixed conditions; made by :meth:`AbstractDenoiser.given`.
@@ -370,9 +410,16 @@ class Given(Wrapped):
 
     per_sample = ("cond",)
 
-    def __init__(self, model: AbstractDenoiser, **cond: Condition) -> None:
+    def __init__(self, model: AbstractDenoiser, /, **cond: Condition) -> None:
         super().__init__(model)
         self.cond = cond
+
+    @property
+    def conditions(self) -> dict[str, Condition]:
+        return {**self.model.conditions, **self.cond}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={short(value)}" for name, value in self.cond.items())
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.model.x0(x, t, **{**self.cond, **cond})
@@ -390,6 +437,9 @@ class _Counted(Wrapped):
     def __init__(self, model: AbstractDenoiser, counter: Counter) -> None:
         super().__init__(model)
         self.counter = counter
+
+    def __repr__(self) -> str:
+        return repr(self.model)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, undefined_prediction
-from scoresde.denoisers.predictions import Want, as_form
+from scoresde.denoisers.predictions import Coefficient, Want, as_form
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
+
+Numbers = float | Tensor | Sequence["Numbers"]  # a number, a tensor, or nested lists of numbers
 
 _CHUNK = 1 << 18  # largest number of entries of a temporary tensor of differences
 
@@ -52,6 +54,10 @@ class _Exact(AbstractDenoiser):
     def extra_repr(self) -> str:
         return f"{len(self._points)} {self._parts}, event={self.event}, sde={self.sde}"
 
+    @property
+    def kind(self) -> Kind:
+        return Kind("x0", self.sde, exact=True)
+
     def log_prob(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Log-density of the marginal at time `t` in nats, (B, *event) to (B,)."""
         raise NotImplementedError
@@ -62,16 +68,19 @@ class _Exact(AbstractDenoiser):
             raise ValueError(f"`x` must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}.")
         return x.flatten(1).to(self._points.dtype)
 
-    def _scales(self, t: float | Tensor, rows: int) -> tuple[Any, Any]:
-        """α and σ as numbers or tensors, () or (B, 1)."""
+    def _time(self, t: float | Tensor, rows: int) -> float | Tensor:
+        """Time as a number or as a tensor, () or (B,), of the dtype in which the denoiser computes."""
         if not isinstance(t, Tensor):
-            return self.sde.alpha(t), self.sde.sigma(t)
-        s = check.time(t, self.sde.T).to(self._points)
+            return t
+        s = check.real("t", t).to(self._points)
         if s.ndim == 1:
             check.expand(s, self._points.new_empty(rows, 1))
-            s = s[:, None]
-            return self.sde._alpha(s), self.sde._sigma(s)
-        return self.sde._alpha(s), self.sde._sigma(s)
+        return s
+
+    def _scales(self, t: float | Tensor, rows: int) -> tuple[Coefficient, Coefficient]:
+        """α and σ as numbers or tensors, () or (B, 1)."""
+        s = self._time(t, rows)
+        return _column(self.sde.alpha(s)), _column(self.sde.sigma(s))
 
 
 class GaussianMixture(_Exact):
@@ -104,19 +113,19 @@ class GaussianMixture(_Exact):
     _parts = "components"
 
     _weights: Tensor
-    _iso: Tensor
-    _spread: Tensor
-    _basis: Tensor | None
+    isotropic: Tensor
+    spectrum: Tensor
+    axes: Tensor | None
 
     def __init__(
         self,
         sde: SDE,
-        means: Tensor | Sequence[Any],
+        means: Numbers,
         *,
         weights: Tensor | Sequence[float] | None = None,
-        std: float | Tensor | Sequence[Any] | None = None,
-        cov: Tensor | Sequence[Any] | None = None,
-        factor: Tensor | Sequence[Any] | None = None,
+        std: Numbers | None = None,
+        cov: Numbers | None = None,
+        factor: Numbers | None = None,
     ) -> None:
         super().__init__(sde)
         mu = _float64("means", means)
@@ -135,9 +144,9 @@ class GaussianMixture(_Exact):
         iso, variances, basis = _eigen(K, D, self.event, std, cov, factor)
         self.register_buffer("_points", mu)
         self.register_buffer("_weights", (w / w.sum()).log())
-        self.register_buffer("_iso", iso)
-        self.register_buffer("_spread", variances)
-        self.register_buffer("_basis", basis)
+        self.register_buffer("isotropic", iso)
+        self.register_buffer("spectrum", variances)
+        self.register_buffer("axes", basis)
 
     @property
     def means(self) -> Tensor:
@@ -156,18 +165,18 @@ class GaussianMixture(_Exact):
         copy.event = self.event
         for name, buffer in self.named_buffers():
             copy.register_buffer(name, buffer)
-        if self._basis is None:
-            copy.register_buffer("_basis", None)
+        if self.axes is None:
+            copy.register_buffer("axes", None)
         return copy
 
     def component_covariances(self) -> Tensor:
         """Covariances C_k, (K, D, D)."""
         K, D = self._points.shape
         eye = torch.eye(D).to(self._points)
-        iso = self._iso[:, None, None] * eye
-        if self._basis is None:
-            return iso + torch.diag_embed(self._spread)
-        return iso + (self._basis * self._spread[:, None]) @ self._basis.mT
+        iso = self.isotropic[:, None, None] * eye
+        if self.axes is None:
+            return iso + torch.diag_embed(self.spectrum)
+        return iso + (self.axes * self.spectrum[:, None]) @ self.axes.mT
 
     def mean(self) -> Tensor:
         """Mean of the data, of shape event."""
@@ -204,9 +213,9 @@ class GaussianMixture(_Exact):
         like: dict[str, Any] = {"dtype": self._points.dtype, "device": self._points.device}
         u = noise.uniform((n, 1), 0, dtype=torch.float64, device=self._points.device)
         k = torch.searchsorted(self.weights.cumsum(0)[:-1].contiguous(), u[:, 0].to(self._points.dtype))
-        x = self._points[k] + self._iso[k, None].sqrt() * noise.normal((n, D), 1, **like)
-        z = self._spread[k].sqrt() * noise.normal((n, self._spread.shape[1]), 2, **like)
-        x = x + (z if self._basis is None else _per_component(z, self._basis.mT, k))
+        x = self._points[k] + self.isotropic[k, None].sqrt() * noise.normal((n, D), 1, **like)
+        z = self.spectrum[k].sqrt() * noise.normal((n, self.spectrum.shape[1]), 2, **like)
+        x = x + (z if self.axes is None else _per_component(z, self.axes.mT, k))
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         x = alpha * x + sigma * noise.normal((n, D), 3, **like)
         return x.reshape(n, *self.event).to(dtype)
@@ -216,7 +225,7 @@ class GaussianMixture(_Exact):
 
     def score(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Score, :math:`\nabla_x\log p_t(x)`, also at t = 0 if the data has a density."""
-        return self._blend(x, t, 0.0, -1.0)
+        return self._blend(x, *self._scales(t, len(check.state("x", x))), 0.0, -1.0)
 
     def flow(self, x: Tensor, s: float, t: float) -> Tensor:
         r"""Exact probability flow of a mixture with one component, from time s to t.
@@ -235,16 +244,16 @@ class GaussianMixture(_Exact):
                 f"probability-flow ODE on a fine grid instead."
             )
         (a, b), (c, d) = ((self.sde.alpha(r), self.sde.sigma(r)) for r in (s, t))
-        iso, total = self._iso, self._iso + self._spread[0]
+        iso, total = self.isotropic, self.isotropic + self.spectrum[0]
         centred = self._rows(x) - a * self._points
         side = ((c**2 * iso + d**2) / (a**2 * iso + b**2)).sqrt()
         along = ((c**2 * total + d**2) / (a**2 * total + b**2)).sqrt()
-        if self._basis is None:
+        if self.axes is None:
             moved = centred * along
         else:
-            y = centred @ self._basis[0]
-            rest = 0.0 if self._full else side * (centred - y @ self._basis[0].mT)
-            moved = rest + (along * y) @ self._basis[0].mT
+            y = centred @ self.axes[0]
+            rest = 0.0 if self._full else side * (centred - y @ self.axes[0].mT)
+            moved = rest + (along * y) @ self.axes[0].mT
         return (c * self._points + moved).reshape(x.shape).to(x.dtype)
 
     def _log_joint(self, x: Tensor, t: float | Tensor) -> Tensor:
@@ -253,9 +262,9 @@ class GaussianMixture(_Exact):
     @property
     def _full(self) -> bool:
         """Whether the eigenvectors span the whole space."""
-        return self._basis is None or self._basis.shape[1] == self._basis.shape[2]
+        return self.axes is None or self.axes.shape[1] == self.axes.shape[2]
 
-    def _differences(self, x: Tensor, alpha: Any) -> Iterator[tuple[slice, Tensor]]:
+    def _differences(self, x: Tensor, alpha: Coefficient) -> Iterator[tuple[slice, Tensor]]:
         """Differences x − αμ_k, (k, B, D), in chunks of components.
 
         Differences of squares or products would lose the directions of small variance to rounding.
@@ -265,23 +274,23 @@ class GaussianMixture(_Exact):
             part = slice(k, k + step)
             yield part, x - alpha * self._points[part, None]
 
-    def _variances(self, part: slice, alpha: Any, sigma: Any) -> tuple[Tensor, Tensor]:
+    def _variances(self, part: slice, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, Tensor]:
         """Variance of x orthogonal to the axes, (k, ·, 1), and along them, (k, ·, r); the dot is 1 or B."""
         floor = torch.finfo(self._points.dtype).tiny ** 0.75  # a square divided by this number is still finite
-        iso = self._iso[part, None, None]
+        iso = self.isotropic[part, None, None]
         side = (alpha**2 * iso + sigma**2).clamp_min(floor)
-        along = (alpha**2 * (iso + self._spread[part, None]) + sigma**2).clamp_min(floor)
+        along = (alpha**2 * (iso + self.spectrum[part, None]) + sigma**2).clamp_min(floor)
         return side, along
 
-    def _joint(self, x: Tensor, alpha: Any, sigma: Any) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+    def _joint(self, x: Tensor, alpha: Coefficient, sigma: Coefficient) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
         """Log of w_k N(x; αμ_k, α²C_k + σ²I), (B, K), and the coordinates U_kᵀ(x − αμ_k), (k, B, r), in chunks."""
         D = x.shape[1]
         logs, coordinates = [], []
         for part, d in self._differences(x, alpha):
             side, along = self._variances(part, alpha, sigma)
             y, rest = d, None
-            if self._basis is not None:
-                axes = self._basis[part]
+            if self.axes is not None:
+                axes = self.axes[part]
                 y = d @ axes
                 if not self._full:
                     rest = torch.baddbmm(d, y, axes.mT, alpha=-1) if y.shape[2] else d
@@ -295,12 +304,8 @@ class GaussianMixture(_Exact):
             logs.append(self._weights[part, None] - 0.5 * (energy + D * math.log(2 * math.pi)))
         return torch.cat(logs).mT, coordinates
 
-    @property
-    def kind(self) -> Kind:
-        return Kind("x0", self.sde, exact=True)
-
     def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        s: Any = check.time(t, self.sde.T).to(self._points) if isinstance(t, Tensor) else t
+        s = self._time(t, len(check.state("x", x)))
         alpha, sigma = self.sde.alpha(s), self.sde.sigma(s)
         try:
             form = as_form(want, self.sde, s, alpha, sigma)
@@ -309,13 +314,11 @@ class GaussianMixture(_Exact):
             raise undefined_prediction(t, alpha, sigma) from None
         if not isinstance(t, Tensor) and not math.isfinite(a + b):
             raise undefined_prediction(t, alpha, sigma)
-        return self._blend(x, t, a, b)
+        return self._blend(x, *map(_column, (alpha, sigma, a, b)))
 
-    def _blend(self, x: Tensor, t: float | Tensor, a: Any, b: Any) -> Tensor:
-        """Sum a E[x_0 | x] + b E[ε | x] / σ = a E[x_0 | x] − b score; a and b are numbers or tensors (B,)."""
+    def _blend(self, x: Tensor, alpha: Coefficient, sigma: Coefficient, a: Coefficient, b: Coefficient) -> Tensor:
+        """Sum a E[x_0 | x] + b E[ε | x] / σ = a E[x_0 | x] − b score; coefficients are numbers, () or (B, 1)."""
         rows = self._rows(x)
-        alpha, sigma = self._scales(t, len(x))
-        a, b = (c[:, None] if isinstance(c, Tensor) and c.ndim else c for c in (a, b))
         joint, coordinates = self._joint(rows, alpha, sigma)
         r = joint.softmax(1)
 
@@ -323,15 +326,15 @@ class GaussianMixture(_Exact):
         # eigenvalues of M_k orthogonal to the axes and along them.
         def gains(part: slice) -> tuple[Tensor, Tensor]:
             side, along = self._variances(part, alpha, sigma)
-            iso = self._iso[part, None, None]
-            return (a * alpha * iso + b) / side, (a * alpha * (iso + self._spread[part, None]) + b) / along
+            iso = self.isotropic[part, None, None]
+            return (a * alpha * iso + b) / side, (a * alpha * (iso + self.spectrum[part, None]) + b) / along
 
         out: Tensor = a * (r @ self._points)
         of_data = isinstance(b, float) and b == 0
-        if self._basis is None or not (self._full or of_data):
+        if self.axes is None or not (self._full or of_data):
             for part, d in self._differences(rows, alpha):
                 m_side, m_along = gains(part)
-                d = d * (m_along if self._basis is None else m_side)
+                d = d * (m_along if self.axes is None else m_side)
                 # One component needs one kernel only.
                 weight = r.mT[part, :, None]
                 out = out.addcmul_(weight[0], d[0]) if len(d) == 1 else out.add_((weight * d).sum(0))
@@ -340,10 +343,10 @@ class GaussianMixture(_Exact):
             weight = r * gains(slice(None))[0][..., 0].mT
             out = out + weight.sum(1, keepdim=True) * rows - alpha * (weight @ self._points)
         for part, y in coordinates:
-            assert self._basis is not None
+            assert self.axes is not None
             m_side, m_along = gains(part)
             z = r.mT[part, :, None] * (m_along if self._full else m_along - m_side) * y
-            axes = self._basis[part].mT.reshape(-1, rows.shape[1])
+            axes = self.axes[part].mT.reshape(-1, rows.shape[1])
             out = torch.addmm(out, z.transpose(0, 1).reshape(len(x), -1), axes)
         return out.reshape(x.shape).to(x.dtype)
 
@@ -365,7 +368,7 @@ class Empirical(_Exact):
 
     _parts = "points"
 
-    def __init__(self, sde: SDE, data: Tensor | Sequence[Any]) -> None:
+    def __init__(self, sde: SDE, data: Numbers) -> None:
         super().__init__(sde)
         points = _float64("data", data)
         if points.ndim < 2 or points.numel() == 0:
@@ -422,11 +425,16 @@ class Empirical(_Exact):
         r = self.responsibilities(check.state("x", x).to(self._points.dtype), t)
         return (r @ self._points).reshape(x.shape).to(x.dtype)
 
-    def _distances(self, rows: Tensor, alpha: Any) -> Tensor:
+    def _distances(self, rows: Tensor, alpha: Coefficient) -> Tensor:
         return squared_distances(rows, self._points, alpha[:, 0] if isinstance(alpha, Tensor) and alpha.ndim else alpha)
 
 
-def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
+def _column(c: Coefficient) -> Coefficient:
+    """The coefficient with an axis for the entries of a state, (B, 1); numbers and scalar tensors as they are."""
+    return c[:, None] if isinstance(c, Tensor) and c.ndim else c
+
+
+def _float64(name: str, value: Numbers) -> Tensor:
     if isinstance(value, Tensor) and (value.is_complex() or value.dtype == torch.bool):
         raise TypeError(f"`{name}` must be real numbers, got {str(value.dtype)[6:]}.")
     # Directly to float64: torch's default dtype would round the numbers of a list to float32.
@@ -437,7 +445,7 @@ def _float64(name: str, value: Tensor | Sequence[Any]) -> Tensor:
 
 
 def _eigen(
-    K: int, D: int, event: tuple[int, ...], std: Any, cov: Any, factor: Any
+    K: int, D: int, event: tuple[int, ...], std: Numbers | None, cov: Numbers | None, factor: Numbers | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Covariances of every kind as s² (K,), l (K, r) and U (K, D, r); U = None is the identity."""
     zeros = torch.zeros(K, dtype=torch.float64)

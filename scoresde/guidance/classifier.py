@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Wrapped
+from scoresde._printing import fields
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, expand_conditions, select
 from scoresde.denoisers.network import Denoiser
 from scoresde.guidance.scale import Scale, check_scale, scale_at
 from scoresde.processes.sde import SDE
@@ -32,7 +32,8 @@ class ClassifierGuidance(Wrapped):
 
     Arguments:
         model: Denoiser.
-        log_prob: Function ``log_prob(x, t, **cond)``, or ``log_prob(x0, **cond)`` with ``sees="x0"``, to (B,).
+        log_prob: Function ``log_prob(x, t, **cond)``, or ``log_prob(x0, **cond)`` with ``sees="x0"``, to (B,). If it
+            holds values of samples, it has a method ``rows(index)`` that returns the function of some samples.
         scale: Scale s, a number, (B,), or a function of t.
         sees: Input of `log_prob`, ``"x_t"`` or ``"x0"``.
         through_net: Whether the gradient with ``sees="x0"`` goes through the network. False uses ∂x0/∂x = 1/α, as if ε
@@ -43,6 +44,8 @@ class ClassifierGuidance(Wrapped):
         | Diffusion Models Beat GANs on Image Synthesis (Dhariwal and Nichol, 2021), arXiv:2105.05233
         | FreeDoM: Training-Free Energy-Guided Conditional Diffusion Model (Yu et al., 2023), arXiv:2303.09833
     """
+
+    per_sample = ("scale",)
 
     def __init__(
         self,
@@ -63,14 +66,21 @@ class ClassifierGuidance(Wrapped):
         self.through_net = through_net
         self.known = tuple(known)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return fields(scale=self.scale, log_prob=self.log_prob, sees=self.sees, known=self.known or None)
+
+    def row_attributes(self, index: Tensor) -> dict[str, object]:
+        own = super().row_attributes(index)
+        return {**own, "log_prob": select(self.log_prob, index)} if hasattr(self.log_prob, "rows") else own
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         t = before_silence(self.sde, t)
         alpha, sigma = (check.expand(fn(t), x) for fn in (self.sde.alpha, self.sde.sigma))
-        gain: Any = scale_at(self.scale, t, check.state("x", x)) * sigma**2 / alpha
+        gain = scale_at(self.scale, t, check.state("x", x)) * sigma**2 / alpha
         missing = sorted(set(self.known) - set(cond))
         if missing:
             raise ValueError(f"the condition {', '.join(missing)} is missing: `known` lists it; give it by name.")
-        known = {name: cond[name] for name in self.known}
+        known = expand_conditions({name: cond[name] for name in self.known}, len(x))
         rest = {name: tree for name, tree in cond.items() if name not in self.known}
         if self.sees == "x_t":
             slope = gradient(lambda leaf: self._values(leaf, self.log_prob(leaf, t, **known)), x, self)
@@ -92,7 +102,7 @@ class ClassifierGuidance(Wrapped):
         return values
 
 
-def before_silence(sde: SDE, t: Any) -> Any:
+def before_silence(sde: SDE, t: float | Tensor) -> float | Tensor:
     """Time `t`, limited to the times where α/σ is at least 10⁻³."""
     if sde.alpha(sde.T) >= _MIN_RATIO * sde.sigma(sde.T):
         return t
@@ -124,7 +134,7 @@ class Graph:
         cond: Conditions.
     """
 
-    def __init__(self, model: AbstractDenoiser, x: Tensor, t: Any, cond: Mapping[str, Any]) -> None:
+    def __init__(self, model: AbstractDenoiser, x: Tensor, t: float | Tensor, cond: Mapping[str, Condition]) -> None:
         self._differentiable = _recorded(x, model)
         with _enabled():
             self._leaf = x if self._differentiable and x.requires_grad else x.detach().requires_grad_()
@@ -152,7 +162,7 @@ class Graph:
 def _require_gradients(model: AbstractDenoiser) -> Iterator[None]:
     """Raise an error if a network's output has no gradient, which the term in x of the data prediction would hide."""
 
-    def check_output(net: torch.nn.Module, args: Any, out: Any) -> None:
+    def check_output(net: torch.nn.Module, args: object, out: object) -> None:
         if isinstance(out, Tensor) and not out.requires_grad:
             raise _no_gradient("the network")
 
@@ -169,7 +179,7 @@ def _recorded(x: Tensor, owner: torch.nn.Module) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in owner.parameters()))
 
 
-def _enabled() -> Any:
+def _enabled() -> torch.enable_grad:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "this guidance computes a gradient, which torch.inference_mode() forbids; use torch.no_grad() instead, or "

@@ -4,19 +4,54 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Wrapped, check_conditions, check_model, same_process
-from scoresde.guidance.rules import Rule, linear
+from scoresde._printing import fields
+from scoresde.denoisers.base import (
+    AbstractDenoiser,
+    Condition,
+    Shared,
+    Wrapped,
+    check_conditions,
+    check_model,
+    same_process,
+    select,
+)
+from scoresde.guidance.rules import Rule, linear, rule_of_rows
 from scoresde.guidance.scale import Scale, check_scale, scale_at
 
 
-class ClassifierFree(Wrapped):
+class _Difference(Wrapped):
+    """Base of guidance by a scale and a rule."""
+
+    per_sample = ("scale",)
+
+    def __init__(self, model: AbstractDenoiser, scale: Scale, interval: tuple[float, float] | None, rule: Rule) -> None:
+        super().__init__(model)
+        self.scale = check_scale(scale)
+        self.interval = _check_interval(interval)
+        self.rule = rule
+
+    def row_attributes(self, index: Tensor) -> dict[str, object]:
+        return {**super().row_attributes(index), "rule": rule_of_rows(self.rule, index)}
+
+    def scale_at(self, t: float | Tensor, x: Tensor) -> float | Tensor:
+        """Scale at time `t`, a number or (B, 1, …): 1 outside the interval."""
+        scale = scale_at(self.scale, t, check.state("x", x))
+        if self.interval is None:
+            return scale
+        low, high = self.interval
+        if not isinstance(t, Tensor):
+            return scale if low <= t <= high else 1.0
+        inside = torch.as_tensor(check.expand((low <= t) & (t <= high), x))
+        return torch.where(inside.bool(), scale, 1.0).to(x.dtype)
+
+
+class ClassifierFree(_Difference):
     r"""Classifier-free guidance: extrapolation from the unconditional to the conditional prediction.
 
     .. math:: D = D(x, \varnothing) + s\,(D(x, c) - D(x, \varnothing)), \qquad
@@ -28,11 +63,11 @@ class ClassifierFree(Wrapped):
     make the flow stiff; a solver of order 2 on the data prediction, such as ``ss.DPMSolverPP(2)``, is then best.
 
     Arguments:
-        model: Conditional denoiser.
+        model: Conditional denoiser; its conditions may be fixed already, as in ``model.given(label=y)``.
         scale: Scale s, a number, (B,), or a function of t that returns either.
         null: Null conditions by name, as in training. Each is a tree like the condition, and its leaves broadcast to
-            one row; without `one_forward` any other value, such as None, is allowed. Conditions without a null value
-            are the same in both evaluations.
+            one row or have one row for each sample; without `one_forward` any other value, such as None, is allowed.
+            Conditions without a null value are the same in both evaluations.
         one_forward: Whether to evaluate the network once on a doubled batch; the result is the same up to rounding.
         interval: Times (low, high) between which guidance is on; outside, the result is the conditional prediction.
         rule: Rule, :func:`linear`, ``Rescale``, ``APG``, ``Momentum`` or ``ZeroStar``.
@@ -47,7 +82,7 @@ class ClassifierFree(Wrapped):
         >>> net = lambda x, t, label: 0.1 * label[:, None] * x
         >>> model = ss.Denoiser(net, ss.VP(), predicts="eps")
         >>> guided = ss.ClassifierFree(model, 3.0, null={"label": 0.0})
-        >>> ss.sample(guided, (4, 2), steps=5, seed=0, label=torch.ones(4)).shape
+        >>> ss.sample(guided.given(label=torch.ones(4)), (4, 2), steps=5, seed=0).shape
         torch.Size([4, 2])
     """
 
@@ -56,52 +91,69 @@ class ClassifierFree(Wrapped):
         model: AbstractDenoiser,
         scale: Scale,
         *,
-        null: Mapping[str, Any],
+        null: Mapping[str, Condition],
         one_forward: bool = False,
         interval: tuple[float, float] | None = None,
         rule: Rule = linear,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, scale, interval, rule)
         if not isinstance(null, Mapping) or not null:
             raise TypeError(f"`null` must be a dictionary of null conditions, such as {{'label': 10}}, got {null!r}.")
-        self.scale = check_scale(scale)
         self.null = dict(null)
         self.one_forward = one_forward
-        self.interval = _check_interval(interval)
-        self.rule = rule
+        self._samples: Tensor | None = None  # numbers of the rows among the samples that `null` was made for
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        rule = None if self.rule is linear else self.rule
+        return fields(scale=self.scale, null=self.null, one_forward=self.one_forward, interval=self.interval, rule=rule)
+
+    def row_attributes(self, index: Tensor) -> dict[str, object]:
+        samples = index if self._samples is None else self._samples[index.to(self._samples.device)]
+        return {**super().row_attributes(index), "_samples": samples}
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         check.state("x", x)
-        check_conditions(cond, len(x))
-        missing = sorted(set(self.null) - set(cond))
-        near = {name: difflib.get_close_matches(name, cond, n=1) for name in missing}
-        if any(near.values()):
-            name, (meant, *_) = next((name, matches) for name, matches in near.items() if matches)
-            raise ValueError(
-                f"`null` names {name}, which is not among the conditions given, {', '.join(sorted(cond))}; did you "
-                f"mean null={{{meant!r}: ...}}?"
-            )
-        if missing:
-            raise ValueError(
-                f"the condition {', '.join(missing)} is missing: guidance needs the condition and its null value; give "
-                f"the condition by name, as in ss.sample(model, shape, {missing[0]}=...)."
-            )
-        scale = _inside(self.interval, t, scale_at(self.scale, t, x), x)
+        known = {**self.model.conditions, **cond}
+        check_conditions(known, len(x))
+        self._check_names(known)
+        scale = self.scale_at(t, x)
         if _is(scale, 1):
             return self.model.x0(x, t, **cond)
-        null = {name: _null_of(name, tree, self.null[name], len(x)) for name, tree in cond.items() if name in self.null}
+        null = {name: _null_of(name, known[name], value, len(x), self._samples) for name, value in self.null.items()}
         if _is(scale, 0) and self.rule is linear:
             return self.model.x0(x, t, **{**cond, **null})
         if self.one_forward:
-            stacked = {name: _stack(name, tree, null.get(name, tree), len(x)) for name, tree in cond.items()}
-            tt = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-            strong, weak = self.model.x0(torch.cat([x, x]), tt, **stacked).chunk(2)
+            strong, weak = self._doubled(x, t, {name: known[name] for name in {**cond, **null}}, null)
         else:
             strong, weak = self.model.x0(x, t, **cond), self.model.x0(x, t, **{**cond, **null})
         return self.rule(self.model, x, t, strong, weak, scale)
 
+    def _doubled(
+        self, x: Tensor, t: float | Tensor, cond: dict[str, Condition], null: dict[str, Condition]
+    ) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prediction from one evaluation of a doubled batch."""
+        stacked = {name: _stack(name, value, null.get(name, value), len(x)) for name, value in cond.items()}
+        twice = torch.arange(len(x), device=x.device).repeat(2)
+        times = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
+        out = self.model.rows(twice).x0(torch.cat([x, x]), times, **stacked)
+        return out[: len(x)], out[len(x) :]
 
-class AutoGuidance(Wrapped):
+    def _check_names(self, cond: Mapping[str, Condition]) -> None:
+        missing = sorted(set(self.null) - set(cond))
+        for name in missing:
+            for meant in difflib.get_close_matches(name, cond, n=1):
+                raise ValueError(
+                    f"`null` names {name}, which is not among the conditions given, {', '.join(sorted(cond))}; did you "
+                    f"mean null={{{meant!r}: ...}}?"
+                )
+        if missing:
+            raise ValueError(
+                f"the condition {', '.join(missing)} is missing: guidance needs the condition and its null value; give "
+                f"the condition by name, as in guided.given({missing[0]}=...)."
+            )
+
+
+class AutoGuidance(_Difference):
     r"""Guidance by a weaker version of the model: smaller, less trained, or otherwise degraded.
 
     .. math:: D = D_{weak} + s\,(D - D_{weak})
@@ -126,15 +178,15 @@ class AutoGuidance(Wrapped):
         interval: tuple[float, float] | None = None,
         rule: Rule = linear,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, scale, interval, rule)
         self.weak = check_model(weak, "weak")
         same_process(model, weak, "weak")
-        self.scale = check_scale(scale)
-        self.interval = _check_interval(interval)
-        self.rule = rule
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
-        scale = _inside(self.interval, t, scale_at(self.scale, t, check.state("x", x)), x)
+    def extra_repr(self) -> str:
+        return fields(scale=self.scale, interval=self.interval, rule=None if self.rule is linear else self.rule)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        scale = self.scale_at(t, x)
         if _is(scale, 1):
             return self.model.x0(x, t, **cond)
         return self.rule(self.model, x, t, self.model.x0(x, t, **cond), self.weak.x0(x, t, **cond), scale)
@@ -166,7 +218,13 @@ class Compose(Wrapped):
         self.experts = torch.nn.ModuleList(experts)
         self.weights = [check_scale(w, f"weights[{i}]") for i, w in enumerate(weights)]
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return fields(weights=self.weights)
+
+    def row_attributes(self, index: Tensor) -> dict[str, object]:
+        return {**super().row_attributes(index), "weights": [select(w, index) for w in self.weights]}
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         base = self.model.x0(x, t, **cond)
         out = base
         for i, (expert, weight) in enumerate(zip(self.experts, self.weights, strict=True)):
@@ -175,7 +233,7 @@ class Compose(Wrapped):
         return out
 
 
-def _check_interval(interval: Any) -> tuple[float, float] | None:
+def _check_interval(interval: object) -> tuple[float, float] | None:
     if interval is None:
         return None
     if not isinstance(interval, Sequence) or len(interval) != 2:
@@ -184,28 +242,21 @@ def _check_interval(interval: Any) -> tuple[float, float] | None:
     return low, check.number("interval[1]", interval[1], above=low)
 
 
-def _inside(interval: tuple[float, float] | None, t: Any, scale: Any, x: Tensor) -> Any:
-    """Scale that is `scale` inside the interval and 1 outside."""
-    if interval is None:
-        return scale
-    low, high = interval
-    if not isinstance(t, Tensor):
-        return scale if low <= t <= high else 1.0
-    inside = torch.as_tensor(check.expand((low <= t) & (t <= high), x))
-    return torch.where(inside.bool(), scale, 1.0).to(x.dtype)
-
-
-def _is(scale: Any, value: float) -> bool:
+def _is(scale: float | Tensor, value: float) -> bool:
     return not isinstance(scale, Tensor) and scale == value
 
 
-def _null_of(name: str, cond: Any, null: Any, rows: int) -> Any:
-    """Null condition with the shape of the condition."""
+def _null_of(name: str, cond: Condition, null: Condition, rows: int, samples: Tensor | None) -> Condition:
+    """Null condition with the shape of the condition; `samples` selects from null values of all samples."""
 
-    def leaf(c: Any, n: Any) -> Any:
+    def leaf(c: Condition, n: Condition) -> Condition:
+        if isinstance(c, Shared):
+            return n if isinstance(n, Shared) else Shared(n)
         if not isinstance(c, Tensor) or c.ndim == 0 or not isinstance(n, Tensor | float | int):
             return n
         value = torch.as_tensor(n, dtype=c.dtype, device=c.device)
+        if samples is not None and value.ndim == c.ndim:
+            value = select(value, samples)
         try:
             return value.expand(rows, *c.shape[1:])
         except RuntimeError:
@@ -226,13 +277,15 @@ def _null_of(name: str, cond: Any, null: Any, rows: int) -> Any:
         raise ValueError(f"`null` of `{name}` must be a tree like the condition: {error}") from None
 
 
-def _stack(name: str, cond: Any, null: Any, rows: int) -> Any:
+def _stack(name: str, cond: Condition, null: Condition, rows: int) -> Condition:
     """Concatenation of the condition and the null condition along the batch."""
 
-    def leaf(c: Any, n: Any) -> Any:
+    def leaf(c: Condition, n: Condition) -> Condition:
         if isinstance(c, Tensor) and c.ndim > 0 and isinstance(n, Tensor):
             return torch.cat([c.expand(rows, *c.shape[1:]), n.expand(rows, *n.shape[1:])])
-        if c is n or (not isinstance(c, Tensor) and not isinstance(n, Tensor) and c == n):
+        if c is n or (isinstance(c, Shared) and isinstance(n, Shared) and c.value is n.value):
+            return c
+        if not isinstance(c, Tensor | Shared) and not isinstance(n, Tensor | Shared) and c == n:
             return c
         raise ValueError(
             f"`one_forward` needs a tensor with one row for each sample as condition and as null value; `{name}` has "

@@ -1,25 +1,51 @@
-"""Rules that combine a strong and a weak data prediction D_s and D_w into a guided one."""
+"""Rules that combine a strong and a weak data prediction D_s and D_w into a guided one.
+
+A rule is one function of the denoiser, the state, its time, both predictions and the scale. A rule that holds values of
+samples, such as a running sum, also has a method ``rows(index)`` that returns the rule of some samples.
+
+    >>> import torch, scoresde as ss
+    >>> def limited(model, x, t, strong, weak, scale):
+    ...     return strong + ((scale - 1) * (strong - weak)).clamp(-1, 1)
+    >>> net = lambda x, t, label: label[:, None] * x
+    >>> model = ss.Denoiser(net, ss.VP(), predicts="x0").given(label=torch.tensor([5.0, 0.2]))
+    >>> ss.ClassifierFree(model, 3.0, null={"label": 0.0}, rule=limited).x0(torch.ones(2, 1), 0.5)
+    tensor([[6.0000],
+            [0.6000]])
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde._printing import short
+from scoresde.denoisers.base import AbstractDenoiser, select
 from scoresde.denoisers.predictions import PREDICTIONS
 from scoresde.grids.grid import check_grid
 from scoresde.processes.sde import SDE
 
-Rule = Callable[[AbstractDenoiser, Tensor, Any, Tensor, Tensor, Any], Tensor]
+Value = float | Tensor  # a time or a scale: a number, (), or one entry for each sample
+
+Rule = Callable[[AbstractDenoiser, Tensor, Value, Tensor, Tensor, Value], Tensor]
 
 
-def linear(model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+def rule_of_rows(rule: Rule, index: Tensor) -> Rule:
+    """The rule of some samples: ``rule.rows(index)`` where this method exists, otherwise `rule` itself.
+
+    Arguments:
+        rule: Rule of all samples.
+        index: Numbers of the samples, an integer tensor (b,).
+    """
+    rows: Callable[[Tensor], Rule] | None = getattr(rule, "rows", None)
+    return rule if rows is None else rows(index)
+
+
+def linear(model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value) -> Tensor:
     r"""Plain guidance, :math:`D = D_w + s\,(D_s - D_w)`; bitwise equal to D_w at s = 0 and to D_s at s = 1.
 
     Arguments:
@@ -55,7 +81,9 @@ class Rescale:
         check.number("phi", self.phi, at_least=0, at_most=1)
         check.choice("of", self.of, PREDICTIONS)
 
-    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+    def __call__(
+        self, model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value
+    ) -> Tensor:
         guided = model.convert("x0", torch.lerp(weak, strong, scale), self.of, x, t)
         target = model.convert("x0", strong, self.of, x, t)
         ratio = _rows_std(target) / _rows_std(guided).clamp_min(torch.finfo(x.dtype).tiny)
@@ -89,7 +117,9 @@ class APG:
         if self.norm != math.inf:
             check.number("norm", self.norm, above=0)
 
-    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+    def __call__(
+        self, model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value
+    ) -> Tensor:
         tiny = torch.finfo(x.dtype).tiny
         delta = strong - weak
         if self.norm < math.inf:
@@ -126,9 +156,22 @@ class Momentum:
         self._last: tuple[float, Tensor] | None = None
 
     def __repr__(self) -> str:
-        return f"Momentum({self.rule!r}, {self.beta:g})"
+        return f"Momentum({short(self.rule)}, {self.beta:g})"
 
-    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+    def rows(self, index: Tensor) -> Momentum:
+        """This rule with the running sums of some samples.
+
+        Arguments:
+            index: Numbers of the samples, an integer tensor (b,).
+        """
+        twin = Momentum(rule_of_rows(self.rule, index), self.beta)
+        if self._last is not None:
+            twin._last = self._last[0], select(self._last[1], index)
+        return twin
+
+    def __call__(
+        self, model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value
+    ) -> Tensor:
         if isinstance(t, Tensor) and t.ndim:
             raise TypeError("`t` must be one time for all samples, because Momentum sums over successive times.")
         if strong.requires_grad:
@@ -164,7 +207,9 @@ class ZeroStar:
         if self.zero_above is not None:
             check.number("zero_above", self.zero_above, at_least=0)
 
-    def __call__(self, model: AbstractDenoiser, x: Tensor, t: Any, strong: Tensor, weak: Tensor, scale: Any) -> Tensor:
+    def __call__(
+        self, model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value
+    ) -> Tensor:
         v_s, v_w = (model.convert("x0", d, "velocity", x, t) for d in (strong, weak))
         gamma = _rows_dot(v_s, v_w) / _rows_dot(v_w, v_w).clamp_min(torch.finfo(x.dtype).tiny)
         v = torch.lerp(gamma * v_w, v_s, scale)
@@ -173,7 +218,7 @@ class ZeroStar:
         return model.convert("velocity", v, "x0", x, t)
 
 
-def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Any], Any]:
+def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Value], Value]:
     r"""Scale, as a function of t, for which :class:`ClassifierFree` with DDIM on this grid is CFG++.
 
     CFG++ denoises with guidance and renoises with the unconditional ε:
@@ -201,7 +246,7 @@ def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callabl
     starts = times[:-1].flip(0).contiguous()
     by_start = scales.flip(0)
 
-    def of_t(t: Any) -> Any:
+    def of_t(t: Value) -> Value:
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu") * (1 - 1e-9)
         leg = torch.searchsorted(starts, at).clamp_max(len(starts) - 1)
         return by_start[leg].to(t.device) if isinstance(t, Tensor) else float(by_start[leg])

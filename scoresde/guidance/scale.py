@@ -1,18 +1,18 @@
-"""Base class and argument checks of guidance; a scale may depend on the sample and on time."""
+"""Scales of guidance: numbers, one number for each sample, or functions of time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from scoresde import _checks as check
 
-Scale = float | Tensor | Callable[[Any], Any]
+Scale = float | Tensor | Callable[[float | Tensor], float | Tensor]
+"""A number, a tensor (B,), or a function of time that returns either."""
 
 
-def scale_at(scale: Scale, t: Any, x: Tensor, name: str = "scale") -> Any:
+def scale_at(scale: Scale, t: float | Tensor, x: Tensor, name: str = "scale") -> float | Tensor:
     """Value of a scale at time `t`: a number, or a tensor that broadcasts to the state."""
     value = scale(t) if callable(scale) else scale
     if not isinstance(value, Tensor):
@@ -22,8 +22,9 @@ def scale_at(scale: Scale, t: Any, x: Tensor, name: str = "scale") -> Any:
     return check.expand(value, x, name)
 
 
-def check_scale(scale: Any, name: str = "scale") -> Scale:
+def check_scale(scale: object, name: str = "scale") -> Scale:
     """Return `scale`; raise an error unless it is a number, a tensor or a function of t."""
-    if not isinstance(scale, Tensor) and not callable(scale):
-        check.number(name, scale)
-    return scale  # type: ignore[no-any-return]
+    if isinstance(scale, Tensor) or callable(scale):
+        return scale
+    check.number(name, scale)
+    return scale  # type: ignore[return-value]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Wrapped
+from scoresde._printing import fields
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 
 
 class Clamp(Wrapped):
@@ -26,7 +26,10 @@ class Clamp(Wrapped):
         self.low = check.number("low", low)
         self.high = check.number("high", high, above=self.low)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return fields(low=self.low, high=self.high)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.model.x0(x, t, **cond).clamp(self.low, self.high)
 
 
@@ -52,7 +55,10 @@ class DynamicThreshold(Wrapped):
         self.quantile = check.number("quantile", quantile, above=0, at_most=1)
         self.limit = check.number("limit", limit, above=0)
 
-    def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+    def extra_repr(self) -> str:
+        return fields(quantile=self.quantile, limit=self.limit)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         x0 = self.model.x0(x, t, **cond)
         flat = x0.flatten(1)
         rank = self.quantile * (flat.shape[1] - 1)

@@ -1,8 +1,17 @@
 """Checkpoints: files that are written atomically, have a checksum, and contain no code.
 
-A checkpoint is one safetensors file with the tensors of the state. Its metadata contains all other values (numbers,
-strings, nesting) as JSON, and a SHA-256 checksum of the whole state. A file is written under a temporary name, flushed
-to the disk and then renamed, so that a file under its final name is complete. Nothing is unpickled.
+**The format.** A checkpoint is one safetensors file, ``step-000012000.safetensors``:
+
+* Its tensors are the tensors of the state. A tensor's name is its position in the state, with dots, as in
+  ``loss.model.net.weight`` or ``ema.weights.net.weight``, so that any reader of safetensors finds the weights.
+* Its metadata are three strings: ``format`` is ``"scoresde checkpoint 1"``; ``tree`` is JSON with all other values
+  (numbers, strings, nesting), in which ``{"__tensor__": name}`` stands for a tensor, ``{"__tuple__": [...]}`` for a
+  tuple and ``{"__pairs__": [[key, value], ...]}`` for a dictionary with integer keys; ``sha256`` is a checksum of the
+  tree and of all tensors.
+
+The state of a run is :meth:`Trainer.state_dict`: ``run``, ``step``, ``skipped``, ``loss``, ``ema``, ``optimiser``,
+``scaler`` and ``rng``. A file is written under a temporary name, flushed to the disk and then renamed, so that a file
+under its final name is complete. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,12 +24,17 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.training.hooks import Hook, Record
+from scoresde.training.sharding import State
+
+if TYPE_CHECKING:
+    from scoresde.training.trainer import Trainer
 
 FORMAT = "scoresde checkpoint 1"
 
@@ -31,7 +45,7 @@ class CheckpointError(RuntimeError):
     """The file is missing, damaged or not a checkpoint of this library; the message contains the fix."""
 
 
-def save(path: str | os.PathLike[str], state: Any) -> None:
+def save(path: str | os.PathLike[str], state: object) -> None:
     """Write a state atomically: at any moment `path` is the old file or the complete new file.
 
     Arguments:
@@ -99,20 +113,32 @@ def load(path: str | os.PathLike[str]) -> Any:
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """The newest checkpoints of a run, in one folder.
+class Checkpoints(Hook):
+    """The newest checkpoints of a run, in one folder; a hook that writes them at intervals and at the end of `fit`.
 
     Arguments:
         folder: Folder of the files; `save` creates it.
+        every: Number of steps between checkpoints.
         keep: Number of checkpoints to keep.
     """
 
+    every_process: ClassVar[bool] = True
+
     folder: Path
+    every: int = 1000
     keep: int = 3
 
     def __post_init__(self) -> None:
+        check.integer("every", self.every, at_least=1)
         check.integer("keep", self.keep, at_least=1)
         object.__setattr__(self, "folder", Path(self.folder))
+
+    def __repr__(self) -> str:
+        return f"Checkpoints({str(self.folder)!r}, every={self.every}, keep={self.keep})"
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        if record.step % self.every == 0 or record.step == record.steps:
+            trainer.save()
 
     def path(self, step: int) -> Path:
         """Path of the file of a step."""
@@ -123,17 +149,17 @@ class Checkpoints:
         names = (re.fullmatch(r"step-(\d+)\.safetensors", file.name) for file in self.folder.glob("step-*.safetensors"))
         return sorted(int(match[1]) for match in names if match)
 
-    def save(self, step: int, state: Any) -> Path:
+    def save(self, step: int, state: object) -> Path:
         """Write the state of a step, and delete all but the newest `keep` of the files up to this step."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save(self.path(step), state)
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
-        for torn in self.folder.glob(".step-*.tmp"):  # left by processes that were killed during a write
+        for torn in self.folder.glob(".step-*.tmp"):  # of processes that were killed during a write
             torn.unlink(missing_ok=True)
         return self.path(step)
 
-    def latest(self) -> tuple[int, Any] | None:
+    def latest(self) -> tuple[int, State] | None:
         """Return the newest intact step and its state, or None; a damaged file gives a warning."""
         for step in reversed(self.steps()):
             try:
@@ -143,7 +169,7 @@ class Checkpoints:
         return None
 
 
-def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: object, name: str, tensors: dict[str, Tensor]) -> object:
     """Convert a state to JSON values; store its tensors in `tensors`, named by their position in the state."""
     if isinstance(value, Tensor):
         name = name or "tensor"
@@ -167,7 +193,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(tree: object, tensors: Mapping[str, Tensor]) -> object:
     if isinstance(tree, list):
         return [_unpack(item, tensors) for item in tree]
     if not isinstance(tree, dict):

@@ -8,15 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import Condition
+from scoresde.training.describe import describe
+
+
+class DataSet(Protocol):
+    """Samples with numbers, such as a torch data set with a length."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+Data = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...] | DataSet
+
+Unpack = Callable[[Any], tuple[Tensor, dict[str, Condition]]]
 
 
 def stream(seed: int, name: str, k: int) -> int:
@@ -81,7 +97,54 @@ def parts(order: DataOrder, step: int, part: int, of: int, count: int) -> Iterat
             yield rows[first : first + n]
 
 
-def batches(data: Any, rows: Iterator[Tensor], *, workers: int = 0, pin: bool = False) -> Iterator[Any]:
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """Data for the trainer, with options of loading.
+
+    Arguments:
+        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, or a data set with
+            ``len`` and integer indices.
+        unpack: Function that converts a batch to data and conditions, ``(x, {name: condition})``; needed if a batch is
+            neither a tensor nor a dictionary with ``"x"``.
+        workers: Number of processes that load from a data set; :meth:`Trainer.resume` does not replay their random
+            transforms.
+
+    Example:
+        >>> import torch
+        >>> pairs = torch.utils.data.TensorDataset(torch.zeros(8, 2), torch.arange(8))
+        >>> loader = Loader(pairs, unpack=lambda batch: (batch[0], {"label": batch[1]}))
+        >>> x, cond = next(loader.batches(iter([torch.tensor([3, 5])]), torch.device("cpu")))
+        >>> cond
+        {'label': tensor([3, 5])}
+    """
+
+    data: Data
+    unpack: Unpack | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.unpack is None or callable(self.unpack)):
+            raise TypeError(f"`unpack` must be a function of a batch, got {type(self.unpack).__name__}.")
+        check.integer("workers", self.workers)
+        size(self.data)
+
+    def __repr__(self) -> str:
+        unpack = "" if self.unpack is None else f", unpack={describe(self.unpack)}"
+        return f"Loader({type(self.data).__name__} with {size(self.data)} samples{unpack}, workers={self.workers})"
+
+    def batches(self, rows: Iterator[Tensor], device: torch.device) -> Iterator[tuple[Tensor, dict[str, Condition]]]:
+        """Yield the data and conditions of each batch on a device.
+
+        Arguments:
+            rows: Indices of each batch.
+            device: Device of the tensors.
+        """
+        unpack = self.unpack or _unpack
+        for batch in batches(self.data, rows, workers=self.workers, pin=device.type == "cuda"):
+            yield unpack(tree_map(lambda leaf: _to(leaf, device), batch))
+
+
+def batches(data: Data, rows: Iterator[Tensor], *, workers: int = 0, pin: bool = False) -> Iterator[Any]:
     """Yield batches of data.
 
     Arguments:
@@ -96,11 +159,12 @@ def batches(data: Any, rows: Iterator[Tensor], *, workers: int = 0, pin: bool = 
         return
     # Without a generator, a DataLoader draws a number from torch's global generator at each start.
     sampler: Sequence[Any] = _IndexLists(rows)  # type: ignore[assignment]
+    samples: Dataset[object] = data  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    yield from DataLoader(data, batch_sampler=sampler, num_workers=workers, pin_memory=pin, generator=generator)
+    yield from DataLoader(samples, batch_sampler=sampler, num_workers=workers, pin_memory=pin, generator=generator)
 
 
-def size(data: Any) -> int:
+def size(data: Data) -> int:
     """Return the number of samples.
 
     Arguments:
@@ -119,9 +183,24 @@ def size(data: Any) -> int:
     return len(data)
 
 
-def _tensors(data: Any) -> bool:
+def _tensors(data: object) -> bool:
     leaves = tree_leaves(data)
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves)
+
+
+def _unpack(batch: object) -> tuple[Tensor, dict[str, Condition]]:
+    if isinstance(batch, Tensor):
+        return batch, {}
+    if isinstance(batch, Mapping) and "x" in batch:
+        return batch["x"], {str(name): value for name, value in batch.items() if name != "x"}
+    raise TypeError(
+        f"a batch must be a tensor or a dictionary with the key 'x', got {type(batch).__name__}; for other batches "
+        f"give `unpack`, as in `Loader(data, unpack=lambda batch: (batch[0], {{'label': batch[1]}}))`."
+    )
+
+
+def _to(leaf: object, device: torch.device) -> object:
+    return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf
 
 
 class _IndexLists:

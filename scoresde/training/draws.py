@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import Condition, Shared
 from scoresde.noise.keyed import Noise
 
 TIMES, NORMALS, DROPS = 0, 1, 2  # numbers of the draws in a training step
@@ -104,15 +105,21 @@ def place(noise: Source, n: int, total: int | None = None) -> tuple[float, int, 
 
 
 def drop_condition(
-    cond: Mapping[str, Any], p: float, null: Mapping[str, Any], noise: Noise | Source | int | None = None
-) -> dict[str, Any]:
+    cond: Mapping[str, Condition],
+    p: float,
+    null: Mapping[str, float | Tensor],
+    noise: Noise | Source | int | None = None,
+    rows: int | None = None,
+) -> dict[str, Condition]:
     """Replace the conditions of random rows by null values, for training with classifier-free guidance.
 
     Arguments:
-        cond: Conditions by name, tensors (B, …) or trees of tensors.
+        cond: Conditions by name, tensors (B, …) or trees of tensors. A tensor with one row belongs to all samples, and
+            is expanded if `null` has its name.
         p: Probability of dropping a row; all its conditions with a null value are dropped together.
         null: Values that mean "no condition", by name: a number or a tensor that broadcasts to a row.
         noise: Source of the random choice, as in :class:`DSM`.
+        rows: Number B of samples; by default that of the conditions.
 
     Example:
         >>> import torch
@@ -129,25 +136,22 @@ def drop_condition(
     out = dict(cond)
     if p == 0 or not null:
         return out
-    source = source_of(noise)
-    dropped: dict[torch.device, Tensor] = {}
+    leaves = [leaf for name in null for leaf in tree_leaves(cond[name])]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            fix = "; a `Shared` condition has no rows to drop" if isinstance(leaf, Shared) else ""
+            raise TypeError(f"`cond` must have tensors (B, …) for the names in `null`, got {type(leaf).__name__}{fix}.")
+    B = max((len(leaf) for leaf in leaves), default=1) if rows is None else check.integer("rows", rows)
+    for leaf in leaves:
+        if len(leaf) not in (1, B):
+            raise ValueError(f"`cond` must have one row for each sample, or one row for all; got {len(leaf)} of {B}.")
+    device = leaves[0].device if leaves else torch.device("cpu")
+    dropped = source_of(noise).uniform((B,), DROPS, dtype=torch.float32, device=device) < p
 
-    def replace(value: Any, empty: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            raise TypeError(f"`cond` must have tensors (B, …) for the names in `null`, got {value!r}.")
-        if not dropped:
-            u = source.uniform((len(value),), DROPS, dtype=torch.float32, device=value.device)
-            dropped[value.device] = u < p
-        mask = next(iter(dropped.values())).to(value.device)
-        if len(mask) != len(value):
-            raise ValueError(f"`cond` must have one row for each sample, got {len(mask)} and {len(value)} rows.")
-        empty = torch.as_tensor(empty, dtype=value.dtype, device=value.device)
-        return torch.where(mask.reshape(-1, *[1] * (value.ndim - 1)), empty, value)
+    def replace(value: Tensor, empty: float | Tensor) -> Tensor:
+        mask = dropped.to(value.device).reshape(-1, *[1] * (value.ndim - 1))
+        return torch.where(mask, torch.as_tensor(empty, dtype=value.dtype, device=value.device), value)
 
     for name, empty in null.items():
-        out[name] = (
-            replace(cond[name], empty)
-            if isinstance(cond[name], Tensor)
-            else tree_map(lambda leaf, empty=empty: replace(leaf, empty), cond[name])
-        )
+        out[name] = tree_map(lambda leaf, empty=empty: replace(leaf, empty), cond[name])
     return out

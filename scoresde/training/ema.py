@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.training.sharding import local, spread, whole
+from scoresde.training.sharding import State, local, shard, whole
 
 Weights = dict[str, Tensor]
 
@@ -58,6 +57,9 @@ class EMA:
         self.weights = _copy(module)
         self._swapped = False
 
+    def __repr__(self) -> str:
+        return f"EMA({_counted(self.module)}, decay={self.decay:g}, warmup={self.warmup}, updates={self.updates})"
+
     def rate(self) -> float:
         """Decay β_n of the next update."""
         return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
@@ -78,7 +80,7 @@ class EMA:
         finally:
             self._swapped = False
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Averaged weights, number of updates, and settings."""
         return {
             "weights": dict(self.weights),
@@ -87,7 +89,7 @@ class EMA:
             "warmup": self.warmup,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "decay", "warmup"))
         _load(self.weights, state["weights"])
@@ -121,6 +123,9 @@ class PowerEMA:
         self.updates = 0
         self.weights = [_copy(module) for _ in self.stds]
 
+    def __repr__(self) -> str:
+        return f"PowerEMA({_counted(self.module)}, stds={self.stds}, updates={self.updates})"
+
     def update(self) -> None:
         """Update the average with the current weights of the module."""
         self.updates += 1
@@ -138,11 +143,11 @@ class PowerEMA:
             for gamma, weights in zip(self.gammas, self.weights, strict=True)
         ]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Averaged weights, number of updates, and lengths."""
         return {"weights": [dict(w) for w in self.weights], "updates": self.updates, "stds": list(self.stds)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "stds"))
         if tuple(state["stds"]) != self.stds:
@@ -252,7 +257,7 @@ def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Mod
     try:
         with torch.no_grad():
             for name, w in own.items():
-                w.copy_(spread(weights[name], w))
+                w.copy_(shard(weights[name], w))
         yield module
     finally:
         with torch.no_grad():
@@ -284,7 +289,7 @@ def _move(average: Weights, module: nn.Module, share: float) -> None:
     averages: list[Tensor] = []
     current: list[Tensor] = []
     for name, w in _tensors(module, average).items():
-        mine = average[name] = spread(average[name], w)  # the module may be on another device now
+        mine = average[name] = shard(average[name], w)  # the module may be on another device now
         if not (isinstance(w, nn.Parameter) and w.is_floating_point()):
             mine.copy_(w)
         else:
@@ -294,12 +299,16 @@ def _move(average: Weights, module: nn.Module, share: float) -> None:
         torch._foreach_lerp_(averages, current, share)
 
 
+def _counted(module: nn.Module) -> str:
+    return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} weights"
+
+
 def _refuse_swapped(inside: bool) -> None:
     if inside:
         raise RuntimeError("`update` inside `swapped` would average the average; call `update` after the block.")
 
 
-def _only(state: Mapping[str, Any], names: Sequence[str]) -> None:
+def _only(state: State, names: Sequence[str]) -> None:
     if set(state) != set(names):
         raise ValueError(f"`state` must have {', '.join(names)} and nothing else, got {', '.join(map(str, state))}.")
 
@@ -308,7 +317,7 @@ def _load(mine: Weights, theirs: Mapping[str, Tensor]) -> None:
     _match(mine, theirs)
     with torch.no_grad():
         for name, w in mine.items():
-            w.copy_(spread(theirs[name], w))
+            w.copy_(shard(theirs[name], w))
 
 
 def _match(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -14,17 +14,17 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser, Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.noise.keyed import Noise
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
+from scoresde.training.describe import describe
 from scoresde.training.draws import NORMALS, Source, drop_condition, source_of
 from scoresde.training.times import LossAware, Steps, Stratified, Times, Uniform
 from scoresde.training.weightings import On, Uncertainty, Weighting, named, sensitivity
@@ -93,7 +93,7 @@ class DSM(nn.Module):
         *,
         proposal: Times | None = None,
         drop: float = 0.0,
-        null: Mapping[str, Any] | None = None,
+        null: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(model, AbstractDenoiser):
@@ -134,28 +134,38 @@ class DSM(nn.Module):
             )
         self.levels = LossByNoise(sde)
 
+    def __repr__(self) -> str:
+        options = {"weighting": self.balance or self.weighting, "times": self.times, **self._options()}
+        return f"{type(self).__name__}({describe(self.model)}, " + _keywords(options) + ")"
+
+    def _options(self) -> dict[str, object]:
+        """Options to print, if they are not at their defaults."""
+        out: dict[str, object] = {} if self.proposal is None else {"proposal": self.proposal}
+        return {**out, "drop": self.drop, "null": self.null} if self.drop else out
+
     @property
     def sde(self) -> SDE:
         """Process of the model."""
         return self.model.sde
 
-    def forward(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Condition) -> Tensor:
         """Loss of a batch, a scalar.
 
         Arguments:
             x: Data, (B, *event), float32 or float64.
             noise: Source of times and noise: None for torch's global generator; a seed or a :class:`Noise` for numbers
                 that depend only on the seed and the row; ``Draws(generator)`` for a torch generator.
-            **cond: Conditions for the network, by name.
+            **cond: Conditions for the network, by name: tensors with one row for each sample or one row for all, or
+                ``Shared(value)`` for values without a batch axis.
         """
         return self.terms(x, noise, **cond).loss.mean()
 
-    def terms(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Any) -> Terms:
+    def terms(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Condition) -> Terms:
         """Loss of each sample, with the arguments of :meth:`forward`."""
         check.state("x", x)
         source = source_of(noise)
         if self.drop > 0:
-            cond = drop_condition(cond, self.drop, self.null, source)
+            cond = drop_condition(cond, self.drop, self.null, source, len(x))
         density = self.proposal or self.times
         with _no_autocast(x):
             t = density.sample(self.sde, len(x), source, dtype=x.dtype, device=x.device)
@@ -168,7 +178,7 @@ class DSM(nn.Module):
                 self.proposal.observe(self.sde, t, loss * self.proposal.density(self.sde, t))
         return terms
 
-    def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Terms:
+    def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Condition) -> Terms:
         """Loss of each sample at given times and noise.
 
         Arguments:
@@ -231,7 +241,7 @@ class HybridVLB(DSM):
         weighting: str | Weighting | None = None,
         *,
         drop: float = 0.0,
-        null: Mapping[str, Any] | None = None,
+        null: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         if not getattr(model, "learned_variance", False):
             raise ValueError("`model` must be a Denoiser made with learned_variance=True; else use DSM.")
@@ -241,7 +251,10 @@ class HybridVLB(DSM):
         self.steps = steps
         self.vlb = check.number("vlb", vlb, at_least=0)
 
-    def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Any) -> Terms:
+    def _options(self) -> dict[str, object]:
+        return {"vlb": self.vlb, **super()._options()}
+
+    def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Condition) -> Terms:
         assert isinstance(self.model, Denoiser)
         with _no_autocast(x):
             x_t, target, weight = self.sde.perturb(x, t, eps), self.model.target(x, t, eps), self._weight(t)
@@ -356,12 +369,16 @@ class LossByNoise(nn.Module):
         return [dict(zip(("lam", "error", "count", "bad"), row, strict=True)) for row in columns if row[2] + row[3]]
 
 
+def _keywords(options: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}={describe(value)}" for name, value in options.items())
+
+
 def _per_sample(x: Tensor) -> Tensor:
     """Mean over an event, (B, *event) to (B,)."""
     return x.reshape(len(x), -1).mean(1)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off, because the coefficients of a process need full precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

@@ -60,7 +60,7 @@ class Times:
         return source.uniform((n,), TIMES, dtype=dtype, device=device)
 
     def observe(self, sde: SDE, t: Tensor, loss: Tensor) -> None:
-        """Update a learned density from losses (B,) at times (B,); a fixed density does nothing."""
+        """Update a learned density from losses p(t) w(t) e (B,) at times (B,); a fixed density does nothing."""
 
 
 class _RelativeTime(Times):
@@ -336,8 +336,10 @@ class LossAware(nn.Module, Times):
 
     .. math:: q_k = (1 - m)\,\frac{r_k}{\sum_j r_j} + \frac mK, \qquad r_k = \sqrt{E[\ell^2 \mid k]}
 
-    ℓ is the loss of a sample times q(t). The K bins have equal probability under `base`. The q_k are equal until every
-    bin has `warmup` samples. The state_dict contains the running means of ℓ². DDP uses those of the first process.
+    The K bins have equal probability under `base`, a density b(t), and the density in bin k is q(t) = K q_k b(t). With
+    ℓ = p w e/b, up to a constant, the loss of a sample is p w e/q = ℓ/(K q_k); for m = 0 the q_k give it the smallest
+    variance. The q_k are equal until every bin has `warmup` samples. The state_dict contains the running means of ℓ².
+    DDP uses those of the first process.
 
     Arguments:
         base: Density that defines the bins and the density within a bin; uniform by default.
@@ -363,6 +365,9 @@ class LossAware(nn.Module, Times):
         self.warmup = check.integer("warmup", warmup, at_least=1)
         self.register_buffer("moment", torch.zeros(check.integer("bins", bins, at_least=2)))
         self.register_buffer("count", torch.zeros(bins))
+
+    def __repr__(self) -> str:
+        return f"LossAware({self.base}, bins={len(self.moment)}, mix={self.mix:g})"
 
     def shares(self) -> Tensor:
         """Probability of each bin, (K,)."""
@@ -390,8 +395,9 @@ class LossAware(nn.Module, Times):
 
     @torch.no_grad()
     def observe(self, sde: SDE, t: Tensor, loss: Tensor) -> None:
-        """Update the running means from losses (B,) at times (B,); losses that are not finite are ignored."""
-        k, square = self._bin(sde, t), loss.detach().to(self.moment) ** 2
+        """Update the running means from losses p(t) w(t) e (B,) at times (B,); a loss that is not finite is ignored."""
+        base = self.base.density(sde, t) * (sde.T - sde.t_min)  # 1 if `base` is uniform
+        k, square = self._bin(sde, t), (loss.detach() / base).to(self.moment) ** 2
         finite = square.isfinite()
         zero = torch.zeros_like(self.moment)
         count = zero.index_add(0, k, finite.to(zero))

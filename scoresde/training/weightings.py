@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from scoresde import _checks as check
 from scoresde.denoisers.predictions import PREDICTIONS, form_of
 from scoresde.processes.sde import SDE
+from scoresde.training.describe import describe
 
 Weighting = Callable[[SDE, Tensor], Tensor]
 
@@ -216,6 +217,9 @@ class Uncertainty(nn.Module):
         self.linear = nn.Linear(2 * (features // 2) + 1, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+
+    def __repr__(self) -> str:
+        return f"Uncertainty({describe(self.base)}, features={len(self.frequencies) * 2})"
 
     def log_loss(self, sde: SDE, t: Tensor) -> Tensor:
         """Logarithm u(t) of the estimated loss, (B,)."""

@@ -36,7 +36,7 @@ def state() -> dict[str, Any]:
             "empty": torch.zeros(0, 3),
             "half": torch.ones(3).bfloat16(),
             "scalar": torch.tensor(2.5),
-            "turned": torch.arange(6).reshape(2, 3).T,
+            "transposed": torch.arange(6).reshape(2, 3).T,
             "truth": torch.tensor([True, False]),
         },
     }
@@ -85,7 +85,7 @@ def test_every_truncation_and_every_flipped_bit_of_the_head_is_noticed(tmp_path:
     assert same(load(path), there)
 
 
-def test_a_flipped_bit_of_the_weights_is_damage_and_says_what_to_do(tmp_path: Path) -> None:
+def test_a_flipped_bit_of_the_weights_is_damage_and_the_error_has_the_fix(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(path, state())
     whole = bytearray(path.read_bytes())
@@ -95,7 +95,7 @@ def test_a_flipped_bit_of_the_weights_is_damage_and_says_what_to_do(tmp_path: Pa
         load(path)
 
 
-def test_foreign_files_are_told_apart(tmp_path: Path) -> None:
+def test_foreign_files_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"not written by this library.*load_state_dict"):
         load(tmp_path / "other.safetensors")
@@ -150,7 +150,7 @@ def test_writing_is_synchronised_and_then_renamed(tmp_path: Path, monkeypatch: p
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_the_last_few_are_kept_and_torn_ones_passed_over(tmp_path: Path) -> None:
+def test_the_newest_stay_and_torn_ones_are_skipped(tmp_path: Path) -> None:
     run = Checkpoints(tmp_path / "run", keep=2)
     assert run.latest() is None
     for step in (5, 10, 100, 1000):

@@ -183,33 +183,33 @@ def test_reconstruction_of_any_length() -> None:
     steps, every = 2000, 100
     path, track = walk(steps), Track(32)
     power = PowerEMA(track)
-    kept: list[Snapshot] = []
+    taken: list[Snapshot] = []
     for k in range(1, steps + 1):
         track.w.data.copy_(path[k - 1])
         power.update()
         if k % every == 0:
-            kept += power.snapshot()
+            taken += power.snapshot()
     for gamma, weights in zip(power.gammas, power.weights, strict=True):
         assert torch.allclose(weights["w"], direct(path, gamma), atol=1e-12), "the update is the definition"
-        exact = reconstruct(kept, std_of_gamma(gamma))["w"]
-        assert torch.allclose(exact, weights["w"], atol=1e-9), "what was tracked is found again"
-    spread = direct(path, gamma_of_std(0.05)) - direct(path, gamma_of_std(0.2))
+        exact = reconstruct(taken, std_of_gamma(gamma))["w"]
+        assert torch.allclose(exact, weights["w"], atol=1e-9), "the tracked averages are reconstructed"
+    distance = direct(path, gamma_of_std(0.05)) - direct(path, gamma_of_std(0.2))
     # Within 1 % between and near the two lengths tracked; at twice the longer one, 4 %.
     for std, share in ((0.03, 0.01), (0.07, 0.01), (0.15, 0.01), (0.2, 0.05)):
-        error = reconstruct(kept, std)["w"] - direct(path, gamma_of_std(std))
-        assert float(error.norm()) < share * float(spread.norm()), std
-    early = reconstruct(kept, 0.08, t=1500)["w"] - direct(path[:1500], gamma_of_std(0.08))
-    assert float(early.norm()) < 0.01 * float(spread.norm())
-    few = [s for s in kept if s.t % 500 == 0]
-    errors = [float((reconstruct(some, 0.07)["w"] - direct(path, gamma_of_std(0.07))).norm()) for some in (kept, few)]
+        error = reconstruct(taken, std)["w"] - direct(path, gamma_of_std(std))
+        assert float(error.norm()) < share * float(distance.norm()), std
+    early = reconstruct(taken, 0.08, t=1500)["w"] - direct(path[:1500], gamma_of_std(0.08))
+    assert float(early.norm()) < 0.01 * float(distance.norm())
+    few = [s for s in taken if s.t % 500 == 0]
+    errors = [float((reconstruct(some, 0.07)["w"] - direct(path, gamma_of_std(0.07))).norm()) for some in (taken, few)]
     assert errors[0] < errors[1], "more snapshots, smaller error"
     module = Track(32)
-    with swapped(module, reconstruct(kept, 0.15)):
+    with swapped(module, reconstruct(taken, 0.15)):
         assert float(module.w.detach().norm()) > 0
     assert float(module.w.detach().norm()) == 0
 
 
-def test_reconstruction_asks_for_what_it_needs() -> None:
+def test_reconstruction_refuses_what_it_cannot_use() -> None:
     power = PowerEMA(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="at least one"):
         reconstruct([], 0.1)

@@ -1,4 +1,4 @@
-"""Losses: unbiased for any weighting and density, least at the truth, and the papers' own where those exist."""
+"""Losses: unbiased for any weighting and density, smallest at the truth, and the papers' own where those exist."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Exact(nn.Module):
         self.bias = nn.Parameter(torch.zeros(mix.event, dtype=torch.float64))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = self.t.to(x.dtype)  # in full precision, which a network is not told
+        t = self.t.to(x.dtype)  # in full precision, which a network does not receive
         if self.kind != "F":
             return getattr(self.mix, self.kind)(x, t) + self.bias
         alpha, sigma = (c[:, None] for c in (self.mix.sde.alpha(t), self.mix.sde.sigma(t)))
@@ -159,12 +159,12 @@ def test_it_is_ddpms_and_edms_loss_written_out() -> None:
     bar = (1 - betas).cumprod(0)[step][:, None]
     seen: list[Tensor] = []
 
-    def told(x: Tensor, t: Tensor) -> Tensor:
+    def recorded(x: Tensor, t: Tensor) -> Tensor:
         seen.append(t)
         return net(x)
 
     ddpm = (net(bar.sqrt() * x + (1 - bar).sqrt() * eps) - eps).square().mean()
-    loss = ss.DSM(ss.Denoiser(told, ss.Discrete(betas), predicts="eps"), "simple")
+    loss = ss.DSM(ss.Denoiser(recorded, ss.Discrete(betas), predicts="eps"), "simple")
     assert torch.allclose(loss(x, noise), ddpm, rtol=1e-12) and torch.equal(seen[0].long(), step)
 
     edm = ss.EDM(t_min=1e-9, T=1e9)
@@ -179,7 +179,7 @@ def test_it_is_ddpms_and_edms_loss_written_out() -> None:
         assert torch.allclose(ss.DSM(model, weighting, T.LogNormalSigma())(x, noise), written, rtol=1e-8)
 
 
-def test_sigma_data_is_said_once() -> None:
+def test_sigma_data_is_given_once() -> None:
     for s in (0.5, 2.0):
         model = ss.Denoiser(lambda x, t: x, ss.EDM(), predicts="F", precondition=ss.Preconditioning(s))
         loss = ss.DSM(model, "edm", T.LogNormalSigma())
@@ -191,7 +191,7 @@ def test_sigma_data_is_said_once() -> None:
 
 @pytest.mark.parametrize("process", ["VP", "Flow", "EDM"])
 def test_the_loss_does_not_depend_on_what_times_are_drawn_from(process: str) -> None:
-    """Data 0, ε = 1 and a network that says v = 0: the error of v is α², and the loss ∫ p(t) w(t) α² dt."""
+    """Data 0, ε = 1 and a network that returns v = 0: the error of v is α², and the loss ∫ p(t) w(t) α² dt."""
     sde = SDES[process]
     node, weight = np.polynomial.legendre.leggauss(20)
     edges = torch.linspace(math.log(sde.t_min), math.log(sde.T), 65, dtype=torch.float64)
@@ -218,12 +218,12 @@ def test_the_loss_of_a_mixture_is_its_exact_expectation() -> None:
     grid = torch.linspace(-6, 6, 20_001, dtype=torch.float64)[:, None]
     density = mix.log_prob(grid, t0).exp()
     second = float(mix.covariance() + mix.mean() ** 2)
-    least = second - float((density * mix.x0(grid, t0)[:, 0] ** 2).sum() * (grid[1] - grid[0]))
+    lowest = second - float((density * mix.x0(grid, t0)[:, 0] ** 2).sum() * (grid[1] - grid[0]))
     n = 40_000
     x = mix.sample(n, seed=1)
     eps = ss.Noise(2).normal((n, 1), 0, dtype=torch.float64)
     terms = ss.DSM(mix, "x0").at(x, torch.full((n,), t0, dtype=torch.float64), eps)
-    assert abs(float(terms.loss.mean()) - least) < 4 * float(terms.loss.std()) / n**0.5
+    assert abs(float(terms.loss.mean()) - lowest) < 4 * float(terms.loss.std()) / n**0.5
 
 
 @pytest.mark.parametrize("process", ["VP", "EDM", "Flow", "Discrete"])
@@ -251,7 +251,7 @@ def test_the_gradient_vanishes_at_the_exact_denoiser(process: str) -> None:
     assert max(worst) > 1, "the errors are those of chance, not of nothing"
 
 
-def test_the_truth_has_the_least_loss_and_training_finds_it() -> None:
+def test_the_truth_has_the_lowest_loss_and_training_finds_it() -> None:
     """A linear network on Gaussian data: the least squares solution of ε given x_t at one time is known."""
     sde, t0, s = ss.VP(), 0.5, 0.7
     alpha, sigma = sde.alpha(t0), sde.sigma(t0)
@@ -286,8 +286,8 @@ def test_noise_is_the_global_generators_or_yours() -> None:
     assert torch.equal(loss.terms(x, ss.Noise(7)).loss, whole)
     parts = [loss.terms(x[k : k + 2], ss.Noise(7, offset=k)).loss for k in (0, 2, 4)]
     assert torch.equal(torch.cat(parts), whole), "a row's noise is its own"
-    spread = [loss.terms(x[k : k + 3], Draws(torch.Generator().manual_seed(1), first=k, total=6)).loss for k in (0, 3)]
-    assert torch.equal(torch.cat(spread), loss.terms(x, Draws(torch.Generator().manual_seed(1))).loss)
+    shards = [loss.terms(x[k : k + 3], Draws(torch.Generator().manual_seed(1), first=k, total=6)).loss for k in (0, 3)]
+    assert torch.equal(torch.cat(shards), loss.terms(x, Draws(torch.Generator().manual_seed(1))).loss)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -331,7 +331,7 @@ def test_a_step_needs_no_float64_on_the_device_and_never_waits(process: str) -> 
 
 def test_the_loss_has_the_networks_parameters_and_compiles_to_no_surprise() -> None:
     net = nn.Linear(2, 2)
-    model = ss.Denoiser(Told(net), ss.VP(), predicts="eps")
+    model = ss.Denoiser(Plain(net), ss.VP(), predicts="eps")
     names = dict(ss.DSM(model).named_parameters())
     assert list(names) == ["model.net.net.weight", "model.net.net.bias"]
     assert len(list(ss.DSM(model, W.Uncertainty()).parameters())) == 4
@@ -340,7 +340,7 @@ def test_the_loss_has_the_networks_parameters_and_compiles_to_no_surprise() -> N
     assert {"learned_times.moment", "learned_times.count"} <= set(stateful.state_dict())
 
 
-class Told(nn.Module):
+class Plain(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
@@ -387,8 +387,8 @@ def test_a_proposal_weighs_the_whole_of_a_balanced_loss() -> None:
     assert torch.allclose(terms.loss, ratio * (terms.error * math.exp(-0.7) + 0.7), rtol=1e-5)
 
 
-def test_learned_times_hear_the_loss_that_does_not_depend_on_them() -> None:
-    """Data 1, a network that says 0, weight t: where losses are t, draws must tend to √E[t² | bin]."""
+def test_learned_times_observe_the_loss_that_does_not_depend_on_them() -> None:
+    """Data 1, a network that returns 0, weight t: where losses are t, draws must tend to √E[t² | bin]."""
     q = T.LossAware(bins=8, mix=0.1)
     loss = ss.DSM(denoiser(ss.Flow(), "x0", lambda x, t: torch.zeros_like(x)), lambda sde, t: t, proposal=q)
     for step in range(100):
@@ -398,6 +398,22 @@ def test_learned_times_hear_the_loss_that_does_not_depend_on_them() -> None:
     count = q.count.clone()
     loss.eval()(torch.ones(256, 1))
     assert torch.equal(q.count, count), "an evaluation teaches nothing"
+
+
+@pytest.mark.parametrize("base", [T.Uniform(), T.Mode(1.29), T.Mode(-0.9), T.CosineTimes()], ids=repr)
+def test_learned_times_have_the_smallest_variance_on_any_base(base: T.Times) -> None:
+    """Data 1, a network that returns 0, weight t: the best probabilities of the bins are known for every base."""
+    sde, K = ss.Flow(), 8
+    q = T.LossAware(base, bins=K, mix=1e-3)
+    loss = ss.DSM(denoiser(sde, "x0", lambda x, t: torch.zeros_like(x)), lambda sde, t: t, proposal=q)
+    for step in range(100):
+        loss(torch.ones(256, 1), step)
+    t = base.icdf(sde, (torch.arange(1000 * K, dtype=torch.float64) + 0.5) / (1000 * K))
+    ell = T.Uniform().density(sde, t) * t / base.density(sde, t)  # the loss under `base`
+    root = ell.square().reshape(K, -1).mean(1).sqrt()
+    assert torch.allclose(q.shares().double(), root / root.sum(), rtol=0.05, atol=2e-3)
+    second = loss.eval().terms(torch.ones(40_000, 1, dtype=torch.float64), 7).loss.square().mean()
+    assert float(second) == pytest.approx(float(root.mean() ** 2), rel=0.02), "(Σ r_k/K)², the smallest second moment"
 
 
 @pytest.mark.parametrize("process", ["Discrete", "VP"])
@@ -471,13 +487,13 @@ def test_sliced_score_matching_is_fishers_divergence_but_for_a_constant() -> Non
     assert loss.item() == pytest.approx(fisher.item(), abs=0.06)
     (got,) = torch.autograd.grad(loss, matrix)
     expected = matrix.detach() @ (x.T @ x / n) + torch.eye(2, dtype=torch.float64)
-    assert torch.allclose(got, expected, atol=0.04), "least at minus the inverse second moment"
+    assert torch.allclose(got, expected, atol=0.04), "smallest at minus the inverse second moment"
 
 
 # Conditions and logs.
 
 
-def test_conditions_are_dropped_together_and_at_the_rate_asked_for() -> None:
+def test_conditions_are_dropped_together_and_at_the_given_rate() -> None:
     n = 4000
     cond = {"label": torch.arange(n), "text": torch.ones(n, 3, 2), "keep": torch.ones(n), "flag": 3}
     out = drop_condition(cond, 0.3, {"label": -1, "text": torch.zeros(3, 2)}, 0)
@@ -496,6 +512,41 @@ def test_conditions_are_dropped_together_and_at_the_rate_asked_for() -> None:
 
     ss.DSM(denoiser(ss.VP(), "eps", net), drop=1.0, null={"label": 10})(torch.ones(3, 2), label=torch.arange(3))
     assert seen[0].tolist() == [10, 10, 10]
+
+
+def test_a_condition_may_have_one_row_or_no_batch_axis() -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def net(x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        seen.append(cond)
+        return 0.5 * x
+
+    n, table = 4000, torch.randn(7, 3)
+    one, rows = {"label": torch.tensor([3])}, {"label": torch.full((n,), 3)}
+    shared = {"table": ss.denoisers.base.Shared(table)}
+    x = torch.ones(n, 2)
+    for drop in (0.0, 0.25):
+        loss = ss.DSM(denoiser(ss.VP(), "eps", net), drop=drop, null={"label": 10})
+        values = [loss(x, 5, **label, **shared) for label in (one, rows)]
+        assert torch.equal(values[0], values[1])
+        first, second = seen[-2:]
+        assert torch.equal(first["label"], second["label"]) and len(first["label"]) == n
+        assert first["table"] is table and second["table"] is table
+    share = float((seen[-1]["label"] == 10).double().mean())
+    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / n) ** 0.5, "each sample is dropped by itself"
+    assert drop_condition(one, 1.0, {"label": 10})["label"].tolist() == [10]
+    assert drop_condition(one, 1.0, {"label": 10}, rows=2)["label"].tolist() == [10, 10]
+    pair = {"label": torch.arange(3), "text": {"a": torch.ones(1, 2), "b": torch.ones(3, 4)}}
+    out = drop_condition(pair, 1.0, {"label": 9, "text": 0.0})
+    assert out["text"]["a"].shape == (3, 2) and out["text"]["b"].shape == (3, 4)
+    variance = ss.Denoiser(
+        lambda x, t, **cond: torch.cat([net(x, t, **cond), x], 1), ss.VP(), predicts="eps", learned_variance=True
+    )
+    assert torch.equal(HybridVLB(variance)(x, 5, **one, **shared), HybridVLB(variance)(x, 5, **rows, **shared))
+    with pytest.raises(TypeError, match="a `Shared` condition has no rows to drop"):
+        ss.DSM(denoiser(ss.VP(), "eps", net), drop=0.5, null={"table": 0.0})(x, **shared)
+    with pytest.raises(ValueError, match="condition `label` has 3 rows and the state has 4000"):
+        ss.DSM(denoiser(ss.VP(), "eps", net))(x, label=torch.arange(3))
 
 
 def test_losses_are_logged_by_noise_level() -> None:
@@ -518,7 +569,7 @@ def test_losses_are_logged_by_noise_level() -> None:
     assert sum(row["count"] for row in loss.levels.read()) == 50
 
 
-def test_what_cannot_be_is_said() -> None:
+def test_errors_name_the_argument_and_the_fix() -> None:
     model = denoiser(ss.VP(), "eps", lambda x, t: x)
     for error, match, bad in (
         (TypeError, "must be a denoiser", lambda: ss.DSM(nn.Linear(1, 1))),

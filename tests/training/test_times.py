@@ -188,7 +188,7 @@ def test_loss_aware_times_pass_over_what_is_not_finite() -> None:
     assert density.moment.tolist() == [1.0, 4.0] and density.count.tolist() == [1.0, 1.0]
 
 
-def test_what_cannot_be_is_said() -> None:
+def test_errors_name_the_argument_and_the_fix() -> None:
     for bad in (
         lambda: T.Mode(2.0),
         lambda: T.Steps(0),

@@ -1,4 +1,4 @@
-"""The trainer: one run, however it is interrupted, cut into parts, or spread over processes."""
+"""The trainer: one run, however it is interrupted, cut into parts, or split over processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import scoresde as ss
-from scoresde.training import checkpoint, times, weightings
+from scoresde.training import (
+    Checkpoints,
+    Hook,
+    Loader,
+    Preview,
+    ProgressBar,
+    Record,
+    TensorBoard,
+    Update,
+    checkpoint,
+    times,
+    weightings,
+)
 from scoresde.training.data_order import DataOrder, batches, parts, size, stream
 from scoresde.training.draws import Draws
 from scoresde.training.ema import PowerEMA
@@ -52,8 +64,7 @@ def make(init: int = 0, data: Any = DATA, net: dict[str, Any] | None = None, **o
     torch.manual_seed(init)
     model = ss.Denoiser(Net(**(net or {})), ss.VP(), predicts="eps")
     loss = options.pop("loss", ss.DSM)(model)
-    given = {"batch": 16, "progress": False, "log_every": 1, **options}
-    return Trainer(loss, data, **given)
+    return Trainer(loss, data, **{"batch": 16, "log_every": 1, **options})
 
 
 def rich(model: ss.Denoiser) -> ss.DSM:
@@ -82,8 +93,8 @@ def losses(trainer: Trainer) -> list[float]:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_halves_with_a_restart_are_the_whole_to_the_bit(tmp_path: Path, accumulate: int) -> None:
     data = {"x": DATA, "label": torch.arange(100) % 3}
-    options = {"data": data, "loss": rich, "net": {"dropout": 0.2, "norm": True}, "accumulate": accumulate}
-    options |= {"ema": 0.99, "warmup": 5, "schedule": lambda step: 0.99**step}
+    options = {"data": data, "loss": rich, "net": {"dropout": 0.2, "norm": True}, "ema": 0.99}
+    options |= {"update": Update(accumulate=accumulate, warmup=5, schedule=lambda step: 0.99**step)}
     whole = make(0, **options)
     whole.fit(24)
     first = make(0, **options, folder=tmp_path)
@@ -125,7 +136,7 @@ def test_a_power_average_and_a_data_set_resume_too(tmp_path: Path) -> None:
 
 
 def test_parts_are_the_whole_batch_to_rounding() -> None:
-    runs = {k: make(0, batch=24, accumulate=k, ema=0.9) for k in (1, 2, 3)}
+    runs = {k: make(0, batch=24, update=Update(accumulate=k), ema=0.9) for k in (1, 2, 3)}
     for trainer in runs.values():
         trainer.fit(5)
     for k in (2, 3):
@@ -141,24 +152,24 @@ torch.set_num_threads(1)
 import scoresde as ss
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from scoresde.training import times
+from scoresde.training import Checkpoints, Preview, Update, times
 from test_trainer import make
 
 accelerator = None
-if {sharded}:  # accelerate shards on devices only, and on a CPU if it is told that this is one
-    plugin = FullyShardedDataParallelPlugin()  # as the launcher's variables say
+if {sharded}:  # accelerate shards on devices only, and on a CPU only with these settings
+    plugin = FullyShardedDataParallelPlugin()  # with the launcher's variables
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
 rank = int(os.environ["RANK"])  # only the first process' weights may count
 seen = []
-options = dict(batch=24, accumulate=2, folder={folder!r}, loss=lambda model: ss.DSM(model, times=times.Stratified()))
-trainer = make(rank, ema=0.9, save_every=3, accelerator=accelerator, preview_every=2,
-               preview=lambda model, step: seen.append(model.x0(torch.ones(2, 2), 0.5)), **options)
+options = dict(batch=24, update=Update(accumulate=2), loss=lambda model: ss.DSM(model, times=times.Stratified()))
+preview = Preview(lambda model, step: seen.append(model.x0(torch.ones(2, 2), 0.5)), every=2)
+trainer = make(rank, ema=0.9, accelerator=accelerator, hooks=[Checkpoints({folder!r}, every=3), preview], **options)
 assert trainer.world == 2
 trainer.fit(3)
 assert len(seen) == (rank == 0) and all(x.isfinite().all() for x in seen)
 assert all(hasattr(p, "full_tensor") == {sharded} for p in trainer.loss.parameters())
-again = make(9 + rank, ema=0.9, save_every=100, accelerator=trainer.accelerator, **options)
+again = make(9 + rank, ema=0.9, accelerator=trainer.accelerator, hooks=[Checkpoints({folder!r}, 100)], **options)
 assert again.resume()
 again.fit(5)
 """
@@ -184,25 +195,26 @@ def test_two_processes_are_one_to_rounding(launcher: str, tmp_path: Path) -> Non
     command = [sys.executable, "-m", *options.split(), port, str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(ss.__file__).parents[1])}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as two:
-        one = make(0, batch=24, accumulate=2, ema=0.9, loss=lambda model: ss.DSM(model, times=times.Stratified()))
+        stratified = lambda model: ss.DSM(model, times=times.Stratified())  # noqa: E731
+        one = make(0, batch=24, update=Update(accumulate=2), ema=0.9, loss=stratified)
         one.fit(5)
         try:
-            said = two.communicate(timeout=120)[1]
+            errors = two.communicate(timeout=120)[1]
         finally:
             two.kill()
-    assert two.returncode == 0, said
-    found = checkpoint.Checkpoints(tmp_path / "run").latest()
-    assert found is not None and found[0] == 5 and len(found[1]["rng"]) == 2
+    assert two.returncode == 0, errors
+    newest = Checkpoints(tmp_path / "run").latest()
+    assert newest is not None and newest[0] == 5 and len(newest[1]["rng"]) == 2
     state = one.state_dict()
     mine = [state["loss"], state["ema"]["weights"], *state["optimiser"]["state"].values()]
-    theirs = [found[1]["loss"], found[1]["ema"]["weights"], *found[1]["optimiser"]["state"].values()]
+    theirs = [newest[1]["loss"], newest[1]["ema"]["weights"], *newest[1]["optimiser"]["state"].values()]
     for a, b in zip(mine, theirs, strict=True):
         assert a.keys() == b.keys()
         for name, w in a.items():
             assert torch.allclose(b[name], w, atol=1e-6), name
 
 
-def test_weights_are_spread_by_fsdp_2_or_not_at_all() -> None:
+def test_weights_are_sharded_by_fsdp_2_or_not_at_all() -> None:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType
 
@@ -254,7 +266,7 @@ def test_data_come_as_tensors_by_name_or_data_sets() -> None:
     assert torch.equal(x, DATA[index]) and label.tolist() == [4, 2]
     assert torch.equal(torch.get_rng_state(), state), "a data set's loader takes nothing from the global generator"
     assert size(pairs) == size(DATA) == 100
-    trainer = make(data=pairs, unpack=lambda batch: (batch[0], {"label": batch[1]}))
+    trainer = make(data=Loader(pairs, unpack=lambda batch: (batch[0], {"label": batch[1]})))
     trainer.fit(2)
     with pytest.raises(TypeError, match="a stream cannot be resumed"):
         size(iter([1]))
@@ -268,7 +280,7 @@ def test_data_come_as_tensors_by_name_or_data_sets() -> None:
 
 
 def test_it_is_the_loop_in_its_docstring() -> None:
-    trainer = make(0, ema=0.9, clip=0.5, optimiser=None)
+    trainer = make(0, ema=0.9, update=Update(clip=0.5), optimiser=None)
     trainer.fit(6)
     twin = make(0, ema=0.9)
     loss, ema, optimiser = twin.loss, twin.ema, torch.optim.Adam(twin.loss.parameters(), 2e-4)
@@ -286,20 +298,20 @@ def test_it_is_the_loop_in_its_docstring() -> None:
 
 
 def test_it_learns() -> None:
-    """ε of Gaussian data is a linear map of x_t at every t; a small network must come near the least loss."""
+    """ε of Gaussian data is a linear map of x_t at every t; a small network must come near the lowest loss."""
     data = 0.5 * ss.Noise(3).normal((4000, 2), 0)
     truth = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2), std=0.5)
     trainer = make(0, data=data, batch=256, net={"width": 64}, ema=0.98, log_every=100)
-    trainer._rates = [5e-3]
+    trainer.rates = [5e-3]
     trainer.fit(300)
-    least = ss.DSM(truth, "simple").eval()(data.double(), 0)
+    lowest = ss.DSM(truth, "simple").eval()(data.double(), 0)
     with trainer.ema.swapped():  # type: ignore[union-attr]
         got = trainer.loss.eval()(data, 0)
-    assert float(least) < got.item() < 1.1 * float(least)
+    assert float(lowest) < got.item() < 1.1 * float(lowest)
 
 
 def test_rates_rise_and_follow_the_schedule() -> None:
-    trainer = make(warmup=4, schedule=lambda step: 0.5 if step >= 6 else 1.0)
+    trainer = make(update=Update(warmup=4, schedule=lambda step: 0.5 if step >= 6 else 1.0))
     trainer.fit(8)
     rates = [row["rate"] / 2e-4 for row in trainer.history]
     assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.5, 0.5])
@@ -310,7 +322,7 @@ def test_what_is_not_finite_raises_with_the_weights_as_they_were(bad: float) -> 
     data = DATA.clone()
     data[17] = bad
     trainer = make(data=data, batch=10, ema=0.9)
-    with pytest.raises(FloatingPointError, match=r"at step \d.*not finite near λ = .*`nonfinite`='skip'"):
+    with pytest.raises(FloatingPointError, match=r"at step \d.*not finite near λ = .*Update\(nonfinite='skip'\)"):
         trainer.fit(10)
     assert all(bool(p.isfinite().all()) for p in trainer.loss.parameters())
     assert trainer.step == int((torch.cat([trainer.order.rows(k) for k in range(10)]) == 17).nonzero()[0]) // 10
@@ -319,13 +331,13 @@ def test_what_is_not_finite_raises_with_the_weights_as_they_were(bad: float) -> 
 def test_what_is_not_finite_is_skipped_and_counted() -> None:
     data = DATA.clone()
     data[17] = math.nan
-    trainer = make(data=data, batch=10, ema=0.9, nonfinite="skip")
+    trainer = make(data=data, batch=10, ema=0.9, update=Update(nonfinite="skip"))
     trainer.fit(20)
     assert trainer.step == 20 and trainer.skipped == 2 and trainer.ema.updates == 18  # type: ignore[union-attr]
     assert trainer.history[-1]["skipped"] == 2
     assert all(bool(p.isfinite().all()) for p in trainer.loss.parameters())
     with pytest.raises(FloatingPointError, match="100 steps in a row"):
-        make(data=torch.full((4, 2), math.nan), nonfinite="skip").fit(200)
+        make(data=torch.full((4, 2), math.nan), update=Update(nonfinite="skip")).fit(200)
 
 
 def test_previews_see_the_average_and_leave_no_trace() -> None:
@@ -341,7 +353,7 @@ def test_previews_see_the_average_and_leave_no_trace() -> None:
 
     plain = make(0, net={"dropout": 0.2}, ema=0.5)
     plain.fit(6)
-    trainer = make(0, net={"dropout": 0.2}, preview=preview, preview_every=3, ema=0.5)
+    trainer = make(0, net={"dropout": 0.2}, hooks=[Preview(preview, every=3)], ema=0.5)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(9)
     assert seen == [(3, True, False), (6, True, False)]
@@ -349,16 +361,16 @@ def test_previews_see_the_average_and_leave_no_trace() -> None:
 
 
 def test_a_progress_bar_shows_loss_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
-    make(progress=True).fit(3)
+    make(hooks=[ProgressBar(True)]).fit(3)
     shown = capsys.readouterr().err
     assert "3/3" in shown and "loss=" in shown and "samples_per_s=" in shown
-    make(progress=False).fit(3)
+    make(hooks=[ProgressBar(False)]).fit(3)
     assert capsys.readouterr().err == ""
 
 
-def test_tensorboard_is_an_option(tmp_path: Path) -> None:
+def test_tensorboard_is_a_hook(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    make(tensorboard=tmp_path, log_every=2).fit(4)
+    make(hooks=[TensorBoard(tmp_path)], log_every=2).fit(4)
     read = events.EventAccumulator(str(tmp_path))
     read.Reload()
     assert {"train/loss", "train/norm", "train/rate", "train/speed"} <= set(read.Tags()["scalars"])
@@ -382,10 +394,10 @@ def test_mixed_precision_is_the_networks_alone() -> None:
 
 
 def test_checkpoints_are_written_at_intervals_and_at_the_end(tmp_path: Path) -> None:
-    trainer = make(folder=tmp_path, save_every=3, keep=2)
+    trainer = make(hooks=[Checkpoints(tmp_path, every=3, keep=2)])
     assert not trainer.resume()
     trainer.fit(10)
-    assert checkpoint.Checkpoints(tmp_path).steps() == [9, 10]
+    assert Checkpoints(tmp_path).steps() == [9, 10]
     weights = checkpoint.load(tmp_path / "step-000000010.safetensors")
     net = Net()
     net.load_state_dict({k.removeprefix("model.net."): w for k, w in weights["loss"].items()})
@@ -393,7 +405,7 @@ def test_checkpoints_are_written_at_intervals_and_at_the_end(tmp_path: Path) -> 
 
 
 def test_a_torn_checkpoint_is_passed_over_when_resuming(tmp_path: Path) -> None:
-    make(folder=tmp_path, save_every=2).fit(4)
+    make(hooks=[Checkpoints(tmp_path, every=2)]).fit(4)
     newest = tmp_path / "step-000000004.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
     trainer = make(5, folder=tmp_path)
@@ -416,18 +428,23 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         make(folder=tmp_path, net={"width": 8}).resume()
 
 
-def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    for error, match, options in (
-        (ValueError, "`batch`=15 must be a multiple", {"batch": 15, "accumulate": 2}),
-        (ValueError, "`nonfinite` must be one of", {"nonfinite": "ignore"}),
-        (ValueError, "`precision` must be one of", {"precision": "half"}),
-        (ValueError, "`save_every` must be at least 1", {"save_every": 0}),
+def test_errors_name_the_argument_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, match, bad in (
+        (ValueError, "`batch`=15 must be a multiple", lambda: make(batch=15, update=Update(accumulate=2))),
+        (ValueError, "`nonfinite` must be one of", lambda: Update(nonfinite="ignore")),
+        (ValueError, "`precision` must be one of", lambda: make(precision="half")),
+        (ValueError, "`every` must be at least 1", lambda: Checkpoints(Path(), every=0)),
+        (ValueError, "`every` must be at least 1", lambda: Preview(print, every=0)),
+        (TypeError, r"write hooks=\[Preview\(print, every=1000\)\]", lambda: make(hooks=Preview(print))),
+        (TypeError, "`hooks` must be hooks such as Preview.*, got print", lambda: make(hooks=[print])),
+        (ValueError, "Checkpoints more than once", lambda: make(folder="run", hooks=[Checkpoints(Path("run"))])),
+        (TypeError, "unexpected keyword argument 'preview'", lambda: make(preview=print)),
     ):
         with pytest.raises(error, match=match):
-            make(**options)
+            bad()
     from accelerate import Accelerator
 
-    with pytest.raises(ValueError, match="`accumulate`=4 instead"):
+    with pytest.raises(ValueError, match=r"Update\(accumulate=4\) instead"):
         make(accelerator=Accelerator(gradient_accumulation_steps=4))
     with pytest.raises(ValueError, match="`accelerator` sets the precision"):
         make(accelerator=Accelerator(), precision="bf16")
@@ -442,3 +459,126 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         make().resume()
     with pytest.raises(ValueError, match="`folder` is None"):
         make().save()
+
+
+# Hooks.
+
+
+class Diary(Hook):
+    """A list of everything that happens."""
+
+    def __init__(self) -> None:
+        self.entries: list[Any] = []
+
+    def on_start(self, trainer: Trainer, steps: int) -> None:
+        self.entries.append(("start", trainer.step, steps))
+
+    def on_step(self, trainer: Trainer, record: Record) -> None:
+        assert trainer.step == record.step and record.norm > 0
+        self.entries.append(("step", record.step, record.steps, float(record.loss)))
+
+    def on_log(self, trainer: Trainer, row: dict[str, float], levels: Any) -> None:
+        assert row is trainer.history[-1]
+        assert sum(level["count"] for level in levels) == 16 * (2 if trainer.log_every == 2 and row["step"] == 2 else 1)
+        self.entries.append(("log", row["step"], row["loss"]))
+
+    def on_save(self, trainer: Trainer, path: Path) -> None:
+        assert path.is_file()
+        self.entries.append(("save", path.name))
+
+    def close(self) -> None:
+        self.entries.append("close")
+
+
+def test_hooks_are_called_in_their_order_and_checkpoints_last(tmp_path: Path) -> None:
+    diary = Diary()
+    drawn: list[bool] = []
+
+    def preview(model: nn.Module, step: int) -> None:
+        drawn.append(torch.rand(1).item() >= 0)  # changes a generator that the checkpoint must contain
+        diary.entries.append(("preview", step))
+
+    hooks = [Checkpoints(tmp_path, every=2), diary, Preview(preview, every=2)]
+    trainer = make(log_every=2, hooks=hooks)
+    history = trainer.fit(3)
+    losses = [entry[3] for entry in diary.entries if entry[0] == "step"]
+    assert diary.entries == [
+        ("start", 0, 3),
+        ("step", 1, 3, losses[0]),
+        ("log", 2, history[0]["loss"]),
+        ("step", 2, 3, losses[1]),
+        ("preview", 2),
+        ("save", "step-000000002.safetensors"),
+        ("log", 3, history[1]["loss"]),
+        ("step", 3, 3, losses[2]),
+        ("save", "step-000000003.safetensors"),
+        "close",
+    ]
+    assert history[0]["loss"] == pytest.approx((losses[0] + losses[1]) / 2) and history[1]["loss"] == losses[2]
+    assert [type(hook) for hook in trainer.hooks] == [ProgressBar, Diary, Preview, Checkpoints]
+    again = make(1, log_every=2, hooks=hooks)
+    assert again.resume() and same(again.state_dict()["rng"][0], trainer.state_dict()["rng"][0])
+    again.fit(3)
+    assert diary.entries[10:] == [("start", 3, 3), "close"], "there was nothing to train and nothing to save"
+
+
+def test_hooks_are_closed_after_an_error(tmp_path: Path) -> None:
+    class Stop(Hook):
+        def on_step(self, trainer: Trainer, record: Record) -> None:
+            if record.step == 2:
+                raise KeyboardInterrupt
+
+    diary, board = Diary(), TensorBoard(tmp_path)
+    trainer = make(hooks=[board, diary, Stop()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(5)
+    assert diary.entries[-1] == "close" and "writer" not in repr(board) and trainer.step == 2
+    assert [row["step"] for row in trainer.fit(4)] == [1, 2, 3, 4], "the same trainer goes on"
+
+
+def test_the_averaged_model_is_lent_and_returned() -> None:
+    trainer = make(0, net={"dropout": 0.2}, ema=0.5)
+    trainer.fit(2)
+    trainer.loss.model.net.layers[3].eval()
+    before = {name: w.clone() for name, w in trainer.loss.state_dict().items()}
+    with trainer.averaged() as model:
+        assert torch.equal(model.net.layers[0].weight, trainer.ema.weights["net.layers.0.weight"])
+        assert not any(module.training for module in model.modules())
+    assert same(dict(trainer.loss.state_dict()), before)
+    assert trainer.model.training and not trainer.loss.model.net.layers[3].training
+
+
+def test_a_trainer_and_its_parts_have_short_texts(tmp_path: Path) -> None:
+    def schedule(step: int) -> float:
+        return 1.0
+
+    hooks = [Preview(lambda model, step: None), TensorBoard("logs"), Checkpoints(tmp_path), ProgressBar(False)]
+    trainer = make(data=Loader(DATA, workers=0), loss=rich, hooks=hooks, update=Update(schedule=schedule))
+    for text, lines, words in (
+        (repr(trainer), 2, ("DSM(Denoiser(", "100 samples", "step=0", "batch=16", "EMA(", "every=1000", "VP(")),
+        (repr(trainer.loss), 1, ("DSM(Denoiser(", "Uncertainty(", "Stratified(", "LossAware(", "drop=0.3", "eps")),
+        (repr(trainer.ema), 1, ("EMA(Denoiser with 194 weights", "decay=0.9999", "updates=0")),
+        (repr(PowerEMA(trainer.model)), 1, ("PowerEMA(Denoiser", "stds=(0.05, 0.1)")),
+        (repr(trainer.update), 1, ("schedule=schedule", "warmup=0", "clip=1.0")),
+        (repr(trainer.loader), 1, ("Tensor with 100 samples",)),
+        (repr(hooks), 1, ("Preview(<lambda>, every=1000)", "TensorBoard(folder='logs')", "ProgressBar(show=False)")),
+    ):
+        assert text.count("\n") == lines - 1 and " at 0x" not in text, text
+        assert all(word in text for word in words), text
+
+
+def test_conditions_may_have_one_row_or_none() -> None:
+    rows: list[tuple[int, ...]] = []
+
+    class Table(Net):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor, table: Tensor) -> Tensor:  # type: ignore[override]
+            rows.append((len(label), len(table)))
+            return super().forward(x, t) + table[label]
+
+    torch.manual_seed(0)
+    model = ss.Denoiser(Table(), ss.VP(), predicts="eps")
+    cond = {"label": torch.tensor([2]), "table": ss.denoisers.base.Shared(torch.ones(5, 2))}
+    loader = Loader(DATA, unpack=lambda x: (x, cond))
+    trainer = Trainer(ss.DSM(model, drop=0.5, null={"label": 0}), loader, batch=16)
+    trainer.fit(2)
+    assert rows == [(16, 5), (16, 5)]

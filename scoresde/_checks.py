@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.float64)
 
 _WORDS = ("steps", "nfe", "grid", "seed", "t_start", "t_end", "data_std", "rtol", "atol", "dtype", "device")
 
-_OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 rounding
+OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 rounding
 
 
 def number(
@@ -150,7 +150,7 @@ def real(name: str, value: Any) -> Tensor:
 
 def time(t: Any, T: float, name: str = "t") -> Tensor:
     """Return a time as a tensor in [0, T]; clamp rounding errors at the ends."""
-    slack = _OUTSIDE * T
+    slack = OUTSIDE * T
     if isinstance(t, float):  # fast path: no comparison of tensors
         if not -slack <= t <= T + slack:
             raise _outside(name, t, T)

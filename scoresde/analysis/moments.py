@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan.matrices import Unrolled, unroll
+from scoresde.plan.matrices import UnitNormals, Unrolled, unroll
+from scoresde.plan.rows import Weight, as_number
+from scoresde.plan.run import steps
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 
@@ -83,7 +85,12 @@ def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, sta
 
     .. math:: W_2^2 = \tfrac1K \sum_c (\mu_c - \mu_c^*)^2 + (s_c - s_c^*)^2
 
-    It takes the arguments of :func:`response`.
+    Arguments:
+        plan: Plan, deterministic or stochastic.
+        sde: Process of the plan.
+        spectrum: Variances of the data in K directions.
+        mean: Means of the data in these directions.
+        start: Law of the start, as in :func:`response`.
     """
     return float(response(plan, sde, spectrum, mean, start).distance.square().mean().sqrt())
 
@@ -138,15 +145,33 @@ def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
 
 
 def as_directions(spectrum: Numbers, mean: Numbers = 0.0) -> tuple[Tensor, Tensor]:
+    """Variances and means of Gaussian data in K directions, float64.
+
+    Arguments:
+        spectrum: Variances, K finite numbers of at least 0, or one number.
+        mean: Means, K numbers or one.
+    """
     c, m = (torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (spectrum, mean))
-    if len(c) == 0 or not bool((c >= 0).all()) or not bool(c.isfinite().all()):
-        raise ValueError(f"`spectrum` must hold finite variances of at least 0, got {c.tolist()}.")
+    wrong = c[~((c >= 0) & c.isfinite())]
+    if len(c) == 0 or len(wrong):
+        raise ValueError(
+            f"`spectrum` must hold finite variances of at least 0, got {f'{wrong[0]:g}' if len(c) else 'none'}."
+        )
     c, m = torch.broadcast_tensors(c, m)
     return c, m
 
 
 def solve_directions(u: Unrolled, sde: SDE, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """∂x_n/∂x_0 (K,), ∂x_n/∂d (K, n), ∂x_n/∂z (K, draws) and ∂x_r/∂x_0 (K, n); differentiable."""
+    """Derivatives of the states of a plan on Gaussian data, for errors at each evaluation; differentiable.
+
+    Arguments:
+        u: Unrolled plan with n evaluations.
+        sde: Process of the plan.
+        c: Variances of the data, (K,).
+
+    Returns:
+        ∂x_n/∂x_0 (K,), ∂x_n/∂d (K, n), ∂x_n/∂z (K, draws) and ∂x_r/∂x_0 (K, n).
+    """
     n = u.nfe
     t = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in u.t[:n]])
     alpha, sigma = sde.alpha(t), sde.sigma(t)
@@ -160,13 +185,26 @@ def solve_directions(u: Unrolled, sde: SDE, c: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def flow_gain(sde: SDE, s: Tensor, t: Tensor, c: Tensor) -> Tensor:
-    """Exact ∂x_t/∂x_s, (K, ·)."""
+    """Derivative ∂x_t/∂x_s of the probability flow on Gaussian data, (K, M).
+
+    Arguments:
+        sde: Process.
+        s: Start time, ().
+        t: End times, (M,).
+        c: Variances of the data, (K,).
+    """
     (a, b), (e, f) = ((sde.alpha(v), sde.sigma(v)) for v in (s, t))
     return ((e**2 * c[:, None] + f**2) / (a**2 * c[:, None] + b**2)).sqrt()
 
 
 def flow_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
-    """Root-mean-square distance from the flow in each direction, (K,); differentiable."""
+    """Root-mean-square distance of a deterministic plan from the flow in each direction, (K,); differentiable.
+
+    Arguments:
+        u: Unrolled plan.
+        sde: Process of the plan.
+        c: Variances of the data, (K,).
+    """
     s, t = (torch.as_tensor(v, dtype=torch.float64) for v in (u.start, u.t[-1]))
     start = (sde.alpha(s) ** 2 * c + sde.sigma(s) ** 2).sqrt()
     return (solve_directions(u, sde, c)[0] - flow_gain(sde, s, t[None], c)[:, 0]) * start
@@ -187,28 +225,15 @@ def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
         Largest error of the mean from α x₀ and of the standard deviation from σ, relative to hypot(α x₀, σ), over the
         rows that are nodes.
     """
-    first = float(plan.rows[0].t)
-    # Each state is m + k ε + Σ c z: `means` holds m, `noises` holds k and c.
-    width = 1 + plan.draws
-    means: list[float] = [sde.alpha(first) * x0]
-    noises: list[Tensor] = [torch.zeros(width, dtype=torch.float64)]
-    noises[0][0] = sde.sigma(first)
+    with torch.no_grad():
+        path = exact_moments(plan, sde, mean=x0, spectrum=0.0).path
+    start = int(plan.rows[0].node is not None)
     worst = 0.0
-    for row in plan.rows[1:]:
-        mean = sum(float(w) * means[k] for k, w in row.x) + sum(float(w) * x0 for _, w in row.d) + float(row.one)
-        noise = torch.zeros(width, dtype=torch.float64)
-        for k, w in row.x:
-            noise = noise + float(w) * noises[k]
-        for k, w in row.z:
-            noise[1 + k] += float(w)
-        means.append(mean)
-        noises.append(noise)
-        if row.node is not None:
-            t = float(row.t)
+    for node, t, mean, variance in path[start:]:
+        if node >= 0:
             alpha, sigma = sde.alpha(t), sde.sigma(t)
-            size = math.hypot(alpha * x0, sigma)
-            gap = max(abs(mean - alpha * x0), abs(float(noise.norm()) - sigma))
-            worst = max(worst, gap / size)
+            gap = max(abs(float(mean) - alpha * x0), abs(float(variance.sqrt()) - sigma))
+            worst = max(worst, gap / math.hypot(alpha * x0, sigma))
     return worst
 
 
@@ -221,7 +246,7 @@ class ExactMoments:
         variance: Variance of the result, (K,).
         of_start: Covariance of the result with the standard normal of the start, (K,).
         t: Time of the result.
-        path: Tuples (node, t, mean, variance), one for each node.
+        path: Tuples (node, t, mean, variance), one for each node; the node is −1 for a last row that is not a node.
     """
 
     mean: Tensor
@@ -232,12 +257,7 @@ class ExactMoments:
 
 
 def exact_moments(
-    plan: Plan,
-    sde: SDE,
-    *,
-    mean: float | Sequence[float] | Tensor = 0.0,
-    spectrum: float | Sequence[float] | Tensor = 1.0,
-    start: str = "marginal",
+    plan: Plan, sde: SDE, *, mean: Numbers = 0.0, spectrum: Numbers = 1.0, start: str = "marginal"
 ) -> ExactMoments:
     r"""Mean and variance of a plan's result on Gaussian data, without samples.
 
@@ -245,7 +265,8 @@ def exact_moments(
 
     .. math:: D(x, t) = m + \frac{\alpha c}{\alpha^2 c + \sigma^2}\,(x - \alpha m),
 
-    so that each state is a linear combination of 1, the normal of the start, and the normals of the plan.
+    so that each state is a linear combination of 1, the normal of the start, and the normals of the plan. The plan runs
+    on the coefficients of this combination.
 
     Arguments:
         plan: Plan to analyse.
@@ -261,48 +282,23 @@ def exact_moments(
         True
     """
     check.choice("start", start, ("marginal", "prior"))
-    m, c = torch.broadcast_tensors(*(torch.as_tensor(v, dtype=torch.float64).reshape(-1) for v in (mean, spectrum)))
-    if bool((c < 0).any()):
-        raise ValueError(f"`spectrum` must hold variances of at least 0, got {float(c.min()):g}.")
-    states: list[Tensor | None] = [None] * len(plan.rows)
-    denoised: list[Tensor | None] = [None] * len(plan.rows)
-    width = 2 + plan.draws  # the constant, the normal of the start, the normals of the plan
-    last_x, last_d = plan.last_use
-    dead: list[list[tuple[list[Tensor | None], int]]] = [[] for _ in range(len(plan.rows) + 1)]
-    for k in range(len(plan.rows)):
-        dead[last_x[k]].append((states, k))
-        dead[last_d[k]].append((denoised, k))
+    c, m = as_directions(spectrum, mean)
+    one = torch.eye(1, 2 + plan.draws, dtype=torch.float64, device=c.device)  # then the start and the normals
+
+    def denoise(x: Tensor, t: Weight) -> Tensor:
+        time = as_number(t)
+        alpha, sigma = sde.alpha(time), sde.sigma(time)
+        gain = torch.where(c > 0, alpha * c / (alpha**2 * c + sigma**2), 0.0)
+        return gain[:, None] * x + (m - gain * alpha * m)[:, None] * one
+
+    first = as_number(plan.rows[0].t)
+    alpha, sigma = sde.alpha(first), sde.sigma(first)
+    state = torch.zeros(len(c), one.shape[1], dtype=torch.float64, device=c.device)
+    state[:, 0] = alpha * m if start == "marginal" else 0.0
+    state[:, 1] = (alpha**2 * c + sigma**2).sqrt() if start == "marginal" else sigma
     path = []
-    state = m.new_zeros(len(m), width)
-    for r, row in enumerate(plan.rows):
-        if isinstance(row.t, Tensor) and row.t.ndim:
-            raise ValueError("`plan` has a time for each sample; make one plan for each sample.")
-        t = float(row.t)
-        alpha, sigma = sde.alpha(t), sde.sigma(t)
-        if r == 0:
-            state[:, 0] = alpha * m if start == "marginal" else 0.0
-            state[:, 1] = (alpha**2 * c + sigma**2).sqrt() if start == "marginal" else sigma
-        else:
-            state = m.new_zeros(len(m), width)
-            for store, terms in ((states, row.x), (denoised, row.d)):
-                for k, w in terms:
-                    earlier = store[k]
-                    assert earlier is not None
-                    state = state + w * earlier
-            if row.z:
-                at = torch.tensor([2 + k for k, _ in row.z])
-                by = torch.stack([torch.as_tensor(w, dtype=torch.float64) for _, w in row.z])
-                state = state.index_add(1, at, by.expand(len(m), -1))
-            if isinstance(row.one, Tensor) or row.one:
-                state = state + row.one * torch.eye(1, width, dtype=torch.float64)
-        states[r] = state
-        if row.evaluates:
-            gain = alpha * c / (alpha**2 * c + sigma**2)
-            denoised[r] = gain[:, None] * state
-            denoised[r][:, 0] += m - gain * alpha * m  # type: ignore[index]
-        if row.node is not None or r == len(plan.rows) - 1:
-            path.append((-1 if row.node is None else row.node, t, state[:, 0], state[:, 1:].square().sum(1)))
-        for store, k in dead[r]:
-            store[k] = None
+    for step in steps(plan, denoise, state, UnitNormals(2), ones=one):
+        state = step.x
+        path.append((step.node, as_number(step.t), state[:, 0].clone(), state[:, 1:].square().sum(1)))
     _, t, average, variance = path[-1]
-    return ExactMoments(average, variance, state[:, 1], t, tuple(path))
+    return ExactMoments(average, variance, state[:, 1].clone(), t, tuple(path))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,8 +17,10 @@ from scoresde._numerics import legendre
 from scoresde.analysis.moments import exact_moments
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.mixture import GaussianMixture
+from scoresde.denoisers.start import Start
 from scoresde.noise.keyed import Noise
-from scoresde.plan.run import run
+from scoresde.plan.rows import as_number
+from scoresde.plan.run import run, updates
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import VELOCITY
@@ -36,17 +37,17 @@ class Order:
     Arguments:
         slope: Minus the slope of log error over log number of steps.
         declared: Order that the solver declares.
-        legs: Numbers of steps.
+        steps: Numbers of steps.
         errors: Error for each number of steps.
     """
 
     slope: float
     declared: int
-    legs: tuple[int, ...]
+    steps: tuple[int, ...]
     errors: tuple[float, ...]
 
     def __str__(self) -> str:
-        errors = ", ".join(f"{n}: {e:.2e}" for n, e in zip(self.legs, self.errors, strict=True))
+        errors = ", ".join(f"{n}: {e:.2e}" for n, e in zip(self.steps, self.errors, strict=True))
         return f"order {self.slope:.2f} (declared {self.declared}); error by steps {errors}"
 
 
@@ -54,7 +55,7 @@ def convergence_order(
     solver: Solver,
     model: AbstractDenoiser,
     *,
-    legs: Sequence[int] = (40, 80, 160),
+    steps: Sequence[int] = (40, 80, 160),
     t_start: float | None = None,
     t_end: float | None = None,
     reference: Reference | None = None,
@@ -68,48 +69,61 @@ def convergence_order(
     Arguments:
         solver: Solver to measure.
         model: Denoiser.
-        legs: Numbers of steps, at least two.
+        steps: Numbers of steps, at least two.
         t_start: Initial time, by default T, or the time where λ = −4 if α(T) = 0; α must be positive.
         t_end: Final time, by default where λ = 2; σ must be positive.
         reference: Exact flow, ``(x, s, t) -> x_t``, by default :func:`exact_flow` of the model.
         grid: Function that makes a grid, by default a mildly non-uniform one.
-        x: Initial states, (B, *event) in float64, for a model without an attribute `event`; by default pure noise.
+        x: Initial states, (B, *event) in float64; by default `n` states of pure noise with the shape ``model.event``.
         n: Number of initial states.
         seed: Seed of the initial states.
     """
     sde = model.sde
-    if len(set(legs)) < 2:
-        raise ValueError(f"`legs` must hold at least two different numbers, to fit a slope, got {tuple(legs)}.")
+    if len(set(steps)) < 2:
+        raise ValueError(f"`steps` must hold at least two different numbers, to fit a slope, got {tuple(steps)}.")
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else sde.t_of_lam(-4.0)
     last = sde.t_of_lam(2.0) if t_end is None else t_end
     for name, t in (("t_start", first), ("t_end", last)):
         if not math.isfinite(sde.lam(t)):
             raise ValueError(f"`{name}` must be a time with α > 0 and σ > 0, got {t:g}, where λ is infinite.")
     if x is None:
-        shape = (n, *getattr(model, "event", (1,)))
-        x = sde.sigma(first) * Noise(seed).normal(shape, 0, dtype=torch.float64)
+        dtype, device = Start(dtype=torch.float64).placement(model)
+        x = sde.prior(first, std=0.0).sample((n, *event_of(model)), Noise(seed), dtype=dtype, device=device)
     truth = (reference or exact_flow(model))(x, first, last)
-    maker = grid or _uneven
+    maker = grid or uneven_lam
     errors = []
     with torch.no_grad():
-        for N in legs:
+        for N in steps:
             plan = solver.plan(sde, maker(sde, N, t_start=first, t_end=last))
             gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
             errors.append(float(gap.median()))
     if 0.0 in errors:
         raise ValueError("`solver` has no error on this `model`, so its order cannot be measured; use another model.")
-    return Order(_slope(legs, errors), solver.declared_order, tuple(legs), tuple(errors))
+    return Order(_slope(steps, errors), solver.declared_order, tuple(steps), tuple(errors))
 
 
-def _slope(legs: Sequence[int], errors: Sequence[float]) -> float:
+def event_of(model: AbstractDenoiser) -> tuple[int, ...]:
+    """Shape of one sample of a model: its attribute `event`, or (1,)."""
+    event: tuple[int, ...] = getattr(model, "event", (1,))
+    return event
+
+
+def _slope(steps: Sequence[int], errors: Sequence[float]) -> float:
     """Minus the slope of log error over log number of steps."""
-    a = torch.tensor([math.log(N) for N in legs], dtype=torch.float64)
+    a = torch.tensor([math.log(N) for N in steps], dtype=torch.float64)
     b = torch.tensor([math.log(e) for e in errors], dtype=torch.float64)
     return -float(((a - a.mean()) * (b - b.mean())).sum() / ((a - a.mean()) ** 2).sum())
 
 
-def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
-    """Grid whose steps in λ vary smoothly by a factor of 3, so that no solver gains from equal steps."""
+def uneven_lam(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
+    """Grid whose steps in λ vary smoothly by a factor of 3, so that no solver gains from equal steps.
+
+    Arguments:
+        sde: Process.
+        steps: Number of steps.
+        t_start: First time, where λ is finite.
+        t_end: Last time, where λ is finite.
+    """
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     u = u + 0.5 / (2 * math.pi) * (2 * math.pi * u).sin()
     a, b = sde.lam(t_start), sde.lam(t_end)
@@ -118,12 +132,12 @@ def _uneven(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
     return times
 
 
-def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
+def exact_flow(model: AbstractDenoiser, steps: int = 800) -> Reference:
     """The probability flow of a model: in closed form for one Gaussian, otherwise by many steps of RK4.
 
     Arguments:
         model: Denoiser.
-        legs: Number of steps, if there is no closed form.
+        steps: Number of steps, if there is no closed form.
 
     Returns:
         Function ``(x, s, t) -> x_t`` from time s to time t, in either direction, where σ > 0.
@@ -135,7 +149,7 @@ def exact_flow(model: AbstractDenoiser, legs: int = 800) -> Reference:
         if model.sde.sigma(t) == 0 or model.sde.sigma(s) == 0:
             raise ValueError(f"`s` and `t` must be times with σ > 0, got s = {s:g} and t = {t:g}; end at `sde.t_min`.")
         near = _with_signal(model.sde, s, t), _with_signal(model.sde, t, s)
-        grid = _uneven(model.sde, legs, t_start=near[0], t_end=near[1])
+        grid = uneven_lam(model.sde, steps, t_start=near[0], t_end=near[1])
         ends = [grid.new_tensor([v]) for v in (s, t)]
         grid = torch.cat([*ends[: near[0] != s], grid, *ends[1 : 1 + (near[1] != t)]])
         plan = RungeKutta(RK4, VELOCITY).plan(model.sde, grid, up="solve")
@@ -156,7 +170,7 @@ def weak_order(
     *,
     mean: Sequence[float] = (0.4, -0.7, 0.2, 1.0, -0.3),
     spectrum: Sequence[float] = (0.09, 0.36, 1.0, 2.89, 9.0),
-    legs: Sequence[int] = (80, 160),
+    steps: Sequence[int] = (80, 160),
     t_start: float | None = None,
     t_end: float | None = None,
     grid: Callable[..., Tensor] | None = None,
@@ -174,7 +188,7 @@ def weak_order(
         sde: Process.
         mean: Means of the data.
         spectrum: Variances of the data.
-        legs: Numbers of steps.
+        steps: Numbers of steps.
         t_start: Initial time, where the state has the exact marginal; by default where λ = −2.5.
         t_end: Final time, by default where λ = 2.
         grid: Function that makes a grid, by default a mildly non-uniform one.
@@ -190,8 +204,8 @@ def weak_order(
     # covariance of the exact result with the normal of the start: the reverse SDE is linear
     drift = before.sqrt() * (after / before) ** ((1 + eta**2) / 2) * (sde.alpha(first) / alpha) ** (eta**2)
     errors = []
-    for N in legs:
-        plan = solver.plan(sde, (grid or _uneven)(sde, N, t_start=first, t_end=last))
+    for N in steps:
+        plan = solver.plan(sde, (grid or uneven_lam)(sde, N, t_start=first, t_end=last))
         result = exact_moments(plan, sde, mean=m, spectrum=c)
         if of == "drift":
             gap = (result.of_start - drift).square()
@@ -199,7 +213,7 @@ def weak_order(
             gap = (result.mean - alpha * m).square() + (result.variance.sqrt() - after.sqrt()).square()
         errors.append(float(gap.mean().sqrt()))
     declared = solver.declared_order if of == "drift" else solver.weak_order
-    return Order(_slope(legs, errors), declared, tuple(legs), tuple(errors))
+    return Order(_slope(steps, errors), declared, tuple(steps), tuple(errors))
 
 
 def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
@@ -219,33 +233,30 @@ def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
     """
     if plan.stochastic:
         raise ValueError("`plan` draws noise; order conditions are for deterministic plans, such as those of DDIM.")
-    node, weight = legendre()
-    times = torch.tensor([float(row.t) for row in plan.rows], dtype=torch.float64)
-    lam = sde.lam(times)
-    out: list[list[float]] = []
+    lam = sde.lam(torch.tensor([as_number(row.t) for row in plan.rows], dtype=torch.float64))
     nodes = [r for r, row in enumerate(plan.rows) if row.node is not None]
-    for s, t in pairwise(nodes):
-        h = lam[t] - lam[s]
-        residuals = []
-        for n in range(degree + 1):
+    starts = torch.tensor(nodes[:-1])
+    origin = lam[starts]
+    n = torch.arange(degree + 1, dtype=torch.float64)
+    factorial = (n + 1).lgamma().exp().round()
+    node, weight = legendre()
+    evaluated = iter([lam[r] for r, row in enumerate(plan.rows) if row.evaluates])
 
-            def d(at: Tensor, n: int = n, origin: Tensor = lam[s]) -> Tensor:
-                return (at - origin) ** n / math.factorial(n)
+    def exact(r: int) -> Tensor:
+        """α_r ∫ e^{−(λ_r − λ)} (λ − λ_s)ⁿ/n! dλ from λ_s to λ_r, for each step and each n."""
+        gap = (lam[r] - origin)[:, None]
+        powers = (node * gap)[..., None] ** n / factorial
+        alpha = sde.alpha(as_number(plan.rows[r].t))
+        return alpha * gap * torch.einsum("sq,sqn->sn", (-(1 - node) * gap).exp() * weight, powers)
 
-            def exact(r: int, d: Callable[[Tensor], Tensor] = d, s: int = s) -> float:
-                # x_s = 0: x_r = α_r ∫ e^{−(λ_r − λ)} d(λ) dλ from λ_s
-                gap = lam[r] - lam[s]
-                inner = (-(1 - node) * gap).exp() * d(lam[s] + node * gap)
-                return float(sde.alpha(float(times[r])) * gap * (inner @ weight))
-
-            states = {r: exact(r) for r in nodes if r <= s}
-            for r in range(1, t + 1):
-                if r not in states:
-                    row = plan.rows[r]
-                    terms = [float(w) * states[k] for k, w in row.x]
-                    terms += [float(w) * float(d(lam[k])) for k, w in row.d]
-                    states[r] = sum(terms) + float(row.one)
-            size = sde.alpha(float(times[t])) * float(h) ** (n + 1)
-            residuals.append((states[t] - exact(t)) / size if math.isfinite(size) and size else math.nan)
-        out.append(residuals)
-    return torch.tensor(out, dtype=torch.float64)
+    # One run for all steps and all n: the state is (steps, degree + 1), and a step has exact states up to its start.
+    out = torch.full((len(starts), degree + 1), math.nan, dtype=torch.float64)
+    with torch.no_grad():
+        for update in updates(plan, lambda x, t: (next(evaluated) - origin)[:, None] ** n / factorial, exact(0)):
+            if update.row in nodes:
+                i, truth = nodes.index(update.row) - 1, exact(update.row)
+                size = sde.alpha(as_number(update.t)) * (lam[update.row] - origin[i]) ** (n + 1)
+                error = (update.x[i] - truth[i]) / size
+                out[i] = torch.where(size.isfinite() & (size != 0), error, math.nan)
+                update.x = torch.where((update.row <= starts)[:, None], truth, update.x)
+    return out

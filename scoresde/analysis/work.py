@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.analysis.orders import exact_flow
+from scoresde.analysis.orders import event_of, exact_flow
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.start import Start
 from scoresde.grids.spacings import karras
 from scoresde.noise.keyed import Noise
 from scoresde.plan.run import run
@@ -47,7 +47,9 @@ def work_precision(
     truth: Tensor | None = None,
     n: int = 256,
     seed: int = 0,
-    **window: Any,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    t_min: float | None = None,
 ) -> list[Work]:
     """Error against number of evaluations, for solvers × grids × budgets.
 
@@ -56,29 +58,33 @@ def work_precision(
         model: Denoiser.
         grids: Functions that make the grids.
         nfes: Budgets of function evaluations.
-        x: Initial states at ``t_start``, by default `n` from the prior.
+        x: Initial states at `t_start`, (B, *event) in float64; by default `n` samples of the prior with the shape
+            ``model.event``.
         truth: Exact results from `x`, by default from :func:`exact_flow`.
         n: Number of initial states.
         seed: Seed of the initial states.
-        **window: Options ``t_start``, ``t_end`` and ``t_min`` of the grids.
+        t_start: First time of the grids, by default T.
+        t_end: Last time of the grids.
+        t_min: Last positive time of grids that end at 0, by default that of each function in `grids`.
     """
     sde = model.sde
+    limits = {"t_start": t_start, "t_end": t_end or None, "t_min": t_min}
+    options = {name: t for name, t in limits.items() if t is not None}
     check.integer("n", n, at_least=1)
-    start = window.get("t_start") or sde.T
+    start = sde.T if t_start is None else t_start
     if x is None:
-        x = sde.prior(start).sample((n, *getattr(model, "event", (1,))), Noise(seed), dtype=torch.float64)
+        x = Start(dtype=torch.float64).draw(model, (n, *event_of(model)), start, Noise(seed))
     if truth is None:
-        last = window.get("t_end", 0.0)
-        near = last if sde.sigma(last) > 0 else sde.t_of_lam(min(sde.lam(sde.t_min) + 3.0, sde.lam(1e-6 * sde.T)))
+        near = t_end if sde.sigma(t_end) > 0 else sde.t_of_lam(min(sde.lam(sde.t_min) + 3.0, sde.lam(1e-6 * sde.T)))
         truth = exact_flow(model)(x, start, near)
-        if last != near:
+        if t_end != near:
             truth = model.x0(truth, near)
     rows = []
     for solver in solvers:
         for maker in grids:
             for nfe in nfes:
-                rule, legs = solver.for_nfe(nfe, clean=sde.sigma(window.get("t_end", 0.0)) == 0)
-                plan = rule.plan(sde, maker(sde, legs, **window))
+                rule, steps = solver.for_nfe(nfe, clean=sde.sigma(t_end) == 0)
+                plan = rule.plan(sde, maker(sde, steps, **options))
                 if plan.nfe > nfe:
                     continue
                 with torch.no_grad():

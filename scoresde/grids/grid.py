@@ -32,7 +32,7 @@ def check_grid(sde: SDE, times: Tensor | Sequence[float]) -> Tensor:
     grid = times.detach().cpu().double()
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"`times` must have one axis of at least 2 times, got shape {tuple(grid.shape)}.")
-    slack = check._OUTSIDE * sde.T  # times outside by float32 rounding are clamped
+    slack = check.OUTSIDE * sde.T  # times outside by float32 rounding are clamped
     outside = ~((grid >= -slack) & (grid <= sde.T + slack))
     if outside.any():
         i = int(outside.nonzero()[0, 0])
@@ -55,12 +55,22 @@ def make_grid(
     steps: int,
     t_start: float | None,
     t_end: float,
-    rule: Callable[[float, float, Tensor], Tensor],
+    spacing: Callable[[float, float, Tensor], Tensor],
     t_min: float | None = None,
     *,
     reaches_zero: bool,
 ) -> Tensor:
-    """Make a grid of `steps` steps; rule(first, last, u) maps u in [0, 1] to times from first to last."""
+    """Make a grid of times from `t_start` to `t_end`.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps.
+        t_start: First time, or None for T.
+        t_end: Last time.
+        spacing: Function (first, last, u) that maps u in [0, 1] to times from `first` to `last`.
+        t_min: Last positive time if the grid ends at σ = 0, or None for ``sde.t_min``.
+        reaches_zero: Whether `spacing` can end at σ = 0; otherwise the last step goes from `t_min` to `t_end`.
+    """
     if not isinstance(sde, SDE):
         raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
     N = check.integer("steps", steps, at_least=1)
@@ -69,7 +79,7 @@ def make_grid(
     if reaches_zero or sde.sigma(end) > 0:
         if t_min is not None and t_min != end:
             raise ValueError(f"`t_min` = {t_min:g} is used only if `t_end` is 0, got `t_end` = {end:g}; drop it.")
-        times = [rule(start, end, _ramp(N))]
+        times = [spacing(start, end, _ramp(N))]
     else:
         last = sde.t_min if t_min is None else t_min
         if N > 1 and not end < check.number("t_min", last, above=0) < start:
@@ -77,7 +87,7 @@ def make_grid(
                 f"`t_min` must lie between `t_end` = {end:g} and `t_start` = {start:g}, got {last:g}; "
                 f"give one in between."
             )
-        times = [rule(start, last, _ramp(N - 1)), _ramp(0)] if N > 1 else [_ramp(1)]
+        times = [spacing(start, last, _ramp(N - 1)), _ramp(0)] if N > 1 else [_ramp(1)]
     grid = torch.cat(times)
     grid[0], grid[-1] = start, end
     if len(times) == 2:
@@ -97,6 +107,7 @@ def _ramp(n: int) -> Tensor:
 
 
 def inner_times(a: float, b: float, u: Tensor) -> Tensor:
+    """Numbers from a to b, linear in u."""
     return a + (b - a) * u
 
 
@@ -107,6 +118,7 @@ def lam_ends(sde: SDE, a: float, b: float) -> tuple[float, float]:
 
 
 def times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
+    """Times in [0, T] of values of λ; values outside the range of the process go to its ends."""
     return sde.inverse_lam(lam.clamp(sde.lam(sde.T), sde.lam(0.0))).clamp(0.0, sde.T)
 
 
@@ -120,6 +132,11 @@ def window(
         times: A grid.
         t_start: New first time, default that of the grid; a larger one adds a step.
         t_end: New last time, default that of the grid; a smaller one adds a step.
+
+    Example:
+        >>> import scoresde as ss
+        >>> window(ss.Flow(), [1.0, 0.6, 0.3, 0.0], 0.8, 0.1).tolist()
+        [0.8, 0.6, 0.3, 0.1]
     """
     grid = check_grid(sde, times)
     start = float(grid[0]) if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,8 +53,8 @@ def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | Non
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, appendix D.2
     """
     k = check.number("exponent", exponent, above=0)
-    rule = lambda a, b, u: inner_times(a ** (1 / k), b ** (1 / k), u) ** k  # noqa: E731
-    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+    spacing = lambda a, b, u: inner_times(a ** (1 / k), b ** (1 / k), u) ** k  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
 def uniform_lam(
@@ -102,11 +103,11 @@ def polyexponential(
     """
     power = check.number("rho", rho, above=0)
 
-    def rule(a: float, b: float, u: Tensor) -> Tensor:
+    def spacing(a: float, b: float, u: Tensor) -> Tensor:
         first, last = lam_ends(sde, a, b)
         return times_of_lam(sde, last - (1 - u) ** power * (last - first))
 
-    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+    return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 
 exponential = uniform_lam
@@ -142,11 +143,11 @@ def karras(
     """
     power = check.number("rho", rho, above=0)
 
-    def rule(a: float, b: float, u: Tensor) -> Tensor:
+    def spacing(a: float, b: float, u: Tensor) -> Tensor:
         first, last = (math.exp(-lam / power) for lam in lam_ends(sde, a, b))
         return times_of_lam(sde, -power * inner_times(first, last, u).log())
 
-    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+    return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 
 def quadratic_vp(
@@ -171,11 +172,11 @@ def quadratic_vp(
     """
     clock = VP(T=4.0)
 
-    def rule(a: float, b: float, u: Tensor) -> Tensor:
+    def spacing(a: float, b: float, u: Tensor) -> Tensor:
         first, last = (clock.t_of_lam(max(lam, clock.lam(clock.T))) ** 0.5 for lam in lam_ends(sde, a, b))
         return times_of_lam(sde, clock.lam(inner_times(first, last, u) ** 2))
 
-    return make_grid(sde, steps, t_start, t_end, rule, t_min, reaches_zero=False)
+    return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 
 def beta_quantile(
@@ -196,8 +197,8 @@ def beta_quantile(
     """
     check.number("a", a, above=0)
     check.number("b", b, above=0)
-    rule = lambda first, last, u: inner_times(last, first, _beta_inverse(1 - u, a, b))  # noqa: E731
-    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+    spacing = lambda first, last, u: inner_times(last, first, beta_inverse(1 - u, a, b))  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
 def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
@@ -209,8 +210,8 @@ def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float =
         t_start: First time, default T.
         t_end: Last time, default 0, which gives the denoised state.
     """
-    rule = lambda first, last, u: inner_times(last, first, (math.pi / 2 * (1 - u)).sin() ** 2)  # noqa: E731
-    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+    spacing = lambda first, last, u: inner_times(last, first, (math.pi / 2 * (1 - u)).sin() ** 2)  # noqa: E731
+    return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
 def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
@@ -230,14 +231,14 @@ def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None,
     """
     clock = Shifted(sde, shift)
 
-    def rule(a: float, b: float, u: Tensor) -> Tensor:
+    def spacing(a: float, b: float, u: Tensor) -> Tensor:
         ends = []
         for t in (a, b):
             lam = sde.lam(t) + math.log(shift)
             ends.append(t if math.isinf(lam) else sde.t_of_lam(lam))
         return clock.base_time(inner_times(ends[0], ends[1], u).clamp(0, clock.T))
 
-    return make_grid(sde, steps, t_start, t_end, rule, reaches_zero=True)
+    return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
 def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
@@ -285,31 +286,14 @@ def _nearest(a: int, b: int) -> int:
     return whole + (2 * rest > b or (2 * rest == b and whole % 2 == 1))
 
 
-def _beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
-    """Quantiles x of Beta(a, b), by Newton's method for log x, or for log(1 − x) in the upper part."""
-    split = (a + 1) / (a + b + 2)  # the continued fraction converges up to here
-    value, _ = _log_beta_cdf(torch.tensor([math.log(split)], dtype=torch.float64, device="cpu"), a, b)
-    upper = q.log() > value
-    mass = torch.where(upper, 1 - q, q).log()
-    log_x = limit = torch.where(upper, q.new_tensor(1 - split).log(), q.new_tensor(split).log())
-    for _ in range(100):
-        pairs = (_log_beta_cdf(log_x, *shapes) for shapes in ((a, b), (b, a)))
-        value, slope = (torch.where(upper, high, low) for low, high in zip(*pairs, strict=True))
-        step = torch.where(mass == -math.inf, math.inf, (value - mass) / slope)
-        log_x = torch.minimum(log_x - step, limit)
-        if bool((step.abs() < 1e-9)[mass.isfinite()].all()):  # convergence is quadratic
-            break
-    return torch.where(upper, -torch.expm1(log_x), log_x.exp())
+def beta_inverse(q: Tensor, a: float, b: float) -> Tensor:
+    """Quantiles of the distribution Beta(a, b).
 
+    Arguments:
+        q: Probabilities, float64.
+        a: First shape parameter.
+        b: Second shape parameter.
+    """
+    from scipy.special import betaincinv  # here, because the import takes long
 
-def _log_beta_cdf(log_x: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
-    """Log of the regularised incomplete beta function and its slope in log x, by continued fraction (DLMF 8.17.22)."""
-    x = log_x.exp()
-    fraction = torch.ones_like(x)
-    for m in range(20 + int(3 * math.sqrt(max(a, b))), 0, -1):
-        odd = (a + m - 1) * (a + b + m - 1) / ((a + 2 * m - 2) * (a + 2 * m - 1))
-        even = m * (b - m) / ((a + 2 * m - 1) * (a + 2 * m))
-        fraction = 1 - odd * x / (1 + even * x / fraction)
-    log_beta = math.lgamma(a) + math.lgamma(b) - math.lgamma(a + b)
-    value = a * log_x + b * torch.log1p(-x) - log_beta - math.log(a) - fraction.log()
-    return value, a * fraction / (1 - x)
+    return torch.from_numpy(np.asarray(betaincinv(a, b, q.numpy())))

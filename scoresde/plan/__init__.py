@@ -2,7 +2,7 @@
 
 from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.rows import Row
-from scoresde.plan.run import Step, run, steps
+from scoresde.plan.run import Step, Update, run, steps, updates
 from scoresde.plan.table import Plan
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "Row",
     "Step",
     "Unrolled",
+    "Update",
     "run",
     "steps",
     "unroll",
+    "updates",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Row:
 
 
 def validate(rows: tuple[Row, ...]) -> None:
+    """Raise an error unless the rows form a table: finite numbers, and each sum over earlier rows."""
     if not rows:
         raise ValueError("`rows` must not be empty: row 0 is the start.")
     if rows[0].x or rows[0].d or rows[0].z:
@@ -75,7 +77,8 @@ def last_uses(rows: tuple[Row, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(of_x), tuple(of_d)
 
 
-def merge(outer: Any, inner: Terms, w: Weight) -> Terms:
+def merge(outer: Iterable[tuple[int, Weight]], inner: Terms, w: Weight) -> Terms:
+    """The terms of `outer`, plus `w` times those of `inner`."""
     sums: dict[int, Weight] = dict(outer)
     for k, v in inner:
         sums[k] = sums[k] + w * v if k in sums else w * v
@@ -83,6 +86,7 @@ def merge(outer: Any, inner: Terms, w: Weight) -> Terms:
 
 
 def as_number(w: Weight) -> float:
+    """A weight or a time as a float; raise an error for one number per sample."""
     if not isinstance(w, Tensor):
         return w
     if w.ndim:
@@ -91,11 +95,28 @@ def as_number(w: Weight) -> float:
 
 
 def nonzero(w: Weight) -> bool:
+    """Whether a weight may differ from 0: tensors are not read."""
     return isinstance(w, Tensor) or w != 0
 
 
 class Line(NamedTuple):
-    """A row prepared for the loop: its terms in one list, and the entries to free after the sum."""
+    """A row prepared for the loop, which stores x_r at index 2r and d_r at index 2r + 1 of one list.
+
+    Arguments:
+        t: Time of the state.
+        node: Index of the node, or None.
+        evaluates: Whether the network is evaluated at the state.
+        shown: Whether callers see the state: at nodes and at the end.
+        terms: Pairs (index, weight) of the states and denoised states in the sum.
+        draws: Pairs (draw, weight) of the normals in the sum.
+        one: Constant of the sum.
+        plain: Whether all weights are floats.
+        lerp: Whether the first two weights sum to 1, so that their terms are one interpolation.
+        keep_x: Whether a later row uses the state.
+        keep_d: Whether a later row uses the denoised state.
+        drop: Indices to free after the sum.
+        reuse: Whether the memory of the first state in the sum may hold the result.
+    """
 
     t: Weight
     node: int | None
@@ -113,6 +134,13 @@ class Line(NamedTuple):
 
 
 def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...]) -> tuple[Line, ...]:
+    """Prepare the rows for the loop.
+
+    Arguments:
+        rows: Rows of the plan.
+        of_x: Last row that uses each state.
+        of_d: Last row that uses each denoised state.
+    """
     drop: list[list[int]] = [[] for _ in range(len(rows) + 1)]
     for k, row in enumerate(rows):
         if of_x[k] > k:
@@ -142,3 +170,11 @@ def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, 
             )
         )
     return tuple(lines)
+
+
+def with_ones(program: tuple[Line, ...], index: int) -> tuple[Line, ...]:
+    """Replace the constant of each row by a term of the vector of ones, which the loop stores at `index`."""
+    return tuple(
+        line._replace(terms=(*line.terms, (index, line.one)), one=0.0) if nonzero(line.one) else line
+        for line in program
+    )

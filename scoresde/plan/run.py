@@ -1,12 +1,17 @@
 r"""The interpreter of plans: one loop over the rows.
 
-.. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k
+.. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k + e_r
+
+:func:`run` returns the last state, :func:`steps` yields the states at the nodes, and :func:`updates` yields every new
+state before the run continues from it. On unit vectors the loop computes the matrices of a plan
+(:func:`scoresde.plan.unroll`); on a linear denoiser it computes exact moments (:mod:`scoresde.analysis.moments`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +19,19 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Ahead, Noise
-from scoresde.plan.rows import Line, Weight, nonzero
+from scoresde.plan.rows import Line, Terms, Weight, nonzero, with_ones
 from scoresde.plan.table import Plan
 
-Denoise = Callable[[Tensor, Any], Tensor]
+Denoise = Callable[[Tensor, Weight], Tensor]
 
-Hook = Callable[[int, Any, Tensor], Tensor]
+Hook = Callable[[int, Weight, Tensor], Tensor]
+
+
+class Normals(Protocol):
+    """A source of standard normals, such as :class:`scoresde.Noise`."""
+
+    def like(self, x: Tensor, draw: int) -> Tensor:
+        """Draw number `draw`, with the shape, dtype and device of `x`."""
 
 
 class Step(NamedTuple):
@@ -34,35 +46,59 @@ class Step(NamedTuple):
     """
 
     node: int
-    t: Any
+    t: Weight
     x: Tensor
     x0: Tensor | None
     nfe: int
+
+
+@dataclass
+class Update:
+    """New state of a row, before the network is evaluated there.
+
+    Arguments:
+        row: Index of the row.
+        t: Time of the state.
+        mean: Sum of the row without its normals, (B, *event).
+        draws: Pairs (draw, weight) of the normals of the row.
+        x: State with its normals, (B, *event); the mean if the run has no source of normals. The run continues from
+            this attribute: set it to continue from another state.
+    """
+
+    row: int
+    t: Weight
+    mean: Tensor
+    draws: Terms
+    x: Tensor
 
 
 def run(
     plan: Plan,
     denoise: Denoise,
     x: Tensor,
-    noise: Noise | None = None,
+    noise: Noise | Normals | None = None,
     *,
+    ones: Tensor | None = None,
     hook: Hook | None = None,
     callback: Callable[[Step], None] | None = None,
     overwrite: bool = False,
 ) -> Tensor:
-    """Run a plan and return its last state; :func:`steps` also yields the states at the nodes.
+    """Run a plan and return its last state.
 
     Arguments:
         plan: Plan to run.
         denoise: Denoiser D(x, t), a function of a state (B, *event) and a time.
         x: Initial state, (B, *event).
         noise: Source of the normals; required if the plan is stochastic.
+        ones: Vector that the constants of the rows multiply, a tensor that broadcasts to the shape of `x`; by default
+            a constant is added to every element.
         hook: Function ``(node, t, x) -> x``, called at every node before the network is evaluated.
         callback: Function of a :class:`Step`, called at every node after the evaluation.
         overwrite: Whether to reuse the memory of a state that no later row uses, which saves allocations. `denoise`
             must then return new memory, and no function may store a reference to its input.
     """
-    loop = _loop(plan, denoise, x, noise, hook, overwrite, callback is not None)
+    _check_noise(plan, noise)
+    loop = _loop(plan, denoise, x, noise, ones, hook, overwrite, None if callback is None else "nodes")
     del x  # otherwise this reference holds the memory of the initial state
     while True:
         try:
@@ -70,7 +106,7 @@ def run(
         except StopIteration as end:
             result: Tensor = end.value
             return result
-        assert callback is not None
+        assert callback is not None and isinstance(step, Step)
         callback(step)
         del step
 
@@ -79,37 +115,103 @@ def steps(
     plan: Plan,
     denoise: Denoise,
     x: Tensor,
-    noise: Noise | None = None,
+    noise: Noise | Normals | None = None,
     *,
+    ones: Tensor | None = None,
     hook: Hook | None = None,
     overwrite: bool = False,
 ) -> Generator[Step, None, Tensor]:
     """Run a plan and yield a :class:`Step` at every node; the last one holds the result, which is also returned.
 
     A state is freed once no later row uses it. The loop copies no tensor to the host.
+
+    Arguments:
+        plan: Plan to run.
+        denoise: Denoiser D(x, t), a function of a state (B, *event) and a time.
+        x: Initial state, (B, *event).
+        noise: Source of the normals; required if the plan is stochastic.
+        ones: Vector that the constants of the rows multiply, as in :func:`run`.
+        hook: Function ``(node, t, x) -> x``, called at every node before the network is evaluated.
+        overwrite: Whether to reuse the memory of states, as in :func:`run`.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> plan = ss.DDIM().plan(ss.VP(), [1.0, 0.5, 0.0])
+        >>> [(step.node, step.t, step.nfe) for step in steps(plan, lambda x, t: 0.5 * x, torch.ones(1, 1))]
+        [(0, 1.0, 1), (1, 0.5, 2), (2, 0.0, 2)]
     """
-    return _loop(plan, denoise, x, noise, hook, overwrite, True)
+    _check_noise(plan, noise)
+    return cast("Generator[Step, None, Tensor]", _loop(plan, denoise, x, noise, ones, hook, overwrite, "nodes"))
+
+
+def updates(
+    plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | Normals | None = None, *, ones: Tensor | None = None
+) -> Generator[Update, None, Tensor]:
+    """Run a plan and yield an :class:`Update` for every row after the start; return the result.
+
+    The run continues from ``Update.x``, which the caller may set to another state. As in :func:`steps`, a state is
+    freed once no later row uses it.
+
+    Arguments:
+        plan: Plan to run.
+        denoise: Denoiser D(x, t), a function of a state (B, *event) and a time.
+        x: Initial state, (B, *event).
+        noise: Source of the normals; without it every row has its mean as its state.
+        ones: Vector that the constants of the rows multiply, as in :func:`run`.
+
+    Example:
+        >>> import torch, scoresde as ss
+        >>> plan = ss.DDIM().plan(ss.VP(), [1.0, 0.5, 0.0])
+        >>> for update in updates(plan, lambda x, t: x, torch.ones(1, 2)):
+        ...     update.x = torch.full((1, 2), float(update.row))
+        >>> update.x
+        tensor([[2., 2.]])
+    """
+    return cast("Generator[Update, None, Tensor]", _loop(plan, denoise, x, noise, ones, None, False, "updates"))
+
+
+def _check_noise(plan: Plan, noise: Noise | Normals | None) -> None:
+    if plan.stochastic and noise is None:
+        raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
+
+
+def _source(plan: Plan, noise: Noise | Normals | None) -> Normals | None:
+    """The normals of a plan: increments of Brownian paths, several draws in one call, or `noise` itself."""
+    if plan.stochastic and isinstance(noise, Noise) and noise.path:
+        return PathNoise(noise, plan.spans)
+    if plan.stochastic and type(noise) is Noise:  # a subclass of Noise is evaluated draw by draw
+        return Ahead(noise, plan.draws)
+    return noise
 
 
 def _loop(
-    plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | None, hook: Hook | None, overwrite: bool, watched: bool
-) -> Generator[Step, None, Tensor]:
-    if plan.stochastic and noise is None:
-        raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
-    source: Noise | Ahead | PathNoise | None = noise
-    if plan.stochastic and isinstance(noise, Noise) and noise.path:
-        source = PathNoise(noise, plan.spans)
-    elif plan.stochastic and type(noise) is Noise:  # a subclass of Noise is evaluated draw by draw
-        source = Ahead(noise, plan.draws)
-    saved: list[Any] = [None] * (2 * len(plan.rows))  # x_r at 2r, d_r at 2r + 1
+    plan: Plan,
+    denoise: Denoise,
+    x: Tensor,
+    noise: Noise | Normals | None,
+    ones: Tensor | None,
+    hook: Hook | None,
+    overwrite: bool,
+    watch: str | None,
+) -> Generator[Step | Update, None, Tensor]:
+    source = _source(plan, noise)
+    saved: list[Tensor] = [None] * (2 * len(plan.rows))  # type: ignore[list-item]  # x_r at 2r, d_r at 2r + 1
+    program = plan.program
+    if ones is not None:
+        program = with_ones(program, len(saved))
+        saved.append(ones.expand_as(x))
     overwrite = overwrite and not torch.is_grad_enabled()
+    nodes, updated = watch == "nodes", watch == "updates"
     nfe, shape = 0, x.shape
-    for r, line in enumerate(plan.program):
+    for r, line in enumerate(program):
         if r:
-            combine = _add_numbers if line.plain else _add_tensors
-            x = combine(line, saved, source, x, overwrite and line.reuse)
+            if updated:
+                x = yield from _update(r, line, saved, source, x)
+            else:
+                combine = _add_numbers if line.plain else _add_tensors
+                x = combine(line, saved, source, x, overwrite and line.reuse)
             for k in line.drop:
-                saved[k] = None
+                saved[k] = None  # type: ignore[call-overload]
         if hook is not None and line.node is not None:
             x = hook(line.node, line.t, x)
             if not isinstance(x, Tensor):
@@ -124,17 +226,33 @@ def _loop(
                 saved[2 * r + 1] = x0
         if line.keep_x:
             saved[2 * r] = x
-        if watched and line.shown:
+        if nodes and line.shown:
             yield Step(-1 if line.node is None else line.node, line.t, x, x0, nfe)
     return x
 
 
-def _add_numbers(
-    line: Line, saved: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
-) -> Tensor:
+def _update(
+    r: int, line: Line, saved: list[Tensor], source: Normals | None, like: Tensor
+) -> Generator[Update, None, Tensor]:
+    """Yield the new state of a row; return the state to continue from."""
+    if line.terms:
+        combine = _add_numbers if line.plain else _add_tensors
+        mean = combine(line._replace(draws=()), saved, None, like, False)
+    else:
+        mean = torch.zeros_like(like) + _expanded(line.one, like)
+    x = mean
+    for k, w in line.draws if source is not None else ():
+        z = source.like(like, k)  # type: ignore[union-attr]
+        x = x + _expanded(w, z) * z if isinstance(w, Tensor) else x.add(z, alpha=w)
+    update = Update(r, line.t, mean, line.draws, x)
+    yield update
+    return update.x
+
+
+def _add_numbers(line: Line, saved: list[Tensor], noise: Normals | None, like: Tensor, in_place: bool) -> Tensor:
     """Compute Σ a x + Σ b d + Σ c z + one, in place on a new tensor or on the first state."""
     terms = line.terms
-    out: Any = None
+    out: Any = None  # a tensor after the first term
     if terms:
         (k, w), terms = terms[0], terms[1:]
         out = saved[k]
@@ -153,28 +271,31 @@ def _add_numbers(
     return out  # type: ignore[no-any-return]
 
 
-def _add_tensors(
-    line: Line, saved: list[Any], noise: Noise | Ahead | PathNoise | None, like: Tensor, in_place: bool
-) -> Tensor:
+def _add_tensors(line: Line, saved: list[Tensor], noise: Normals | None, like: Tensor, in_place: bool) -> Tensor:
     """Compute the same sum if a weight is a tensor: one number per sample, or a weight that requires grad."""
-    out: Any = None
+    out: Any = None  # a tensor after the first term
     for k, w in line.terms:
         out = _add(out, saved[k], w)
     for k, w in line.draws:
         assert noise is not None
         out = _add(out, noise.like(like, k), w)
     if nonzero(line.one):
-        out = out + (check.expand(_moved(line.one, out), out, "weight") if isinstance(line.one, Tensor) else line.one)
+        out = out + _expanded(line.one, out)
     return out  # type: ignore[no-any-return]
 
 
-def _moved(w: Any, x: Tensor) -> Any:
+def _moved(w: Weight, x: Tensor) -> Weight:
     """Move one number per sample to the device and dtype of `x`."""
     return w.to(x) if isinstance(w, Tensor) and w.ndim and w.device != x.device else w
 
 
+def _expanded(w: Weight, x: Tensor) -> Weight:
+    """A weight that broadcasts with the state `x`, on its device."""
+    return check.expand(_moved(w, x), x, "weight")
+
+
 def _add(out: Tensor | None, term: Tensor, w: Weight) -> Tensor:
     if isinstance(w, Tensor):
-        scaled = check.expand(_moved(w, term), term, "weight") * term
+        scaled = _expanded(w, term) * term
         return scaled if out is None else out + scaled
     return term * w if out is None else out.add_(term, alpha=w)

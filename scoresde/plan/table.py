@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ from torch import Tensor
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Line, Row, Weight, as_number, compile_rows, last_uses, merge, nonzero, validate
 
+_COLUMNS = ("x", "d", "z")
+
+_FOLDED = 20  # largest number of rows that a notebook shows unfolded
+
 
 @dataclass(frozen=True)
 class Plan:
     """A table of rows: row 0 is the start, the last row is the result.
+
+    ``print(plan)`` shows the table; a notebook shows it as HTML.
 
     Arguments:
         rows: Rows of the table.
@@ -32,7 +39,7 @@ class Plan:
         order: Order of convergence that the solver declares.
         sde: ``repr`` of the process.
         spans: Interval of a Brownian path for each draw, or None for a draw of fresh noise.
-        meta: Numbers and strings that describe how the plan was fitted; they are saved with the plan.
+        meta: Numbers and strings that say where the table came from, such as how it was fitted; saved with the plan.
     """
 
     rows: tuple[Row, ...]
@@ -89,8 +96,27 @@ class Plan:
         head += f", {self.draws} draws" if self.stochastic else ""
         return "\n".join([head, *(_line(r, row) for r, row in enumerate(self.rows))])
 
+    def _repr_html_(self) -> str:
+        """The printed table for a notebook; a table of more than 20 rows is folded, with `meta` below it."""
+        head, *_ = str(self).split("\n", 1)
+        cells = [
+            "".join(f"<th style='text-align:left'>{name}</th>" for name in ("row", "t", "", *_COLUMNS, "one", "")),
+            *("".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in _cells(r, row))
+              for r, row in enumerate(self.rows)),
+        ]  # fmt: skip
+        table = "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+        origin = "".join(f"<br>{escape(k)}: {escape(str(v))}" for k, v in self.meta.items())
+        title = f"<b>{escape(head)}</b>" + (f"<br>{escape(self.sde)}" if self.sde else "")
+        if len(self.rows) > _FOLDED:
+            return f"<details><summary>{title}</summary>{table}{origin}</details>"
+        return f"<div>{title}{table}{origin}</div>"
+
     def join(self, other: Plan) -> Plan:
-        """Append `other`, which starts where this plan ends: its row 0 merges with the last row of this plan."""
+        """Append another plan, whose row 0 merges with the last row of this plan.
+
+        Arguments:
+            other: Plan that starts where this plan ends, for the same process.
+        """
         last, first = self.rows[-1], other.rows[0]
         end, start = as_number(last.t), as_number(first.t)
         if end != start:
@@ -115,8 +141,14 @@ class Plan:
         fresh: tuple[Span | None, ...] = (None,) * (draws - len(self.spans))
         laps = max((span.lap for span in self.spans if span), default=0)
         spans = tuple(span and replace(span, lap=span.lap + laps) for span in other.spans)
+        parts = [dict(plan.meta) for plan in (self, other)]
         return Plan(
-            (*self.rows[:-1], joint, *tail), name, min(orders, default=None), self.sde, (*self.spans, *fresh, *spans)
+            (*self.rows[:-1], joint, *tail),
+            name,
+            min(orders, default=None),
+            self.sde,
+            (*self.spans, *fresh, *spans),
+            meta={"joined": parts} if any(parts) else {},
         )
 
     def folded(self) -> Plan:
@@ -155,7 +187,7 @@ class Plan:
             for row in rows
             if row is not None
         ]
-        return Plan(tuple(moved), self.name, self.order, self.sde, self.spans)
+        return replace(self, rows=tuple(moved))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain numbers and strings; :meth:`from_dict` restores the plan exactly."""
@@ -181,7 +213,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> Plan:
-        """Make a plan from the output of :meth:`to_dict`."""
+        """Make a plan from a table.
+
+        Arguments:
+            table: Output of :meth:`to_dict`.
+        """
         if table.get("scoresde") != 1:
             raise ValueError(f"`table` must come from `to_dict`, in format 1, got format {table.get('scoresde')!r}.")
         rows = [
@@ -199,28 +235,38 @@ class Plan:
         return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file."""
+        """Write the plan to a JSON file.
+
+        Arguments:
+            path: Path of the file.
+        """
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """Read a plan that :meth:`save` wrote; all numbers are exact."""
+        """Read a plan that :meth:`save` wrote; all numbers are exact.
+
+        Arguments:
+            path: Path of the file.
+        """
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"`path` {path} is not a plan that `save` wrote, or is incomplete: {error!r}.") from error
 
 
-def _line(r: int, row: Row) -> str:
-    def terms(column: str) -> str:
-        inside = " ".join(f"{k}:{_short(w)}" for k, w in getattr(row, column))
-        return f"{column}[{inside}]" if inside else ""
+def _cells(r: int, row: Row) -> list[str]:
+    """Entries of a row of the printed table: row, t, evaluation, x, d, z, one and note."""
+    columns = [" ".join(f"{k}:{_short(w)}" for k, w in getattr(row, column)) for column in _COLUMNS]
+    one = _short(row.one) if nonzero(row.one) else ""
+    note = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
+    return [str(r), _short(row.t, sign=""), "eval" if row.evaluates else "", *columns, one, note]
 
-    parts = [f"{r:4d}  t={_short(row.t, sign=''):<7}", "eval" if row.evaluates else "    "]
-    parts += [t for t in (terms("x"), terms("d"), terms("z")) if t]
-    parts += [f"one[{_short(row.one)}]"] if nonzero(row.one) else []
-    tail = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
-    return "  ".join(parts) + (f"   {tail}" if tail else "")
+
+def _line(r: int, row: Row) -> str:
+    number, t, evaluates, *columns, note = _cells(r, row)
+    terms = [f"{name}[{terms}]" for name, terms in zip((*_COLUMNS, "one"), columns, strict=True) if terms]
+    return "  ".join([f"{number:>4}  t={t:<7}", f"{evaluates:4}", *terms]) + (f"   {note}" if note else "")
 
 
 def _short(w: Weight, sign: str = "+") -> str:

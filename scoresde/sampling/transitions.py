@@ -14,15 +14,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Noise
 from scoresde.plan.rows import Weight
+from scoresde.plan.run import updates
 from scoresde.plan.table import Plan
 
 
@@ -37,7 +37,7 @@ class Transition(NamedTuple):
         log_prob: Log-density of `x` in nats, (B,); None for rows without noise.
     """
 
-    t: Any
+    t: Weight
     x: Tensor
     mean: Tensor
     std: Weight
@@ -51,7 +51,6 @@ def transitions(
     noise: Noise | None = None,
     *,
     states: Sequence[Tensor] | None = None,
-    **cond: Any,
 ) -> Iterator[Transition]:
     """Run a plan and yield the transition of every row after the start; the last `x` is the result.
 
@@ -59,11 +58,10 @@ def transitions(
 
     Arguments:
         plan: Plan with at most one normal per row, used in no other row.
-        model: A denoiser.
+        model: A denoiser; ``model.given(label=y)`` holds conditions.
         x: Initial state, (B, *event).
         noise: Source of the normals.
         states: States `x` of all transitions of an earlier run, to evaluate their log-density; replaces `noise`.
-        **cond: Conditions for the network.
 
     Example:
         >>> import torch, scoresde as ss
@@ -73,42 +71,23 @@ def transitions(
         >>> sum(step.log_prob for step in run if step.log_prob is not None).shape
         torch.Size([4])
     """
-    check.conditions(cond, transitions)
     _check_own_draws(plan)
     check.state("x", x)
     if states is not None and len(states) != len(plan) - 1:
         raise ValueError(f"`states` must have one entry for each of {len(plan) - 1} transitions, got {len(states)}.")
     if (noise is None) == (states is None) and plan.stochastic:
         raise ValueError("give either `noise`, to sample states, or `states`, to reuse those of an earlier run.")
-    source = PathNoise(noise, plan.spans) if noise is not None and noise.path and plan.stochastic else noise
-    last_x, last_d = plan.last_use
-    xs: dict[int, Tensor] = {0: x}
-    ds: dict[int, Tensor] = {}
-    for r, row in enumerate(plan.rows):
-        if r:
-            mean = _sum([(xs[k], w) for k, w in row.x] + [(ds[k], w) for k, w in row.d], row.one)
-            weight: Weight = row.z[0][1] if row.z else 0.0
-            std: Weight = weight.abs() if isinstance(weight, Tensor) else abs(weight)
-            if states is not None:
-                x = check.match("states", states[r - 1], "x", x).detach()
-            elif row.z and source is not None:
-                x = (mean + check.expand(weight, mean) * source.like(mean, row.z[0][0])).detach()
-            else:
-                x = mean.detach()
-            yield Transition(row.t, x, mean, std, _log_prob(x, mean, std) if row.z else None)
-            xs[r] = x
-        if row.evaluates:
-            ds[r] = model.x0(x, row.t, **cond)
-        for store, last in ((xs, last_x), (ds, last_d)):
-            for k in [k for k in store if last[k] <= r]:
-                del store[k]
-
-
-def _sum(terms: list[tuple[Tensor, Weight]], one: Weight) -> Tensor:
-    total = terms[0][0] * check.expand(terms[0][1], terms[0][0])
-    for value, w in terms[1:]:
-        total = total + check.expand(w, value) * value
-    return total + check.expand(one, total) if isinstance(one, Tensor) or one else total
+    loop = updates(plan, model.x0, x, noise)
+    del x  # otherwise this reference holds the memory of the initial state
+    for update in loop:
+        if states is not None:
+            update.x = check.match("states", states[update.row - 1], "x", update.mean)
+        update.x = update.x.detach()
+        weight = update.draws[0][1] if update.draws else 0.0
+        std = weight.abs() if isinstance(weight, Tensor) else abs(weight)
+        log_prob = _log_prob(update.x, update.mean, std) if update.draws else None
+        yield Transition(update.t, update.x, update.mean, std, log_prob)
+        del update, log_prob
 
 
 def _log_prob(x: Tensor, mean: Tensor, std: Weight) -> Tensor:

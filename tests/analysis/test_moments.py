@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,13 +36,101 @@ def gaussian(mean: Tensor | None = None) -> ss.Gaussian:
 def test_the_triangular_system_gives_the_exact_moments(name: str) -> None:
     plan = PLANS[name]
     found = analysis.response(plan, SDE, SPECTRUM, mean=0.3)
-    gain, _, noise, _ = solve_directions(analysis.unroll(plan), SDE, SPECTRUM)
+    gain, _, noise, _ = solve_directions(ss.plan.unroll(plan), SDE, SPECTRUM)
     alpha, sigma = SDE.alpha(1.0), SDE.sigma(1.0)
     variance = gain**2 * (alpha**2 * SPECTRUM + sigma**2) + noise.square().sum(1)
     assert torch.allclose(found.variance, variance, rtol=1e-9)
     assert torch.allclose(found.mean, found.true_mean, atol=0.05) and float(found.mean[0]) == pytest.approx(
         0.3, abs=1e-3
     )
+
+
+MANY = {
+    "DDIM": ss.DDIM(),
+    "UniPC": ss.UniPC(3),
+    "DPM-Solver-3": ss.solvers.DPMSolver(3),
+    "EDM Heun": ss.EDMHeun(),
+    "DEIS": ss.solvers.DEIS(3),
+    "SDE-DPM-Solver++": ss.SDEDPMSolverPP(2),
+    "DDPM": ss.DDPM(),
+    "SA-Solver": ss.solvers.SASolver(),
+    "EDM stochastic": ss.solvers.EDMStochastic(),
+    "SEEDS": ss.solvers.SEEDS(3),
+    "Euler–Maruyama": ss.EulerMaruyama(),
+}
+
+
+def by_rows(plan: ss.Plan, mean: float, c: float) -> list[tuple[float, float, float]]:
+    """Mean and variance of each state, row by row: D is m + g (x − α m), and all normals are independent.
+
+    The third number is the sum of the absolute values of what is added, by which rounding is measured.
+    """
+    t = [float(row.t) for row in plan.rows]
+    alpha, sigma = [SDE.alpha(u) for u in t], [SDE.sigma(u) for u in t]
+    x, d = [np.zeros(2 + plan.draws) for _ in t], {}
+    x[0][:2] = alpha[0] * mean, math.hypot(alpha[0] * math.sqrt(c), sigma[0])
+    size, of_d = [float(np.abs(x[0]).max()) for _ in t], {}
+    for r, row in enumerate(plan.rows):
+        if r:
+            x[r] = sum((w * x[k] for k, w in row.x), 0 * x[r]) + sum((w * d[k] for k, w in row.d), 0 * x[r])
+            size[r] = sum(abs(w) * size[k] for k, w in row.x) + sum(abs(w) * of_d[k] for k, w in row.d)
+            x[r][0] += row.one
+            for k, w in row.z:
+                x[r][2 + k] += w
+        if row.evaluates:
+            gain = alpha[r] * c / (alpha[r] ** 2 * c + sigma[r] ** 2)
+            d[r] = gain * x[r]
+            d[r][0] += mean - gain * alpha[r] * mean
+            of_d[r] = gain * size[r] + abs(mean - gain * alpha[r] * mean)
+    return [(float(v[0]), float(v[1:] @ v[1:]), max(1.0, bound)) for v, bound in zip(x, size, strict=True)]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_moments_are_those_of_the_rows(name: str) -> None:
+    for grid in (GRID, ss.grids.ancestral(SDE, GRID)):
+        plan = MANY[name].plan(SDE, grid)
+        nodes = [r for r, row in enumerate(plan.rows) if row.node is not None]
+        found = analysis.exact_moments(plan, SDE, mean=[0.3, -0.5, 2.0], spectrum=[0.2, 0.0, 9.0])
+        for k, (mean, c) in enumerate([(0.3, 0.2), (-0.5, 0.0), (2.0, 9.0)]):
+            want = by_rows(plan, mean, c)
+            for r, (node, t, means, variances) in zip(nodes, found.path, strict=True):
+                assert (node, t) == (plan.rows[r].node, plan.rows[r].t)
+                size = want[r][2]
+                assert float(means[k]) == pytest.approx(want[r][0], abs=2e-14 * size)
+                assert float(variances[k]) == pytest.approx(want[r][1], abs=2e-14 * size**2)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_a_defect_is_that_of_the_rows(name: str) -> None:
+    plan, x0 = MANY[name].plan(SDE, GRID), 1.3
+    gaps = []
+    for row, (mean, variance, _) in zip(plan.rows[1:], by_rows(plan, x0, 0.0)[1:], strict=True):
+        if row.node is not None:
+            alpha, sigma = SDE.alpha(float(row.t)), SDE.sigma(float(row.t))
+            gaps.append(max(abs(mean - alpha * x0), abs(math.sqrt(variance) - sigma)) / math.hypot(alpha * x0, sigma))
+    assert analysis.point_mass_defect(plan, SDE, x0=x0) == pytest.approx(max(gaps), rel=1e-12, abs=1e-13)
+
+
+def test_constants_of_the_rows_move_the_mean_alone() -> None:
+    plan = PLANS["SDE-DPM-Solver++"]
+    last = plan.rows[-1]
+    moved = replace(plan, rows=(*plan.rows[:-1], replace(last, one=0.25)))
+    a, b = (analysis.exact_moments(p, SDE, mean=0.3, spectrum=SPECTRUM) for p in (plan, moved))
+    assert torch.allclose(b.mean, a.mean + 0.25, rtol=1e-14) and torch.equal(b.variance, a.variance)
+
+
+def test_moments_are_differentiable_in_the_weights() -> None:
+    plan = PLANS["UniPC"]
+
+    def variance(factor: Tensor) -> Tensor:
+        rows = [replace(row, d=tuple((k, factor * w) for k, w in row.d)) for row in plan.rows]
+        return analysis.exact_moments(replace(plan, rows=tuple(rows)), SDE, spectrum=SPECTRUM).variance.sum()
+
+    factor = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(variance(factor), factor)
+    h = 1e-5
+    high, low = (float(variance(factor.detach() + e)) for e in (h, -h))
+    assert float(slope) == pytest.approx((high - low) / (2 * h), rel=1e-8)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -87,9 +178,9 @@ def test_more_steps_come_closer() -> None:
 def test_figures_are_drawn() -> None:
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
-    ax = plots.plot_response([PLANS["DDIM"], PLANS["ancestral"]], SDE)
+    ax = plots.response([PLANS["DDIM"], PLANS["ancestral"]], SDE)
     assert len(ax.lines) == 3
-    assert len(plots.plot_stability([PLANS["DDIM"], PLANS["UniPC"]], SDE).lines) == 3
+    assert len(plots.stability([PLANS["DDIM"], PLANS["UniPC"]], SDE).lines) == 3
 
 
 def test_bad_input_is_refused() -> None:

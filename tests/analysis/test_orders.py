@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,9 +80,9 @@ def test_known_orders_are_measured(rule: Solver, known: int) -> None:
     assert abs(found.slope - known) < 0.2 and found.declared == known
 
 
-def test_the_slope_is_the_regression_over_all_legs_and_prints() -> None:
-    found = convergence_order(ss.DDIM(), gaussian(VP), legs=(20, 30, 70, 100))
-    line = np.polyfit(np.log(found.legs), np.log(found.errors), 1)
+def test_the_slope_is_the_regression_over_all_numbers_of_steps_and_prints() -> None:
+    found = convergence_order(ss.DDIM(), gaussian(VP), steps=(20, 30, 70, 100))
+    line = np.polyfit(np.log(found.steps), np.log(found.errors), 1)
     assert math.isclose(found.slope, -line[0], rel_tol=1e-10)
     assert str(Order(1.987, 2, (10, 20), (1e-2, 2.5e-3))) == (
         "order 1.99 (declared 2); error by steps 10: 1.00e-02, 20: 2.50e-03"
@@ -91,7 +92,7 @@ def test_the_slope_is_the_regression_over_all_legs_and_prints() -> None:
 def test_an_error_is_the_median_distance_to_the_flow() -> None:
     x = ss.Noise(3).normal((5, 2), 0, dtype=torch.float64)
     model = gaussian(VP)
-    found = convergence_order(ss.DDIM(), model, legs=(10, 20), grid=ss.grids.karras, x=x, **CLEAR)
+    found = convergence_order(ss.DDIM(), model, steps=(10, 20), grid=ss.grids.karras, x=x, **CLEAR)
     plan = ss.DDIM().plan(VP, ss.grids.karras(VP, 20, **CLEAR))
     gaps = (run(plan, model.x0, x) - model.flow(x, CLEAR["t_start"], CLEAR["t_end"])).norm(dim=1)
     assert math.isclose(found.errors[1], sorted(gaps.tolist())[2], rel_tol=1e-10)
@@ -100,7 +101,7 @@ def test_an_error_is_the_median_distance_to_the_flow() -> None:
 def test_wrong_weights_cost_an_order_or_all_of_them() -> None:
     model = gaussian(VP)
     assert abs(convergence_order(Spoiled(ss.DPMSolverPP(2), slanted), model, **CLEAR).slope - 1) < 0.2
-    assert abs(convergence_order(Spoiled(ss.DDIM(), heavy), model, legs=(400, 800), **CLEAR).slope) < 0.7
+    assert abs(convergence_order(Spoiled(ss.DDIM(), heavy), model, steps=(400, 800), **CLEAR).slope) < 0.7
     assert abs(convergence_order(Spoiled(ss.solvers.ETDRK4(), heavy), model, **CLEAR).slope) < 0.1
 
 
@@ -111,31 +112,29 @@ def test_a_model_of_ones_own_is_measured_on_ones_own_points() -> None:
     class Mine(ss.denoisers.AbstractDenoiser):
         """Knows no `event`."""
 
-        sde = VP
-
         def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
             return exact.x0(x.flatten(1), t).reshape(x.shape)
 
     truth = exact_flow(exact, 100)(x.flatten(1), CLEAR["t_start"], CLEAR["t_end"]).reshape(x.shape)
-    options: dict[str, Any] = {"legs": (40, 80), "x": x, "reference": lambda x, s, t: truth, **CLEAR}
-    found = convergence_order(ss.solvers.DPMSolver(2), Mine(), **options)
+    options: dict[str, Any] = {"steps": (40, 80), "x": x, "reference": lambda x, s, t: truth, **CLEAR}
+    found = convergence_order(ss.solvers.DPMSolver(2), Mine(VP), **options)
     assert abs(found.slope - 2) < 0.2 and found.errors[1] < 1e-3
 
 
 @pytest.mark.parametrize("sde", [ss.Flow(), ss.Trig(), ss.VE(), ss.Cosine(T=1.0)], ids=lambda s: type(s).__name__)
 def test_there_is_a_window_by_default_on_every_process(sde: ss.SDE) -> None:
-    found = convergence_order(ss.solvers.DPMSolver(2), gaussian(sde), legs=(60, 120), n=4)
+    found = convergence_order(ss.solvers.DPMSolver(2), gaussian(sde), steps=(60, 120), n=4)
     assert abs(found.slope - 2) < 0.25, found
 
 
 MODEL = two(VP)
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "one number of legs": (
-        lambda: convergence_order(ss.DDIM(), MODEL, legs=(40,)),
+    "one number of steps": (
+        lambda: convergence_order(ss.DDIM(), MODEL, steps=(40,)),
         ValueError,
-        r"`legs` must hold at least two different numbers, to fit a slope, got \(40,\)",
+        r"`steps` must hold at least two different numbers, to fit a slope, got \(40,\)",
     ),
-    "one number twice": (lambda: convergence_order(ss.DDIM(), MODEL, legs=(40, 40)), ValueError, "at least two"),
+    "one number twice": (lambda: convergence_order(ss.DDIM(), MODEL, steps=(40, 40)), ValueError, "at least two"),
     "an end in data": (
         lambda: convergence_order(ss.DDIM(), MODEL, t_end=0.0),
         ValueError,
@@ -148,7 +147,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "an exact rule": (
         lambda: convergence_order(
-            ss.DDIM(), MODEL, legs=(1, 2), reference=lambda x, s, t: run(ss.DDIM().plan(VP, [s, t]), MODEL.x0, x)
+            ss.DDIM(), MODEL, steps=(1, 2), reference=lambda x, s, t: run(ss.DDIM().plan(VP, [s, t]), MODEL.x0, x)
         ),
         ValueError,
         "`solver` has no error on this `model`",
@@ -294,6 +293,33 @@ def test_residuals_show_which_condition_a_wrong_weight_breaks() -> None:
     assert float(published[:, :2].abs().max()) < 1e-12 and float(published[:, 2].abs().min()) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "rule", [ss.UniPC(3), ss.solvers.DPMSolver(3), ss.VelocityAB(3), ss.solvers.RungeKutta4()], ids=str
+)
+def test_residuals_are_those_of_each_step_by_itself(rule: Solver) -> None:
+    """Each step and each n alone, with the integral as a sum: ∫ e^{u − h} uⁿ/n! du = Σ_k (−1)^k h^{n−k}/(n−k)!."""
+    plan, degree = rule.plan(VP, ss.grids.karras(VP, 5, t_end=0.05)), 2
+    lam = [VP.lam(float(row.t)) for row in plan.rows]
+    alpha = [VP.alpha(float(row.t)) for row in plan.rows]
+    nodes = [r for r, row in enumerate(plan.rows) if row.node is not None]
+
+    def integral(h: float, n: int) -> float:
+        whole = sum((-1) ** k * h ** (n - k) / math.factorial(n - k) for k in range(n + 1))
+        return whole - (-1) ** n * math.exp(-h)
+
+    found = order_residuals(plan, VP, degree)
+    for i, (s, t) in enumerate(pairwise(nodes)):
+        for n in range(degree + 1):
+            x = {r: alpha[r] * integral(lam[r] - lam[s], n) for r in nodes if r <= s}
+            d = [(u - lam[s]) ** n / math.factorial(n) for u in lam]
+            for r in range(1, t + 1):
+                if r not in x:
+                    x[r] = sum(w * x[k] for k, w in plan.rows[r].x) + sum(w * d[k] for k, w in plan.rows[r].d)
+            h = lam[t] - lam[s]
+            want = (x[t] - alpha[t] * integral(h, n)) / (alpha[t] * h ** (n + 1))
+            assert math.isclose(float(found[i, n]), want, rel_tol=1e-9, abs_tol=1e-11), (i, n)
+
+
 def test_residuals_of_the_leg_into_data_are_not_a_number() -> None:
     found = order_residuals(ss.DDIM().plan(VP, [1.0, 0.5, 0.0]), VP)
     assert found[0].isfinite().all() and found[1].isnan().all()
@@ -331,6 +357,15 @@ def test_an_entry_is_the_error_of_the_run_it_names() -> None:
     assert work.nfe == 4 and work.grid == "uniform_lam"
     assert math.isclose(work.median, sorted(gap.tolist())[2], rel_tol=1e-12)
     assert math.isclose(work.rmse, float((gap**2).mean()) ** 0.5, rel_tol=1e-12)
+
+
+def test_states_to_start_from_are_those_of_a_sampler() -> None:
+    """The prior at the first time, from the stream of starts, in float64."""
+    truth = torch.zeros(6, 2, **F64)
+    (work,) = work_precision([ss.DDIM()], MODEL, (ss.grids.uniform_lam,), (4,), truth=truth, n=6, seed=3)
+    plan = ss.DDIM().plan(VP, ss.grids.uniform_lam(VP, 4))
+    gap = ss.sample(MODEL, (6, 2), plan, seed=3, start=ss.Start(dtype=torch.float64)).norm(dim=1)
+    assert math.isclose(work.median, sorted(gap.tolist())[2], rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("sde", [ss.VP(), ss.Flow(), ss.VE(), ss.EDM(), ss.Trig()], ids=lambda s: type(s).__name__)

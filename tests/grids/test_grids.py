@@ -18,6 +18,7 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import grids
+from scoresde.grids.spacings import beta_inverse
 
 F64 = torch.float64
 Builder = Callable[..., Tensor]
@@ -211,7 +212,7 @@ def test_beta_quantiles_are_scipys(a: float, b: float) -> None:
 
 @given(st.floats(0.05, 60.0), st.floats(0.05, 60.0), st.floats(1e-12, 1 - 1e-12))
 def test_beta_quantile_inverts_the_distribution(a: float, b: float, q: float) -> None:
-    x = grids._beta_inverse(torch.tensor([q], dtype=F64), a, b).item()
+    x = beta_inverse(torch.tensor([q], dtype=F64), a, b).item()
     back = scipy.stats.beta.cdf(x, a, b)
     # Next to 1 the float x itself decides how well q is known.
     slack = scipy.stats.beta.cdf(math.nextafter(x, 2), a, b) - scipy.stats.beta.cdf(math.nextafter(x, -1), a, b)
@@ -221,7 +222,7 @@ def test_beta_quantile_inverts_the_distribution(a: float, b: float, q: float) ->
 def test_small_beta_quantiles_keep_their_digits() -> None:
     # I_x(a, 1) = x^a exactly; halving an interval of absolute length would lose these.
     q = torch.tensor([1e-3, 0.02, 0.5, 1.0, 0.0], dtype=F64)
-    assert torch.allclose(grids._beta_inverse(q, 0.1, 1.0), q**10, rtol=1e-11, atol=0.0)
+    assert torch.allclose(beta_inverse(q, 0.1, 1.0), q**10, rtol=1e-11, atol=0.0)
     assert is_grid(grids.beta_quantile(ss.Flow(), 1000, 0.1, 1.0), 1000, 1.0, 0.0)
 
 

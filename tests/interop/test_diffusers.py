@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.analysis.orders import _uneven as uneven
+from scoresde.analysis.orders import uneven_lam as uneven
 from scoresde.analysis.orders import exact_flow
 from scoresde.grids.spacings import index_grid
 from scoresde.plan.run import run

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 import scoresde as ss
 from scoresde.plan.rows import Row
-from scoresde.plan.run import Step, run, steps
+from scoresde.plan.run import Step, run, steps, updates
 from scoresde.plan.table import Plan
 from scoresde.solvers.interpolants import NOISE
 from scoresde.solvers.multistep import Multistep
@@ -596,3 +598,195 @@ def test_a_grid_for_each_sample_runs_each_on_its_own(rule: ss.solvers.Solver) ->
         assert torch.allclose(got[b], want[0], rtol=1e-12)
     with pytest.raises(ValueError, match="`weight` has 3 entries and the state has 2 rows"):
         run(rule.plan(VP, PER_SAMPLE), lambda x, t: x, START[:2], ss.Noise(0))
+
+
+# Its matrices.
+
+
+@EACH_RULE
+def test_matrices_are_those_of_exact_elimination(rule: ss.solvers.Solver) -> None:
+    """By substitution in rational numbers; rounding is measured against the same sums of absolute values."""
+    plan = rule.plan(VP, grid_of(rule))
+    n = plan.nfe
+    exact: list[dict[int, Fraction]] = []
+    size: list[dict[int, Fraction]] = []
+    place = {r: 1 + i for i, r in enumerate(r for r, row in enumerate(plan.rows) if row.evaluates)}
+    for r, row in enumerate(plan.rows):
+        value, bound = ({0: Fraction(1)} if r == 0 else {} for _ in range(2))
+        for k, w in row.x:
+            for j, v in exact[k].items():
+                value[j] = value.get(j, Fraction(0)) + Fraction(w) * v
+                bound[j] = bound.get(j, Fraction(0)) + abs(Fraction(w)) * size[k][j]
+        constant = [(1 + n + plan.draws, row.one)]
+        for j, w in [*((place[k], w) for k, w in row.d), *((1 + n + k, w) for k, w in row.z), *constant]:
+            value[j] = value.get(j, Fraction(0)) + Fraction(w)
+            bound[j] = bound.get(j, Fraction(0)) + abs(Fraction(w))
+        exact.append(value)
+        size.append(bound)
+    table = ss.plan.unroll(plan)
+    whole = torch.cat([table.x[:, None], table.d, table.z, table.one[:, None]], dim=1)
+    assert [*table.t] == [plan.rows[r].t for r in (*place, len(plan) - 1)]
+    for i, r in enumerate((*place, len(plan) - 1)):
+        for j, found in enumerate(whole[i].tolist()):
+            gap = abs(Fraction(found) - exact[r].get(j, Fraction(0)))
+            assert gap <= Fraction(2e-14) * size[r].get(j, Fraction(0)), (r, j)
+
+
+@settings(max_examples=60)
+@given(tables())
+def test_matrices_give_the_states_of_a_run(plan: Plan) -> None:
+    noise, seen = ss.Noise(1), []
+
+    def watched(x: Tensor, t: Any) -> Tensor:
+        seen.append((x, network(x, t)))
+        return seen[-1][1]
+
+    result = run(plan, watched, START, noise)
+    table = ss.plan.unroll(plan)
+    normals = [noise.normal(START.shape, k, dtype=torch.float64) for k in range(plan.draws)]
+    denoised = [d for _, d in seen]
+    for r, state in enumerate([*(x for x, _ in seen), result]):
+        size = 1 + max(float(x.abs().max()) for x in (*(x for x, _ in seen), result))
+        assert torch.allclose(table.state(r, START, denoised[:r], normals), state, rtol=0, atol=1e-12 * size)
+
+
+def test_matrices_are_differentiable_in_scalar_weights_and_refuse_those_of_samples() -> None:
+    w = torch.tensor([0.25, 0.5, -1.0, 0.3, 0.7], dtype=torch.float64, requires_grad=True)
+
+    def matrices(w: Tensor) -> tuple[Tensor, ...]:
+        rows = (
+            Row(1.0, evaluates=True, node=0),
+            Row(0.5, x=((0, w[0]),), d=((0, w[1]),), z=((0, w[4]),), one=w[3], evaluates=True),
+            Row(0.1, x=((1, w[2]), (0, 0.5)), d=((1, w[1]),), node=1),
+        )
+        table = ss.plan.unroll(Plan(rows))
+        return table.x, table.d, table.z, table.one
+
+    x, d, z, one = matrices(w.detach())
+    assert float(x[-1]) == 0.5 + 0.25 * -1.0 and d[-1].tolist() == [-0.5, 0.5]
+    assert z[-1].tolist() == [-0.7] and float(one[-1]) == -0.3
+    assert torch.autograd.gradcheck(matrices, (w,))
+    with pytest.raises(ValueError, match="row 0 has a number for each sample"):
+        ss.plan.unroll(ss.DDIM().plan(VP, PER_SAMPLE))
+
+
+def test_runs_are_differentiable_in_weights_of_all_and_of_samples() -> None:
+    def result(all_of: Tensor, each: Tensor) -> Tensor:
+        rows = (
+            Row(1.0, evaluates=True, node=0),
+            Row(0.5, x=((0, each),), d=((0, all_of),), one=each, evaluates=True),
+            Row(0.1, x=((1, all_of), (0, 0.5)), d=((1, each),), z=((0, each),), node=1),
+        )
+        return run(Plan(rows), network, START, ss.Noise(0))
+
+    each = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    all_of = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(result, (all_of, each))
+
+
+def test_a_vector_of_ones_receives_the_constants() -> None:
+    one = torch.eye(1, 5, dtype=torch.float64)
+    base = replace(SMALL, rows=tuple(replace(row, one=0.0) for row in SMALL.rows))
+    linear = lambda x, t: 0.5 * x  # noqa: E731
+    for plan, plain in ((SMALL, base), (in_tensors(SMALL), in_tensors(base))):
+        got = run(plan, linear, START, ss.Noise(0), ones=one) - run(plain, linear, START, ss.Noise(0))
+        want = run(plan, linear, START, ss.Noise(0)) - run(plain, linear, START, ss.Noise(0))
+        assert torch.allclose(got, want * one, atol=1e-15) and bool(want.all())
+        (*_, last) = steps(plan, linear, START, ss.Noise(0), ones=one)
+        assert torch.equal(last.x, run(plan, linear, START, ss.Noise(0), ones=one))
+    alone = Plan((Row(1.0), Row(0.5, z=((0, 2.0),), one=3.0)))
+    assert torch.allclose(run(alone, linear, START, ss.Noise(0), ones=one),
+                          3 * one + 2 * ss.Noise(0).like(START, 0))  # fmt: skip
+
+
+# Its updates.
+
+
+@settings(max_examples=40)
+@given(tables())
+def test_updates_are_the_rows_of_a_run_before_and_after_noise(plan: Plan) -> None:
+    noise = ss.Noise(1)
+    states = literally(plan, START, noise)
+    size = 1 + max(np.abs(x).max() for x in states)
+    seen = []
+    for update in updates(plan, network, START, noise):
+        added = sum(
+            (w * noise.normal(START.shape, k, dtype=torch.float64) for k, w in update.draws), torch.zeros_like(START)
+        )
+        assert torch.allclose(update.mean + added, update.x, rtol=0, atol=1e-12 * size)
+        assert np.abs(update.x.numpy() - states[update.row]).max() < 1e-12 * size
+        seen.append(update.row)
+    assert seen == list(range(1, len(plan)))
+    for a, b in zip(
+        updates(plan, network, START, noise), updates(in_tensors(plan), network, START, noise), strict=True
+    ):
+        assert torch.allclose(a.x, b.x, atol=1e-12 * size) and torch.allclose(a.mean, b.mean, atol=1e-12 * size)
+
+
+def test_a_run_continues_from_the_state_that_is_put_in_place() -> None:
+    plan = Multistep(2, eta=0.5).plan(VP, ss.grids.karras(VP, 5))
+    want = [ss.Noise(k).normal(START.shape, 0, dtype=torch.float64) for k in range(len(plan))]
+    asked: list[Tensor] = []
+
+    def net(x: Tensor, t: Any) -> Tensor:
+        asked.append(x)
+        return network(x, t)
+
+    for update in updates(plan, net, START):
+        assert update.x is update.mean, "without a source of normals the mean is the state"
+        update.x = want[update.row]
+    assert all(x is y for x, y in zip(asked[1:], want[1:], strict=False))
+    last = plan.rows[-1]
+    terms = [w * network(want[k] if k else START, plan.rows[k].t) for k, w in last.d] + [w * want[k] for k, w in last.x]
+    assert torch.allclose(update.mean, sum(terms, torch.zeros_like(START)), rtol=1e-12)
+
+
+@EACH_RULE
+def test_updates_free_states_as_a_run_does(rule: ss.solvers.Solver) -> None:
+    plan = rule.plan(VP, grid_of(rule, 30))
+    at_network = []
+
+    def net(x: Tensor, t: Any) -> Tensor:
+        at_network.append(len(counter.seen))
+        return x * 0.5
+
+    x = torch.ones(2, 7, dtype=torch.float64)
+    with Alive((2, 7)) as counter:
+        for update in updates(plan, net, x, ss.Noise(0)):
+            del update
+    assert max(at_network) <= plan.memory
+
+
+def test_updates_read_no_tensor_back_to_the_host() -> None:
+    x = torch.empty(3, 2, 4, device="meta")
+    for times in (ss.grids.karras(VP, 6), PER_SAMPLE):
+        plan = Multistep(2, NOISE, eta=1.0).plan(VP, times)
+        passed = [update.x for update in updates(plan, lambda x, t: x * 0.5, x, ss.Noise(0))]
+        assert len(passed) == len(plan) - 1 and all(y.device.type == "meta" for y in passed)
+
+
+# In a notebook, and where it came from.
+
+
+def test_a_notebook_shows_the_printed_table() -> None:
+    page = replace(SMALL, name="a < b", meta={"from": "UniPC & co"})._repr_html_()
+    assert "<b>a &lt; b: 3 evaluations, 4 rows, order 2, 1 draws</b>" in page and "from: UniPC &amp; co" in page
+    assert page.count("<tr>") == 1 + len(SMALL) and "<details>" not in page
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
+    assert rows[2] == ["2", "0.5", "eval", "0:+0.5 1:-1", "", "0:+1e-05", "+0.25", "node 1"]
+    assert rows[3] == ["3", "0", "", "", "2:+1.5 0:-0.5", "", "", "node 2"]
+    long = ss.DDIM().plan(VP, ss.grids.karras(VP, 40))._repr_html_()
+    assert long.startswith("<details><summary>") and long.count("<tr>") == 42
+    assert "2 values" in ss.DDIM().plan(VP, PER_SAMPLE[:, :2])._repr_html_()
+
+
+def test_a_plan_remembers_where_it_came_from() -> None:
+    plan = replace(ss.UniPC(2).plan(VP, [1.0, 0.6, 0.3]), meta={"from": "a fit"})
+    assert plan.folded().meta == {"from": "a fit"} and ss.plan.unroll(plan).plan(plan).meta == {"from": "a fit"}
+    other = ss.UniPC(2).plan(VP, [0.3, 0.1])
+    assert (
+        plan.join(other).meta == {"joined": [{"from": "a fit"}, {}]}
+        and other.join(Plan((Row(0.1),), sde=other.sde)).meta == {}
+    )
+    assert Plan.from_dict(plan.join(other).to_dict()).meta == plan.join(other).meta

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,9 @@ from torch.distributions import Normal
 
 import scoresde as ss
 from scoresde.noise.keyed import Noise
+from scoresde.plan.rows import Row
 from scoresde.plan.run import run, steps
+from scoresde.plan.table import Plan
 from scoresde.sampling.transitions import transitions
 from scoresde.solvers.multistep import Multistep
 
@@ -128,7 +133,7 @@ def test_plans_without_densities_are_refused() -> None:
 
 def test_a_solution_keeps_its_transitions_when_asked() -> None:
     model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0, 0.5], [1.0, 0.0]]), std=0.2)
-    found = ss.solve(model, (5, 2), ss.DDPM(), steps=6, seed=3, transitions=True)
+    found = ss.solve(model, (5, 2), ss.DDPM(), steps=6, seed=3, watch=ss.Watch(transitions=True))
     plain = ss.solve(model, (5, 2), ss.DDPM(), steps=6, seed=3)
     torch.testing.assert_close(found.x, plain.x, rtol=1e-6, atol=1e-6)
     assert plain.transitions == () and torch.equal(found.transitions[-1].x, found.x)
@@ -136,5 +141,70 @@ def test_a_solution_keeps_its_transitions_when_asked() -> None:
         if step.log_prob is not None:
             normal = torch.distributions.Normal(step.mean, torch.as_tensor(step.std))
             torch.testing.assert_close(step.log_prob, normal.log_prob(step.x).sum(1), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="drop `hook`"):
-        ss.solve(model, (5, 2), ss.DDPM(), steps=6, transitions=True, save_at="all")
+    with pytest.raises(ValueError, match="drop the other fields of `watch`"):
+        ss.solve(model, (5, 2), ss.DDPM(), steps=6, watch=ss.Watch(transitions=True, save_at="all"))
+
+
+def test_rows_of_any_kind_have_the_formula_of_their_row() -> None:
+    """A stage, a constant, a row of noise alone, and a row without noise: mean = Σ a x + Σ b d + e, std = |c|."""
+    rows = (
+        Row(1.0, evaluates=True, node=0),
+        Row(0.7, x=((0, 0.5),), d=((0, 0.3),), z=((0, -0.4),), one=0.25, evaluates=True),
+        Row(0.5, z=((1, 2.0),), one=-1.0, node=1),
+        Row(0.2, x=((2, 0.5), (0, 0.1)), d=((1, 0.2),), node=2),
+    )
+    plan, noise = Plan(rows), Noise(4)
+    z = [noise.like(X, k) for k in (0, 1)]
+    with torch.no_grad():
+        found = list(transitions(plan, MODEL, X, noise))
+        d0 = MODEL.x0(X, 1.0)
+        means = [0.5 * X + 0.3 * d0 + 0.25, torch.full_like(X, -1.0)]
+        states = [means[0] - 0.4 * z[0], means[1] + 2.0 * z[1]]
+        means.append(0.5 * states[1] + 0.1 * X + 0.2 * MODEL.x0(states[0], 0.7))
+        states.append(means[2])
+    assert [step.t for step in found] == [0.7, 0.5, 0.2] and [step.std for step in found] == [0.4, 2.0, 0.0]
+    for step, mean, state in zip(found, means, states, strict=True):
+        assert torch.allclose(step.mean, mean, rtol=1e-13, atol=1e-14)
+        assert torch.allclose(step.x, state, rtol=1e-13, atol=1e-14)
+    assert [step.log_prob is None for step in found] == [False, False, True]
+
+
+def test_conditions_belong_to_the_denoiser() -> None:
+    model = ss.Denoiser(lambda x, t, shift: x + shift[:, None], ss.VP(), predicts="x0")
+    shift = torch.arange(6, dtype=F64)
+    plan = plan_of(RULES[0])
+    found = [step.x for step in transitions(plan, model.given(shift=shift), X, Noise(1))]
+    want = run(plan, lambda x, t: x + shift[:, None], X, Noise(1))
+    assert torch.allclose(found[-1], want, rtol=1e-12)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shift'"):
+        next(transitions(plan, model, X, Noise(1), shift=shift))  # type: ignore[call-arg]
+
+
+def test_states_are_freed_as_in_the_loop() -> None:
+    plan = Multistep(3, eta=1.0).plan(MODEL.sde, ss.grids.karras(MODEL.sde, 30))
+    alive: list[weakref.ref[Tensor]] = []
+    at_network = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        gc.collect()
+        at_network.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(out := 0.5 * x))
+        return out
+
+    with torch.no_grad():
+        for step in transitions(plan, ss.Denoiser(net, MODEL.sde, predicts="x0"), torch.ones(2, 7), Noise(0)):
+            alive.append(weakref.ref(step.x))
+            alive.append(weakref.ref(step.mean))
+            del step
+    assert max(at_network) <= plan.memory
+
+
+def test_per_sample_grids_have_deviations_of_their_own() -> None:
+    times = torch.tensor([[1.0, 0.9], [0.6, 0.5], [0.3, 0.2]], dtype=F64)
+    found = list(transitions(RULES[0].plan(MODEL.sde, times), MODEL, X[:2], Noise(1)))
+    for b in range(2):
+        alone = list(transitions(RULES[0].plan(MODEL.sde, times[:, b]), MODEL, X[b : b + 1], Noise(1)[[b]]))
+        for step, one in zip(found, alone, strict=True):
+            assert torch.allclose(step.x[b], one.x[0], rtol=1e-12)
+            assert step.log_prob is not None and one.log_prob is not None
+            assert torch.allclose(step.log_prob[b], one.log_prob[0], rtol=1e-10)

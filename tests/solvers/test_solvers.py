@@ -25,7 +25,7 @@ from torch import Tensor
 import scoresde as ss
 from scoresde.analysis.moments import point_mass_defect
 from scoresde.analysis.orders import Order, convergence_order, exact_flow
-from scoresde.analysis.orders import _uneven as uneven
+from scoresde.analysis.orders import uneven_lam as uneven
 from scoresde.plan.run import run
 from scoresde.plan.run import steps as run_steps
 from scoresde.plan.table import Plan
@@ -493,7 +493,7 @@ def test_the_last_leg_of_fast_costs_it_its_third_order(name: str, tail: int, kno
 
 def measured_fast(solver: Solver, model: Gaussian) -> Order:
     first, last = (model.sde.t_of_lam(lam) for lam in orders.WINDOW)
-    return convergence_order(solver, model, legs=(80, 160), t_start=first, t_end=last, reference=model.flow, n=8)
+    return convergence_order(solver, model, steps=(80, 160), t_start=first, t_end=last, reference=model.flow, n=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -776,7 +776,7 @@ def test_trap_coefficients_of_equal_steps_leave_order_two_on_an_uneven_grid(orde
         convergence_order(
             orders.Started(solver, 3),
             model,
-            legs=(160, 320),
+            steps=(160, 320),
             t_start=first,
             t_end=last,
             reference=model.flow,

@@ -265,7 +265,7 @@ def test_the_weak_order_is_the_declared_one(solver: Solver) -> None:
     legs = (30, 60)
     if repr(solver).startswith(LATE):
         legs = (240, 480) if repr(solver).startswith(LATER) else (80, 160)
-    order = weak_order(solver, FIVE["VP"], legs=legs, **window(FIVE["VP"]))
+    order = weak_order(solver, FIVE["VP"], steps=legs, **window(FIVE["VP"]))
     assert order.declared == solver.weak_order
     assert abs(order.slope - solver.weak_order) < 0.15, order
 
@@ -281,7 +281,7 @@ def test_the_weak_order_of_rules_that_know_the_time_is_the_declared_one_on_every
     solver: Solver, name: str
 ) -> None:
     legs = (240, 480) if isinstance(solver, Multistep) else (40, 80)
-    order = weak_order(solver, FIVE[name], legs=legs, **window(FIVE[name]))
+    order = weak_order(solver, FIVE[name], steps=legs, **window(FIVE[name]))
     assert abs(order.slope - solver.weak_order) < 0.15, order
 
 
@@ -303,7 +303,7 @@ def test_the_drift_of_multistep_rules_has_the_order_of_the_rule_without_noise(
     prediction: Prediction, p: int, form: str, start: str
 ) -> None:
     maker = ss.SDEDPMSolverPP if prediction is DATA else ss.solvers.SDEDPMSolver
-    order = weak_order(maker(p, form, eta=0.5, start=start), FIVE["VP"], legs=(80, 160), of="drift", eta=0.5)
+    order = weak_order(maker(p, form, eta=0.5, start=start), FIVE["VP"], steps=(80, 160), of="drift", eta=0.5)
     assert abs(order.slope - p) < 0.15, order
 
 
@@ -319,12 +319,12 @@ def test_trap_the_third_order_of_public_sde_code() -> None:
         return sde.alpha(t) * variance / (sde.alpha(t) ** 2 * variance + sde.sigma(t) ** 2) * x
 
     for n in (80, 160):
-        t = ss.analysis.orders._uneven(sde, n, t_start=first, t_end=last)
+        t = ss.analysis.orders.uneven_lam(sde, n, t_start=first, t_end=last)
         theirs = pub.dpmpp_3m_sde(D, x, t, *BY_HAND["VP"], z=[0 * x] * n, eta=eta**2, diffusers_sign=True)
         errors.append(abs(float(theirs) - exact))
     assert abs(math.log2(errors[0] / errors[1]) - 1) < 0.15, errors
-    ours = weak_order(ss.SDEDPMSolverPP(3, eta=eta, start="self"), sde, legs=(80, 160), of="drift", eta=eta)
-    printed = weak_order(ss.SDEDPMSolverPP(3, "published", eta, "self"), sde, legs=(80, 160), of="drift", eta=eta)
+    ours = weak_order(ss.SDEDPMSolverPP(3, eta=eta, start="self"), sde, steps=(80, 160), of="drift", eta=eta)
+    printed = weak_order(ss.SDEDPMSolverPP(3, "published", eta, "self"), sde, steps=(80, 160), of="drift", eta=eta)
     assert abs(ours.slope - 3) < 0.15 and abs(printed.slope - 2) < 0.15, (ours, printed)
     assert ours.errors[1] < 0.2 * printed.errors[1] < 0.01 * errors[1]
 
@@ -713,7 +713,7 @@ def test_restart_goes_back_as_often_as_asked() -> None:
     plan = ss.solvers.Restart(ss.EDMHeun(), 0.5, 5.0, repeats=2).plan(sde, grid)
     assert plan.rows == ss.EDMHeun().plan(sde, ss.grids.restart(sde, grid, 0.5, 5.0, 2)).rows
     assert plan.draws == 2 and plan.nfe > ss.EDMHeun().plan(sde, grid).nfe
-    order = weak_order(ss.solvers.Restart(ss.EDMHeun(), sde.t_of_lam(0.5), sde.t_of_lam(-0.5), 2), sde, legs=(40, 80))
+    order = weak_order(ss.solvers.Restart(ss.EDMHeun(), sde.t_of_lam(0.5), sde.t_of_lam(-0.5), 2), sde, steps=(40, 80))
     assert abs(order.slope - 2) < 0.15, order
 
 

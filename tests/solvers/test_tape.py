@@ -117,7 +117,7 @@ def test_published_moments_are_exact_on_a_point_too(sde: ss.SDE, variant: str) -
     grid = on(sde, [1.0, 0.8, 0.5, 0.6, 0.3, 0.1, 0.0])
     for prediction in (DATA, NOISE):
         plan = ss.UniPC(2, variant, prediction).plan(sde, grid)
-        assert point_mass_defect(plan, sde) < 1e-12, prediction
+        assert point_mass_defect(plan, sde, x0=0.7) < 1e-12 + 20 * rounding(plan, sde, 0.7, prediction), prediction
 
 
 def test_the_defect_shows_what_is_wrong() -> None:
@@ -194,7 +194,7 @@ def test_where_a_leg_cannot_be_exact_mean_and_variance_converge(prediction: Pred
         coarse, fine = (
             point_mass_defect(
                 Multistep(order, prediction, eta=eta).plan(
-                    VP, ss.analysis.orders._uneven(VP, n, t_start=first, t_end=last)
+                    VP, ss.analysis.orders.uneven_lam(VP, n, t_start=first, t_end=last)
                 ),
                 VP,
             )

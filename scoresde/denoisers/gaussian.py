@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ class Gaussian(AbstractDenoiser):
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         r"""Posterior mean, :math:`m + \alpha C(\alpha^2 C + \sigma^2)^{-1}(x - \alpha m)`."""
         alpha, sigma = self._scales(t, x)
-        return self._affine(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
+        return self.affine(x, alpha, lambda c: alpha * c / _positive(alpha**2 * c + sigma**2), 1.0)
 
     def flow(self, x: Tensor, s: float | Tensor, t: float | Tensor) -> Tensor:
         """Exact probability flow from time s to t, in either direction; differentiable in the times.
@@ -172,7 +173,7 @@ class Gaussian(AbstractDenoiser):
             t: Target time, a number, () or (B,).
         """
         (a, b), (e, f) = self._scales(s, x), self._scales(t, x)
-        return self._affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
+        return self.affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
 
     def carry(self, z: Tensor, t: float | Tensor) -> Tensor:
         r"""State at time `t` of standard normals `z`, :math:`\alpha m + (\alpha^2 C + \sigma^2)^{1/2} z`.
@@ -180,7 +181,7 @@ class Gaussian(AbstractDenoiser):
         The states of one `z` at different times lie on one trajectory of the flow.
         """
         alpha, sigma = self._scales(t, z)
-        return self._affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
+        return self.affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
 
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
@@ -258,6 +259,25 @@ class Gaussian(AbstractDenoiser):
         times, errors = self.skip_errors(model, most=check.number("tol", tol, above=0), **options)
         return float(times[errors <= tol].min())
 
+    def marginal(self, alpha: float | Tensor, sigma: float | Tensor) -> Marginal:
+        """The marginal at given α and σ.
+
+        Arguments:
+            alpha: Signal level α, a number or (B,).
+            sigma: Noise level σ, a number or (B,).
+        """
+        axes = 1 if self._flat else len(self.event)
+        a, b = (torch.as_tensor(v).to(self._mean).reshape(-1, *[1] * axes) for v in (alpha, sigma))
+        return Marginal(self, a, b)
+
+    def log_det(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Log-determinant of the matrix S of :class:`Marginal`, (B,), for α and σ that broadcast to states."""
+        total = (alpha**2 * self._spectrum + sigma**2).log().flatten(1).sum(1)
+        others = self._mean.numel() - self._spectrum.numel()
+        if others:
+            total = total + others * (alpha**2 * self.rest + sigma**2).log().flatten()
+        return total / 2
+
     def _scales(self, t: float | Tensor, x: Tensor) -> tuple[Any, Any]:
         """α and σ as numbers, or as tensors that broadcast to the states."""
         check.state("x", x)
@@ -269,8 +289,15 @@ class Gaussian(AbstractDenoiser):
         alpha, sigma = (check.expand(v.to(self._mean), like) for v in (self.sde.alpha(t), self.sde.sigma(t)))
         return alpha, sigma
 
-    def _affine(self, x: Tensor, a: Any, gain: Callable[[Tensor], Tensor], b: Any) -> Tensor:
-        """The affine map b m + gain(C) (x − a m)."""
+    def affine(self, x: Tensor, a: float | Tensor, gain: Callable[[Tensor], Tensor], b: float | Tensor) -> Tensor:
+        """The affine map b m + gain(C) (x − a m).
+
+        Arguments:
+            x: States, (B, *event).
+            a: Factor of the mean that is subtracted.
+            gain: Function of the variances.
+            b: Factor of the mean that is added.
+        """
         m = self._mean.flatten() if self._flat else self._mean
         y = x.to(self._mean).flatten(1) if self._flat else x.to(self._mean)
         out: Tensor = b * m + self._gain_flat(y - a * m, gain)
@@ -292,6 +319,46 @@ class Gaussian(AbstractDenoiser):
             return (gain(self._spectrum) * inner) @ u.mT
         side = gain(self._spectrum.new_tensor(self.rest))
         return side * y + ((gain(self._spectrum) - side) * inner) @ u.mT
+
+
+@dataclass(frozen=True)
+class Marginal:
+    r"""Marginal N(αm, S²) of Gaussian data, with :math:`S^2 = \alpha^2 C + \sigma^2`.
+
+    The flow of the data is :math:`x = \alpha m + S z` with constant z.
+
+    Arguments:
+        gaussian: The Gaussian.
+        alpha: Signal level α, broadcast to states.
+        sigma: Noise level σ, broadcast to states.
+    """
+
+    gaussian: Gaussian
+    alpha: Tensor
+    sigma: Tensor
+
+    def state(self, z: Tensor) -> Tensor:
+        """State of standard normals z, αm + S z."""
+        return self.gaussian.affine(z, 0.0, lambda c: self._variance(c).sqrt(), self.alpha)
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """Standard normals of a state, S⁻¹ (x − αm)."""
+        return self.gaussian.affine(x, self.alpha, lambda c: self._variance(c).rsqrt(), 0.0)
+
+    def shrink(self, v: Tensor) -> Tensor:
+        """The product S⁻¹ v."""
+        return self.gaussian.affine(v, 0.0, lambda c: self._variance(c).rsqrt(), 0.0)
+
+    def denoise(self, x: Tensor) -> Tensor:
+        """Posterior mean of the data, m + αC S⁻² (x − αm)."""
+        return self.gaussian.affine(x, self.alpha, lambda c: self.alpha * c / self._variance(c), 1.0)
+
+    def log_det(self) -> Tensor:
+        """Log-determinant of S, (B,)."""
+        return self.gaussian.log_det(self.alpha, self.sigma)
+
+    def _variance(self, c: Tensor) -> Tensor:
+        return _positive(self.alpha**2 * c + self.sigma**2)
 
 
 def _product(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, undefined_prediction
+from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.predictions import Coefficient, Want, as_form
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
@@ -168,6 +169,13 @@ class GaussianMixture(_Exact):
         if self.axes is None:
             copy.register_buffer("axes", None)
         return copy
+
+    def component(self, k: int = 0) -> Gaussian:
+        """Component k as a :class:`Gaussian`."""
+        c, axes = self.isotropic[k] + self.spectrum[k], self.axes
+        if axes is None:
+            return Gaussian(self.sde, self.means[k], c.reshape(self.event))
+        return Gaussian(self.sde, self.means[k], c, axes[k], rest=0.0 if self._full else float(self.isotropic[k]))
 
     def component_covariances(self) -> Tensor:
         """Covariances C_k, (K, D, D)."""

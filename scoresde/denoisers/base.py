@@ -261,8 +261,8 @@ class AbstractDenoiser(nn.Module):
 
 
 def trainable(model: AbstractDenoiser) -> tuple[Tensor, ...]:
-    """Tensors of a denoiser that require grad: parameters, fixed conditions and other attributes in `per_sample`."""
-    tensors: list[Tensor] = list(model.parameters())
+    """Tensors of a denoiser that require grad: parameters, buffers, fixed conditions and the like in `per_sample`."""
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, AbstractDenoiser):
             for leaf in (leaf for name in module.per_sample for leaf in tree_leaves(getattr(module, name))):

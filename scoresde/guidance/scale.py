@@ -19,7 +19,7 @@ def scale_at(scale: Scale, t: float | Tensor, x: Tensor, name: str = "scale") ->
         return check.number(name, value)
     if value.ndim > 1:
         raise ValueError(f"`{name}` must be a number or of shape (B,), got shape {tuple(value.shape)}.")
-    return check.expand(value, x, name)
+    return check.expand(value[0] if value.shape == (1,) else value, x, name)  # one entry is for all samples
 
 
 def check_scale(scale: object, name: str = "scale") -> Scale:

@@ -98,7 +98,7 @@ class Solution:
         log_prob: Log-densities of the samples, if the method computes them.
     """
 
-    x: Tensor
+    x: Tensor = field(repr=False)
     nfe: int
     calls: int
     times: list[Any] = field(repr=False)

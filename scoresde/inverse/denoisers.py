@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._printing import fields, short
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 from scoresde.grids.grid import check_grid
 from scoresde.guidance.classifier import Graph, before_silence, gradient
@@ -131,12 +132,7 @@ class DPS(PosteriorDenoiser):
         self.norm = norm
 
     def extra_repr(self) -> str:
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            word = f"tensor {tuple(scale.shape)}"
-        else:
-            word = str(getattr(scale, "__name__", type(scale).__name__)) if callable(scale) else f"{scale:g}"
-        return f"scale={word}, norm={self.norm}"
+        return fields(scale=self.scale, norm=self.norm)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         gain = scale_at(self.scale, t, x)
@@ -209,7 +205,7 @@ class PiGDM(LinearPosteriorDenoiser):
         self.through_net = through_net
 
     def extra_repr(self) -> str:
-        return f"data_std={self.data_std:g}, through_net={self.through_net}"
+        return f"data_std={short(self.data_std)}, through_net={self.through_net}"
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         variance = isotropic_variance(self.sde, t, self.data_std)
@@ -255,7 +251,7 @@ class MMPS(LinearPosteriorDenoiser):
         self.iterations = check.integer("iterations", iterations, at_least=1)
 
     def extra_repr(self) -> str:
-        return f"iterations={self.iterations}"
+        return fields(iterations=self.iterations)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         t = before_silence(self.sde, t)
@@ -344,7 +340,7 @@ class DiffPIR(LinearPosteriorDenoiser):
         self.weight = check.number("weight", weight, above=0)
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight:g}"
+        return fields(weight=self.weight)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         A = self.A

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._printing import short
 from scoresde.denoisers.base import select
 
 _DENSE = 1 << 26  # largest number of entries of a dense matrix
@@ -45,8 +46,8 @@ def module_rows(module: _Module, names: Sequence[str], index: Tensor) -> _Module
 class Operator(nn.Module):
     """Any differentiable function of a state, linear or not.
 
-    A subclass with data of its own writes :meth:`evaluate`, and names in `per_sample` what has one entry for each
-    sample.
+    A subclass with data of its own sets `event` and `out`, writes :meth:`evaluate`, and lists in `per_sample` the
+    attributes that hold one entry for each sample.
 
     Arguments:
         forward: Function ``forward(x)``, (B, *event) to (B, *out), that treats rows independently.
@@ -115,7 +116,7 @@ class Operator(nn.Module):
         return twin
 
     def extra_repr(self) -> str:
-        return f"{_name(self._function)}, event={self.event}, out={self.out}"
+        return f"{short(self._function)}, event={self.event}, out={self.out}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
@@ -129,10 +130,6 @@ class Operator(nn.Module):
                 f"{tuple(y.shape)}."
             )
         return y
-
-
-def _name(function: object) -> str:
-    return str(getattr(function, "__name__", type(function).__name__))
 
 
 class Spectrum(NamedTuple):

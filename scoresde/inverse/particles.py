@@ -34,7 +34,6 @@ class Particles(Solution):
         log_evidence: Estimate of log p(y) in nats; its exponential is unbiased for the discretised prior.
     """
 
-    x: Tensor = field(repr=False)
     log_weights: Tensor = field(repr=False)
     ess: list[float] = field(repr=False)
     log_evidence: float

@@ -196,10 +196,10 @@ def red_diff(
     adam = torch.optim.Adam([mu.requires_grad_()], lr=lr, betas=(0.9, 0.99))
     for k, t in enumerate(t for t in times if sde.sigma(t) > 0):
         with torch.no_grad():
-            t = before_silence(sde, t)
-            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            at = before_silence(sde, t)
+            alpha, sigma = sde.alpha(at), sde.sigma(at)
             eps = draws.like(mu, k)
             fit = gradient(lambda m: 0.5 * measurement.residual(m).flatten(1).square().sum(1), mu, measurement)
-            mu.grad = fit + weight * sigma / alpha * (problem.model.eps(alpha * mu + sigma * eps, t) - eps)
+            mu.grad = fit + weight * sigma / alpha * (problem.model.eps(alpha * mu + sigma * eps, at) - eps)
         adam.step()
     return problem.solution(mu.detach(), times)

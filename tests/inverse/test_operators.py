@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.measurements import Counts, Measurement
 from scoresde.inverse.operators import (
     Blur,
     Downsample,
@@ -146,6 +147,109 @@ def test_a_measurement_moves_and_casts_as_a_module() -> None:
     assert seen.to(torch.float32).residual(x.float()).dtype == torch.float32
     truth = torch.distributions.Normal(seen.operator(x), 0.1).log_prob(seen.y.double()).sum(1)
     torch.testing.assert_close(seen.log_prob(x), truth, rtol=1e-5, atol=1e-5)
+
+
+# One mask for each sample.
+
+EACH = rand(4, 3, 5, seed=6) > torch.tensor([-0.5, 0.0, 0.5, 1.0], dtype=F64)[:, None, None]
+
+
+def test_a_mask_of_each_sample_has_the_rows_of_single_masks() -> None:
+    A, x = Mask(EACH, (3, 5)), rand(4, 3, 5, seed=7)
+    counts = EACH.flatten(1).sum(1)
+    assert A.out == (int(counts.max()),) and len(set(counts.tolist())) == 3
+    assert isinstance(A.entries, Tensor) and torch.equal(A.entries, counts)
+    y = A(x) + 0.1 * rand(4, *A.out, seed=8)
+    seen = Measurement(A, y, 0.3)
+    for i, m in enumerate(counts.tolist()):
+        one = Mask(EACH[i])
+        alone = Measurement(one, y[i : i + 1, :m], 0.3)
+        part = x[i : i + 1]
+        assert torch.equal(A(x)[i : i + 1, :m], one(part)) and not A(x)[i, m:].any()
+        assert torch.equal(A.adjoint(y)[i : i + 1], one.adjoint(y[i : i + 1, :m]))
+        assert torch.equal(A.pinv(y)[i : i + 1], one.pinv(y[i : i + 1, :m]))
+        assert torch.equal(A.solve(y, 2.0, 0.5)[i : i + 1, :m], one.solve(y[i : i + 1, :m], 2.0, 0.5))
+        assert torch.equal(seen.rows(torch.tensor([i])).log_prob(part), seen.log_prob(x)[i : i + 1])
+        torch.testing.assert_close(seen.log_prob(x)[i : i + 1], alone.log_prob(part))
+        torch.testing.assert_close(A.rows(torch.tensor([i])).matrix()[:m], one.matrix())
+    left, right = (A(x) * y).flatten(1).sum(1), (x * A.adjoint(y)).flatten(1).sum(1)
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+    s, of_state, to_state, of_data = A.spectrum()
+    torch.testing.assert_close(of_data(A(x)), s * of_state(x))
+    torch.testing.assert_close(to_state(of_state(x)), torch.where(EACH, x, 0.0))
+    assert not seen.y[:, int(counts.min()) :][counts == counts.min()].any(), "padding of y is set to zero"
+
+
+def test_a_mask_of_each_sample_broadcasts_and_names_a_wrong_batch() -> None:
+    rows = torch.tensor([[True, False, True], [False, False, True]])
+    A = Mask(rows[:, None], (4, 3))
+    assert torch.equal(A.mask, rows[:, None].expand(2, 4, 3)) and A.out == (8,)
+    assert A.rows(torch.tensor([1])).mask.shape == (1, 4, 3)
+    with pytest.raises(ValueError, match="`mask` has 2 rows and the batch has 3; give one mask for all samples"):
+        A(rand(3, 4, 3))
+    with pytest.raises(ValueError, match="`mask` has 2 rows and the batch has 1"):
+        Measurement(A, torch.zeros(1, 8), 0.1)
+    with pytest.raises(ValueError, match=r"no single matrix; select one, as in `A.rows\(index\)`"):
+        A.matrix()
+
+
+def test_replacement_takes_a_mask_of_each_sample() -> None:
+    prior = ss.GaussianMixture(ss.VP(), torch.zeros(1, 3, 5), std=1.0)
+    A, x = Mask(EACH, (3, 5)), rand(4, 3, 5, seed=7)
+    hook = ss.inverse.Replacement(prior.sde, Measurement(A, A(x), 0.0), seed=1)
+    out = ss.sample(prior, (4, 3, 5), steps=4, seed=0, watch=ss.Watch(hook=hook), start=ss.Start(dtype=F64))
+    assert torch.equal(out[EACH], x[EACH]) and not torch.isclose(out[~EACH], x[~EACH]).any()
+
+
+# How operators and measurements print.
+
+TEXTS = {
+    "Mask(event=(2, 3), known=4)": lambda: Mask(torch.tensor([[True, False, True]] * 2)),
+    "Mask(event=(3, 5), known=11, rows=4)": lambda: Mask(EACH, (3, 5)),
+    "Downsample(2, event=(3, 4, 6), dims=2)": lambda: Downsample(2, (3, 4, 6)),
+    "Grey(event=(3, 4, 6), weights=(0.299, 0.587, 0.114))": lambda: Grey((3, 4, 6)),
+    "Blur(kernel=(3, 3), event=(3, 4, 6))": lambda: Blur(KERNEL, (3, 4, 6)),
+    "FourierMask(event=(2, 4), known=3 of 4)": lambda: FourierMask(torch.tensor([True, True, False, True]), (2, 4)),
+    "Matrix(A=(5, 12), event=(3, 4))": lambda: Matrix(rand(5, 12), (3, 4)),
+    "Linear(cumsum, event=(4,), out=(4,))": lambda: Linear(cumsum, (4,)),
+    "Operator(<Linear, 15 parameters>, event=(4,), out=(3,))": lambda: Operator(torch.nn.Linear(4, 3), (4,)),
+    "Operator(cumsum, event=(4,), out=(4,))": lambda: Operator(functools.partial(cumsum, dim=1), (4,)),
+    "Measurement(Mask(event=(2,), known=1), y=(5, 1), std=0.3)": lambda: Measurement(
+        Mask(torch.tensor([True, False])), torch.zeros(5, 1), 0.3
+    ),
+    "Counts(Mask(event=(2,), known=1), y=(5, 1), floor=0.01)": lambda: Counts(
+        Mask(torch.tensor([True, False])), torch.zeros(5, 1)
+    ),
+}
+
+
+def cumsum(x: Tensor, dim: int = 1) -> Tensor:
+    return x.cumsum(dim)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_operators_and_measurements_print_on_one_line(text: str) -> None:
+    assert repr(TEXTS[text]()) == text
+
+
+def test_posterior_denoisers_print_without_tensors_or_addresses() -> None:
+    prior = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2), std=1.0)
+    seen = Measurement(Mask(torch.tensor([True, False])), torch.zeros(5, 1), 0.3)
+    texts = {
+        "DPS(scale=<5 float32>": ss.inverse.DPS(prior, seen, torch.ones(5)),
+        "DPS(scale=cos": ss.inverse.DPS(prior, seen, torch.cos),
+        "PiGDM(data_std=1, through_net=True": ss.inverse.PiGDM(prior, seen),
+        "MMPS(iterations=5": ss.inverse.MMPS(prior, seen),
+        "TMPD(model=": ss.inverse.TMPD(prior, seen),
+        "DDNM(model=": ss.inverse.DDNM(prior, seen),
+        "DiffPIR(weight=1": ss.inverse.DiffPIR(prior, seen),
+    }
+    for text, model in texts.items():
+        assert repr(model).startswith(text), repr(model)
+        assert f"measurement={seen!r}" in repr(model)
+        assert " at 0x" not in repr(model) and "tensor(" not in repr(model) and "\n" not in repr(model)
+    hook = ss.inverse.Replacement(ss.VP(), seen, seed=1)
+    assert repr(hook) == f"Replacement(sde={ss.VP()!r}, measurement={seen!r}, seed=1, fresh=True)"
 
 
 def test_errors_name_what_is_wrong() -> None:

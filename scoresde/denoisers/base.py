@@ -236,13 +236,14 @@ class AbstractDenoiser(nn.Module):
         return {name: select(getattr(self, name), index) for name in self.per_sample}
 
     def counted(self, counter: Counter) -> AbstractDenoiser:
-        """This denoiser with `counter` counting every evaluation of the network at its end.
+        """This denoiser with `counter` counting every evaluation of the network.
+
+        A denoiser that is not a :class:`Wrapped` one counts as a network.
 
         Arguments:
-            counter: The counter.
+            counter: Counter of the evaluations.
         """
-        twin = self._twin(lambda inner: inner.counted(counter), {})
-        return _Counted(self, counter) if twin is self else twin
+        return _Counted(self, counter)
 
     def _twin(
         self, change: Callable[[AbstractDenoiser], AbstractDenoiser], own: Mapping[str, object]
@@ -378,14 +379,18 @@ class _OfSamples:
 
 
 class Wrapped(AbstractDenoiser):
-    """A denoiser made from one other denoiser; the base of guidance and of posterior denoisers.
+    """A denoiser made from one other denoiser or from several; the base of guidance and of posterior denoisers.
+
+    Inner denoisers are modules of this one, so that :meth:`rows` and :meth:`counted` reach them.
 
     Arguments:
         model: The inner denoiser.
+        sde: Process of the states, by default that of `model`.
     """
 
-    def __init__(self, model: AbstractDenoiser) -> None:
-        super().__init__(check_model(model).sde)
+    def __init__(self, model: AbstractDenoiser, sde: SDE | None = None) -> None:
+        inner = check_model(model).sde
+        super().__init__(inner if sde is None else sde)
         self.model = model
 
     @property
@@ -395,6 +400,9 @@ class Wrapped(AbstractDenoiser):
     @property
     def conditions(self) -> dict[str, Condition]:
         return self.model.conditions
+
+    def counted(self, counter: Counter) -> AbstractDenoiser:
+        return self._twin(lambda inner: inner.counted(counter), {})
 
     def extra_repr(self) -> str:
         return ""

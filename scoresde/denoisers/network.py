@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
 from scoresde.processes.discrete import Discrete
@@ -50,7 +51,7 @@ class Preconditioning:
     def __post_init__(self) -> None:
         check.number("sigma_data", self.sigma_data, above=0)
 
-    def c_in(self, alpha: Coefficient, sigma: Coefficient) -> Any:
+    def c_in(self, alpha: Coefficient, sigma: Coefficient) -> Coefficient:
         """Scale c_in of the network's input."""
         return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
@@ -97,9 +98,9 @@ class Denoiser(AbstractDenoiser):
         learned_variance: bool = False,
         check_finite: bool = False,
     ) -> None:
-        super().__init__(sde)
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
+        super().__init__(sde)
         check.choice("predicts", predicts, PREDICTIONS)
         if not (precondition is None or isinstance(precondition, Preconditioning)):
             raise TypeError(
@@ -130,8 +131,9 @@ class Denoiser(AbstractDenoiser):
         self.check_finite = check_finite
         _clock(time, sde, precondition)
 
-    def extra_repr(self) -> str:
-        return f"sde={self.sde}, predicts={self.predicts!r}, precondition={self.precondition}, time={self.time!r}"
+    def __repr__(self) -> str:
+        names = ("net", "sde", "predicts", "precondition", "time", "learned_variance", "check_finite")
+        return f"{type(self).__name__}({fields(**{name: getattr(self, name) for name in names})})"
 
     @property
     def kind(self) -> Kind:
@@ -250,7 +252,7 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
     return sde.log_sigma if time == "log_sigma" else (lambda t: t)
 
 
-def _dtype_of(net: Any) -> torch.dtype | None:
+def _dtype_of(net: object) -> torch.dtype | None:
     """Floating dtype of a network's first parameter, or None."""
     parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
     first = next(parameters, None)

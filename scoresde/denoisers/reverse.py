@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, check_model, check_sde
 from scoresde.denoisers.predictions import Form, form_of
 from scoresde.processes.sde import SDE
 
@@ -54,7 +54,7 @@ class Reverse:
         return self.eta * self.denoiser.sde.g(t)
 
 
-class Rescheduled(AbstractDenoiser):
+class Rescheduled(Wrapped):
     r"""A denoiser on another process than the one it was trained on.
 
     .. math:: D'(x, t) = D\!\left(x\,\frac{\alpha_u}{\alpha'_t},\, u\right), \qquad \lambda_u = \lambda'_t
@@ -63,23 +63,21 @@ class Rescheduled(AbstractDenoiser):
     the denoiser is evaluated at the nearest end, T or 0.
 
     Arguments:
-        denoiser: Denoiser on its own process.
+        model: Denoiser on its own process.
         sde: New process.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
     """
 
-    def __init__(self, denoiser: AbstractDenoiser, sde: SDE) -> None:
-        super().__init__(sde)
-        self.denoiser = check_model(denoiser, "denoiser")
+    def __init__(self, model: AbstractDenoiser, sde: SDE) -> None:
+        super().__init__(model, check_sde(sde))
 
-    @property
-    def kind(self) -> Kind:
-        return self.denoiser.kind
+    def extra_repr(self) -> str:
+        return f"sde={self.sde!r}"
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        old = self.denoiser.sde
+        old = self.model.sde
         s = check.time(t, self.sde.T)
         lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))
         u = old.inverse_lam(lam).clamp(0.0, old.T)
@@ -87,5 +85,5 @@ class Rescheduled(AbstractDenoiser):
         signal, noise = old.alpha(u) / self.sde.alpha(s), old.sigma(u) / self.sde.sigma(s)
         scale = torch.where(lam > 0, signal, noise)
         if not isinstance(t, Tensor):
-            return self.denoiser.x0(float(scale) * x, float(u), **cond)
-        return self.denoiser.x0(check.expand(scale, x) * x, u, **cond)
+            return self.model.x0(float(scale) * x, float(u), **cond)
+        return self.model.x0(check.expand(scale, x) * x, u, **cond)

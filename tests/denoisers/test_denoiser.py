@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import mpmath as mp
 import pytest
@@ -15,6 +16,7 @@ from instances import EXACT, SDES, inner_times
 from torch import Tensor, nn
 
 import scoresde as ss
+from scoresde.denoisers.base import Shared
 
 ALL = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 KINDS = ("eps", "score", "x0", "v", "velocity")
@@ -78,7 +80,7 @@ def mixture(sde: ss.SDE) -> ss.GaussianMixture:
 
 
 class Recorder:
-    """A network that remembers what it was given and returns zeros."""
+    """A network that stores its arguments and returns zeros."""
 
     def __init__(self) -> None:
         self.x: Tensor
@@ -694,13 +696,21 @@ def test_a_network_that_is_not_finite_is_named_with_time_and_sample() -> None:
 def test_conditions_pass_through_as_they_are() -> None:
     seen = Recorder()
     model = ss.Denoiser(seen, ss.VP(), predicts="eps")
-    rows, shared, number = torch.zeros(4, 7), torch.zeros(1, 5), torch.tensor(3.0)
-    tree = {"text": [rows, (shared, None)], "scale": number, "name": "cat", "guidance": 7.5}
+    rows, one, number, table = torch.zeros(4, 7), torch.ones(1, 5), torch.tensor(3.0), torch.zeros(9, 2)
+    tree = {"text": [rows, (one, None)], "scale": number, "name": "cat", "guidance": 7.5, "table": Shared(table)}
+
+    def check_tree(got: Any) -> None:
+        assert got["text"][0] is rows and got["text"][1][1] is None and got["scale"] is number
+        assert got["name"] == "cat" and got["guidance"] == 7.5 and got["table"] is table
+        assert torch.equal(got["text"][1][0], one.expand(4, 5)), "one row stands for every sample"
+
     for kind in KINDS:
         getattr(model, kind)(torch.ones(4, 2), 0.5, context=tree, label=None)
-        assert seen.cond["context"] is tree and seen.cond["label"] is None
+        check_tree(seen.cond["context"])
+        assert seen.cond["label"] is None
     ss.denoisers.Reverse(model).drift(torch.ones(4, 2), 0.5, context=tree)
-    assert seen.cond == {"context": tree}
+    assert set(seen.cond) == {"context"}
+    check_tree(seen.cond["context"])
 
 
 x23 = torch.zeros(2, 3)
@@ -797,10 +807,10 @@ BAD = {
         TypeError,
         "`denoiser` must be a denoiser.*got function",
     ),  # type: ignore[arg-type]
-    "rescheduled network": (lambda: ss.denoisers.Rescheduled(fine, VP), TypeError, "`denoiser` must be a denoiser"),  # type: ignore[arg-type]
+    "rescheduled network": (lambda: ss.denoisers.Rescheduled(fine, VP), TypeError, "`model` must be a denoiser"),  # type: ignore[arg-type]
     "rescheduled to nothing": (lambda: ss.denoisers.Rescheduled(mixture(VP), "vp"), TypeError, "`sde` must be an SDE"),  # type: ignore[arg-type]
     "no x0": (
-        lambda: type("Mine", (ss.denoisers.AbstractDenoiser,), {})().x0(x23, 0.5),
+        lambda: type("Mine", (ss.denoisers.AbstractDenoiser,), {})(VP).x0(x23, 0.5),
         NotImplementedError,
         "Mine must define `x0",
     ),
@@ -840,7 +850,7 @@ def test_a_denoiser_is_a_module() -> None:
     assert model.net.dropout.training
     model.eval()
     assert not model.net.dropout.training
-    assert "predicts='eps'" in repr(model) and "VP(" in repr(model) and "Linear" in repr(model)
+    assert "predicts='eps'" in repr(model) and "VP(" in repr(model) and "<Net, 15 parameters>" in repr(model)
     model.to(torch.float64)
     x = normal(2, 3)
     assert model.net.linear.weight.dtype == torch.float64
@@ -876,7 +886,7 @@ def test_copies_and_pickles_are_equal_and_apart(case: str) -> None:
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
         torch.load(file, weights_only=False),
-        pickle.loads(pickle.dumps(ss.denoisers.Rescheduled(model, ss.Flow()))).denoiser,
+        pickle.loads(pickle.dumps(ss.denoisers.Rescheduled(model, ss.Flow()))).model,
     ):
         assert torch.equal(twin.x0(x, t), want)
         assert twin.sde == model.sde and twin.sde is not None

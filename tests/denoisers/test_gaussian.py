@@ -141,7 +141,7 @@ def test_solve_starts_from_it() -> None:
     model = mixture()
     start = Gaussian.of(model.sde, model.mean(), model.covariance())
     plan = ss.VelocityAB(2).plan(model.sde, ss.grids.karras(model.sde, 10, t_start=0.5))
-    drawn = ss.sample(model, (5, 8), plan, seed=3, start=start, dtype=torch.float64)
+    drawn = ss.sample(model, (5, 8), plan, seed=3, start=ss.Start(gaussian=start, dtype=torch.float64))
     z = ss.Noise(3).fork(0).normal((5, 8), 0, dtype=torch.float64)
     assert torch.allclose(drawn, run(plan, model.x0, start.carry(z, 0.5)))
     assert torch.allclose(drawn, ss.sample(model, start.carry(z, 1.0), plan, start=start)), "a state is one at T"
@@ -151,7 +151,7 @@ def test_stochastic_plans_start_from_its_marginal() -> None:
     one = ss.GaussianMixture(ss.VP(), MEAN[None], cov=COV[None])
     start = Gaussian.of(one.sde, MEAN, COV)
     plan = ss.SDEDPMSolverPP(2).plan(one.sde, ss.grids.karras(one.sde, 12, t_start=0.5))
-    x = ss.sample(one, (20_000, len(MEAN)), plan, seed=0, start=start, dtype=torch.float64)
+    x = ss.sample(one, (20_000, len(MEAN)), plan, seed=0, start=ss.Start(gaussian=start, dtype=torch.float64))
     found = ss.analysis.response(plan, one.sde, start.spectrum)
     assert plan.stochastic and torch.allclose((x - MEAN).square().sum(1).mean(), found.variance.sum(), rtol=0.03)
     assert torch.allclose(x.mean(0), MEAN, atol=0.05)

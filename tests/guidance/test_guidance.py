@@ -76,7 +76,8 @@ SOLVERS: list[Any] = [
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)
 def test_scale_one_is_the_conditional_model_and_zero_the_unconditional_to_the_bit(solver: Any) -> None:
-    run = lambda model, **cond: ss.sample(model, (6, 2), solver, steps=6, seed=1, dtype=F64, **cond)  # noqa: E731
+    start = ss.Start(dtype=F64)
+    run = lambda model, **cond: ss.sample(model.given(**cond), (6, 2), solver, steps=6, seed=1, start=start)  # noqa: E731
     assert torch.equal(run(guided(1.0), label=LABEL), run(VP, label=LABEL))
     assert torch.equal(run(guided(0.0), label=LABEL), run(VP, label=torch.full((6,), EVERYTHING)))
     assert not torch.equal(run(guided(1.5), label=LABEL), run(VP, label=LABEL))
@@ -144,8 +145,8 @@ def test_a_batch_may_be_split_anywhere() -> None:
 
     def part(rows: slice) -> Tensor:
         noise = ss.Noise(5, offset=rows.start)
-        model = guided(s[rows])
-        return ss.sample(model, (rows.stop - rows.start, 2), ss.DDPM(), steps=5, seed=noise, label=LABEL[rows])
+        model = guided(s[rows]).given(label=LABEL[rows])
+        return ss.sample(model, (rows.stop - rows.start, 2), ss.DDPM(), steps=5, seed=noise)
 
     whole = part(slice(0, 6))
     torch.testing.assert_close(whole, torch.cat([part(slice(0, 1)), part(slice(1, 4)), part(slice(4, 6))]))
@@ -198,12 +199,12 @@ def test_momentum_is_the_published_loop_and_begins_anew_with_every_run() -> None
         x0 = c + (scale - 1) * (delta - parallel + eta * parallel)
         x = sde.alpha(s) * x0 + sde.sigma(s) * (x - sde.alpha(t) * x0) / sde.sigma(t)
     model = guided(scale, rule=Momentum(APG(eta, norm), beta))
-    run = lambda: ss.sample(model, start, ss.DDIM(), grid=grid, label=LABEL)  # noqa: E731
+    run = lambda: ss.sample(model.given(label=LABEL), start, ss.DDIM(), grid=grid)  # noqa: E731
     torch.testing.assert_close(run(), x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(run(), x, rtol=1e-9, atol=1e-9)
     none = guided(scale, rule=Momentum(APG(eta, norm), 0.0))
-    plain = ss.sample(guided(scale, rule=APG(eta, norm)), start, ss.DDIM(), grid=grid, label=LABEL)
-    torch.testing.assert_close(ss.sample(none, start, ss.DDIM(), grid=grid, label=LABEL), plain)
+    plain = ss.sample(guided(scale, rule=APG(eta, norm)).given(label=LABEL), start, ss.DDIM(), grid=grid)
+    torch.testing.assert_close(ss.sample(none.given(label=LABEL), start, ss.DDIM(), grid=grid), plain)
     for t in (0.5, 0.7):  # the second is a later time: as of a run that starts
         fresh = guided(scale, rule=Momentum(APG(eta, norm), beta)).x0(X, t, label=LABEL)
         torch.testing.assert_close(model.x0(X, t, label=LABEL), fresh)
@@ -241,7 +242,7 @@ def test_cfg_plus_plus_is_ddim_with_a_scale_of_its_grid(sde: ss.SDE, lam: float)
     for t, s in pairwise(grid.tolist()):  # algorithm 2: denoise with guidance, renoise without
         c, u = model.x0(x, t, label=LABEL), model.x0(x, t, label=torch.full((6,), EVERYTHING))
         x = sde.alpha(s) * (u + lam * (c - u)) + sde.sigma(s) * (x - sde.alpha(t) * u) / sde.sigma(t)
-    ours = ss.sample(guided(plus_plus(sde, grid, lam), model), start, ss.DDIM(), grid=grid, label=LABEL)
+    ours = ss.sample(guided(plus_plus(sde, grid, lam), model).given(label=LABEL), start, ss.DDIM(), grid=grid)
     torch.testing.assert_close(ours, x, rtol=1e-9, atol=1e-9)
     scale = plus_plus(sde, grid, lam)
     times = (grid[:-1] + grid[1:]) / 2
@@ -263,8 +264,8 @@ def test_the_exact_classifier_makes_the_unconditional_model_conditional() -> Non
     base = VP.part(EVERYTHING)
     model = ClassifierGuidance(base, log_label(1))
     torch.testing.assert_close(model.x0(X, 0.4), VP.part(1).x0(X, 0.4), rtol=1e-9, atol=1e-9)
-    a = ss.sample(model, (8, 2), ss.UniPC(2), steps=10, seed=0, dtype=F64)
-    b = ss.sample(VP.part(1), (8, 2), ss.UniPC(2), steps=10, seed=0, dtype=F64)
+    a = ss.sample(model, (8, 2), ss.UniPC(2), steps=10, seed=0, start=ss.Start(dtype=F64))
+    b = ss.sample(VP.part(1), (8, 2), ss.UniPC(2), steps=10, seed=0, start=ss.Start(dtype=F64))
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
     assert not a.requires_grad
 

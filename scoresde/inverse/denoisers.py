@@ -24,8 +24,9 @@ from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 from scoresde.grids.grid import check_grid
 from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.guidance.scale import Scale, check_scale, scale_at
+from scoresde.inverse.krylov import minimal_residual
 from scoresde.inverse.measurements import Measurement, check_measurement
-from scoresde.inverse.operators import Linear, minimal_residual
+from scoresde.inverse.operators import Linear
 from scoresde.processes.sde import SDE, TimeT
 
 

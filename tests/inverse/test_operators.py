@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
+from scoresde.inverse.krylov import conjugate_gradients, minimal_residual
 from scoresde.inverse.measurements import Counts, Measurement
 from scoresde.inverse.operators import (
     Blur,
@@ -20,8 +21,6 @@ from scoresde.inverse.operators import (
     Mask,
     Matrix,
     Operator,
-    conjugate_gradients,
-    minimal_residual,
 )
 
 F64 = torch.float64

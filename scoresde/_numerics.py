@@ -11,12 +11,12 @@ from torch import Tensor
 
 @cache
 def legendre(n: int = 80) -> tuple[Tensor, Tensor]:
-    """Gauss–Legendre nodes and weights on [0, 1], float64, for an even n; exact for polynomials of degree 2n − 1.
+    """Gauss–Legendre nodes and weights on [0, 1], float64; exact for polynomials of degree 2n − 1.
 
     Newton's method in the angle θ, x = cos θ, with differences of the recurrence: 1 − x keeps its digits at the ends,
     where numpy's weights are wrong by 1e-12 of themselves.
     """
-    theta = math.pi * (4 * torch.arange(1, n // 2 + 1, dtype=torch.float64) - 1) / (4 * n + 2)
+    theta = math.pi * (4 * torch.arange(1, (n + 1) // 2 + 1, dtype=torch.float64) - 1) / (4 * n + 2)
     for _ in range(6):
         u = 2 * (theta / 2).sin() ** 2  # 1 - x
         step, p = -u, 1 - u
@@ -26,7 +26,8 @@ def legendre(n: int = 80) -> tuple[Tensor, Tensor]:
         slope = -n * (p - step - theta.cos() * p) / theta.sin()  # dP/dθ
         theta = theta - p / slope
     near, weight = (theta / 2).sin() ** 2, 1 / slope**2
-    return torch.cat([near, (1 - near).flip(0)]), torch.cat([weight, weight.flip(0)])
+    far = slice(None, n // 2)  # the node of an odd n in the middle is its own mirror image
+    return torch.cat([near, (1 - near[far]).flip(0)]), torch.cat([weight, weight[far].flip(0)])
 
 
 LEGENDRE_NODES, LEGENDRE_WEIGHTS = legendre()

@@ -144,7 +144,7 @@ def measure(solver: Solver, model: AbstractDenoiser, reference, legs: tuple[int,
     """The order of a rule at full order in the window."""
     first, last = (model.sde.t_of_lam(lam) for lam in WINDOW)
     return convergence_order(
-        at_full_order(solver), model, legs=legs, t_start=first, t_end=last, reference=reference, n=points
+        at_full_order(solver), model, steps=legs, t_start=first, t_end=last, reference=reference, n=points
     )
 
 

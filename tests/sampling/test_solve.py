@@ -43,12 +43,12 @@ class Recorder(ss.denoisers.AbstractDenoiser):
         self.model = model
         self.times: list[Any] = []
         self.states: list[Tensor] = []
-        self.conditions: list[dict[str, Any]] = []
+        self.received: list[dict[str, Any]] = []
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
         self.times.append(t)
         self.states.append(x)
-        self.conditions.append(cond)
+        self.received.append(cond)
         return self.model.x0(x, t)
 
 
@@ -459,8 +459,8 @@ def test_conditions_go_to_the_network() -> None:
     recorder = Recorder(MIX)
     label = torch.arange(6)
     ss.sample(recorder.given(label=label, text=["a"] * 6), START, steps=3)
-    assert all(c["label"] is label and c["text"] == ["a"] * 6 for c in recorder.conditions)
-    assert len(recorder.conditions) == 3
+    assert all(c["label"] is label and c["text"] == ["a"] * 6 for c in recorder.received)
+    assert len(recorder.received) == 3
     model = ss.Denoiser(Net(), VP, predicts="v")
     moved = ss.sample(model.given(shift=torch.ones(6, 1)), START.float(), steps=3)
     assert not torch.equal(moved, ss.sample(model, START.float(), steps=3))
@@ -473,7 +473,7 @@ def test_conditions_go_to_the_network() -> None:
     assert ss.sample(shared, START, steps=3).shape == START.shape
     z = ss.encode(recorder.given(label=label), START, steps=3)
     ss.decode(recorder.given(label=label), z, steps=3)
-    assert all(c["label"] is label for c in recorder.conditions)
+    assert all(c["label"] is label for c in recorder.received)
 
 
 def test_networks_run_in_their_own_dtype_and_states_do_not() -> None:

@@ -300,8 +300,8 @@ class Gaussian(AbstractDenoiser):
         """
         m = self._mean.flatten() if self._flat else self._mean
         y = x.to(self._mean).flatten(1) if self._flat else x.to(self._mean)
-        out: Tensor = b * m + self._gain_flat(y - a * m, gain)
-        return out.reshape(x.shape).to(x.dtype)
+        out = self._gain_flat(y if _is_zero(a) else y - a * m, gain)
+        return (out if _is_zero(b) else out + b * m).reshape(x.shape).to(x.dtype)
 
     def _gain(self, x: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
         """The product gain(C) x."""
@@ -371,6 +371,10 @@ def _product(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 def _to_data(rho: float) -> Callable[[Tensor], Tensor]:
     """Gain of the flow from noise level ρ to 0 for a difference in x/α, in a direction of variance c."""
     return lambda c: (c / _positive(c + rho**2)).sqrt()
+
+
+def _is_zero(v: float | Tensor) -> bool:
+    return not isinstance(v, Tensor) and v == 0
 
 
 def _positive(v: Tensor) -> Tensor:

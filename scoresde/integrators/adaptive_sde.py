@@ -95,6 +95,8 @@ class AdaptiveSDE(Method):
             first_step=self.first_step,
             shortest=1 / LATTICE,
             longest=self.longest,
+            balance=False,
+            lattice=LATTICE,
             max_nfe=1 + self.max_steps,
             limit=f"`max_steps` = {self.max_steps} attempts",
         )
@@ -182,12 +184,6 @@ class BrownianStep(Scheme):
         if self.eta == 0:
             return torch.zeros((len(u), *self.path.shape[1:]), dtype=self.path.dtype, device=self.path.device)
         return self.path.unit(self._time(u), self.samples.tolist())
-
-    def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
-        """End of a step, on a lattice: rounding does not decide at which point of its rough path a step ends."""
-        t = torch.maximum(((s + h) * LATTICE).round(), (s * LATTICE).floor() + 1) / LATTICE
-        t = torch.minimum(t, end)
-        return torch.where(end - t < 1e-9 * (1 + end.abs()), end, t)
 
     def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         (x, W_s), (d_s,), h = y, past.f[0], t - s

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.integrators.embedded import Frame, on_device
+from scoresde.integrators.embedded import Frame, State, advance, on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +131,27 @@ class Record:
             frame = Frame(frame.sde, frame.prediction)
             table, rate = frame.prediction.clock(table), frame.rate
         return Path(table, place, y, f, nodes, rate, frame)
+
+
+def quartic(
+    h: Tensor, before: Tensor, after: Tensor, stages: Sequence[State], middle: Sequence[float]
+) -> Callable[[float], Tensor]:
+    """Polynomial through the ends of a step, their slopes and the middle, as a function of the share of the step.
+
+    Arguments:
+        h: Length of the step of each sample, with its sign, (B,).
+        before: State at the start, (B, *event).
+        after: State at the end, (B, *event).
+        stages: Slopes of the stages, of which the last is at the end of the step.
+        middle: Weights of the stages for the state in the middle.
+    """
+    (centre,) = advance((before,), torch.tensor(middle, dtype=torch.float64)[:, None] * h, stages)
+    width = on_device(h, before).reshape(-1, *[1] * (before.ndim - 1))
+    f0, f1 = width * stages[0][0], width * stages[-1][0]
+    a4 = 2 * (f1 - f0) - 8 * (after + before) + 16 * centre
+    a3 = 5 * f0 - 3 * f1 + 18 * before + 14 * after - 32 * centre
+    a2 = f1 - 4 * f0 - 11 * before - 5 * after + 16 * centre
+    return lambda u: (((a4 * u + a3) * u + a2) * u + f0) * u + before
 
 
 def _hermite(nodes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ QUADRATURE = 8  # Gauss–Legendre nodes; exact for polynomials of degree 15
 
 def polynomial(s: Tensor, t: Tensor, nodes: Tensor) -> Tensor:
     r"""Weights :math:`\int_s^t \ell_j(u)\,du` of the polynomial through `nodes`, (B,), (B,), (k, B) to (k, B)."""
+    if len(nodes) == 1:
+        return (t - s)[None]
     at, weights = legendre(QUADRATURE)
     u = s[..., None] + (t - s)[..., None] * at
     return lagrange(u[None], nodes[None], batched=True)[0] @ weights * (t - s)
@@ -156,18 +158,6 @@ class Scheme:
             index: Numbers of the samples, (b,).
         """
         return self
-
-    def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
-        """End of a step of length about h from s, (B,); the last two steps before `end` have equal lengths.
-
-        Arguments:
-            s: Start of the step, (B,).
-            h: Length that the error control chose, (B,), positive.
-            end: End of the interval, (B,), on either side of `s`.
-        """
-        left = (end - s).abs()
-        length = torch.where(left < 1.1 * h, left, torch.where(left < 2 * h, left / 2, h))
-        return torch.where(length >= left, end, s + (end - s).sign() * length)
 
     def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
         """Attempt the step from s to t.
@@ -322,7 +312,7 @@ class EmbeddedRungeKutta(Pair):
         return Attempt(stage, slopes[-1], error, float(self.of_order), slopes)
 
 
-def BogackiShampine(prediction: Prediction = VELOCITY) -> Pair:
+def BogackiShampine(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     """Bogacki–Shampine 3(2), with three evaluations per step.
 
     Arguments:
@@ -332,7 +322,7 @@ def BogackiShampine(prediction: Prediction = VELOCITY) -> Pair:
     return EmbeddedRungeKutta(((1 / 2,), (0.0, 3 / 4), b), (-5 / 72, 1 / 12, 1 / 9, -1 / 8), 3, prediction=prediction)
 
 
-def DormandPrince(prediction: Prediction = VELOCITY) -> Pair:
+def DormandPrince(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     """Dormand–Prince 5(4), with six evaluations per step.
 
     Arguments:

@@ -134,6 +134,8 @@ class Control:
         first_step: Length of the first step; None estimates it with one evaluation.
         shortest: Length that is not reduced further.
         longest: Largest length of a step.
+        balance: Whether the last two steps before the end have equal lengths.
+        lattice: Number of possible ends of steps in a unit of the clock; 0 for any end.
         max_nfe: Number of evaluations that a sample may use.
         limit: Name and value of that limit in messages.
         on_limit: ``"raise"`` raises a :class:`SolverError` at the limit; ``"return"`` stops the sample there.
@@ -149,10 +151,32 @@ class Control:
     first_step: float | None = None
     shortest: float = 0.0
     longest: float = math.inf
+    balance: bool = True
+    lattice: float = 0.0
     max_nfe: int = 1000
     limit: str = ""
     on_limit: str = "raise"
     steps: int = 0
+
+    def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
+        """End of a step of length about h.
+
+        Arguments:
+            s: Start of the step, (b,).
+            h: Length, (b,), positive.
+            end: End of the interval, (b,), on either side of `s`.
+        """
+        left, sign = (end - s).abs(), (end - s).sign()
+        if self.balance:
+            h = torch.where(left < 1.1 * h, left, torch.where(left < 2 * h, left / 2, h))
+        else:
+            h = torch.where(left <= h * (1 + 1e-6), left, h)
+        if not self.lattice:
+            return torch.where(h >= left, end, s + sign * h)
+        forward = sign * s
+        place = torch.maximum(((forward + h) * self.lattice).round(), (forward * self.lattice).floor() + 1)
+        t = sign * place / self.lattice
+        return torch.where((end - t) * sign < 1e-9 * (1 + end.abs()), end, t)
 
     def factor(self, E: Tensor, earlier: Tensor, power: Tensor | float) -> Tensor:
         """Factor between the length of a step and the next one.
@@ -363,7 +387,7 @@ class _Loop:
         if self.reached_limit():
             return
         s = self.u
-        t = self.scheme.land(s, self.h, self.end)
+        t = self.control.land(s, self.h, self.end)
         h = (t - s).abs()
         attempt = self.scheme.attempt(self.evaluate, self.equation.weigh, s, t, self.y, self.past)
         with torch.no_grad():

@@ -2,17 +2,20 @@
 
 from scoresde.likelihood.bits import bits_per_dim, dequantized_bits
 from scoresde.likelihood.elbo import Bins, Elbo, MonteCarlo, elbo
-from scoresde.likelihood.flow import LogProb, log_prob, sample_with_log_prob
+from scoresde.likelihood.flow import FlowDensity, LogProb, Tolerance, log_prob
 from scoresde.likelihood.path_kl import Estimate, denoiser_error, path_kl
-from scoresde.likelihood.trace import Divergence, jacobian_products
+from scoresde.likelihood.trace import Divergence, Probes, jacobian_products
 
 __all__ = [
     "Bins",
     "Divergence",
     "Elbo",
     "Estimate",
+    "FlowDensity",
     "LogProb",
     "MonteCarlo",
+    "Probes",
+    "Tolerance",
     "bits_per_dim",
     "denoiser_error",
     "dequantized_bits",
@@ -20,5 +23,4 @@ __all__ = [
     "jacobian_products",
     "log_prob",
     "path_kl",
-    "sample_with_log_prob",
 ]

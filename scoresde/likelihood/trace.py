@@ -24,11 +24,13 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.noise.keyed import Noise
 
-METHODS = ("exact", "hutchinson", "hutch++")
+KINDS = ("exact", "hutchinson", "hutch++")
 
 AUTODIFF = ("reverse", "forward", "loop")
 
-PROBES = ("orthogonal", "rademacher", "gaussian")
+DISTRIBUTIONS = ("orthogonal", "rademacher", "gaussian")
+
+DEFAULT_PROBES = 8
 
 _MAX_ENTRIES = 1 << 22  # largest number of entries of the vectors of one call
 
@@ -86,6 +88,85 @@ def _one_by_one(f: Function, x: Tensor) -> Function:
 
 
 @dataclass(frozen=True)
+class Probes:
+    """How the trace of a Jacobian is computed.
+
+    Arguments:
+        kind: Estimator: ``"exact"``, D products with the Jacobian for events of D numbers; ``"hutchinson"``, unbiased,
+            `n` products; ``"hutch++"``, `n` products, more accurate where few directions carry the trace.
+        n: Number of products of an estimated trace, by default 8.
+        distribution: Distribution of Hutchinson's probes: ``"orthogonal"`` (default), ``"rademacher"`` or
+            ``"gaussian"``.
+        autodiff: Mode of differentiation, as in :func:`jacobian_products`. Denoisers that compute gradients themselves,
+            such as :class:`~scoresde.inverse.MMPS`, need ``"loop"``.
+        chunk: Number of products in one call; 0 chooses it from their size.
+    """
+
+    kind: str = "exact"
+    n: int | None = None
+    distribution: str | None = None
+    autodiff: str = "reverse"
+    chunk: int = 0
+
+    def __post_init__(self) -> None:
+        check.choice("kind", self.kind, KINDS)
+        check.choice("autodiff", self.autodiff, AUTODIFF)
+        check.integer("chunk", self.chunk)
+        if self.n is not None:
+            if self.kind == "exact":
+                raise ValueError("`n` has no meaning with `kind`='exact', which takes no probes; drop one of the two.")
+            check.integer("n", self.n, at_least=1)
+            if self.kind == "hutch++" and self.n < 3:
+                raise ValueError(
+                    f"`n` must be at least 3 for `kind`='hutch++', which uses two thirds of the products for the "
+                    f"range, got {self.n}; use `kind`='hutchinson'."
+                )
+        if self.distribution is not None:
+            check.choice("distribution", self.distribution, DISTRIBUTIONS)
+            if self.kind != "hutchinson":
+                raise ValueError(
+                    f"`distribution` has no meaning with `kind`={self.kind!r}, which draws no probes of choice; drop "
+                    f"one of the two."
+                )
+
+    def draw(self, x: Tensor, noise: Noise) -> Divergence:
+        """The estimator for states like `x`; the probes of row b depend only on the seed and on sample b.
+
+        Arguments:
+            x: States, (B, *event).
+            noise: Noise of the probes.
+        """
+        if self.kind == "exact":
+            return Divergence(self.kind, None, autodiff=self.autodiff, chunk=self.chunk)
+        size = math.prod(x.shape[1:])
+        n = DEFAULT_PROBES if self.n is None else self.n
+        if self.kind == "hutch++":
+            rank = n // 3
+            if n - rank >= size:
+                raise ValueError(
+                    f"`n` = {n} costs no less than an exact trace of events of {size} numbers; use `kind`='exact'."
+                )
+            draws = torch.stack([noise.like(x, j) for j in range(n - rank)])
+            return Divergence(self.kind, draws, rank, size - rank, self.autodiff, self.chunk)
+        if self.distribution in (None, "orthogonal"):
+            draws = torch.stack([noise.like(x, j) for j in range(min(n, size))])
+            probes = _to_rows(size**0.5 * _orthonormal(draws), draws)
+            return Divergence(self.kind, probes, 0, size, self.autodiff, self.chunk)
+        draws = torch.stack([noise.like(x, j) for j in range(n)])
+        probes = draws.sign() if self.distribution == "rademacher" else draws
+        return Divergence(self.kind, probes, autodiff=self.autodiff, chunk=self.chunk)
+
+
+def as_probes(probes: Probes | str) -> Probes:
+    """Probes from what users give: :class:`Probes`, or the name of a kind."""
+    if isinstance(probes, str):
+        return Probes(check.choice("probes", probes, KINDS))
+    if not isinstance(probes, Probes):
+        raise TypeError(f"`probes` must be Probes or one of {', '.join(KINDS)}, got {type(probes).__name__}.")
+    return probes
+
+
+@dataclass(frozen=True)
 class Divergence:
     r"""A trace estimator with its probes, which are the same during a whole solve, so that the integrand is smooth.
 
@@ -94,7 +175,7 @@ class Divergence:
     trace on the span of J S, where S are `rank` of the probes, and estimates the rest from orthogonal columns.
 
     Arguments:
-        method: Estimator: ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
+        kind: Estimator: ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
         probes: Vectors with E[v vᵀ] = I, (K, B, *event); None for the exact trace.
         rank: Number of probes that Hutch++ uses to find the range.
         population: Number of directions from which the samples are drawn; infinite for independent probes.
@@ -102,52 +183,22 @@ class Divergence:
         chunk: Number of vectors in one call, as in :func:`jacobian_products`.
     """
 
-    method: str
+    kind: str
     probes: Tensor | None
     rank: int = 0
     population: float = math.inf
     autodiff: str = "reverse"
     chunk: int = 0
 
-    @classmethod
-    def make(
-        cls, method: str, n_probes: int, kind: str, noise: Noise, x: Tensor, autodiff: str, chunk: int
-    ) -> Divergence:
-        """Draw the probes for a state `x`; those of row b depend only on the seed and on sample b."""
-        check.choice("divergence", method, METHODS)
-        check.choice("probe", kind, PROBES)
-        check.choice("autodiff", autodiff, AUTODIFF)
-        check.integer("n_probes", n_probes, at_least=1)
-        check.integer("chunk", chunk)
-        if method == "exact":
-            return cls(method, None, autodiff=autodiff, chunk=chunk)
-        size = math.prod(x.shape[1:])
-        if method == "hutch++":
-            if n_probes < 3:
-                raise ValueError(
-                    f"`n_probes` must be at least 3 for divergence='hutch++', which uses two thirds of the products "
-                    f"for the range, got {n_probes}; use divergence='hutchinson'."
-                )
-            rank = n_probes // 3
-            if n_probes - rank >= size:
-                raise ValueError(
-                    f"`n_probes`={n_probes} costs no less than an exact trace of events of {size} numbers; "
-                    f"use divergence='exact'."
-                )
-            draws = torch.stack([noise.like(x, j) for j in range(n_probes - rank)])
-            return cls(method, draws, rank, size - rank, autodiff, chunk)
-        if kind == "orthogonal":
-            draws = torch.stack([noise.like(x, j) for j in range(min(n_probes, size))])
-            return cls(method, _to_rows(size**0.5 * _orthonormal(draws), draws), 0, size, autodiff, chunk)
-        draws = torch.stack([noise.like(x, j) for j in range(n_probes)])
-        probes = draws.sign() if kind == "rademacher" else draws
-        return cls(method, probes, autodiff=autodiff, chunk=chunk)
+    def rows(self, index: Tensor) -> Divergence:
+        """The estimator of some samples.
 
-    def rows(self, rows: Tensor) -> Divergence:
-        """Return the estimator of the rows with these indices."""
+        Arguments:
+            index: Numbers of the samples, (b,).
+        """
         if self.probes is None:
             return self
-        return replace(self, probes=self.probes[:, rows])
+        return replace(self, probes=self.probes[:, index.to(self.probes.device, non_blocking=True)])
 
     def products(self, x: Tensor) -> int:
         """Number of Jacobian products that one trace costs."""

@@ -16,10 +16,13 @@ from torch import Tensor, distributed, nn
 
 import scoresde as ss
 from scoresde.denoisers.distributed import unwrap_ddp
-from scoresde.likelihood.trace import AUTODIFF, Divergence, jacobian_products
+from scoresde.likelihood import FlowDensity, Probes, Tolerance
+from scoresde.likelihood.trace import AUTODIFF, jacobian_products
 
 F64 = torch.float64
-TIGHT: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7}
+TIGHT = Tolerance(rtol=1e-7, atol=1e-7)
+CLOSE = Tolerance(rtol=1e-6, atol=1e-6)
+DOUBLE = ss.Start(dtype=F64)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -47,7 +50,7 @@ X2, X32 = FLOW2.sample(16, seed=1), FLOW32.sample(12, seed=1)
 def test_exact_traces_give_mixtures_to_a_ten_thousandth_of_a_nat(D: int, std: float) -> None:
     mix = mixture(D, ss.Flow(), std)  # whose prior is exact: α(T) = 0
     x = torch.cat([mix.sample(3, seed=1), mix.sample(2, seed=3) + 0.05 * normal(2, D, seed=5)])
-    found = ss.log_prob(mix, x, **TIGHT)
+    found = ss.log_prob(mix, x, tolerance=TIGHT)
     assert (found.value - mix.log_prob(x)).abs().max() < 1e-4
     assert bool((found.standard_error == 0).all())
 
@@ -55,16 +58,16 @@ def test_exact_traces_give_mixtures_to_a_ten_thousandth_of_a_nat(D: int, std: fl
 @pytest.mark.parametrize("name", ["VP", "SubVP", "VE", "Cosine", "EDM", "Trig", "Discrete", "Shifted", "two functions"])
 def test_every_process_gives_the_same_density_once_the_prior_is_set_right(name: str) -> None:
     mix = FLOW2.under(SDES[name])
-    found = ss.log_prob(mix, X2[:3], rtol=1e-6, atol=1e-6)
+    found = ss.log_prob(mix, X2[:3], tolerance=CLOSE)
     bound = 1e-4 if name != "two functions" else 2e-3  # whose σ(t_min) is large: the leg below is of fourth order in it
     assert own_error(mix, found, X2[:3]).abs().max() < bound, name
 
 
 def test_the_same_denoiser_on_other_processes_gives_the_same_density() -> None:
-    home = ss.log_prob(FLOW2, X2[:4], rtol=1e-6, atol=1e-6).value
+    home = ss.log_prob(FLOW2, X2[:4], tolerance=CLOSE).value
     for sde in (ss.VP(), ss.VE(), ss.EDM(), ss.Trig()):
         model = ss.denoisers.Rescheduled(FLOW2, sde)
-        found = ss.log_prob(model, X2[:4], rtol=1e-6, atol=1e-6)
+        found = ss.log_prob(model, X2[:4], tolerance=CLOSE)
         shift = FLOW2.under(sde).log_prob(found.latent, sde.T) - found.prior
         assert (found.value + shift - home).abs().max() < 2e-5, sde
 
@@ -72,7 +75,7 @@ def test_the_same_denoiser_on_other_processes_gives_the_same_density() -> None:
 def test_densities_integrate_to_one() -> None:
     mix = ss.GaussianMixture(ss.Flow(), [[-1.0], [0.5]], weights=[1, 2], std=[0.2, 0.4])
     grid = torch.linspace(-4, 4, 321, dtype=F64)[:, None]
-    value = ss.log_prob(mix, grid, rtol=1e-6, atol=1e-6).value
+    value = ss.log_prob(mix, grid, tolerance=CLOSE).value
     assert abs(float(torch.trapezoid(value.exp(), grid[:, 0])) - 1) < 1e-4
 
 
@@ -84,7 +87,7 @@ def test_a_gaussian_at_rest_costs_next_to_nothing_and_is_exact() -> None:
         ss.GaussianMixture(ss.VP(), normal(1, 3), std=normal(1, 3, seed=4).abs() + 0.1),
     ):
         x = gauss.sample(5, seed=0)
-        found = ss.log_prob(gauss, x, reference=gauss, steps=1)
+        found = ss.log_prob(gauss, x, reference=gauss, tolerance=Tolerance(steps=1))
         assert (found.value - gauss.log_prob(x)).abs().max() < 1e-9
         assert int(found.nfe.max()) == 12
 
@@ -95,7 +98,7 @@ def test_a_reference_sets_the_prior_right() -> None:
     fit = ss.GaussianMixture(mix.sde, mix.mean()[None], cov=mix.covariance()[None])
     gap = []
     for reference in (None, fit):
-        found = ss.log_prob(mix, x, reference=reference, rtol=1e-6, atol=1e-6)
+        found = ss.log_prob(mix, x, reference=reference, tolerance=CLOSE)
         assert own_error(mix, found, x).abs().max() < 2e-4
         gap.append(float((found.prior - mix.log_prob(found.latent, mix.sde.T)).abs().max()))
     assert gap[1] < gap[0] / 100
@@ -104,14 +107,14 @@ def test_a_reference_sets_the_prior_right() -> None:
 def test_the_end_at_t_min_is_corrected_or_left() -> None:
     mix, t = mixture(2, ss.VP(), std=0.2), 0.01
     truncated = mix.log_prob(X2, t) - mix.log_prob(X2)
-    found = ss.log_prob(mix, X2, t_min=t, **TIGHT)
+    found = ss.log_prob(mix, X2, t_min=t, tolerance=TIGHT)
     error = own_error(mix, found, X2).abs().max()
     assert error < truncated.abs().max() / 20, "it matters, and the last leg takes it out"
     assert found.truncation.abs().max() > error
-    finer = own_error(mix, ss.log_prob(mix, X2, t_min=t / 4, **TIGHT), X2).abs().max()
+    finer = own_error(mix, ss.log_prob(mix, X2, t_min=t / 4, tolerance=TIGHT), X2).abs().max()
     assert finer < error / 8, "the faster the earlier"
     noised = mix.sample(6, t, seed=3)
-    left = ss.log_prob(mix, noised, t_min=t, to_zero=False, **TIGHT)
+    left = ss.log_prob(mix, noised, t_min=t, to_zero=False, tolerance=TIGHT)
     exact = mix.log_prob(noised, t) - mix.log_prob(left.latent, 1.0) + left.prior
     assert (left.value - exact).abs().max() < 1e-5 and bool((left.truncation == 0).all())
 
@@ -119,18 +122,23 @@ def test_the_end_at_t_min_is_corrected_or_left() -> None:
 def test_a_scale_adds_its_log_determinant() -> None:
     x = 5 + 3 * X2
     scale = ss.data.Standardize(torch.full((2,), 5.0, dtype=F64), torch.full((2,), 3.0, dtype=F64))
-    plain, scaled = ss.log_prob(FLOW2, X2, steps=8), ss.log_prob(FLOW2, x, scale=scale, steps=8)
+    eight = Tolerance(steps=8)
+    plain, scaled = ss.log_prob(FLOW2, X2, tolerance=eight), ss.log_prob(FLOW2, x, scale=scale, tolerance=eight)
     assert torch.allclose(scaled.value, plain.value - 2 * math.log(3), rtol=0, atol=1e-9)
-    drawn, density = ss.likelihood.sample_with_log_prob(FLOW2, (4, 2), scale=scale, seed=0, steps=8, dtype=F64)
-    assert torch.allclose(density.value, ss.log_prob(FLOW2, drawn, scale=scale, **TIGHT).value, rtol=0, atol=5e-3)
+    solution = ss.solve(FLOW2, (4, 2), FlowDensity(tolerance=eight, scale=scale), seed=0, start=DOUBLE)
+    drawn, density = solution.x, solution.log_prob
+    assert torch.allclose(
+        density.value, ss.log_prob(FLOW2, drawn, scale=scale, tolerance=TIGHT).value, rtol=0, atol=5e-3
+    )
 
 
 def test_samples_come_with_the_density_that_is_found_for_them() -> None:
     for D, model in ((2, FLOW2), (32, FLOW32)):
-        x, found = ss.likelihood.sample_with_log_prob(model, (3, D), seed=3, dtype=F64, **TIGHT)
+        solution = ss.solve(model, (3, D), FlowDensity(tolerance=TIGHT), seed=3, start=DOUBLE)
+        x, found = solution.x, solution.log_prob
         assert (found.value - model.log_prob(x)).abs().max() < 1e-4
         assert torch.equal(found.latent, ss.Noise(3).fork(0).normal((3, D), 0, dtype=F64)), "the start of ss.sample"
-        again, _ = ss.likelihood.sample_with_log_prob(model, found.latent, divergence="hutchinson", n_probes=1, **TIGHT)
+        again = ss.sample(model, found.latent, FlowDensity(Probes("hutchinson", n=1), TIGHT))
         assert torch.allclose(again, x, atol=1e-9)
 
 
@@ -138,15 +146,18 @@ def test_any_shape_any_dtype_and_no_rows() -> None:
     image = ss.GaussianMixture(ss.VP(), normal(2, 2, 3, 2), std=0.5)
     x = image.sample(3, seed=0)
     flat = ss.GaussianMixture(ss.VP(), normal(2, 2, 3, 2).flatten(1), std=0.5)
-    found = ss.log_prob(image, x, steps=2)
+    two = Tolerance(steps=2)
+    found = ss.log_prob(image, x, tolerance=two)
     assert found.latent.shape == x.shape
-    assert torch.allclose(found.value, ss.log_prob(flat, x.flatten(1), steps=2).value, atol=1e-10)
+    assert torch.allclose(found.value, ss.log_prob(flat, x.flatten(1), tolerance=two).value, atol=1e-10)
     for chunk in (1, 5):
-        assert torch.allclose(ss.log_prob(image, x, steps=2, chunk=chunk).value, found.value, atol=1e-10)
-    single = ss.log_prob(image, x.float(), steps=2)
+        chunked = ss.log_prob(image, x, probes=Probes(chunk=chunk), tolerance=two)
+        assert torch.allclose(chunked.value, found.value, atol=1e-10)
+    single = ss.log_prob(image, x.float(), tolerance=two)
     assert single.value.dtype == torch.float32 and (single.value - found.value).abs().max() < 1e-3
     assert ss.log_prob(image, x[:0]).value.shape == (0,)
-    drawn, density = ss.likelihood.sample_with_log_prob(FLOW2, (5, 2), seed=0)  # α(T) = 0, in float32
+    solution = ss.solve(FLOW2, (5, 2), FlowDensity(), seed=0)  # α(T) = 0, in float32
+    drawn, density = solution.x, solution.log_prob
     assert drawn.dtype == torch.float32 and (density.value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
     assert (ss.log_prob(FLOW2, drawn).value - FLOW2.log_prob(drawn)).abs().max() < 1e-2
 
@@ -165,9 +176,9 @@ def test_products_and_traces_are_those_of_the_jacobian(autodiff: str) -> None:
     matrix = J if autodiff == "forward" else J.mT
     assert torch.allclose(out, torch.einsum("bij,kbj->kbi", matrix, v))
     trace = torch.einsum("bii->b", J)
-    exact = Divergence.make("exact", 1, "orthogonal", ss.Noise(0), x, autodiff, 2)
+    exact = Probes(autodiff=autodiff, chunk=2).draw(x, ss.Noise(0))
     assert torch.allclose(exact(f, x)[0], trace)
-    many = Divergence.make("hutchinson", 6, "orthogonal", ss.Noise(0), x, autodiff, 0)
+    many = Probes("hutchinson", 6, "orthogonal", autodiff).draw(x, ss.Noise(0))
     assert torch.allclose(many(f, x).mean(0), trace), "all of a basis is the trace"
     assert many.standard_error(many(f, x)).abs().max() == 0
 
@@ -177,8 +188,8 @@ def test_estimates_are_unbiased_and_know_their_error(how: str) -> None:
     M = normal(12, 12, seed=8)
     f = lambda x: x @ M  # noqa: E731
     x = torch.zeros(4000, 12, dtype=F64)
-    method, kind = ("hutch++", "orthogonal") if how == "hutch++" else ("hutchinson", how)
-    div = Divergence.make(method, 6, kind, ss.Noise(1), x, "reverse", 0)
+    probes = Probes("hutch++", 6) if how == "hutch++" else Probes("hutchinson", 6, how)
+    div = probes.draw(x, ss.Noise(1))
     estimates = div(f, x)
     mean, scatter = estimates.mean(0), estimates.mean(0).std()
     assert abs(float(mean.mean() - M.trace())) < 4 * scatter / 4000**0.5
@@ -191,40 +202,46 @@ def test_hutch_finds_a_trace_of_low_rank() -> None:
     U = normal(20, 2, seed=9)
     f = lambda x: x @ (U @ U.T)  # noqa: E731
     x = normal(5, 20)
-    div = Divergence.make("hutch++", 9, "orthogonal", ss.Noise(1), x, "reverse", 0)
+    div = Probes("hutch++", 9).draw(x, ss.Noise(1))
     assert torch.allclose(div(f, x), (U @ U.T).trace())
 
 
-@pytest.mark.parametrize("how", [{}, {"probe": "rademacher"}, {"divergence": "hutch++", "n_probes": 12}])
-def test_probes_are_right_within_their_error(how: dict[str, Any]) -> None:
-    options = {"divergence": "hutchinson", "n_probes": 16, "seed": 4, "steps": 6, **how}
-    found = ss.log_prob(FLOW32, X32, **options)
-    error = found.value - ss.log_prob(FLOW32, X32, steps=6).value
+@pytest.mark.parametrize(
+    "probes",
+    [Probes("hutchinson", 16), Probes("hutchinson", 16, "rademacher"), Probes("hutch++", 12)],
+    ids=["orthogonal", "rademacher", "hutch++"],
+)
+def test_probes_are_right_within_their_error(probes: Probes) -> None:
+    six = Tolerance(steps=6)
+    found = ss.log_prob(FLOW32, X32, probes=probes, seed=4, tolerance=six)
+    error = found.value - ss.log_prob(FLOW32, X32, tolerance=six).value
     assert abs(float(error.sum())) < 3 * float(found.standard_error.square().sum().sqrt())
-    if "divergence" in how:
+    if probes.kind == "hutch++":
         return  # with four directions left, each sample's own error is no more than a guess
     z = error / found.standard_error
     assert (z.abs() < 3).double().mean() > 0.9 and z.square().mean() < 2.5, "few probes have the tails of Student's t"
-    assert torch.equal(found.value, ss.log_prob(FLOW32, X32, **options).value), "the same seed, the same number"
+    again = ss.log_prob(FLOW32, X32, probes=probes, seed=4, tolerance=six)
+    assert torch.equal(found.value, again.value), "the same seed, the same number"
 
 
 def test_errors_fall_as_the_root_of_independent_probes_and_faster_for_orthogonal_ones() -> None:
     x = FLOW32.sample(64, seed=2)
-    exact = ss.log_prob(FLOW32, x, steps=3).value
+    three = Tolerance(steps=3)
+    exact = ss.log_prob(FLOW32, x, tolerance=three).value
     rms: dict[tuple[str, int], float] = {}
     for kind in ("rademacher", "orthogonal"):
         for n in (4, 16):
-            found = ss.log_prob(FLOW32, x, divergence="hutchinson", probe=kind, n_probes=n, seed=0, steps=3)
+            found = ss.log_prob(FLOW32, x, probes=Probes("hutchinson", n, kind), seed=0, tolerance=three)
             rms[kind, n] = float((found.value - exact).square().mean().sqrt())
     assert 1.6 < rms["rademacher", 4] / rms["rademacher", 16] < 2.5
     expected = 2 * math.sqrt((1 - 4 / 32) / (1 - 16 / 32))
     assert 0.8 * expected < rms["orthogonal", 4] / rms["orthogonal", 16] < 1.25 * expected
-    alone_probe = ss.log_prob(FLOW32, X32[:2], divergence="hutchinson", n_probes=1, seed=0, steps=2)
-    assert bool(alone_probe.standard_error.isnan().all()), "one probe cannot tell"
+    single = ss.log_prob(FLOW32, X32[:2], probes=Probes("hutchinson", 1), seed=0, tolerance=Tolerance(steps=2))
+    assert bool(single.standard_error.isnan().all()), "one probe cannot tell"
 
 
 def test_probes_belong_to_samples() -> None:
-    options: dict[str, Any] = {"divergence": "hutchinson", "n_probes": 3, "rtol": 1e-4, "atol": 1e-4}
+    options: dict[str, Any] = {"probes": Probes("hutchinson", 3), "tolerance": Tolerance(rtol=1e-4, atol=1e-4)}
     whole = ss.log_prob(FLOW32, X32[:5], seed=7, **options).value
     parts = [ss.log_prob(FLOW32, X32[2:5], seed=ss.Noise(7, offset=2), **options).value]
     assert torch.allclose(torch.cat(parts), whole[2:], rtol=0, atol=1e-9)
@@ -245,42 +262,73 @@ def test_a_hard_sample_changes_no_other_and_costs_them_nothing() -> None:
 
 
 class Counting(ss.denoisers.AbstractDenoiser):
-    """Counts rows that were evaluated, a product with the Jacobian not being one."""
+    """Counts rows that were evaluated; a product with the Jacobian is not one."""
 
     def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
         super().__init__(model.sde)
-        self.model, self.evaluated = model, 0
+        self.model, self.sizes = model, list[int]()
 
     def x0(self, x: Tensor, t: Any, **cond: Any) -> Tensor:
-        self.rows += len(x)
+        self.sizes.append(len(x))
         return self.model.x0(x, t)
 
 
 def test_the_cost_is_counted() -> None:
-    for options in ({"rtol": 1e-4, "atol": 1e-4}, {"steps": 3}, {"steps": 3, "to_zero": False}):
+    for options in (
+        {"tolerance": Tolerance(rtol=1e-4, atol=1e-4)},
+        {"tolerance": Tolerance(steps=3)},
+        {"tolerance": Tolerance(steps=3), "to_zero": False},
+        {"tolerance": Tolerance(steps=3), "probes": Probes("hutchinson", 2, "rademacher", "loop")},
+    ):
         model = Counting(FLOW2)
         found = ss.log_prob(model, X2, **options)
-        assert int(found.nfe.sum()) == model.rows
+        assert int(found.nfe.sum()) == sum(model.sizes)
         assert bool((found.products == 2 * (found.products // 2)).all())
+    model = Counting(FLOW2)
+    found = ss.solve(model, X2, FlowDensity(tolerance=Tolerance(rtol=1e-4, atol=1e-4)))
+    assert int(found.log_prob.nfe.sum()) == sum(model.sizes) and found.calls == len(model.sizes)
+    assert found.nfe == math.ceil(sum(model.sizes) / 16) and bool(found.stats.finished.all())
+
+
+def test_both_evaluations_of_guidance_are_counted() -> None:
+    sizes: list[int] = []
+
+    def net(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return FLOW2.x0(x, t.to(x)) + 0.1 * label[:, None]
+
+    model = ss.Denoiser(net, ss.Flow(), predicts="x0")
+    guided = ss.ClassifierFree(model, torch.tensor([1.5, 2.0], dtype=F64), null={"label": 0.0})
+    for autodiff in AUTODIFF:
+        sizes.clear()
+        found = ss.log_prob(
+            guided.given(label=torch.tensor([1.0, -1.0])),
+            X2[:2],
+            probes=Probes(autodiff=autodiff),
+            tolerance=Tolerance(steps=2),
+        )
+        assert found.nfe.tolist() == [2 * (2 + 13 + 6)] * 2
+        assert autodiff == "forward" or sum(sizes) == int(found.nfe.sum())
 
 
 def test_tolerances_and_steps_are_kept_to() -> None:
     errors = [
-        float(own_error(FLOW32, ss.log_prob(FLOW32, X32, rtol=tol, atol=tol), X32).abs().max())
+        float(own_error(FLOW32, ss.log_prob(FLOW32, X32, tolerance=Tolerance(rtol=tol, atol=tol)), X32).abs().max())
         for tol in (1e-3, 1e-5, 1e-7)
     ]
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
-    steps = [float((ss.log_prob(FLOW2, X2, steps=n).value - FLOW2.log_prob(X2)).abs().max()) for n in (6, 12, 24)]
+    steps = [
+        float((ss.log_prob(FLOW2, X2, tolerance=Tolerance(steps=n)).value - FLOW2.log_prob(X2)).abs().max())
+        for n in (6, 12, 24)
+    ]
     assert steps[0] > 8 * steps[1] > 64 * steps[2], "of order four or better"
 
 
 def test_a_solve_that_cannot_go_on_says_where() -> None:
-    with pytest.raises(
-        ss.SolverError, match=r"have not finished after `max_nfe` = 30 evaluations.*Sample 0 was at t ="
-    ):
-        ss.log_prob(FLOW2, X2, max_nfe=30)
+    with pytest.raises(ss.SolverError, match=r"`max_nfe` = 30 evaluations were not enough.*Sample 0 was at t ="):
+        ss.log_prob(FLOW2, X2, tolerance=Tolerance(max_nfe=30))
     broken = ss.Denoiser(lambda x, t: x / (t[:, None] < 0.5).to(x), ss.Flow(), predicts="x0")
-    with pytest.raises(ss.SolverError, match=r"the flow is not finite.*Sample \d+ was at t = 0\..*not finite"):
+    with pytest.raises(ss.SolverError, match=r"The slopes are not finite.*Sample \d+ was at t = 0\..*not finite"):
         ss.log_prob(broken, X2)
 
 
@@ -288,29 +336,29 @@ def test_a_solve_that_cannot_go_on_says_where() -> None:
 
 
 @pytest.mark.parametrize(
-    ("autodiff", "options"), [*((how, {"steps": 2}) for how in AUTODIFF), ("reverse", {"rtol": 1e-7, "atol": 1e-7})]
+    ("autodiff", "tolerance"), [*((how, Tolerance(steps=2)) for how in AUTODIFF), ("reverse", TIGHT)]
 )
-def test_the_density_is_differentiable_in_data_and_parameters(autodiff: str, options: dict[str, Any]) -> None:
+def test_the_density_is_differentiable_in_data_and_parameters(autodiff: str, tolerance: Tolerance) -> None:
     net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 2)).to(F64)
     for i, p in enumerate(net.parameters()):
         p.data = 0.3 * normal(*p.shape, seed=i)
     model = ss.Denoiser(lambda x, t: FLOW2.x0(x, t) + 0.1 * t[:, None] * net(x), ss.Flow(), predicts="x0")
     x = X2[:2].clone().requires_grad_()
     weight = next(net.parameters())
-    how: dict[str, Any] = {"autodiff": autodiff, "grad": "full", **options}
-    value = ss.log_prob(model, x, **how).value
-    assert not ss.log_prob(model, x, steps=1).value.requires_grad
+    how: dict[str, Any] = {"probes": Probes(autodiff=autodiff), "tolerance": tolerance}
+    value = ss.log_prob(model, x, grad="full", **how).value
+    assert not ss.log_prob(model, x, tolerance=Tolerance(steps=1)).value.requires_grad
     by_x, by_weight = torch.autograd.grad(value.sum(), [x, weight])
-    h = 1e-5 if "steps" in options else 1e-3  # steps that are chosen change with the data, within the tolerance
+    h = 1e-5 if tolerance.steps else 1e-3  # steps that are chosen change with the data, within the tolerance
     for tensor, slope in ((x, by_x), (weight, by_weight)):
         with torch.no_grad():
             for index in ((0, 0), (1, 1)):
                 old, ends = float(tensor[index]), []
                 for side in (h, -h):
                     tensor[index] = old + side
-                    ends.append(float(ss.log_prob(model, x, autodiff=autodiff, **options).value.sum()))
+                    ends.append(float(ss.log_prob(model, x, **how).value.sum()))
                 tensor[index] = old
-                assert abs((ends[0] - ends[1]) / (2 * h) - float(slope[index])) < (1e-6 if "steps" in options else 1e-3)
+                assert abs((ends[0] - ends[1]) / (2 * h) - float(slope[index])) < (1e-6 if tolerance.steps else 1e-3)
 
 
 # Several ranks.
@@ -346,8 +394,9 @@ def on_rank(rank: int, store: str) -> None:
 
 
 def test_ranks_with_different_numbers_of_steps_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    store, here = str(tmp_path / "store"), str(Path(__file__).parent)
-    code = f"import sys; sys.path.insert(0, {here!r}); import test_likelihood as t; t.on_rank(1, {store!r})"
+    store, here = str(tmp_path / "store"), Path(__file__).parent
+    paths = [str(here), str(here.parent)]
+    code = f"import sys; sys.path[:0] = {paths!r}; import test_flow as t; t.on_rank(1, {store!r})"
     other = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     try:
         on_rank(0, store)
@@ -368,12 +417,16 @@ def test_a_model_that_is_not_wrapped_is_left_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"divergence": "exakt"}, "did you mean 'exact'"),
-        ({"divergence": "hutch++", "n_probes": 2}, "`n_probes` must be at least 3"),
-        ({"divergence": "hutch++", "n_probes": 9}, "no less than an exact trace"),
-        ({"probe": "sign", "divergence": "hutchinson"}, "`probe` must be one of"),
-        ({"steps": 0}, "`steps` must be at least 1"),
-        ({"rtol": 0.0}, "`rtol` must be"),
+        ({"probes": "exakt"}, "did you mean 'exact'"),
+        ({"probes": {"kind": "exakt"}}, "did you mean 'exact'"),
+        ({"probes": {"kind": "hutch++", "n": 2}}, "`n` must be at least 3"),
+        ({"probes": {"kind": "hutch++", "n": 9}}, "no less than an exact trace"),
+        ({"probes": {"kind": "hutchinson", "distribution": "sign"}}, "`distribution` must be one of"),
+        ({"probes": {"n": 4}}, "`n` has no meaning with `kind`='exact'"),
+        ({"probes": {"kind": "hutch++", "distribution": "gaussian"}}, "`distribution` has no meaning"),
+        ({"tolerance": {"steps": 0}}, "`steps` must be at least 1"),
+        ({"tolerance": {"rtol": 0.0}}, "`rtol` must be"),
+        ({"tolerance": {"rtol": 1e-3, "steps": 3}}, "`rtol` has no meaning with `steps`"),
         ({"grad": "on"}, "`grad` must be one of"),
         ({"t_min": 1.0}, "`t_min` must be"),
         ({"reference": FLOW2}, "`reference` must be one Gaussian"),
@@ -382,8 +435,14 @@ def test_a_model_that_is_not_wrapped_is_left_as_it_is() -> None:
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+    def density() -> None:
+        for name, group in (("probes", Probes), ("tolerance", Tolerance)):
+            if isinstance(options.get(name), dict):
+                options[name] = group(**options[name])
         ss.log_prob(FLOW2, X2, **options)
+
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        density()
 
 
 def test_rows_of_conditions_follow_their_samples() -> None:
@@ -392,5 +451,5 @@ def test_rows_of_conditions_follow_their_samples() -> None:
 
     model = ss.Denoiser(net, ss.Flow(), predicts="x0")
     shift = normal(16, 2, seed=11)
-    found = ss.log_prob(model, X2 + shift, shift=shift, rtol=1e-6, atol=1e-6)
-    assert (found.value - FLOW2.log_prob(X2)).abs().max() < 1e-3, "time is told in float32"
+    found = ss.log_prob(model.given(shift=shift), X2 + shift, tolerance=CLOSE)
+    assert (found.value - FLOW2.log_prob(X2)).abs().max() < 1e-3, "the network gets its time in float32"

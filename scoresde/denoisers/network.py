@@ -201,6 +201,7 @@ class Denoiser(AbstractDenoiser):
 
     @property
     def data_scale(self) -> float:
+        """Standard deviation of the data in EDM's scaling; 1 without `precondition`."""
         return 1.0 if self.precondition is None else self.precondition.sigma_data
 
     def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:

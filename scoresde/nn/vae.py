@@ -58,7 +58,13 @@ class Independent:
 
 
 class Bound(NamedTuple):
-    """The evidence lower bound of each sample and its two terms, in nats, (B,): elbo = reconstruction − kl."""
+    """The evidence lower bound of each sample and its two terms, in nats, (B,).
+
+    Arguments:
+        elbo: The bound, reconstruction − kl.
+        reconstruction: Mean log-density of the data given the latent.
+        kl: Divergence of the encoder's Gaussian from N(0, I).
+    """
 
     elbo: Tensor
     reconstruction: Tensor

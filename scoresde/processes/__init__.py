@@ -3,7 +3,7 @@
 from scoresde.processes.derived import FromDrift, FromFunctions, Shifted
 from scoresde.processes.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.processes.named import EDM, VE, VP, Cosine, Flow, Polynomial, SubVP, Trig
-from scoresde.processes.sde import SDE, Prior
+from scoresde.processes.sde import SDE, Prior, derivative
 
 __all__ = [
     "EDM",
@@ -21,5 +21,6 @@ __all__ = [
     "SubVP",
     "Trig",
     "betas",
+    "derivative",
     "zero_terminal_snr",
 ]

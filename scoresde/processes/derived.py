@@ -10,15 +10,24 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._printing import short
 from scoresde.processes.sde import SDE, TimeT
 
 
 @dataclass(frozen=True)
 class FromFunctions(SDE):
-    """A process given by α(t) and σ(t), the result of :meth:`SDE.from_functions`."""
+    """A process given by α(t) and σ(t), the result of :meth:`SDE.from_functions`.
+
+    Arguments:
+        alpha_fn: Function α(t), elementwise on a tensor.
+        sigma_fn: Function σ(t), elementwise on a tensor.
+    """
 
     alpha_fn: Callable[[Tensor], Tensor]
     sigma_fn: Callable[[Tensor], Tensor]
+
+    def __repr__(self) -> str:
+        return _text(self, self.alpha_fn, self.sigma_fn)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,10 +62,18 @@ class FromFunctions(SDE):
 
 @dataclass(frozen=True)
 class FromDrift(SDE):
-    """A process given by f(t) and g(t), the result of :meth:`SDE.from_drift`."""
+    """A process given by f(t) and g(t), the result of :meth:`SDE.from_drift`.
+
+    Arguments:
+        f_fn: Drift coefficient f(t), elementwise on a tensor.
+        g_fn: Diffusion coefficient g(t), elementwise on a tensor.
+    """
 
     f_fn: Callable[[Tensor], Tensor]
     g_fn: Callable[[Tensor], Tensor]
+
+    def __repr__(self) -> str:
+        return _text(self, self.f_fn, self.g_fn)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,8 +113,13 @@ class Shifted(SDE):
     Larger images need more noise to remove the same detail: from 64 to d pixels per side, use ``shift = d / 64``. On
     :class:`Flow` this is u = s t / (1 + (s − 1) t). The last time T satisfies u(T) = T of the base process.
 
+    Arguments:
+        base: Process of the network.
+        shift: Shift s > 0 of the noise level; 1 is the base process.
+
     Example:
-        >>> Shifted(Flow(), 3.0).sigma(0.5)
+        >>> import scoresde as ss
+        >>> Shifted(ss.Flow(), 3.0).sigma(0.5)
         0.75
 
     References:
@@ -158,6 +180,12 @@ class Shifted(SDE):
 
     def inverse_lam(self, lam: Tensor) -> Tensor:
         return self.base.inverse_lam(lam + math.log(self.shift))
+
+
+def _text(sde: SDE, *functions: Callable[[Tensor], Tensor]) -> str:
+    """Text of a process given by functions: their names, and λ in the middle, since many functions have no name."""
+    names = ", ".join(map(short, functions))
+    return f"{type(sde).__name__}({names}, T={sde.T}, t_min={sde.t_min}, lam(T/2)={sde.lam(sde.T / 2):.6g})"
 
 
 def _legendre(like: Tensor, n: int = 64) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,10 @@ class VP(SDE):
     .. math:: \beta(t) = \beta_{\min} + (\beta_{\max} - \beta_{\min})\, t, \qquad
               \alpha_t = e^{-B(t)/2}, \quad \sigma_t^2 = 1 - e^{-B(t)}, \quad B = \int_0^t \beta
 
+    Arguments:
+        beta_min: Rate β(0) of the noise.
+        beta_max: Rate β(1) of the noise.
+
     Example:
         >>> VP().f(0.5), VP().g2(0.5)
         (-5.025, 10.05)
@@ -107,6 +111,10 @@ class VE(SDE):
     This σ is the noise that the SDE adds to x_0, so σ(0) = 0. The common form σ_min r^t has a variance larger by
     σ_min²; it assumes data with noise of scale σ_min already added. By default ``sigma(t_min) == sigma_min``.
 
+    Arguments:
+        sigma_min: Scale σ_min.
+        sigma_max: Scale σ_max at t = 1.
+
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
           arXiv:2011.13456, eq. 30
@@ -155,6 +163,9 @@ class Cosine(SDE):
 
     α is 0 at t = 1. The default T is smaller, so a network may predict any quantity. ``Cosine(T=1.0)`` has zero
     terminal signal and needs a network that predicts x0, v or the velocity.
+
+    Arguments:
+        s: Offset s > 0, which keeps the noise at the first steps from being too small.
 
     References:
         | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672
@@ -232,6 +243,9 @@ class Polynomial(SDE):
     r"""Polynomial interpolant between data and noise; n = 1 is :class:`Flow`.
 
     .. math:: \alpha_t = (1-t)^n, \qquad \sigma_t = 1 - (1-t)^n
+
+    Arguments:
+        n: Exponent n > 0.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747

@@ -83,14 +83,30 @@ class SDE:
     Time is 0 at data and `T` at noise in the whole library. Every function of time accepts a number, a scalar tensor
     or a tensor of shape (B,). A number gives a number, computed in float64; a tensor gives a tensor of its dtype.
 
-    A subclass is a frozen dataclass that defines ``_alpha`` and ``_sigma``, elementwise functions of a tensor, or
-    ``_log_alpha`` and ``_log_sigma`` if logarithms are better conditioned. Automatic differentiation and root finding
-    give all quantities without a closed form. :meth:`from_functions` needs no subclass.
+    A process of one's own is a frozen dataclass that defines ``_alpha`` and ``_sigma``, elementwise functions of a
+    tensor, or ``_log_alpha`` and ``_log_sigma`` if logarithms are better conditioned. Automatic differentiation and
+    root finding give all other quantities. Closed forms may be added: ``_f``, ``_g2``, ``_alpha_dot``, ``_sigma_dot``,
+    ``inverse_lam`` and ``_t_of_sigma``. :meth:`from_functions` needs no subclass. :class:`scoresde.denoisers.Reverse`
+    has the drift and the diffusion of the reverse process.
 
     Arguments:
         T: Last time of the process. α(t) and σ(t) do not depend on `T`.
         t_min: Smallest positive time. Networks are trained on [t_min, T], and grids in λ or σ/α contain t_min before
             the last step to t = 0. The value 0 selects the default of the class.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch, scoresde as ss
+        >>> @dataclass(frozen=True)
+        ... class Power(ss.SDE):
+        ...     n: float = 2.0
+        ...     def _alpha(self, t):
+        ...         return 1 - t**self.n
+        ...     def _sigma(self, t):
+        ...         return t
+        >>> sde = Power(n=1.5)
+        >>> round(sde.t_of_lam(sde.lam(0.3)), 6), sde.g2(torch.tensor([0.5]))
+        (0.3, tensor([1.8204]))
 
     References:
         | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
@@ -337,38 +353,6 @@ class SDE:
                 stacklevel=2,
             )
         return Prior(alpha * mean, math.hypot(alpha * std, sigma), snr)
-
-    def forward_drift(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """Drift f(t) x of the forward SDE."""
-        return check.expand(self.f(t), check.state("x", x)) * x
-
-    def forward_diffusion(self, t: TimeT) -> TimeT:
-        """Diffusion g(t) of the forward SDE."""
-        return self.g(t)
-
-    def reverse_drift(self, x: Tensor, t: float | Tensor, score: Tensor, eta: float = 1.0) -> Tensor:
-        r"""Drift of the family of reverse-time processes with the same marginals.
-
-        .. math:: dx = \left[f x - \tfrac{1+\eta^2}{2}\, g^2 \nabla\log p_t(x)\right] dt + \eta\, g\, d\bar w
-
-        Arguments:
-            x: State, (B, *event).
-            t: Time, a number, () or (B,).
-            score: Score ∇log p_t(x), the shape of `x`.
-            eta: Noise level, at least 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
-        """
-        eta = check.number("eta", eta, at_least=0)
-        check.match("score", score, "x", check.state("x", x))
-        f, g2 = check.expand(self.f(t), x), check.expand(self.g2(t), x)
-        return f * x - (1 + eta**2) / 2 * g2 * score
-
-    def reverse_diffusion(self, t: TimeT, eta: float = 1.0) -> TimeT:
-        """Diffusion η g(t) of the reverse-time family."""
-        return check.number("eta", eta, at_least=0) * self.g(t)
-
-    def flow_drift(self, x: Tensor, t: float | Tensor, score: Tensor) -> Tensor:
-        r"""Drift of the probability-flow ODE, :math:`dx/dt = f x - \tfrac12 g^2 \nabla\log p_t(x)`."""
-        return self.reverse_drift(x, t, score, eta=0.0)
 
     # Processes from functions.
 

@@ -18,6 +18,13 @@ from scoresde.processes.sde import derivative
 ALL = pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
 
 
+class Half(ss.denoisers.AbstractDenoiser):
+    """A denoiser that needs nothing but the state."""
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: object) -> Tensor:
+        return x / 2
+
+
 def relative(a: Tensor, b: Tensor, scale: float = 0.0) -> float:
     return float(((a - b).abs() / (b.abs() + scale).clamp_min(1e-300)).max())
 
@@ -165,8 +172,8 @@ def test_simulated_paths_have_the_mean_and_variance_of_the_marginal(name: str) -
     x = torch.full((n, 1), 1.5, dtype=torch.float64)
     for i, (s, t) in enumerate(zip(times[:-1].tolist(), times[1:].tolist(), strict=True)):
         m = (s + t) / 2  # drift and diffusion at the middle of the step: the bias is O(h²)
-        half = x + sde.forward_drift(x, m) * (t - s) / 2
-        x = x + sde.forward_drift(half, m) * (t - s) + sde.forward_diffusion(m) * (t - s) ** 0.5 * noise.like(x, i)
+        half = x + sde.f(m) * x * (t - s) / 2
+        x = x + sde.f(m) * half * (t - s) + sde.g(m) * (t - s) ** 0.5 * noise.like(x, i)
     sigma = sde.sigma(end)
     assert abs(x.mean().item() - 1.5 * sde.alpha(end)) < 5 * sigma / n**0.5
     assert abs(x.var().item() / sigma**2 - 1) < 5 * (2 / n) ** 0.5 + 1e-3
@@ -193,14 +200,14 @@ def test_transitions_compose_and_posteriors_are_bayes(sde: ss.SDE) -> None:
 @ALL
 @pytest.mark.parametrize("shape", [(6,), (6, 3), (6, 2, 3), (6, 1, 2, 3), (6, 1, 2, 2, 3)])
 def test_states_of_any_shape_with_one_time_or_one_for_each_row(sde: ss.SDE, shape: tuple[int, ...]) -> None:
-    x0, eps, score = (ss.Noise(i).normal(shape, 0, dtype=torch.float64) for i in range(3))
+    x0, eps = (ss.Noise(i).normal(shape, 0, dtype=torch.float64) for i in range(2))
     t = 0.4 * sde.T
     vector = torch.full((6,), t, dtype=torch.float64)
+    model = Half(sde)
     for fn in (
         lambda t: sde.perturb(x0, t, eps),
-        lambda t: sde.forward_drift(x0, t),
-        lambda t: sde.reverse_drift(x0, t, score, eta=0.5),
-        lambda t: sde.flow_drift(x0, t, score),
+        lambda t: ss.denoisers.Reverse(model, 0.5).drift(x0, t),
+        lambda t: ss.denoisers.Reverse(model, 0.0).drift(x0, t),
     ):
         assert fn(t).shape == shape
         assert relative(fn(vector), fn(t)) < 1e-12
@@ -229,12 +236,14 @@ def test_reverse_family_keeps_a_gaussian_marginal(sde: ss.SDE) -> None:
     tensor = torch.tensor([t], dtype=torch.float64)
     dV = derivative(V, tensor).item()
     x = torch.ones(1, 1, dtype=torch.float64)
+    data = ss.GaussianMixture(sde, [[0.0]], std=c**0.5)
     for eta in (0.0, 0.3, 1.0, 2.0):
-        k = sde.reverse_drift(x, t, -x / V(t), eta=eta).item()
-        g = sde.reverse_diffusion(t, eta)
+        reverse = ss.denoisers.Reverse(data, eta)
+        k, g = reverse.drift(x, t).item(), reverse.diffusion(t)
+        assert isinstance(g, float)
         assert math.isclose(2 * k * V(t) - g**2, dV, rel_tol=1e-9, abs_tol=1e-9 * abs(2 * k * V(t))), (sde, eta)
-    assert torch.equal(sde.flow_drift(x, t, -x), sde.reverse_drift(x, t, -x, eta=0.0))
-    assert sde.reverse_diffusion(t) == sde.forward_diffusion(t) == sde.g(t)
+    assert torch.equal(ss.denoisers.Reverse(data, 0.0).drift(x, t), data.velocity(x, t))
+    assert ss.denoisers.Reverse(data).diffusion(t) == sde.g(t)
 
 
 @pytest.mark.parametrize("name", ["VP", "VE", "Flow"])
@@ -374,8 +383,8 @@ BAD_CALLS = {
         ValueError,
         "`t` is on meta",
     ),
-    "score of another shape": (lambda: ss.VP().reverse_drift(x23, 0.5, torch.zeros(3)), ValueError, "`score`"),
-    "negative eta": (lambda: ss.VP().reverse_drift(x23, 0.5, x23, eta=-1.0), ValueError, "`eta` must be .*at least 0"),
+    "time of another length": (lambda: ss.VP().perturb(x23, torch.zeros(3)), ValueError, "`t` has 3 entries and .* 2"),
+    "negative eta": (lambda: ss.denoisers.Reverse(Half(ss.VP()), -1.0), ValueError, "`eta` must be .*at least 0"),
     "negative beta": (lambda: ss.VP(beta_min=-1.0), ValueError, "`beta_min`.*above 0, got -1.0"),
     "beta that becomes negative": (lambda: ss.VP(beta_min=1.0, beta_max=0.1, T=2.0), ValueError, "β negative"),
     "sigma_max below sigma_min": (lambda: ss.VE(sigma_min=2.0, sigma_max=1.0), ValueError, "`sigma_max`.*above 2"),

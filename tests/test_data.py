@@ -157,12 +157,12 @@ def test_suggested_sigma_max_is_the_largest_distance(shape: tuple[int, ...], dty
 
 def test_suggested_sigma_max_of_many_data_takes_some_of_them() -> None:
     data = torch.arange(100.0)[:, None]
-    assert suggest_sigma_max(data) == suggest_sigma_max(data, most=100) == 99.0
-    some = {suggest_sigma_max(data, most=5, seed=seed) for seed in range(20)}
+    assert suggest_sigma_max(data) == suggest_sigma_max(data, max_samples=100) == 99.0
+    some = {suggest_sigma_max(data, max_samples=5, seed=seed) for seed in range(20)}
     assert len(some) > 5 and max(some) <= 99.0
-    assert suggest_sigma_max(data, most=5, seed=3) == suggest_sigma_max(data, most=5, seed=3)
+    assert suggest_sigma_max(data, max_samples=5, seed=3) == suggest_sigma_max(data, max_samples=5, seed=3)
     state = torch.get_rng_state()
-    suggest_sigma_max(data, most=5)
+    suggest_sigma_max(data, max_samples=5)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is nobody's"
 
 
@@ -210,7 +210,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "half state": (lambda: Standardize.fit(ok)(ok.half()), TypeError, "`x`.*float16"),
     "distance of one": (lambda: suggest_sigma_max(ok[:1]), ValueError, r"N >= 2, got \(1, 3\)"),
     "distance of nan": (lambda: suggest_sigma_max(holed), ValueError, "row 3 is not"),
-    "most of 1": (lambda: suggest_sigma_max(ok, most=1), ValueError, "`most` must be at least 2"),
+    "max_samples of 1": (lambda: suggest_sigma_max(ok, max_samples=1), ValueError, "`max_samples` must be at least 2"),
     "scale of nothing": (
         lambda: check_scale(torch.zeros(0, 3)),
         ValueError,

@@ -29,9 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import scoresde as ss
-from scoresde.training import times
-from scoresde.training.checkpoint import Checkpoints
-from scoresde.training.trainer import Trainer
+from scoresde.training import Checkpoints, ProgressBar, Trainer, Update, times
 
 STEPS = 120
 
@@ -51,7 +49,8 @@ def trainer(folder: Path, init: int) -> Trainer:
     model = ss.Denoiser(Net(), ss.VP(), predicts="eps")
     loss = ss.DSM(model, proposal=times.Stratified(times.LossAware(bins=8)))
     data = ss.Noise(0).normal((500, 2), 0)
-    return Trainer(loss, data, batch=32, ema=0.99, warmup=10, folder=folder, save_every=2, keep=2, progress=False)
+    hooks = [Checkpoints(folder, every=2, keep=2), ProgressBar(False)]
+    return Trainer(loss, data, batch=32, ema=0.99, update=Update(warmup=10), hooks=hooks)
 
 
 def run(folder: Path, init: int) -> None:

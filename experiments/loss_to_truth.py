@@ -29,6 +29,7 @@ from work_precision import anisotropic
 
 import scoresde as ss
 from scoresde import metrics
+from scoresde.training import Preview, Update
 
 METRIC = partial(metrics.sliced_w2, n_projections=128)
 LEVELS = (4.0, 3.0, 2.0, 1.0, 0.0, -1.0, -2.0, -3.0)  # λ = log(α/σ)
@@ -95,15 +96,15 @@ def train(exact: ss.GaussianMixture, options: Options) -> tuple[ss.Denoiser, dic
     most = ss.training.times.LogNormalSigma(-1.2, 1.6)  # noise levels at which there is most to learn
     loss = ss.DSM(model, times=most)
     course: dict[int, list[Level]] = {}
+    every = max(1, options.steps // 5)
     trainer = ss.Trainer(
         loss,
         data,
         torch.optim.Adam(loss.parameters(), options.rate),
         batch=options.batch,
         ema=0.999,
-        schedule=lambda step: 1 - step / options.steps,
-        preview=lambda model, step: course.update({step: errors(model, exact, options.points, 1)}),
-        preview_every=max(1, options.steps // 5),
+        update=Update(schedule=lambda step: 1 - step / options.steps),
+        hooks=[Preview(lambda model, step: course.update({step: errors(model, exact, options.points, 1)}), every)],
         seed=options.seed,
     )
     trainer.fit(options.steps)
@@ -127,7 +128,7 @@ def main(options: Options) -> Path:
     table += ["", f"{'calls':>5} {'network':>9} {'exact':>9} {'floor':>9} {'95 %':>9}   sliced W2 to data"]
     for nfe in CALLS:
         for name, who in (("network", model), ("exact", exact)):
-            x = ss.sample(who, (options.points, 32), nfe=nfe, seed=4, data_std=std, dtype=torch.float64)
+            x = ss.sample(who, (options.points, 32), nfe=nfe, seed=4, start=ss.Start(data_std=std, dtype=torch.float64))
             distances[name].append(metrics.compare(METRIC, x, fresh, n_permutations=options.permutations))
         a, b = distances["network"][-1], distances["exact"][-1]
         table.append(f"{nfe:5d} {a.value:9.4f} {b.value:9.4f} {b.floor:9.4f} {b.floor_high:9.4f}")

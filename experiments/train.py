@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import scoresde as ss
-from scoresde.training import times
+from scoresde.training import Checkpoints, Hook, Loader, Preview, TensorBoard, Update, times
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -196,24 +196,22 @@ def make(options: Options) -> ss.Trainer:
     def preview(model: ss.Denoiser, step: int) -> None:
         device = next(model.parameters()).device
         cond = {name: value.to(device) for name, value in label.items()}
-        x = ss.sample(model, (options.samples, *event), nfe=options.calls, seed=options.seed, data_std=std, **cond)
+        start, shape = ss.Start(data_std=std), (options.samples, *event)
+        x = ss.sample(model.given(**cond), shape, nfe=options.calls, seed=options.seed, start=start)
         show(x.cpu(), options.out / f"step-{step:09d}.png")
 
+    hooks: list[Hook] = [Preview(preview, options.preview_every), Checkpoints(options.out, options.save_every)]
+    if options.tensorboard:
+        hooks.append(TensorBoard(options.out / "tensorboard"))
     return ss.Trainer(
         loss,
-        data,
+        Loader(data, workers=options.workers),
         torch.optim.Adam(loss.parameters(), options.rate),
         batch=options.batch,
-        accumulate=options.accumulate,
         ema=options.ema,
-        warmup=options.warmup,
+        update=Update(warmup=options.warmup, accumulate=options.accumulate),
         precision=options.precision,
-        folder=options.out,
-        save_every=options.save_every,
-        preview=preview,
-        preview_every=options.preview_every,
-        tensorboard=options.out / "tensorboard" if options.tensorboard else None,
-        workers=options.workers,
+        hooks=hooks,
         seed=options.seed,
     )
 

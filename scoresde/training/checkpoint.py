@@ -124,7 +124,7 @@ class Checkpoints(Hook):
 
     every_process: ClassVar[bool] = True
 
-    folder: Path
+    folder: str | Path
     every: int = 1000
     keep: int = 3
 
@@ -142,20 +142,23 @@ class Checkpoints(Hook):
 
     def path(self, step: int) -> Path:
         """Path of the file of a step."""
-        return self.folder / f"step-{step:09d}.safetensors"
+        return Path(self.folder) / f"step-{step:09d}.safetensors"
 
     def steps(self) -> list[int]:
         """Steps that have a file, in increasing order."""
-        names = (re.fullmatch(r"step-(\d+)\.safetensors", file.name) for file in self.folder.glob("step-*.safetensors"))
+        names = (
+            re.fullmatch(r"step-(\d+)\.safetensors", file.name) for file in Path(self.folder).glob("step-*.safetensors")
+        )
         return sorted(int(match[1]) for match in names if match)
 
     def save(self, step: int, state: object) -> Path:
         """Write the state of a step, and delete all but the newest `keep` of the files up to this step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
         save(self.path(step), state)
         for old in [earlier for earlier in self.steps() if earlier <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
-        for torn in self.folder.glob(".step-*.tmp"):  # of processes that were killed during a write
+        for torn in folder.glob(".step-*.tmp"):  # of processes that were killed during a write
             torn.unlink(missing_ok=True)
         return self.path(step)
 

@@ -43,7 +43,7 @@ class Hook:
     """Base class of hooks; a subclass overrides the methods that it needs. Here every method does nothing.
 
     :meth:`Trainer.fit` calls the hooks in their order, and :class:`Checkpoints` last. Only the first process calls a
-    hook, unless its class has `every_process` or `evaluates`.
+    hook, unless its class has `every_process` or `evaluates`. A checkpoint does not contain the state of hooks.
 
     Example:
         >>> import torch, scoresde as ss

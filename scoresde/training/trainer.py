@@ -110,6 +110,8 @@ class Trainer:
         self.accelerator = make_accelerator(precision, accelerator)
         self.loss, self.model = loss, _model_of(loss)
         self.update = Update() if update is None else update
+        if not isinstance(self.update, Update):
+            raise TypeError(f"`update` must be Update(warmup=..., clip=...), got {type(update).__name__}.")
         self.hooks = _ordered(hooks, folder)
         self.checkpoints = next((hook for hook in self.hooks if isinstance(hook, Checkpoints)), None)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -360,7 +362,7 @@ def _ordered(hooks: Sequence[Hook], folder: str | Path | None) -> tuple[Hook, ..
         if not isinstance(hook, Hook):
             raise TypeError(f"`hooks` must be hooks such as Preview(function), got {describe(hook)}.")
     if folder is not None:
-        out.append(Checkpoints(Path(folder)))
+        out.append(Checkpoints(folder))
     if sum(isinstance(hook, Checkpoints) for hook in out) > 1:
         raise ValueError("`hooks` has Checkpoints more than once, or `folder` was given as well; give one of them.")
     if not any(isinstance(hook, ProgressBar) for hook in out):

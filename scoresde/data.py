@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._printing import fields
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
 
@@ -54,6 +55,9 @@ class Standardize:
                 "per='scalar'."
             )
         check.number("target", self.target, above=0)
+
+    def __repr__(self) -> str:
+        return f"Standardize({fields(mean=self.mean, std=self.std, target=self.target)})"
 
     @classmethod
     def fit(cls, data: Tensor, per: str = "scalar", target: float = 1.0) -> Standardize:

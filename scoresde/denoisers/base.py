@@ -33,6 +33,9 @@ class Shared:
 
     value: Any
 
+    def __repr__(self) -> str:
+        return f"Shared({short(self.value)})"
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -298,7 +301,12 @@ def check_conditions(cond: Mapping[str, Condition], rows: int) -> None:
 
 
 def expand_conditions(cond: Mapping[str, Condition], rows: int) -> dict[str, Condition]:
-    """Conditions as a network receives them: single rows expanded to `rows` rows, :class:`Shared` ones unpacked."""
+    """Conditions as a network receives them: single rows expanded to all rows, :class:`Shared` ones unpacked.
+
+    Arguments:
+        cond: Conditions by name.
+        rows: Number of rows of the state.
+    """
 
     def expand(leaf: Condition) -> Condition:
         if isinstance(leaf, Shared):

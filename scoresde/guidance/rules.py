@@ -260,4 +260,8 @@ def _rows_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _rows_std(a: Tensor) -> Tensor:
-    return a.flatten(1).std(1).reshape(-1, *[1] * (a.ndim - 1))
+    """Standard deviation of each row, (B, 1, ...), by the same sums for any number of rows."""
+    ones = torch.ones_like(a)
+    n = a[0].numel()
+    centred = a - _rows_dot(a, ones) / n
+    return (_rows_dot(centred, centred) / (n - 1)).sqrt()

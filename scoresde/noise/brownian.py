@@ -118,6 +118,9 @@ class BrownianPath:
         self._ends: tuple[tuple[int, int], Tensor, Tensor] | None = None
         self._recent: list[tuple[tuple[int, int], Tensor]] = []
 
+    def __repr__(self) -> str:
+        return f"BrownianPath({self.noise!r}, {self.shape}, dtype={self.dtype}, depth={self.depth})"
+
     def __call__(self, s: float | Tensor, t: float | Tensor) -> Tensor:
         """Compute W(t) − W(s), of the shape of the state; `s` and `t` are numbers or (B,)."""
         z = self.normal(s, t)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ class Noise:
 
     seed: int | tuple[int, ...] | None = None
     offset: int = 0
-    indices: tuple[int, ...] | None = field(default=None, repr=False)
+    indices: tuple[int, ...] | None = None
     path: bool = False
 
     def __init__(
@@ -116,6 +116,12 @@ class Noise:
         object.__setattr__(self, "offset", int(offset))
         object.__setattr__(self, "indices", None if indices is None else tuple(int(i) for i in indices))
         object.__setattr__(self, "path", bool(path))
+
+    def __repr__(self) -> str:
+        parts = [f"<{len(self.seed)} seeds>" if isinstance(self.seed, tuple) else str(self.seed)]
+        parts += [f"offset={self.offset}"] * (self.offset > 0)
+        parts += [f"indices=<{len(self.indices)}>"] if self.indices is not None else []
+        return f"Noise({', '.join(parts + ['path=True'] * self.path)})"
 
     def fork(self, stream: int) -> Noise:
         """Return an independent source with the same rows, for probes, data or paths.

@@ -99,17 +99,13 @@ class Plan:
     def _repr_html_(self) -> str:
         """The printed table for a notebook; a table of more than 20 rows is folded, with `meta` below it."""
         head, *_ = str(self).split("\n", 1)
-        cells = [
-            "".join(f"<th style='text-align:left'>{name}</th>" for name in ("row", "t", "", *_COLUMNS, "one", "")),
-            *("".join(f"<td style='text-align:left'>{escape(c)}</td>" for c in _cells(r, row))
-              for r, row in enumerate(self.rows)),
-        ]  # fmt: skip
-        table = "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+        rows = [["row", "t", "", *_COLUMNS, "one", ""], *(_cells(r, row) for r, row in enumerate(self.rows))]
+        table = "".join(_html_row(cells, "td" if r else "th") for r, cells in enumerate(rows))
         origin = "".join(f"<br>{escape(k)}: {escape(str(v))}" for k, v in self.meta.items())
         title = f"<b>{escape(head)}</b>" + (f"<br>{escape(self.sde)}" if self.sde else "")
         if len(self.rows) > _FOLDED:
-            return f"<details><summary>{title}</summary>{table}{origin}</details>"
-        return f"<div>{title}{table}{origin}</div>"
+            return f"<details><summary>{title}</summary><table>{table}</table>{origin}</details>"
+        return f"<div>{title}<table>{table}</table>{origin}</div>"
 
     def join(self, other: Plan) -> Plan:
         """Append another plan, whose row 0 merges with the last row of this plan.
@@ -261,6 +257,10 @@ def _cells(r: int, row: Row) -> list[str]:
     one = _short(row.one) if nonzero(row.one) else ""
     note = ", ".join([*([row.note] if row.note else []), *([] if row.node is None else [f"node {row.node}"])])
     return [str(r), _short(row.t, sign=""), "eval" if row.evaluates else "", *columns, one, note]
+
+
+def _html_row(cells: list[str], tag: str) -> str:
+    return "<tr>" + "".join(f"<{tag} style='text-align:left'>{escape(c)}</{tag}>" for c in cells) + "</tr>"
 
 
 def _line(r: int, row: Row) -> str:

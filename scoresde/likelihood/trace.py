@@ -97,8 +97,8 @@ class Probes:
         n: Number of products of an estimated trace, by default 8.
         distribution: Distribution of Hutchinson's probes: ``"orthogonal"`` (default), ``"rademacher"`` or
             ``"gaussian"``.
-        autodiff: Mode of differentiation, as in :func:`jacobian_products`. Denoisers that compute gradients themselves,
-            such as :class:`~scoresde.inverse.MMPS`, need ``"loop"``.
+        autodiff: Mode of differentiation, as in :func:`jacobian_products`. ``"forward"`` does not support denoisers
+            that compute gradients themselves, such as :class:`~scoresde.inverse.MMPS`.
         chunk: Number of products in one call; 0 chooses it from their size.
     """
 

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from per_sample import MODELS, X
 from torch import Tensor
 
 import scoresde as ss
@@ -238,6 +239,18 @@ def test_conditions_leave_with_their_samples() -> None:
     for i in range(6):
         one = ss.solve(model.given(shift=shift[i : i + 1], shared={"both": both}), x[i : i + 1], Adaptive())
         assert float(distance(one.x, whole.x[i : i + 1])) < 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["Adams", "DPM-Solver-23"])
+def test_data_of_each_sample_follow_it(kind: str, name: str) -> None:
+    rule = Adaptive(PAIRS[kind], 1e-4, 1e-4)
+    whole = ss.solve(MODELS[name](slice(None)), X, rule)
+    assert whole.stats is not None and len(set(whole.stats.nfe.tolist())) > 1
+    for i in range(len(X)):
+        one = ss.solve(MODELS[name](slice(i, i + 1)), X[i : i + 1], rule)
+        assert float(distance(one.x, whole.x[i : i + 1])) < 1e-12
+        assert one.stats is not None and one.stats.nfe[0] == whole.stats.nfe[i]
 
 
 def test_chunks_and_ranks_make_no_difference() -> None:

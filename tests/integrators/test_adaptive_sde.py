@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from per_sample import MODELS, X
 from torch import Tensor
 
 import scoresde as ss
@@ -106,6 +107,38 @@ def test_each_sample_by_itself() -> None:
         assert torch.equal(part.stats.nfe, whole.stats.nfe[offset : offset + n])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_data_of_each_sample_follow_it(name: str) -> None:
+    rule = AdaptiveSDE(rtol=0.1, atol=0.1)
+    whole = ss.solve(MODELS[name](slice(None)), X, rule, seed=3)
+    assert whole.stats is not None and len(set(whole.stats.nfe.tolist())) > 1
+    for i in range(len(X)):
+        one = ss.solve(MODELS[name](slice(i, i + 1)), X[i : i + 1], rule, seed=Noise(3, offset=i))
+        assert torch.allclose(one.x, whole.x[i : i + 1], rtol=0, atol=1e-12)
+        assert one.stats is not None and one.stats.nfe[0] == whole.stats.nfe[i]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_gradients_flow_through_the_steps(eta: float) -> None:
+    net = torch.nn.Linear(2, 2).double()
+    net.weight.data = torch.tensor([[0.3, -0.2], [0.1, 0.5]], dtype=F64)
+    model = ss.Denoiser(lambda x, t: net(x), ss.VP(), predicts="x0")
+    x, rule = X.clone().requires_grad_(), AdaptiveSDE(eta, rtol=1e3, atol=1e3)  # steps that do not depend on the net
+    found = []
+    for grad in ("full", "checkpoint"):
+        out = ss.sample(model, x, rule, seed=0, grad=grad, t_end=0.2)
+        found.append(torch.autograd.grad(out.square().sum(), (x, net.weight)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    assert not ss.sample(model, x, rule, seed=0, t_end=0.2).requires_grad
+    values, h = [], 1e-3
+    for sign in (1, -1):
+        net.weight.data[0, 1] += sign * h
+        values.append(float(ss.sample(model, X, rule, seed=0, t_end=0.2).square().sum()))
+        net.weight.data[0, 1] -= sign * h
+    assert abs((values[0] - values[1]) / (2 * h) / float(found[0][1][0, 1]) - 1) < 1e-5
+
+
 def test_counts_are_those_of_the_network() -> None:
     sizes: list[int] = []
 
@@ -130,7 +163,7 @@ def test_bad_input_is_refused() -> None:
         AdaptiveSDE(rtol=0.0, atol=0.0)
     with pytest.raises(ValueError, match="`t_start` = 1 has α = 0"):
         ss.sample(ss.GaussianMixture(ss.Flow(), [[-1.0, 0.5]], std=0.2), (2, 2), AdaptiveSDE(), t_start=1.0)
-    with pytest.raises(ss.SolverError, match="`max_steps` = 5 attempts were not enough.*had used 6 evaluations"):
+    with pytest.raises(ss.SolverError, match=r"`max_steps` = 5 attempts were not enough.*had used 6 evaluations"):
         ss.sample(MIX, (2, 2), AdaptiveSDE(max_steps=5), seed=0)
     broken = ss.Denoiser(lambda x, t: torch.where(t[:, None] < 0.5, torch.nan, 0.3 * x), ss.VP(), predicts="x0")
     with pytest.raises(ss.SolverError, match=r"Sample 0 was at t = 0\.[56].*not finite"):

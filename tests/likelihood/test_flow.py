@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from instances import SDES
+from per_sample import MODELS, X
 from torch import Tensor, distributed, nn
 
 import scoresde as ss
@@ -443,6 +444,17 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         density()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_of_each_sample_follow_it(name: str) -> None:
+    how: dict[str, Any] = {"tolerance": Tolerance(rtol=1e-4, atol=1e-4)}
+    whole = ss.log_prob(MODELS[name](slice(None)), X, **how)
+    assert len(set(whole.nfe.tolist())) > 1
+    for i in range(len(X)):
+        one = ss.log_prob(MODELS[name](slice(i, i + 1)), X[i : i + 1], **how)
+        assert abs(float(one.value[0] / whole.value[i]) - 1) < 1e-12
+        assert one.nfe[0] == whole.nfe[i] and one.products[0] == whole.products[i]
 
 
 def test_rows_of_conditions_follow_their_samples() -> None:

@@ -164,7 +164,7 @@ def main(options: Options) -> Path:
         error = next(iter(found.values())).errors[0]
         cells = [f"`{text}`{started}", str(solver.declared_order), *(f"{s:.2f}" for s in slopes)]
         rows.append([*cells, str(solver.stages), f"{error:.0e}"])
-    head = ["rule", "declared", *models, "evaluations a leg", f"error at {legs[0]} legs"]
+    head = ["solver", "declared", *models, "evaluations per step", f"error at {legs[0]} steps"]
     table = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
     page = options.out / "orders.md"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -177,27 +177,27 @@ def main(options: Options) -> Path:
 
 PAGE = """# Orders
 
-Every rule of the catalogue with the order it declares and the order it has. `python experiments/orders.py` measures
+This page lists every solver with its declared order and its measured order. `python experiments/orders.py` measures
 them and writes this page.
 
-Data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of the
-median error over {points} start points between {legs} legs, in float64, from $\\lambda = -2.5$ to $\\lambda = 2$ on
-steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of what is declared. Rules
-that know λ alone have one slope on all processes: their states differ by the factor α.
+The data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of the
+median error over {points} initial states between {legs} steps, in float64, from $\\lambda = -2.5$ to $\\lambda = 2$, with
+steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of the declared order. Solvers
+that use λ alone have the same slope on all processes, because their states differ by the factor α only.
 
-A first leg of order one costs rules of order one and two nothing. Above that a multistep rule shows its order when it
-starts with it: by itself (`start='self'`) or, where marked †, by legs of a single-step method of order four. With
-`start='ramp'`, as published, it is more accurate than order two but not of its own order. `form='published'` is what
-public code has under the name of order three. PNDM, PLMS and iPNDM take the coefficients of equal steps, which on
-other grids leave order two.
+A first step of order one does not lower the order of solvers of order one and two. A multistep solver of higher order has
+its order only if the first steps have it too: single steps of the same order (`start='self'`) or, where marked †, steps of
+a single-step method of order four. With `start='ramp'`, as published, it is more accurate than order two but does not reach
+its own order. `form='published'` is the formula that public code calls order three. PNDM, PLMS and iPNDM use the
+coefficients of equal steps, which give order two on other grids.
 
-On one Gaussian the methods that use the middle of a leg (`EDMHeun(alpha=0.5)`, `DEISRungeKutta(MIDPOINT)`) have order
-three, not two: a denoiser that is linear hides their error. The last column is the median error on the coarser grid
-under the first process; it compares rules at equal legs, not at equal evaluations.
+On one Gaussian the methods with a stage at the middle of a step (`EDMHeun(alpha=0.5)`, `DEISRungeKutta(MIDPOINT)`) have
+order three instead of two, because their leading error vanishes for a linear denoiser. The last column is the median error
+on the coarser grid under the first process; it compares solvers at equal numbers of steps, not of evaluations.
 
 {table}
 
-† first legs by a single-step method of order four
+† first steps by a single-step method of order four
 """
 
 

@@ -27,7 +27,7 @@ OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 ro
 
 def number(
     name: str,
-    value: Any,
+    value: object,
     *,
     above: float = -math.inf,
     below: float = math.inf,
@@ -45,7 +45,7 @@ def number(
     return out
 
 
-def integer(name: str, value: Any, *, at_least: int = 0) -> int:
+def integer(name: str, value: object, *, at_least: int = 0) -> int:
     """Return `value` as an int of at least `at_least`; reject floats and booleans."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
@@ -58,7 +58,7 @@ def integer(name: str, value: Any, *, at_least: int = 0) -> int:
     return out
 
 
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
     """Return `value` if it is one of `allowed`."""
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
@@ -67,12 +67,12 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
-def dtype(name: str, value: Any) -> torch.dtype:
+def dtype(name: str, value: object) -> torch.dtype:
     """Return `value` if it is float32 or float64."""
     if value not in FLOATS:
         hint = f"write torch.{value}" if isinstance(value, str) else "draw, then cast"
         raise TypeError(f"`{name}` must be torch.float32 or torch.float64, got {value!r}; {hint}.")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def conditions(names: Iterable[str], function: Callable[..., Any]) -> None:
@@ -93,14 +93,14 @@ def _options(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self")
 
 
-def shape(name: str, value: Any) -> tuple[int, ...]:
+def shape(name: str, value: object) -> tuple[int, ...]:
     """Return a shape (B, *event) as a tuple of integers."""
     if not isinstance(value, Iterable) or isinstance(value, str) or not len(out := tuple(value)):
         raise ValueError(f"`{name}` must be a state or a shape (B, *event), got {value!r}.")
     return tuple(integer("shape", n) for n in out)
 
 
-def state(name: str, x: Any) -> Tensor:
+def state(name: str, x: object) -> Tensor:
     """Check a state (B, *event) of float32 or float64 and return it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor of shape (B, *event), got {type(x).__name__}.")
@@ -115,9 +115,9 @@ def state(name: str, x: Any) -> Tensor:
     return x
 
 
-def match(name: str, x: Any, other: str, like: Tensor) -> Tensor:
+def match(name: str, x: object, other: str, like: Tensor) -> Tensor:
     """Check that the state `x` has the shape and device of `like` and return it."""
-    state(name, x)
+    x = state(name, x)
     if x.shape != like.shape:
         raise ValueError(
             f"`{name}` must have the shape of `{other}`, {tuple(like.shape)}, got {tuple(x.shape)}; "
@@ -125,10 +125,10 @@ def match(name: str, x: Any, other: str, like: Tensor) -> Tensor:
         )
     if x.device != like.device:
         raise ValueError(f"`{name}` is on {x.device} and `{other}` on {like.device}; move one of them.")
-    return x  # type: ignore[no-any-return]
+    return x
 
 
-def real(name: str, value: Any) -> Tensor:
+def real(name: str, value: object) -> Tensor:
     """Return a float, a scalar tensor or a (B,) tensor as a tensor; plain numbers become float64 on the CPU."""
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
@@ -148,7 +148,7 @@ def real(name: str, value: Any) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def time(t: Any, T: float, name: str = "t") -> Tensor:
+def time(t: object, T: float, name: str = "t") -> Tensor:
     """Return a time as a tensor in [0, T]; clamp rounding errors at the ends."""
     slack = OUTSIDE * T
     if isinstance(t, float):  # fast path: no comparison of tensors

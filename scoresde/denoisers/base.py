@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from scoresde import _checks as check
 from scoresde._printing import short
-from scoresde.denoisers.predictions import Want, as_form, conversion, form_of
+from scoresde.denoisers.predictions import Coefficient, Want, as_form, conversion, form_of
 from scoresde.processes.sde import SDE
 
 _MEMO = 4096  # largest number of entries in the cache of a denoiser
 
+
+T = TypeVar("T")
 
 Condition = Any  # a tensor (B, ...), a tree of tensors, or any value that the network accepts
 
@@ -31,7 +33,7 @@ class Shared:
         value: Any value, such as a table of text embeddings that all samples share.
     """
 
-    value: Any
+    value: object
 
     def __repr__(self) -> str:
         return f"Shared({short(self.value)})"
@@ -119,7 +121,7 @@ class AbstractDenoiser(nn.Module):
         """Conditions that are fixed by :meth:`given`, by name."""
         return {}
 
-    def given(self, *, shared: Mapping[str, Any] | None = None, **cond: Condition) -> Given:
+    def given(self, *, shared: Mapping[str, object] | None = None, **cond: Condition) -> Given:
         """Fix conditions of the network.
 
         Arguments:
@@ -200,17 +202,16 @@ class AbstractDenoiser(nn.Module):
             alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
             try:
                 source, target = form_of(kind, self.sde, t, alpha, sigma, s), as_form(want, self.sde, t, alpha, sigma)
-                of_x, of_out = conversion(source, target, alpha, sigma)
+                of_x, of_out = cast(tuple[float, float], conversion(source, target, alpha, sigma))
             except ZeroDivisionError:
                 raise undefined_prediction(t, alpha, sigma) from None
             if not math.isfinite(of_x + of_out):
                 raise undefined_prediction(t, alpha, sigma)
             return of_x, of_out
 
-        pair: tuple[float, float] = self._cached((kind, want, t, s), compute) if isinstance(want, str) else compute()
-        return pair
+        return self._cached((kind, want, t, s), compute) if isinstance(want, str) else compute()
 
-    def _cached(self, key: Any, compute: Callable[[], Any]) -> Any:
+    def _cached(self, key: Hashable, compute: Callable[[], T]) -> T:
         """Result of `compute`, cached under `key` until ``self.sde`` is replaced."""
         if torch.compiler.is_compiling():
             return compute()
@@ -220,7 +221,7 @@ class AbstractDenoiser(nn.Module):
             self.__dict__["_memo"] = (self.sde, memo)
         if key not in memo:
             memo[key] = compute()
-        return memo[key]
+        return memo[key]  # type: ignore[no-any-return]
 
     def rows(self, index: Tensor) -> AbstractDenoiser:
         """This denoiser for some samples of the batch; every attribute in `per_sample` is selected.
@@ -275,14 +276,14 @@ def trainable(model: AbstractDenoiser) -> tuple[Tensor, ...]:
     return tuple(unique.values())
 
 
-def undefined_prediction(t: float | Tensor, alpha: Any, sigma: Any) -> ValueError:
+def undefined_prediction(t: float | Tensor, alpha: Coefficient, sigma: Coefficient) -> ValueError:
     return ValueError(
         f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: the conversion divides "
         f"by zero or a coefficient is infinite; evaluate at t in [t_min, T), or evaluate `x0`."
     )
 
 
-def check_sde(sde: Any) -> SDE:
+def check_sde(sde: object) -> SDE:
     if not isinstance(sde, SDE):
         raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
     return sde
@@ -318,7 +319,7 @@ def expand_conditions(cond: Mapping[str, Condition], rows: int) -> dict[str, Con
     return {name: tree_map(expand, tree) for name, tree in cond.items()}
 
 
-def check_model(model: Any, name: str = "model") -> AbstractDenoiser:
+def check_model(model: object, name: str = "model") -> AbstractDenoiser:
     """Return `model`; raise an error unless it is a denoiser."""
     if not isinstance(model, AbstractDenoiser):
         raise TypeError(f"`{name}` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
@@ -370,15 +371,15 @@ def select(value: Any, index: Tensor) -> Any:
 class _OfSamples:
     """A function of time for some samples of the batch that it was written for."""
 
-    def __init__(self, function: Callable[[Any], Any], index: Tensor) -> None:
+    def __init__(self, function: Callable[[float | Tensor], float | Tensor], index: Tensor) -> None:
         self.function, self.index = function, index
 
     def rows(self, index: Tensor) -> _OfSamples:
         return _OfSamples(self.function, self.index[index.to(self.index.device)])
 
-    def __call__(self, t: float | Tensor) -> Any:
+    def __call__(self, t: float | Tensor) -> float | Tensor:
         if not isinstance(t, Tensor) or t.ndim == 0:
-            return select(self.function(t), self.index)
+            return cast(float | Tensor, select(self.function(t), self.index))
         first = self.function(t[:1])
         if not isinstance(first, Tensor) or first.ndim == 0 or len(first) == 1:
             return self.function(t)  # elementwise in t

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import Condition, Given
 from scoresde.denoisers.network import Denoiser
 from scoresde.denoisers.predictions import PREDICTIONS, conversion, form_of
 from scoresde.noise.keyed import Noise
@@ -81,17 +82,16 @@ class Diagnosis:
         return self.message
 
 
-def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float = 0.5, **cond: Any) -> Diagnosis:
+def check_denoiser(model: Denoiser | Given, x: Tensor, *, seed: int = 0, margin: float = 0.5) -> Diagnosis:
     r"""Detect a wrong ``predicts``, sign, time input or data scale of a denoiser, or an untrained network.
 
     The data must have some structure, because for isotropic Gaussian data the linear guess is optimal.
 
     Arguments:
-        model: Network with its process.
+        model: Network with its process; conditions are fixed by ``model.given(label=y)``.
         x: Batch of real data, (B, *event), in the scale of the training data; 64 samples are usually enough.
         seed: Seed of the noise.
         margin: Relative excess over the error of the best interpretation that makes the declaration a mistake.
-        **cond: Conditions of the network.
 
     Returns:
         A :class:`Diagnosis`. Use ``assert check_denoiser(model, x)`` as a test.
@@ -103,9 +103,11 @@ def check_denoiser(model: Denoiser, x: Tensor, *, seed: int = 0, margin: float =
         >>> print(ss.check_denoiser(model, mix.sample(64, seed=0)))
         The network looks like predicts='eps'; it was declared predicts='x0' ...
     """
+    cond = model.conditions if isinstance(model, Given) else {}
+    while isinstance(model, Given):
+        model = model.model  # type: ignore[assignment]
     if not isinstance(model, Denoiser):
         raise TypeError(f"`model` must be a Denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}.")
-    check.conditions(cond, check_denoiser)
     check.state("x", x)
     if len(x) < 2 or not bool(x.isfinite().all()):
         raise ValueError("`x` must be a finite batch of at least 2 samples.")
@@ -202,7 +204,7 @@ def _outputs(
     states: list[Tensor],
     times: list[float],
     clock: Callable[[float], float] | None,
-    cond: dict[str, Any],
+    cond: dict[str, Condition],
 ) -> list[Tensor] | None:
     """Outputs of the network with the time input `clock`; None if the network raises an error for it."""
     if clock is None:
@@ -231,7 +233,7 @@ def _to_eps(model: Denoiser, kind: str, t: float) -> tuple[float, float]:
     """Coefficients of the state and of an output of type `kind` that give the noise."""
     alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
     source, target = (form_of(k, model.sde, t, alpha, sigma, model.data_scale) for k in (kind, "eps"))
-    return conversion(source, target, alpha, sigma)
+    return cast(tuple[float, float], conversion(source, target, alpha, sigma))
 
 
 def _mean_square(x: Tensor) -> float:

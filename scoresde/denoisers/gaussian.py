@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
+from scoresde.denoisers.predictions import Coefficient
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
@@ -204,8 +204,7 @@ class Gaussian(AbstractDenoiser):
         points: int = 48,
         n: int = 64,
         seed: int = 0,
-        most: float = math.inf,
-        **cond: Condition,
+        max_error: float = math.inf,
     ) -> tuple[Tensor, Tensor]:
         r"""First-order error in the data that a start at t instead of T causes.
 
@@ -215,17 +214,15 @@ class Gaussian(AbstractDenoiser):
         The integral runs along trajectories of the Gaussian's flow. The root is the linear map of that flow to t = 0.
 
         Arguments:
-            model: Denoiser D to compare with.
+            model: Denoiser D to compare with, of `n` samples if it has conditions.
             points: Number of times, uniform in λ, at which `model` is evaluated.
             n: Number of trajectories.
             seed: Seed of the initial states.
-            most: Error above which the integration stops.
-            **cond: Conditions of the network.
+            max_error: Error above which the integration stops.
 
         Returns:
             Times, from noise to data, and the root-mean-square error per number at each.
         """
-        check.conditions(cond, Gaussian.skip_errors)
         check_model(model)
         check.integer("points", points, at_least=2)
         sde = self.sde
@@ -237,26 +234,31 @@ class Gaussian(AbstractDenoiser):
         with torch.no_grad():
             for t, rho in zip(sde.t_of_lam(lam).tolist(), (-lam).exp().tolist(), strict=True):
                 x = self.carry(z, t)
-                gap = model.x0(x, t, **cond) - self.x0(x, t)
+                gap = model.x0(x, t) - self.x0(x, t)
                 integrand = self._gain(gap, _to_data(rho))
                 if previous is not None:
                     total = total + (integrand + previous) * float(lam[1] - lam[0]) / 2
                     times.append(t)
                     errors.append(float(total.square().mean().sqrt()))
                 previous = integrand
-                if errors[-1] > most:
+                if errors[-1] > max_error:
                     break
         return torch.tensor(times, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
 
-    def start_time(self, model: AbstractDenoiser, tol: float = 1e-2, **options: Any) -> float:
+    def start_time(
+        self, model: AbstractDenoiser, tol: float = 1e-2, *, points: int = 48, n: int = 64, seed: int = 0
+    ) -> float:
         """Smallest start time whose error, by :meth:`skip_errors`, is at most `tol` per number of the data.
 
         Arguments:
-            model: Denoiser to sample from.
+            model: Denoiser to sample from, of `n` samples if it has conditions.
             tol: Root-mean-square error per number; choose a fraction of the error of the solver.
-            **options: Arguments of :meth:`skip_errors`.
+            points: Number of times, uniform in λ, at which `model` is evaluated.
+            n: Number of trajectories.
+            seed: Seed of the initial states.
         """
-        times, errors = self.skip_errors(model, most=check.number("tol", tol, above=0), **options)
+        check.number("tol", tol, above=0)
+        times, errors = self.skip_errors(model, points=points, n=n, seed=seed, max_error=tol)
         return float(times[errors <= tol].min())
 
     def marginal(self, alpha: float | Tensor, sigma: float | Tensor) -> Marginal:
@@ -278,7 +280,7 @@ class Gaussian(AbstractDenoiser):
             total = total + others * (alpha**2 * self.rest + sigma**2).log().flatten()
         return total / 2
 
-    def _scales(self, t: float | Tensor, x: Tensor) -> tuple[Any, Any]:
+    def _scales(self, t: float | Tensor, x: Tensor) -> tuple[Coefficient, Coefficient]:
         """α and σ as numbers, or as tensors that broadcast to the states."""
         check.state("x", x)
         if tuple(x.shape[1:]) != self.event:
@@ -381,7 +383,7 @@ def _positive(v: Tensor) -> Tensor:
     return v.clamp_min(torch.finfo(v.dtype).tiny)
 
 
-def check_gaussian(name: str, gaussian: Any, sde: SDE) -> Gaussian:
+def check_gaussian(name: str, gaussian: object, sde: SDE) -> Gaussian:
     """Raise an error unless `gaussian` is a Gaussian on the process `sde`."""
     if not isinstance(gaussian, Gaussian):
         raise TypeError(f"`{name}` must be a Gaussian, as from Gaussian.estimate, got {type(gaussian).__name__}.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -19,12 +18,15 @@ Coefficient = float | Tensor
 class Form:
     """Coefficients of scale · prediction = a x0 + b ε at one (α, σ); numbers or tensors (B,)."""
 
-    a: Any
-    b: Any
-    scale: Any = 1.0
+    a: Coefficient
+    b: Coefficient
+    scale: Coefficient = 1.0
 
 
-def form_of(kind: str, sde: SDE, t: Any, alpha: Any, sigma: Any, sigma_data: float = 1.0) -> Form:
+def form_of(
+    kind: str, sde: SDE, t: Coefficient, alpha: Coefficient, sigma: Coefficient, sigma_data: float = 1.0
+) -> Form:
+    """Form of the prediction `kind` at time `t`, where the process has `alpha` and `sigma`."""
     if kind == "eps":
         return Form(0.0, 1.0)
     if kind == "score":
@@ -39,7 +41,7 @@ def form_of(kind: str, sde: SDE, t: Any, alpha: Any, sigma: Any, sigma_data: flo
     return Form(sigma / (sigma_data * root), -alpha * sigma_data / root)
 
 
-def conversion(source: Form, target: Form, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+def conversion(source: Form, target: Form, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient]:
     """Coefficients of x and of the output that convert `source` to `target`; an exact zero stays exact."""
     det = alpha * source.b - sigma * source.a
     of_x = (target.a * source.b - target.b * source.a) / (det * target.scale)
@@ -48,8 +50,9 @@ def conversion(source: Form, target: Form, alpha: Any, sigma: Any) -> tuple[Any,
 
 
 # Name of a prediction, or a function of (sde, t, α, σ) that returns its form.
-Want = str | Callable[[SDE, Any, Any, Any], Form]
+Want = str | Callable[[SDE, Coefficient, Coefficient, Coefficient], Form]
 
 
-def as_form(want: Want, sde: SDE, t: Any, alpha: Any, sigma: Any) -> Form:
+def as_form(want: Want, sde: SDE, t: Coefficient, alpha: Coefficient, sigma: Coefficient) -> Form:
+    """Form of a prediction that is given by name or by a function."""
     return form_of(want, sde, t, alpha, sigma) if isinstance(want, str) else want(sde, t, alpha, sigma)

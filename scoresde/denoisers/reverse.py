@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, check_model, check_sde
-from scoresde.denoisers.predictions import Form, form_of
+from scoresde.denoisers.predictions import Coefficient, Form, form_of
 from scoresde.processes.sde import SDE
 
 
@@ -39,7 +38,7 @@ class Reverse:
     def drift(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         """Drift, the bracket above, (B, *event); one evaluation of the network."""
 
-        def bracket(sde: SDE, t: Any, alpha: Any, sigma: Any) -> Form:
+        def bracket(sde: SDE, t: Coefficient, alpha: Coefficient, sigma: Coefficient) -> Form:
             velocity = form_of("velocity", sde, t, alpha, sigma)
             if self.eta == 0:
                 return velocity

@@ -16,12 +16,13 @@ References:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+
+Label = int | Tensor | None
+"""Class of the samples: None, a number, or a tensor, () or (B,)."""
 
 _LOWEST, _HIGHEST = -3, 4  # log2 of the angular frequencies: 0.4 and 56 periods over w in ±11
 
@@ -114,7 +115,7 @@ class Conditioning(nn.Module):
         self.context = nn.Linear(context, width) if check.integer("context", context) else None
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, time: float | Tensor, label: Any = None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: float | Tensor, label: Label = None, context: Tensor | None = None) -> Tensor:
         """Conditioning vectors, (B, width), for the samples of the state `x`, (B, *event)."""
         weight = self.hidden.weight
         h = self.hidden(self.time(times(time, x)).to(weight.dtype))
@@ -134,7 +135,7 @@ class Conditioning(nn.Module):
         out: Tensor = silu(self.out(silu(h)))
         return out
 
-    def _labels(self, label: Any, x: Tensor) -> Tensor:
+    def _labels(self, label: Label, x: Tensor) -> Tensor:
         assert self.classes is not None
         if label is None:
             label = self.classes

@@ -2,15 +2,13 @@ r"""A residual multilayer perceptron for vectors."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde.nn.blocks import dtype_of, initialise
-from scoresde.nn.embedding import Conditioning, Fourier
+from scoresde.nn.embedding import Conditioning, Fourier, Label
 
 
 class _Block(nn.Module):
@@ -78,7 +76,7 @@ class MLP(nn.Module):
         self.last = nn.Linear(hidden, self.outputs)
         initialise(self, [m.last for m in self.modules() if isinstance(m, (MLP, _Block))], seed)
 
-    def forward(self, x: Tensor, time: float | Tensor, *, label: Any = None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: float | Tensor, *, label: Label = None, context: Tensor | None = None) -> Tensor:
         """The prediction, of the shape (except for `out_features`) and dtype of `x`.
 
         Arguments:

@@ -3,7 +3,6 @@ r"""A U-Net for images and signals."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde.nn.blocks import Attention, GroupNorm, Residual, Upsample, conv, dtype_of, initialise
-from scoresde.nn.embedding import Conditioning, Sinusoidal
+from scoresde.nn.embedding import Conditioning, Label, Sinusoidal
 
 
 class _Stage(nn.Module):
@@ -131,7 +130,7 @@ class UNet(nn.Module):
         self.last = conv(dims, deep, outputs)
         initialise(self, [m.last for m in self.modules() if isinstance(m, (UNet, Residual, Attention))], seed)
 
-    def forward(self, x: Tensor, time: float | Tensor, *, label: Any = None, image: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, time: float | Tensor, *, label: Label = None, image: Tensor | None = None) -> Tensor:
         """The prediction, of the shape (except for `out_channels`) and dtype of `x`.
 
         Arguments:

@@ -59,12 +59,12 @@ class Span:
         lap: Number of earlier returns of the plan to higher noise; each lap uses an independent path.
     """
 
-    start: Any
-    end: Any
+    start: float | Tensor
+    end: float | Tensor
     path: str
     lap: int = 0
 
-    def to_list(self) -> list[Any]:
+    def to_list(self) -> list[float | str | int]:
         """Return plain numbers and strings, from which ``Span(*list)`` restores the span."""
         return [float(self.start), float(self.end), self.path, self.lap]
 

@@ -182,7 +182,10 @@ def _unbatch(row: Row, n: int) -> list[Row]:
 
 def _span_of(span: Span | None, i: int) -> Span | None:
     """The noise span of step i of a batch."""
-    return span and replace(span, start=float(span.start[i]), end=float(span.end[i]))
+    if span is None:
+        return None
+    assert isinstance(span.start, Tensor) and isinstance(span.end, Tensor)
+    return replace(span, start=float(span.start[i]), end=float(span.end[i]))
 
 
 def check_eta(name: str, eta: Eta) -> Eta:

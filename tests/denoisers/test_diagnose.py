@@ -212,11 +212,11 @@ def test_conditions_reach_the_network() -> None:
 
     label = torch.arange(16)
     model = ss.Denoiser(conditional, ss.VP(), predicts="eps")
-    assert ss.check_denoiser(model, data(), label=label, scale=1.0)
+    assert ss.check_denoiser(model.given(label=label, scale=1.0), data())
     assert all(one is label and scale == 1.0 for one, scale in seen)
-    assert not ss.check_denoiser(model, data(), label=label, scale=0.0)
+    assert not ss.check_denoiser(model.given(label=label).given(scale=0.0), data())
     with pytest.raises(ValueError, match="condition `label` has 5 rows"):
-        ss.check_denoiser(model, data(), label=torch.arange(5), scale=1.0)
+        ss.check_denoiser(model.given(label=torch.arange(5), scale=1.0), data())
 
 
 def test_it_is_repeatable_leaves_no_trace_and_lists_every_reading() -> None:

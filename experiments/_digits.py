@@ -1,4 +1,4 @@
-"""Handwritten digits, 8 × 8: real data that comes with scikit-learn, and how samples of them are judged."""
+"""Handwritten digits, 8 × 8, that come with scikit-learn, and the evaluation of samples."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def load(seed: int = 0) -> Digits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a set of images looks like to a classifier and to a neighbour search.
+    """Measures of a set of images.
 
     Arguments:
-        confidence: Mean probability of the class that the classifier sees, 0.1 where it has seen nothing like it.
+        confidence: Mean probability of the predicted class, 0.1 far from all digits.
         balance: Total variation distance between the shares of classes and those of the real digits.
         nearest: Median distance to the nearest training image; 0 would be copies.
         sliced_w2: Sliced Wasserstein-2 distance to the held-out digits.
-        c2st: Accuracy of a classifier of its own that tells them from the held-out digits; ½ is indistinguishable.
+        c2st: Accuracy of a classifier that is trained to separate them from held-out digits; ½ is indistinguishable.
         shares: Share of each class.
     """
 
@@ -58,17 +58,17 @@ class Verdict:
 
 
 class Judge:
-    r"""Judges images by what it learned from the real training digits.
+    r"""Evaluation of images by a classifier of the real training digits.
 
-    Its classifier counts the digits near an image, class by class, on top of a little of every class:
+    The classifier counts the digits near an image, class by class, with a small prior on every class:
 
     .. math:: p_k(x) = \frac{a/10 + \sum_{i \in k} e^{-|x - x_i|^2/2}}{a + \sum_i e^{-|x - x_i|^2/2}}, \qquad a = 0.01,
 
-    so that it is sure among digits, which have another within 2.1 or so, and undecided (a tenth each) away from them,
-    where classifiers that draw borders between classes stay sure.
+    Among digits, whose nearest neighbour is at a distance of about 2.1, it is confident. Far from all digits it gives
+    a tenth to each class, where a classifier that draws borders between classes would stay confident.
 
     Arguments:
-        digits: The real ones.
+        digits: Real digits.
     """
 
     def __init__(self, digits: Digits) -> None:
@@ -76,7 +76,7 @@ class Judge:
         self.accuracy = float((self.classes(digits.held_out)[0] == digits.held_out_labels).float().mean())
 
     def classes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Most probable class of each image and its probability."""
+        """Predicted class of each image and its probability."""
         near = (-0.5 * torch.cdist(x.flatten(1), self.digits.images.flatten(1)) ** 2).exp()
         counts = near @ torch.nn.functional.one_hot(self.digits.labels, 10).to(near)
         p = (0.001 + counts) / (0.01 + counts.sum(1, keepdim=True))
@@ -84,7 +84,7 @@ class Judge:
         return best.indices, best.values
 
     def yardsticks(self) -> list[str]:
-        """The lines that samples stand beside: held-out digits, and the same with the pixels of each shuffled."""
+        """Lines to compare samples with: held-out digits, and the same digits with shuffled pixels."""
         held = self.digits.held_out
         half, other = held.split(len(held) // 2)
         where = torch.rand(half.flatten(1).shape, generator=torch.Generator().manual_seed(0)).argsort(1)
@@ -95,10 +95,14 @@ class Judge:
         ]
 
     def __call__(self, x: Tensor, against: Tensor | None = None) -> Verdict:
-        """Judge images (N, 1, 8, 8); `against` stands for the held-out digits, for judging those themselves.
+        """Measures of images (N, 1, 8, 8).
 
-        Digits have seventeen grey levels, and images are brought to them first: a classifier would tell samples from
-        digits by their levels alone.
+        Images are first rounded to the seventeen grey levels of the digits, because a classifier would otherwise
+        separate samples from digits by their grey levels alone.
+
+        Arguments:
+            x: Images.
+            against: Images to compare with; by default the held-out digits.
         """
         x = ((x.float() + 1) * 8).round().clamp(0, 16) / 8 - 1
         twin = self.digits.held_out if against is None else against
@@ -129,7 +133,7 @@ def line(name: str, nfe: int | str, v: Verdict) -> str:
 
 
 def tiles(x: Tensor, columns: int = 10) -> Tensor:
-    """Images (N, 1, h, w) as one picture, row by row."""
+    """One picture of images (N, 1, h, w), row by row."""
     n, _, h, w = x.shape
     rows = n // columns
     padded = torch.nn.functional.pad(x[: rows * columns, 0].clamp(-1, 1), (1, 1, 1, 1), value=1.0)
@@ -137,7 +141,7 @@ def tiles(x: Tensor, columns: int = 10) -> Tensor:
 
 
 def small_unet(width: int = 24, classes: int | None = None, seed: int = 0, **options: int) -> ss.nn.UNet:
-    """A network for 8 × 8 images that trains in minutes on two cores."""
+    """Network for 8 × 8 images that trains in minutes on two cores."""
     return ss.nn.UNet(
         1, width=width, multipliers=(1, 2), blocks=1, attention=(1,), classes=classes, seed=seed, **options
     )

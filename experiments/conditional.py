@@ -1,20 +1,20 @@
-"""Digits on request, and digits from what is left of them.
+"""Class-conditional digits by guidance, and digits restored from measurements.
 
-    python experiments/conditional.py            # goes on where it was stopped; 2000 steps are 6 minutes of one core
-    python experiments/conditional.py --quick    # seconds, for CI: the samples are no good
+    python experiments/conditional.py            # resumes an interrupted run; 2000 steps take 6 minutes on one core
+    python experiments/conditional.py --quick    # seconds, for CI: the samples are poor
 
-A class-conditional UNet is trained on scikit-learn's digits, one label in ten replaced by none. Then:
+A class-conditional UNet is trained on scikit-learn's digits; in one sample of ten the label is dropped. Then:
 
-* classifier-free guidance over a range of scales: how often a classifier made of real digits sees the class that was
-  asked for and how sure it is, and how much samples of a class differ (mean distance within a class, over that of the
-  training digits): what is gained in accuracy is paid in variety. Sliced W2 and C2ST to the held-out digits, and the
-  median distance to the nearest training digit, say whether they are digits at all, and none of those.
-* held-out digits are half covered, halved in size, or blurred, with noise of 0.1, and restored by posterior samplers
-  through the same network without labels: distance to the truth per pixel, distance of A x from y in units of the
-  noise (1 is right), and how often the classifier sees the true class. Beside them the least-squares state A⁺y and the
-  training digit that fits y best.
+* Classifier-free guidance is run at several scales. The table shows how often a classifier of real digits predicts the
+  requested class, its confidence, and the variety of the samples (mean distance within a class, divided by that of the
+  training digits). A larger scale increases the accuracy and decreases the variety. Sliced W2 and C2ST compare samples
+  with held-out digits; the median distance to the nearest training digit shows whether they are copies.
+* Held-out digits are half covered, halved in size, or blurred, and noise of standard deviation 0.1 is added. Posterior
+  samplers restore them with the same network, without labels. The table shows the error per pixel, the distance of A x
+  from y in units of the noise (1 is right), and how often the classifier predicts the true class. Two baselines are the
+  least-squares state A⁺y and the training digit that fits y best.
 
-Held-out digits stand beside all of it. Writes the tables and two figures.
+Both tables have a row for held-out digits. The script writes the tables and two figures.
 """
 
 from __future__ import annotations
@@ -31,21 +31,23 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import inverse
-from scoresde.inverse.measurements import Measurement
+from scoresde.inverse import Measurement
+from scoresde.training import Checkpoints, Update
 
 EVENT = (1, 8, 8)
 NONE = 10  # the label of no class
-STD = 0.75  # of the digits' pixels
+STD = 0.75  # standard deviation of the digits' pixels
+START = ss.Start(data_std=STD)
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     steps: int = 2000
     batch: int = 128
     rate: float = 2e-3
-    a_class: int = 25  # samples of each class
+    a_class: int = 25  # number of samples of each class
     restored: int = 100
     nfe: int = 20
     scales: str = "0,1,1.5,2,3,5"
@@ -55,7 +57,7 @@ class Options:
 
 
 def train(digits: Digits, options: Options) -> ss.Trainer:
-    """The conditional network, from its last checkpoint on."""
+    """Train the conditional network, from its last checkpoint if there is one."""
     model = ss.Denoiser(small_unet(classes=10, seed=options.seed), ss.VP(), predicts="v")
     loss = ss.DSM(model, drop=0.1, null={"label": NONE})
     trainer = ss.Trainer(
@@ -64,11 +66,8 @@ def train(digits: Digits, options: Options) -> ss.Trainer:
         torch.optim.Adam(loss.parameters(), options.rate),
         batch=options.batch,
         ema=0.995,
-        warmup=options.steps // 20,
-        schedule=lambda step: 1 - 0.95 * step / options.steps,
-        folder=options.out / f"conditional-{options.steps}",
-        save_every=250,
-        keep=1,
+        update=Update(warmup=options.steps // 20, schedule=lambda step: 1 - 0.95 * step / options.steps),
+        hooks=[Checkpoints(options.out / f"conditional-{options.steps}", every=250, keep=1)],
         seed=options.seed,
     )
     trainer.resume()
@@ -76,7 +75,7 @@ def train(digits: Digits, options: Options) -> ss.Trainer:
     return trainer
 
 
-# On request.
+# Class-conditional samples.
 
 
 def variety(x: Tensor, labels: Tensor) -> float:
@@ -86,35 +85,35 @@ def variety(x: Tensor, labels: Tensor) -> float:
 
 
 def guided(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options) -> tuple[str, dict[str, Tensor]]:
-    """The table over scales, and five samples of each class."""
+    """Table of guidance scales, and five samples of each class."""
     labels = torch.arange(10).repeat_interleave(options.a_class)
     half = len(digits.held_out) // 2
     held, held_labels, twin = digits.held_out[:half], digits.held_out_labels[:half], digits.held_out[half:]
     real = variety(digits.images, digits.labels)
     lines = ["| scale | class | confidence | variety | sliced W2 | C2ST | nearest |", "|---|---|---|---|---|---|---|"]
 
-    def line(name: str, x: Tensor, wanted: Tensor) -> str:
-        seen, confidence = judge.classes(x)
-        right = float((seen == wanted).float().mean())
+    def line(name: str, x: Tensor, requested: Tensor) -> str:
+        predicted, confidence = judge.classes(x)
+        right = float((predicted == requested).float().mean())
         n = min(len(x), len(twin))
         flat, other = x[:n].flatten(1), twin[:n].flatten(1)
         nearest = torch.cdist(x.flatten(1), digits.images.flatten(1)).min(1).values.median()
         return (
-            f"| {name} | {right:.3f} | {float(confidence.mean()):.2f} | {variety(x, wanted) / real:.2f} | "
+            f"| {name} | {right:.3f} | {float(confidence.mean()):.2f} | {variety(x, requested) / real:.2f} | "
             f"{ss.metrics.sliced_w2(flat, other):.3f} | {ss.metrics.c2st(flat, other):.2f} | {float(nearest):.2f} |"
         )
 
     lines.append(line("held-out digits", held, held_labels))
     pictures = {"held out": torch.stack([held[held_labels == c][:5] for c in range(10)], 1).flatten(0, 1)}
     for scale in (float(s) for s in options.scales.split(",")):
-        guidance = ss.ClassifierFree(model, scale, null={"label": NONE})
-        x = ss.sample(guidance, (len(labels), *EVENT), nfe=options.nfe, seed=options.seed, data_std=STD, label=labels)
+        guidance = ss.ClassifierFree(model.given(label=labels), scale, null={"label": NONE})
+        x = ss.sample(guidance, (len(labels), *EVENT), nfe=options.nfe, seed=options.seed, start=START)
         lines.append(line(f"{scale:g}", x, labels))
         pictures[f"scale {scale:g}"] = x.reshape(10, options.a_class, *EVENT)[:, :5].transpose(0, 1).flatten(0, 1)
     return "\n".join(lines), pictures
 
 
-# From what is left.
+# Restored digits.
 
 
 def operators() -> dict[str, inverse.Linear]:
@@ -132,17 +131,17 @@ Restore = Callable[[Any, Measurement, tuple[int, ...], Options], Tensor]
 
 
 def under(solver: Any, make: Callable[..., ss.denoisers.AbstractDenoiser]) -> Restore:
-    """A denoiser under a solver."""
+    """Sample a posterior denoiser with a solver."""
     return lambda prior, seen, shape, o: ss.sample(
-        make(prior, seen), shape, solver, nfe=o.nfe, seed=o.seed, data_std=STD
+        make(prior, seen), shape, solver, nfe=o.nfe, seed=o.seed, start=START
     )
 
 
 def dps(prior: Any, seen: Measurement, shape: tuple[int, ...], options: Options) -> Tensor:
-    """As published: DDPM's steps, each followed by one along the gradient; five times the evaluations."""
+    """DPS as published: DDPM steps, each followed by a gradient step, with five times the evaluations."""
     grid = ss.grids.quadratic_vp(prior.sde, 5 * options.nfe)
     model = inverse.DPS(prior, seen, inverse.dps_scale(prior.sde, grid, 0.3), norm=True)
-    return ss.sample(model, shape, ss.DDPM(), grid=grid, seed=options.seed, data_std=STD)
+    return ss.sample(model, shape, ss.DDPM(), grid=grid, seed=options.seed, start=START)
 
 
 METHODS: dict[str, Restore] = {
@@ -151,14 +150,14 @@ METHODS: dict[str, Restore] = {
     "`PiGDM`": under(ss.DDPM(), lambda prior, seen: inverse.PiGDM(prior, seen, data_std=STD)),
     "`DiffPIR`": under(ss.DDPM(), inverse.DiffPIR),
     "`DPS`, published step": dps,
-    "`ddrm`": lambda prior, seen, shape, o: inverse.ddrm(prior, seen, shape, o.nfe, seed=o.seed),
+    "`ddrm`": lambda prior, seen, shape, o: inverse.ddrm(prior, seen, shape, o.nfe, seed=o.seed).x,
 }
 
 
 def restored(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options) -> tuple[str, dict[str, Tensor]]:
-    """The table over measurements and methods, and ten restored digits of each."""
+    """Table of measurements and methods, and ten restored digits of each."""
     truth, labels = digits.held_out[: options.restored], digits.held_out_labels[: options.restored]
-    prior = ss.denoisers.Given(model, label=torch.full((len(truth),), NONE))
+    prior = model.given(label=torch.full((len(truth),), NONE))
     lines = ["| measurement | method | RMSE | misfit | class | confidence |", "|---|---|---|---|---|---|"]
     pictures = {}
     for word, A in operators().items():
@@ -207,7 +206,7 @@ def main(options: Options) -> str:
 
 
 def draw(pictures: dict[str, Tensor], page: Path, columns: int, rows: tuple[str, ...] = ()) -> None:
-    """Each set of images, ten in a row, with the names of its rows at the left."""
+    """Draw each set of images, ten in a row, with the names of the rows at the left."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -236,7 +235,7 @@ def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in vars(Options()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="seconds, for CI: the samples are no good")
+    parser.add_argument("--quick", action="store_true", help="seconds, for CI: the samples are poor")
     given = vars(parser.parse_args())
     if given.pop("quick"):
         given.update(steps=10, a_class=5, restored=10, nfe=4, scales="0,1,3")

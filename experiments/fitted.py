@@ -1,19 +1,19 @@
-"""Fitted plans beside every unfitted one, and computed grids beside common ones.
+"""Fitted plans against all unfitted ones, and computed grids against common ones.
 
     python experiments/fitted.py                              # half an hour on an idle core
     python experiments/fitted.py --process EDM --nfes 5,10    # under another process
     python experiments/fitted.py --quick                      # seconds, for CI
 
-On the three exact problems of ``work_precision.py`` under VP. At every budget: the best of all our rules × grids, a
-plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the data, no evaluation).
-Plans are fitted on 128 trajectories, stopped by 64 others, and all errors below are of 128 that no fit has seen:
-distance per number from the same fine solve of the probability flow, from the same starts at T. What the tails do is
-measured by ``tails.py``, on more samples.
+The problems are the three exact ones of ``work_precision.py``, under VP. At every budget the script compares the best of
+all solvers × grids, a plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the
+data, no evaluation). Plans are fitted on 128 trajectories, and 64 others decide when to stop. All errors are those of
+128 further trajectories: the distance per number from the same fine solve of the probability flow, from the same
+initial states at T. ``tails.py`` measures the tails of the error on more samples.
 
-Then plans of which a part is fitted, and grids that are computed, from the covariance or from a pilot run, beside
-common ones.
+The script then fits only some parts of a plan, and compares common grids with computed ones, which need the covariance
+or a pilot run.
 
-Writes a CSV, a figure and a table; a run that is interrupted takes up its CSV again.
+The script writes a CSV, a figure and a table; an interrupted run continues its CSV.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from work_precision import PROBLEMS, our_grids, our_rules, problem
 
 import scoresde as ss
 from scoresde import fitting
-from scoresde.plan.table import Plan
 
 NFES = (4, 5, 6, 8, 10, 15)
 FRESH = 128
+PARTS = ((), ("times",), ("network_times",), ("weights",), ("times", "weights"), ("times", "network_times", "weights"))
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     process: str = "VP"
-    problems: int = 3  # the first so many
+    problems: int = 3  # number of problems
     nfes: str = ",".join(map(str, NFES))
     steps: int = 300
     trajectories: int = 192
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Result:
-    """Errors of one plan on trajectories that nothing was fitted to."""
+    """Errors of one plan on trajectories that no fit used."""
 
     problem: str
     nfe: int
@@ -77,12 +77,12 @@ def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def share(ratio: float) -> str:
-    """A ratio as one of these, if it is less than 1."""
+    """Text of a ratio; below 1 it is written as 1/n."""
     return f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"
 
 
 class Case:
-    """A problem with its trajectories, those to fit on and fresh ones."""
+    """A problem with trajectories for fits and fresh ones."""
 
     def __init__(self, name: str, options: Options) -> None:
         self.name, self.options = name, options
@@ -91,31 +91,31 @@ class Case:
         self.x, self.truth, self.fresh, self.target = x[:n], truth[:n], x[n:], truth[n:]
         self.gaussian = ss.Gaussian.of(self.model.sde, self.model.mean(), self.model.covariance())
 
-    def measure(self, plan: Plan, start: ss.Gaussian | None = None) -> dict[str, float]:
+    def measure(self, plan: ss.Plan, start: ss.Gaussian | None = None) -> dict[str, float]:
         return errors(ss.sample(self.model, self.fresh, plan, start=start), self.target)
 
     def unfitted(self, n: int) -> Iterator[Result]:
-        """All rules on all grids."""
+        """All solvers on all grids."""
         sde = self.model.sde
         with torch.no_grad():
             for rule, solver in our_rules(self.options.quick).items():
                 for grid, maker in our_grids(self.options.process, self.options.quick).items():
-                    it, legs = solver.for_nfe(n)
-                    plan = it.plan(sde, maker(sde, legs))
+                    within, steps = solver.for_nfe(n)
+                    plan = within.plan(sde, maker(sde, steps))
                     if plan.nfe <= n:
                         yield Result(self.name, n, "unfitted", rule, grid, **self.measure(plan))
 
-    def begun(self, n: int, tol: float | None) -> Plan:
-        """What a fit starts from: a plan from T, or from where a Gaussian start costs `tol` per number."""
+    def initial(self, n: int, tol: float | None) -> ss.Plan:
+        """Plan to fit: from T, or from the time at which a Gaussian start has an error of `tol` per number."""
         sde = self.model.sde
         t = None if tol is None else self.gaussian.start_time(self.model, tol)
         return ss.VelocityAB(2 if n < 5 else 3).plan(sde, ss.grids.quadratic_vp(sde, n, t_start=t))
 
     def fitted(self, n: int, start: bool) -> Iterator[Result]:
-        """A fit, and what it started from if that is no plan from T; at 4 and 5 evaluations the better of two fits."""
+        """A fit, and with a Gaussian start also its initial plan; at 4 and 5 evaluations the better of two fits."""
         gaussian = self.gaussian if start else None
         tols = (None,) if not start else (0.01, 0.05) if n < 6 else (0.01,)
-        plans = [self.begun(n, tol) for tol in tols]
+        plans = [self.initial(n, tol) for tol in tols]
         if start:
             errors = self.measure(plans[0], gaussian)
             yield Result(self.name, n, "Gaussian start", plans[0].name, "quadratic_vp", **errors)
@@ -125,9 +125,9 @@ class Case:
                 plan,
                 self.model,
                 self.x,
-                gaussian=gaussian,
+                start=gaussian,
                 teacher=self.truth,
-                held_out=self.options.trajectories // 3,
+                split=fitting.Split(held_out=self.options.trajectories // 3),
                 steps=self.options.steps,
             )
             for plan in plans
@@ -139,7 +139,7 @@ class Case:
 
 
 def collect(options: Options, page: Path) -> list[Result]:
-    """All results, those of an earlier run included; each is written as soon as it is known."""
+    """All results, including those of an earlier run; each is written as soon as it is measured."""
     rows: list[Result] = []
     if page.exists() and not options.quick:
         kinds = {f.name: {"str": str, "int": int, "float": float}[str(f.type)] for f in fields(Result)}
@@ -172,7 +172,7 @@ def collect(options: Options, page: Path) -> list[Result]:
 
 
 def report(rows: list[Result], options: Options) -> str:
-    """The tables."""
+    """Tables of unfitted and fitted plans."""
     lines = [
         "# Fitted plans",
         "",
@@ -217,59 +217,57 @@ def report(rows: list[Result], options: Options) -> str:
 
 
 def parts_table(options: Options) -> list[str]:
-    """What fitting a part of a plan buys."""
+    """Errors after fits of some parts of a plan."""
     name, n = list(PROBLEMS)[0 if options.quick else 1], 5
     lines = [f"## Parts of a plan: {name}, {n} evaluations", "", "| fitted | start | median | q90 | q99 | RMSE |"]
     lines.append("|:--|:--|--:|--:|--:|--:|")
     case = Case(name, options)
     for start, tol in (("T", None), ("Gaussian", 0.01)):
-        gaussian, plan = (case.gaussian if tol else None), case.begun(n, tol)
-        for what in ((), ("times",), ("asked",), ("weights",), ("times", "weights"), ("times", "asked", "weights")):
-            if what:
-                how = {"gaussian": gaussian, "teacher": case.truth, "steps": options.steps, "what": what}
-                plan = ss.fit(case.begun(n, tol), case.model, case.x, **how)
-            found = case.measure(plan, gaussian)
-            cells = " | ".join(f"{found[k]:.2e}" for k in ("median", "q90", "q99", "rmse"))
+        gaussian, initial = (case.gaussian if tol else None), case.initial(n, tol)
+        fit = partial(ss.fit, initial, case.model, case.x, start=gaussian, teacher=case.truth, steps=options.steps)
+        for what in PARTS:
+            values = case.measure(fit(what=what) if what else initial, gaussian)
+            cells = " | ".join(f"{values[k]:.2e}" for k in ("median", "q90", "q99", "rmse"))
             lines.append(f"| {', '.join(what) or 'nothing'} | {start} | {cells} |")
     return [*lines, ""]
 
 
 def grid_table(options: Options) -> list[str]:
-    """Median errors of two rules on grids that are computed and on common ones."""
-    said = "Median error on fresh trajectories; in the last row over the better of uniform_lam and karras, in the mean."
-    lines = ["## Grids", "", said, ""]
+    """Median errors of three solvers on computed and on common grids."""
+    caption = "Median error on fresh trajectories; the last row is the geometric mean of its ratio to the better of "
+    lines = ["## Grids", "", caption + "uniform_lam and karras.", ""]
     names = list(PROBLEMS)[:1] if options.quick else list(PROBLEMS)[: options.problems]
     columns = ("uniform_lam", "karras", "quadratic_vp", "gaussian_grid", "gits", "equal_error", "align_your_steps")
-    lines += [f"| problem | rule | NFE | {' | '.join(columns)} |", f"|:--|:--|--:|{'--:|' * len(columns)}"]
+    lines += [f"| problem | solver | NFE | {' | '.join(columns)} |", f"|:--|:--|--:|{'--:|' * len(columns)}"]
     against: dict[str, list[float]] = {column: [] for column in columns}
     for name in names:
         case = Case(name, options)
         model, sde = case.model, case.model.sde
         spectrum, pilot = case.gaussian.spectrum, case.x[:32]
-        for rule in (ss.DDIM(), ss.DPMSolverPP(2), ss.VelocityAB(3)):
+        for solver in (ss.DDIM(), ss.DPMSolverPP(2), ss.VelocityAB(3)):
             for n in (6,) if options.quick else (6, 10, 15):
                 grids = {
                     "uniform_lam": ss.grids.uniform_lam(sde, n),
                     "karras": ss.grids.karras(sde, n),
                     "quadratic_vp": ss.grids.quadratic_vp(sde, n),
-                    "gaussian_grid": fitting.gaussian_grid(sde, n, spectrum, solver=rule),
+                    "gaussian_grid": fitting.gaussian_grid(sde, n, spectrum, solver=solver),
                     "gits": fitting.gits(model, pilot, n),
                     "equal_error": fitting.equal_error(model, pilot, n),
                     "align_your_steps": fitting.align_your_steps(model, case.truth[:32], n),
                 }
-                medians = [case.measure(rule.plan(sde, grids[column]))["median"] for column in columns]
+                medians = [case.measure(solver.plan(sde, grids[column]))["median"] for column in columns]
                 cells = [f"**{m:.2e}**" if m == min(medians) else f"{m:.2e}" for m in medians]
-                lines.append(f"| {name} | {rule} | {n} | {' | '.join(cells)} |")
+                lines.append(f"| {name} | {solver} | {n} | {' | '.join(cells)} |")
                 common = min(medians[:2])
                 for column, m in zip(columns, medians, strict=True):
                     against[column].append(m / common)
     means = (math.exp(sum(map(math.log, against[column])) / len(against[column])) for column in columns)
-    lines.append(f"| all / the better of two | | | {' | '.join(f'{m:.2f}' for m in means)} |")
+    lines.append(f"| all / better of two | | | {' | '.join(f'{m:.2f}' for m in means)} |")
     return [*lines, ""]
 
 
 def draw(rows: list[Result], page: Path) -> None:
-    """Median error against evaluations."""
+    """Draw the median error against the number of evaluations."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,15 +1,16 @@
-"""Five fitted evaluations of a trained network, and how many the default plan needs to do as well.
+"""Fitted plans of 5 evaluations for a trained network, and the budget at which the default plan is as accurate.
 
-    python experiments/fitted_unet.py            # 10 minutes on an idle core; the network is kept
-    python experiments/fitted_unet.py --quick    # seconds, for CI: a network that has learned nothing
+    python experiments/fitted_unet.py            # 10 minutes on an idle core; the network is saved
+    python experiments/fitted_unet.py --quick    # seconds, for CI: an untrained network
 
-The class-conditional UNet of ``conditional.py`` on scikit-learn's digits, without labels and under classifier-free
-guidance. A plan of 5 evaluations is fitted from T and with a Gaussian start (mean and covariance of the training
-digits) to a fine solve from some dozens of starts. Then fresh noise is drawn, and the fitted plan's distance from the
-fine solve, per pixel, is put beside the default's at every budget: the least with which the default is as close, by
-each measure. The plan that was fitted under one guidance scale is then run under others.
+The network is the class-conditional UNet of ``conditional.py`` on scikit-learn's digits, without labels and under
+classifier-free guidance. A plan of 5 evaluations is fitted, from T and with a Gaussian start (mean and covariance of
+the training digits), to a fine solve from 72 initial states. On fresh noise, the script then compares the fitted plan's
+distance from the fine solve, per pixel, with that of the default at every budget, and reports for each measure the
+smallest budget at which the default is as close. It also runs the plan that was fitted under one guidance scale under
+other scales.
 
-Writes a table.
+The script writes a table.
 """
 
 from __future__ import annotations
@@ -27,21 +28,20 @@ from _digits import Digits, load, small_unet
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.plan.table import Plan
 
 MEASURES = ("median", "q90", "q99", "RMSE")
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
-    train: int = 600  # steps of the network
+    train: int = 600  # training steps of the network
     nfe: int = 5
     trajectories: int = 72
-    steps: int = 50  # of a fit
+    steps: int = 50  # iterations of a fit
     fresh: int = 100
-    fine: int = 60  # evaluations of the teacher
+    fine: int = 60  # number of evaluations of the teacher
     starts: str = "T,Gaussian"
     scale: float = 2.0
     others: str = "0,1,3,4"
@@ -51,7 +51,7 @@ class Options:
 
 
 def network(digits: Digits, options: Options) -> ss.Denoiser:
-    """The averaged weights of a trained network; trained once for each number of steps."""
+    """Trained network with averaged weights; it is saved for each number of training steps."""
     model = ss.Denoiser(small_unet(classes=10), ss.VP(), predicts="v")
     page = options.out / f"fitted_unet_{options.train}.pt"
     if page.exists():
@@ -73,52 +73,51 @@ def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 class Case:
-    """A model with trajectories to fit on, fresh ones, and what the default does on the fresh ones."""
+    """A model with trajectories for fits, fresh ones, and the errors of the default on the fresh ones."""
 
     def __init__(self, model: Any, options: Options) -> None:
-        self.model, self.sde = model, model.sde
+        self.sde = model.sde
         self.truth: Tensor | None = None
         n = options.trajectories
         make = torch.Generator().manual_seed(options.seed + 1)
-        self.labels = torch.randint(0, 10, (n + options.fresh,), generator=make)
+        labels = torch.randint(0, 10, (n + options.fresh,), generator=make)
+        self.to_fit, self.to_test = model.given(label=labels[:n]), model.given(label=labels[n:])
+        self.pilot = model.given(label=labels[: min(64, n)])
         starts = self.sde.prior(std=0.75).sample(
             (n + options.fresh, *conditional.EVENT), ss.Noise(options.seed + 2), dtype=torch.float32
         )
         self.x, self.fresh = starts[:n], starts[n:]
-        self.given, self.asked = ({"label": part} for part in (self.labels[:n], self.labels[n:]))
-        self.target = self.fine(self.fresh, self.asked, options)
+        self.target = self.fine(self.to_test, self.fresh, options)
         self.default = {
-            n: errors(ss.sample(model, self.fresh, nfe=n, **self.asked), self.target)
+            n: errors(ss.sample(self.to_test, self.fresh, nfe=n), self.target)
             for n in map(int, options.budgets.split(","))
         }
 
-    def fine(self, x: Tensor, cond: dict[str, Tensor], options: Options) -> Tensor:
-        grid = ss.grids.quadratic_vp(self.sde, options.fine)
-        return ss.sample(self.model, x, ss.VelocityAB(3), grid=grid, **cond)
+    def fine(self, model: ss.denoisers.AbstractDenoiser, x: Tensor, options: Options) -> Tensor:
+        return ss.sample(model, x, ss.VelocityAB(3), grid=ss.grids.quadratic_vp(self.sde, options.fine))
 
-    def measure(self, plan: Plan, start: ss.Gaussian | None) -> dict[str, float]:
-        return errors(ss.sample(self.model, self.fresh, plan, start=start, **self.asked), self.target)
+    def measure(self, plan: ss.Plan, start: ss.Gaussian | None) -> dict[str, float]:
+        return errors(ss.sample(self.to_test, self.fresh, plan, start=start), self.target)
 
-    def needs(self, found: dict[str, float]) -> str:
-        """The least budget with which the default is as close, by each measure."""
+    def needs(self, values: dict[str, float]) -> str:
+        """Smallest budget at which the default is as close, by each measure."""
         cells = []
         for word in MEASURES:
-            enough = [n for n, e in self.default.items() if e[word] <= found[word]]
+            enough = [n for n, e in self.default.items() if e[word] <= values[word]]
             cells.append(str(min(enough)) if enough else f"> {max(self.default)}")
         return " | ".join(cells)
 
-    def fit(self, gaussian: ss.Gaussian | None, options: Options) -> Plan:
+    def fit(self, gaussian: ss.Gaussian | None, options: Options) -> ss.Plan:
         n = min(64, options.trajectories)
-        t = None if gaussian is None else gaussian.start_time(self.model, 0.02, n=n, label=self.labels[:n])
-        begun = ss.VelocityAB(3).plan(self.sde, ss.grids.quadratic_vp(self.sde, options.nfe, t_start=t))
+        t = None if gaussian is None else gaussian.start_time(self.pilot, 0.02, n=n)
+        initial = ss.VelocityAB(3).plan(self.sde, ss.grids.quadratic_vp(self.sde, options.nfe, t_start=t))
         if self.truth is None:
-            self.truth = self.fine(self.x, self.given, options)
-        how: dict[str, Any] = {"gaussian": gaussian, "teacher": self.truth, "steps": options.steps, **self.given}
-        return ss.fit(begun, self.model, self.x, **how)
+            self.truth = self.fine(self.to_fit, self.x, options)
+        return ss.fit(initial, self.to_fit, self.x, start=gaussian, teacher=self.truth, steps=options.steps)
 
 
-def row(words: Sequence[object], found: dict[str, float], needed: str) -> str:
-    return f"| {' | '.join(map(str, words))} | {' | '.join(f'{found[w]:.4f}' for w in MEASURES)} | {needed} |"
+def row(words: Sequence[object], values: dict[str, float], needed: str) -> str:
+    return f"| {' | '.join(map(str, words))} | {' | '.join(f'{values[w]:.4f}' for w in MEASURES)} | {needed} |"
 
 
 def head(words: Sequence[str]) -> list[str]:
@@ -138,12 +137,12 @@ def main(options: Options) -> str:
     lines = [
         "# Fitted evaluations of a trained network",
         "",
-        f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third to tell when to "
-        f"stop. Distance from a solve with {options.fine} evaluations, per pixel, on {options.fresh} fresh starts.",
+        f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third of which decide when "
+        f"to stop. Distance from a solve with {options.fine} evaluations, per pixel, on {options.fresh} fresh starts.",
         "",
         *head(("model", "plan")),
     ]
-    best: dict[str, Plan] = {}
+    best: dict[str, ss.Plan] = {}
     for name, scale in {"no labels": 0.0, f"guidance {options.scale:g}": options.scale}.items():
         case = Case(ss.ClassifierFree(model, scale, null=null, one_forward=True), options)
         lines.append(row((name, f"default, {options.nfe}"), case.default[options.nfe], " | ".join([""] * 4)))
@@ -151,24 +150,24 @@ def main(options: Options) -> str:
             began = time.perf_counter()
             plan = case.fit(start, options)
             word = "fitted, Gaussian start" if start else "fitted"
-            found = case.measure(plan, start)
-            lines.append(row((name, word), found, case.needs(found)))
-            seen = plan.meta["train"]["after"]["median"]
+            values = case.measure(plan, start)
+            lines.append(row((name, word), values, case.needs(values)))
+            own = plan.meta["train"]["after"]["median"]
             print(
-                f"{lines[-1]}\n  median on its own trajectories {seen:.4f}, on fresh ones {found['median']:.4f}; "
+                f"{lines[-1]}\n  median on its own trajectories {own:.4f}, on fresh ones {values['median']:.4f}; "
                 f"{plan.meta['iterations']} iterations, {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
-            lines[-1] += f" {seen:.4f} |"
+            lines[-1] += f" {own:.4f} |"
             best[name] = plan
     name = f"guidance {options.scale:g}"
-    lines += ["", f"## The plan with a Gaussian start that was fitted under {name}, under others", ""]
+    lines += ["", f"## The plan with a Gaussian start fitted under {name}, under other scales", ""]
     lines += head(("scale", "plan"))
     for scale in map(float, options.others.split(",")):
         case = Case(ss.ClassifierFree(model, scale, null=null, one_forward=True), options)
-        found = case.measure(best[name], gaussian)
+        values = case.measure(best[name], gaussian)
         lines.append(row((f"{scale:g}", f"default, {options.nfe}"), case.default[options.nfe], " | ".join([""] * 4)))
-        lines.append(row((f"{scale:g}", f"fitted at {options.scale:g}"), found, case.needs(found)))
+        lines.append(row((f"{scale:g}", f"fitted at {options.scale:g}"), values, case.needs(values)))
         print(lines[-1], flush=True)
     lines[4] += " median on its own trajectories |"
     lines[5] += "--:|"

@@ -1,19 +1,21 @@
-"""Which posterior sampler is right, and by how much: every method against the exact posterior of a mixture.
+"""Error of posterior samplers: every method against the exact posterior of a mixture.
 
-    python experiments/posteriors.py            # a quarter of an hour on one idle core; goes on where it was stopped
+    python experiments/posteriors.py            # 15 minutes on one idle core; resumes an interrupted run
     python experiments/posteriors.py --quick    # seconds, for CI
 
-The prior is a mixture, so the posterior is one too and is sampled exactly. For every method and number of evaluations:
-sliced W2, and the differences of means and of standard deviations, all over the posterior's root mean variance; and the
-classifier two-sample test, which is ½ where nothing is told apart. "floor" is what a second set of exact samples
-measures. Nothing is tuned for a case: each method has its defaults, DPS its published step with zeta = 0.3, twisted SMC
-as many particles as the others have samples; further down it has fewer and more, seen through as many draws from them.
-In 192 dimensions 30 and 300 evaluations are left out. Writes every number as CSV, the tables and a figure.
+The prior is a Gaussian mixture, so the posterior is one too and can be sampled exactly. For every method and number of
+evaluations the script measures the sliced W2 distance to exact samples and the differences of means and of standard
+deviations, all divided by the posterior's root mean variance, and the accuracy of a classifier two-sample test (C2ST),
+which is ½ if the two sets are indistinguishable. "floor" compares two sets of exact samples. Nothing is tuned for a
+case: each method has its defaults, DPS its published step with zeta = 0.3, and twisted SMC as many particles as the
+other methods have samples. Further rows give twisted SMC fewer and more particles, from which the same number of
+samples is drawn. In 192 dimensions, 30 and 300 evaluations are left out. The script writes every number as CSV, the
+tables and a figure.
 
-RESULT (a quarter of an hour on one core; all of it in docs/posteriors.md)
+RESULT (15 minutes on one core; complete in docs/posteriors.md)
     Median sliced W2 over 15 cases in 2 and 32 dimensions at 10, 30 and 100 evaluations: floor 0.10; exact h-transform
     0.14, 0.11, 0.10; twisted SMC 0.59, 0.22, 0.17 and with 2500 particles 0.13; MMPS 0.50, 0.50, 0.50; DiffPIR 1.01,
-    0.75, 0.46. C2ST at 100: 0.49, 0.48, 0.56 (0.53), 0.61, 0.68. Only the first two come down to the floor.
+    0.75, 0.46. C2ST at 100: 0.49, 0.48, 0.56 (0.53), 0.61, 0.68. Only the first two reach the floor.
 """
 
 from __future__ import annotations
@@ -31,28 +33,28 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde import inverse
-from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM
-from scoresde.inverse.measurements import Measurement
+from scoresde.inverse import DDNM, DPS, MMPS, TMPD, DiffPIR, Measurement, PiGDM
 
 SDE = ss.VP()
+DOUBLE = ss.Start(dtype=torch.float64)
 Sampler = Callable[[ss.GaussianMixture, Measurement, int, int], Tensor]
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     samples: int = 500
     dims: str = "2,32,192"
     nfes: str = "10,30,100"
     stds: str = "0.05,0.3,1.0"
     particles: str = "100,2500"
-    finest: int = 300  # evaluations of what still gains from them, but for 192 dimensions
+    finest: int = 300  # number of evaluations of the methods in FALLING, except in 192 dimensions
     out: Path = Path(__file__).parent / "out"
 
 
 class Row(NamedTuple):
-    """One measurement; the floor has 0 evaluations."""
+    """Errors of one method on one case; the floor has 0 evaluations."""
 
     D: int
     operator: str
@@ -63,7 +65,7 @@ class Row(NamedTuple):
     nfe: int
     sw2: float
     mean: float
-    spread: float
+    deviation: float
     c2st: float
 
 
@@ -71,10 +73,10 @@ class Row(NamedTuple):
 
 
 def plain(make: Callable[[ss.GaussianMixture, Measurement], ss.denoisers.AbstractDenoiser]) -> Sampler:
-    """A denoiser under the same solver as all others."""
+    """Sample a posterior denoiser with DPM-Solver++ 2M."""
 
     def sampler(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-        return ss.sample(make(prior, seen), (n, *prior.event), ss.DPMSolverPP(2), nfe=nfe, seed=1, dtype=torch.float64)
+        return ss.sample(make(prior, seen), (n, *prior.event), ss.DPMSolverPP(2), nfe=nfe, seed=1, start=DOUBLE)
 
     return sampler
 
@@ -82,18 +84,18 @@ def plain(make: Callable[[ss.GaussianMixture, Measurement], ss.denoisers.Abstrac
 def dps(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
     grid = ss.grids.quadratic_vp(SDE, nfe)
     model = DPS(prior, seen, inverse.dps_scale(SDE, grid, 0.3), norm=True)
-    return ss.sample(model, (n, *prior.event), ss.DDPM(), grid=grid, seed=1, dtype=torch.float64)
+    return ss.sample(model, (n, *prior.event), ss.DDPM(), grid=grid, seed=1, start=DOUBLE)
 
 
 def diffpir(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-    grid = inverse.renoised(SDE, ss.grids.quadratic_vp(SDE, nfe), 0.3)
-    return ss.sample(DiffPIR(prior, seen), (n, *prior.event), ss.DDIM(), grid=grid, seed=1, dtype=torch.float64)
+    grid = ss.grids.renoised(SDE, ss.grids.quadratic_vp(SDE, nfe), 0.3)
+    return ss.sample(DiffPIR(prior, seen), (n, *prior.event), ss.DDIM(), grid=grid, seed=1, start=DOUBLE)
 
 
 def repaint(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-    grid = inverse.repaint(SDE, ss.grids.quadratic_vp(SDE, max(2, nfe // 5)), 1, 5)
-    hook = inverse.Replacement(SDE, seen, seed=2)
-    return ss.sample(prior, (n, *prior.event), ss.DDPM(), grid=grid, seed=1, hook=hook, dtype=torch.float64)
+    grid = ss.grids.repaint(SDE, ss.grids.quadratic_vp(SDE, max(2, nfe // 5)), 1, 5)
+    watch = ss.Watch(hook=inverse.Replacement(SDE, seen, seed=2))
+    return ss.sample(prior, (n, *prior.event), ss.DDPM(), grid=grid, seed=1, start=DOUBLE, watch=watch)
 
 
 def start(prior: ss.GaussianMixture, n: int) -> Tensor:
@@ -101,15 +103,15 @@ def start(prior: ss.GaussianMixture, n: int) -> Tensor:
 
 
 def ddrm(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-    return inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1)
+    return inverse.ddrm(prior, seen, start(prior, n), nfe, seed=1).x
 
 
 def daps(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-    return inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1)
+    return inverse.daps(prior, seen, start(prior, n), nfe // 5, steps=5, seed=1).x
 
 
 def red_diff(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
-    return inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).double()
+    return inverse.red_diff(prior, seen, (n, *prior.event), nfe, seed=1).x.double()
 
 
 def twisted(prior: ss.GaussianMixture, seen: Measurement, n: int, nfe: int) -> Tensor:
@@ -134,30 +136,30 @@ METHODS: dict[str, Sampler] = {
 }
 
 
-FALLING = (EXACT, "`DiffPIR`", "`daps`")  # what gains from more evaluations than the others are given
+FALLING = (EXACT, "`DiffPIR`", "`daps`")  # methods that improve beyond the largest budget
 
 
 # The cases.
 
 
 def prior_of(D: int) -> ss.GaussianMixture:
-    """Five low-rank components, about unit variance."""
+    """Prior with five low-rank components and about unit variance."""
     draw = lambda k, *shape: ss.Noise(7).normal(shape, k, dtype=torch.float64)  # noqa: E731
     r = min(D, 4)
     return ss.GaussianMixture(SDE, 0.8 * draw(0, 5, D), std=0.2, factor=draw(1, 5, D, r) * 0.5 / math.sqrt(r))
 
 
 def operators(D: int) -> dict[str, inverse.Linear]:
-    """A mask, a matrix of low rank and, but for two dimensions, a blur."""
+    """A mask, a matrix of low rank and, except in two dimensions, a blur."""
     half = torch.arange(D) % 2 == 0
     M = max(1, D // 4)
     rows = ss.Noise(8).normal((M, D), 0, dtype=torch.float64) / math.sqrt(D)
-    found: dict[str, inverse.Linear] = {"mask": inverse.Mask(half), "low rank": inverse.Matrix(rows)}
-    return found if D == 2 else {**found, "blur": inverse.Blur(torch.tensor([0.25, 0.5, 0.25]), (D,))}
+    both: dict[str, inverse.Linear] = {"mask": inverse.Mask(half), "low rank": inverse.Matrix(rows)}
+    return both if D == 2 else {**both, "blur": inverse.Blur(torch.tensor([0.25, 0.5, 0.25]), (D,))}
 
 
 def runs(options: Options, D: int, operator: str) -> Iterator[tuple[str, int, int]]:
-    """Method, particles and evaluations of all that is tried on a case; the floor first."""
+    """Method, number of particles and number of evaluations of each run on a case; the floor is first."""
     nfes = [int(n) for n in options.nfes.split(",")]
     if D > 100:
         nfes = [nfes[0], nfes[-1]]
@@ -172,19 +174,19 @@ def runs(options: Options, D: int, operator: str) -> Iterator[tuple[str, int, in
         yield TWISTED, particles, options.finest
 
 
-def errors(x: Tensor, y: Tensor, spread: float) -> tuple[float, float, float, float]:
-    """Sliced W2, distance of means and of standard deviations, per coordinate and over the spread; C2ST."""
+def errors(x: Tensor, y: Tensor, scale: float) -> tuple[float, float, float, float]:
+    """Sliced W2, differences of means and of standard deviations, per coordinate and divided by `scale`; and C2ST."""
     x = x.nan_to_num(1e6, 1e6, -1e6).clamp(-1e6, 1e6)
     size = math.sqrt(x.shape[1])
     mean = float((x.mean(0) - y.mean(0)).norm()) / size
     std = float((x.std(0) - y.std(0)).norm()) / size
-    apart = ss.metrics.c2st(x, y, folds=3, steps=200)
-    return ss.metrics.sliced_w2(x, y, 64) / spread, mean / spread, std / spread, apart
+    c2st = ss.metrics.c2st(x, y, folds=3, steps=200)
+    return ss.metrics.sliced_w2(x, y, 64) / scale, mean / scale, std / scale, c2st
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prior, what was seen of a draw from it, and exact samples given that."""
+    """A prior and a measurement of one sample of it."""
 
     D: int
     operator: str
@@ -193,20 +195,20 @@ class Case:
     seen: Measurement
 
     def row(self, options: Options, method: str, particles: int, nfe: int) -> Row:
-        """Run a method and measure how far off it is, on as many samples whatever the number of particles."""
+        """Errors of a method, on the same number of samples for every number of particles."""
         exact = inverse.posterior(self.prior, self.seen)
         if method == "floor":
             x = exact.sample(particles, seed=3)
         else:
             x = METHODS[method](self.prior, self.seen, particles, nfe)
         drawn = x[torch.arange(options.samples) * particles // options.samples]
-        spread = math.sqrt(float(exact.covariance().diagonal().mean()))
-        found = errors(drawn, exact.sample(options.samples, seed=2), spread)
-        return Row(self.D, self.operator, self.std, options.samples, method, particles, nfe, *found)
+        scale = math.sqrt(float(exact.covariance().diagonal().mean()))
+        values = errors(drawn, exact.sample(options.samples, seed=2), scale)
+        return Row(self.D, self.operator, self.std, options.samples, method, particles, nfe, *values)
 
 
 def cases(options: Options) -> Iterator[Case]:
-    """Every dimension, operator and noise level."""
+    """Cases of every dimension, operator and noise level."""
     for D in map(int, options.dims.split(",")):
         prior = prior_of(D)
         truth = prior.sample(1, seed=11)
@@ -217,7 +219,7 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def measured(path: Path) -> dict[tuple[Any, ...], Row]:
-    """What an earlier run has written."""
+    """Rows that an earlier run wrote."""
     if not path.is_file():
         return {}
     of = get_type_hints(Row).values()
@@ -252,21 +254,21 @@ def main(options: Options) -> list[Row]:
     return rows
 
 
-# What is shown.
+# Tables and figure.
 
 
-def pick(rows: list[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(getattr(row, name) == value for name, value in wanted.items())]
+def pick(rows: list[Row], **fields: Any) -> list[Row]:
+    return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]
 
 
 def middle(rows: list[Row], error: str) -> float:
-    """Median of an error over cases; of two in the middle their mean."""
+    """Median of an error over the cases."""
     values = sorted(getattr(row, error) for row in rows)
     half = len(values) // 2
     return math.nan if not values else values[half] if len(values) % 2 else (values[half - 1] + values[half]) / 2
 
 
-def said(value: float) -> str:
+def cell(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.2f}" if value < 9.95 else f"{value:.0f}" if value < 1e3 else "diverges"
@@ -277,7 +279,7 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def tables(rows: list[Row], options: Options) -> str:
-    """Sliced W2 by evaluations and noise, the other errors, and what more particles do."""
+    """Sliced W2 by number of evaluations and noise level, the other errors, and the effect of more particles."""
     nfes = [int(n) for n in options.nfes.split(",")]
     stds = [float(s) for s in options.stds.split(",")]
     last = nfes[-1]
@@ -293,19 +295,19 @@ def tables(rows: list[Row], options: Options) -> str:
         values += [middle(pick(few, **at(name, last), std=std), "sw2") for std in stds]
         values += [max((r.sw2 for r in pick(few + many, **at(name, last))), default=math.nan)]
         values += [middle(pick(many, **at(name, nfe)), "sw2") for nfe in (nfes[0], last)]
-        lines.append([name, *map(said, values)])
+        lines.append([name, *map(cell, values)])
         values = [middle(pick(side, **at(name, last)), error) for side in (few, many) for error in Row._fields[8:]]
-        others.append([name, *map(said, values)])
+        others.append([name, *map(cell, values)])
     head = [f"NFE {n}" for n in (*nfes, options.finest)] + [f"std {s:g}" for s in stds] + ["largest"]
     text = table(["method", *head, *(f"192-D, {n}" for n in (nfes[0], last))], lines)
-    text += "\n" + table(["method", "mean", "spread", "C2ST", "192-D: mean", "spread", "C2ST"], others)
+    text += "\n" + table(["method", "mean", "std", "C2ST", "192-D: mean", "std", "C2ST"], others)
 
     lines = []
     for name, particles, nfe in sorted({r[4:7] for r in rows if r.method in ("floor", EXACT, TWISTED)}):
-        found = [pick(side, method=name, particles=particles, nfe=nfe) for side in sides]
-        values = [middle(side, error) for side in found for error in ("sw2", "c2st")]
-        values += [middle(pick(found[1], std=stds[0]), "sw2")]
-        lines.append([name, str(particles) if name == TWISTED else "", str(nfe or ""), *map(said, values)])
+        picked = [pick(side, method=name, particles=particles, nfe=nfe) for side in sides]
+        values = [middle(side, error) for side in picked for error in ("sw2", "c2st")]
+        values += [middle(pick(picked[1], std=stds[0]), "sw2")]
+        lines.append([name, str(particles) if name == TWISTED else "", str(nfe or ""), *map(cell, values)])
     head = [
         "method",
         "particles",
@@ -332,7 +334,7 @@ def draw(rows: list[Row], options: Options) -> None:
     few = [r for r in rows if r.D <= 100]
     own = pick(few, particles=options.samples)
     marks = "osD^v<>pPXh*d"
-    for ax, error, word in zip(axes, ("sw2", "c2st"), ("sliced W2, over the spread", "C2ST"), strict=False):
+    for ax, error, word in zip(axes, ("sw2", "c2st"), ("sliced W2, relative", "C2ST"), strict=False):
         for k, name in enumerate(METHODS):
             nfes = sorted({r.nfe for r in pick(own, method=name)})
             values = [min(middle(pick(own, method=name, nfe=n), error), 10) for n in nfes]
@@ -344,9 +346,9 @@ def draw(rows: list[Row], options: Options) -> None:
         ax.set_title(f"{word}, median of {len(pick(own, method='floor'))} cases", fontsize=9)
     axes[0].set_yscale("log")
     for nfe in sorted({r.nfe for r in pick(few, method=TWISTED)}):
-        found = pick(few, method=TWISTED, nfe=nfe)
-        numbers = sorted({r.particles for r in found})
-        values = [middle(pick(found, particles=n), "c2st") for n in numbers]
+        rows_of = pick(few, method=TWISTED, nfe=nfe)
+        numbers = sorted({r.particles for r in rows_of})
+        values = [middle(pick(rows_of, particles=n), "c2st") for n in numbers]
         axes[2].semilogx(numbers, values, "o-", ms=4, lw=1, label=f"{nfe} evaluations")
     axes[2].axhline(middle(pick(own, method="floor"), "c2st"), color="black", linestyle="--")
     axes[2].set_xlabel("particles")

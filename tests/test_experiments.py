@@ -124,9 +124,9 @@ def test_the_excess_of_the_loss_is_the_error_to_the_truth() -> None:
     exact = loss_to_truth.anisotropic(ss.VP())
     model = ss.Denoiser(ss.nn.MLP(32, hidden=16, depth=1, seed=0), ss.VP(), predicts="v")
     for level in loss_to_truth.errors(model, exact, 2000, seed=0):
-        assert level.loss - level.least == pytest.approx(level.error, abs=0.02 * level.loss)
+        assert level.loss - level.minimum == pytest.approx(level.error, abs=0.02 * level.loss)
     for level in loss_to_truth.errors(exact, exact, 100, seed=0):
-        assert level.error == 0 and level.loss == level.least
+        assert level.error == 0 and level.loss == level.minimum
 
 
 # Posteriors.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from scoresde import _checks as check
 from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import refuse_ddp
-from scoresde.integrators.embedded import Adams, Frame, Pair, State, advance, on_device
-from scoresde.integrators.loop import Accepted, Control, Equation, Observer, Run, integrate, wide
+from scoresde.integrators.embedded import Adams, Frame, Pair, State, advance, on_device, wide
+from scoresde.integrators.loop import Accepted, Control, Equation, Observer, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.processes.sde import SDE
 
@@ -250,7 +249,7 @@ def save_times(save_at: str | Sequence[float]) -> list[float]:
     return [float(t) for t in save_at]
 
 
-def check_tolerances(rtol: Any, atol: Any) -> None:
+def check_tolerances(rtol: float, atol: float) -> None:
     """Raise an error unless both tolerances are at least 0, and one of them is positive."""
     check.number("rtol", rtol, at_least=0)
     check.number("atol", atol, at_least=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.integrators.embedded import Frame, State, advance, on_device
+from scoresde.integrators.embedded import Frame, State, advance, on_device, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Path:
         at = self.frame.u(check.time(t, self.frame.sde.T).to("cpu", torch.float64).expand(B))
         y = self.at(at)
         scale = on_device(self.frame.scale(at), y)
-        return y * scale.reshape(-1, *[1] * (y.ndim - 1))
+        return y * wide(scale, y)
 
     def at(self, u: Tensor) -> Tensor:
         """State y at clock u, (B,)."""
@@ -68,9 +68,8 @@ class Path:
         place = self.place.gather(0, index).to(self.y.device)
         out = torch.zeros_like(self.y[place[0]])
         for where, a, b in zip(place, of_y, of_f, strict=True):
-            wide = (-1, *[1] * (self.y.ndim - 1))
-            out = out + on_device(a, self.y).reshape(wide) * self.y[where]
-            out = out + on_device(b, self.y).reshape(wide) * self.f[where]
+            out = out + wide(on_device(a, self.y), self.y) * self.y[where]
+            out = out + wide(on_device(b, self.y), self.y) * self.f[where]
         return out
 
     def _neighbours(self, u: Tensor, count: Tensor, sign: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ def quartic(
         middle: Weights of the stages for the state in the middle.
     """
     (centre,) = advance((before,), torch.tensor(middle, dtype=torch.float64)[:, None] * h, stages)
-    width = on_device(h, before).reshape(-1, *[1] * (before.ndim - 1))
+    width = wide(on_device(h, before), before)
     f0, f1 = width * stages[0][0], width * stages[-1][0]
     a4 = 2 * (f1 - f0) - 8 * (after + before) + 16 * centre
     a3 = 5 * f0 - 3 * f1 + 18 * before + 14 * after - 32 * centre

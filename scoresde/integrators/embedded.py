@@ -123,13 +123,18 @@ def on_device(v: Tensor, x: Tensor) -> Tensor:
     return v.to(device=x.device, dtype=x.dtype, non_blocking=True)
 
 
+def wide(v: Tensor, x: Tensor) -> Tensor:
+    """A tensor (B,) with axes that broadcast to `x`, (B, *event)."""
+    return v.reshape(-1, *[1] * (x.ndim - 1))
+
+
 def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
     """Compute y + Σ w_j f_j; the weights, (k, B), are copied to the device once."""
     w = on_device(w, y[0])
     out = list(y)
     for weight, f in zip(w, slopes, strict=True):
         for i, piece in enumerate(f):
-            out[i] = torch.addcmul(out[i], weight.reshape(-1, *[1] * (piece.ndim - 1)), piece)
+            out[i] = torch.addcmul(out[i], wide(weight, piece), piece)
     return tuple(out)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.integrators.dense import Record
-from scoresde.integrators.embedded import Attempt, Past, Scheme, State, advance, on_device, polynomial
+from scoresde.integrators.embedded import Attempt, Past, Scheme, State, advance, on_device, polynomial, wide
 from scoresde.integrators.method import Stats
 
 ROUNDING = 1e-14  # a step of this length, relative to the clock, does not change the clock
@@ -528,11 +528,6 @@ class _Loop:
             stats=self.stats,
             record=self.record,
         )
-
-
-def wide(v: Tensor, x: Tensor) -> Tensor:
-    """A tensor (B,) with axes that broadcast to `x`, (B, *event)."""
-    return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def rms(v: Tensor) -> Tensor:

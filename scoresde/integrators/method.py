@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.start import Start
+from scoresde.integrators.dense import Path
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 from scoresde.plan.run import Hook, Step
@@ -92,7 +93,7 @@ class Solution:
         seed: Seed of the run's noise.
         plan: Table that was run, if the method is a plan.
         stats: Cost of each sample, if each has steps of its own.
-        path: Function of time that interpolates the solution, if the method was asked for dense output.
+        path: Function of time that interpolates the solution, for methods with dense output.
         transitions: Gaussian transition of every step, see :class:`Watch`.
         companion: Second state of a reversible method, needed to run it back.
         log_prob: Log-densities of the samples, if the method computes them.
@@ -106,7 +107,7 @@ class Solution:
     seed: int | tuple[int, ...] | None = None
     plan: Plan | None = field(default=None, repr=False)
     stats: Stats | None = field(default=None, repr=False)
-    path: Any = field(default=None, repr=False)
+    path: Path | None = field(default=None, repr=False)
     transitions: tuple[Any, ...] = field(default=(), repr=False)
     companion: Tensor | None = field(default=None, repr=False)
     log_prob: Any = field(default=None, repr=False)

@@ -36,8 +36,8 @@ from scoresde.denoisers.gaussian import Gaussian, Marginal
 from scoresde.denoisers.mixture import GaussianMixture
 from scoresde.integrators.adaptive import progress
 from scoresde.integrators.dense import quartic
-from scoresde.integrators.embedded import DormandPrince, State, on_device
-from scoresde.integrators.loop import Accepted, Control, Equation, Run, integrate, wide
+from scoresde.integrators.embedded import DormandPrince, State, on_device, wide
+from scoresde.integrators.loop import Accepted, Control, Equation, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.likelihood.trace import Divergence, Probes, as_probes
 from scoresde.noise.keyed import Noise, as_noise
@@ -240,7 +240,7 @@ class FlowDensity(Method):
 def reference_for(
     x: Tensor, sde: SDE, reference: Gaussian | GaussianMixture | None, data_std: float | None
 ) -> Gaussian:
-    """The Gaussian that a density is computed relative to, in the dtype and on the device of `x`.
+    """The Gaussian that a density is computed relative to.
 
     Arguments:
         x: States, (B, *event).
@@ -254,7 +254,7 @@ def reference_for(
     if reference is None:
         std = 1.0 if data_std is None else check.number("data_std", data_std, above=0)
         sde.prior(std=std)  # warns where data is visible at T
-        return Gaussian(sde, torch.zeros(event), torch.full(event, std**2, dtype=torch.float64)).to(x)
+        return Gaussian(sde, torch.zeros(event), torch.full(event, std**2, dtype=torch.float64))
     if data_std is not None:
         raise ValueError("`data_std` has no meaning with `reference`, which has its own; drop one of the two.")
     if isinstance(reference, GaussianMixture) and len(reference.means) == 1:
@@ -268,7 +268,7 @@ def reference_for(
         raise ValueError(f"`reference` has events of shape {reference.event}, `x` {event}.")
     if float(reference.spectrum[-1]) <= 0:
         raise ValueError("`reference` must have a positive definite covariance; without one it has no density.")
-    return copy.deepcopy(reference).to(x)
+    return reference
 
 
 def _smallest(sde: SDE, t_min: float | None) -> float:
@@ -339,6 +339,7 @@ class RelativeFlow(Equation):
             t_max: Largest time.
         """
         s, sde = float(gaussian.spectrum.double().mean().sqrt()), model.sde
+        gaussian = copy.deepcopy(gaussian).to(x)
         first, last = (math.atan2(sde.sigma(t), sde.alpha(t) * s) for t in (t_min, t_max))
         tally = Tally(counter, *torch.zeros(2, len(x), dtype=torch.int64))
         return cls(unwrap_ddp(model), gaussian, s, first, last, torch.arange(len(x)), tally)

@@ -325,6 +325,16 @@ def test_tolerances_and_steps_are_kept_to() -> None:
     assert steps[0] > 8 * steps[1] > 64 * steps[2], "of order four or better"
 
 
+@pytest.mark.parametrize("probes", ["exact", "hutchinson", Probes("hutchinson", 2, "rademacher", "forward")], ids=str)
+def test_equal_steps_read_nothing_back(probes: Probes | str) -> None:
+    net = nn.Linear(4, 4, device="meta")  # a device without numbers: to read one raises an error
+    model = ss.Denoiser(lambda x, t: net(x) * t[:, None].to(x), ss.Flow(), predicts="x0")
+    x, two = torch.zeros(3, 4, device="meta"), Tolerance(steps=2)
+    assert ss.log_prob(model, x, probes=probes, tolerance=two, seed=0).value.shape == (3,)
+    drawn = ss.sample(model, (3, 4), FlowDensity(probes, two), seed=0, start=ss.Start(device="meta"))
+    assert drawn.device.type == "meta"
+
+
 def test_a_solve_that_cannot_go_on_says_where() -> None:
     with pytest.raises(ss.SolverError, match=r"`max_nfe` = 30 evaluations were not enough.*Sample 0 was at t ="):
         ss.log_prob(FLOW2, X2, tolerance=Tolerance(max_nfe=30))

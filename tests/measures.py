@@ -20,7 +20,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 SHOWN = 8  # entries of a list that are shown without --all
-OPEN = {"_checks", "_numerics"}  # private to the library, open to every module of it
+OPEN = {"_checks", "_numerics", "_printing", "_progress"}  # private to the library, open to every module of it
 OF_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public names of named tuples
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -301,7 +301,7 @@ def reads_rows(place: Place) -> bool:
 
 
 def accepts_steps(place: Place) -> bool:
-    """Whether it decides `error <= 1` and makes the next step of a power of the error."""
+    """Whether it decides `error <= 1` and makes the next step of a power of the error, itself or by a `factor`."""
     decides = powers = False
     for part in own(place.node):
         if isinstance(part, ast.Assign) and isinstance(part.value, ast.Compare):
@@ -309,6 +309,7 @@ def accepts_steps(place: Place) -> bool:
             less = isinstance(part.value.ops[0], (ast.Lt, ast.LtE))
             decides |= less and isinstance(right, ast.Constant) and right.value == 1
         powers |= isinstance(part, ast.BinOp) and isinstance(part.op, ast.Pow)
+        powers |= isinstance(part, ast.Call) and name_of(part.func) == "factor"
     return decides and powers
 
 

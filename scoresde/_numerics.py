@@ -10,13 +10,14 @@ from torch import Tensor
 
 
 @cache
+@torch.inference_mode(False)  # cached tensors must be usable by autograd
 def legendre(n: int = 80) -> tuple[Tensor, Tensor]:
     """Gauss–Legendre nodes and weights on [0, 1], float64; exact for polynomials of degree 2n − 1.
 
     Newton's method in the angle θ, x = cos θ, with differences of the recurrence: 1 − x keeps its digits at the ends,
     where numpy's weights are wrong by 1e-12 of themselves.
     """
-    theta = math.pi * (4 * torch.arange(1, (n + 1) // 2 + 1, dtype=torch.float64) - 1) / (4 * n + 2)
+    theta = math.pi * (4 * torch.arange(1, (n + 1) // 2 + 1, dtype=torch.float64, device="cpu") - 1) / (4 * n + 2)
     for _ in range(6):
         u = 2 * (theta / 2).sin() ** 2  # 1 - x
         step, p = -u, 1 - u

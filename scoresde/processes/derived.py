@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._numerics import legendre
 from scoresde._printing import short
 from scoresde.processes.sde import SDE, TimeT
 
@@ -87,11 +88,11 @@ class FromDrift(SDE):
                 )
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        node, weight = _legendre(t)
+        node, weight = (v.to(t) for v in legendre(64))
         return t * (self.f_fn(t[..., None] * node) * weight).sum(-1)  # @ would use half precision under autocast
 
     def _sigma(self, t: Tensor) -> Tensor:
-        node, weight = _legendre(t)
+        node, weight = (v.to(t) for v in legendre(64))
         s = t[..., None] * node
         gain = 2 * (self._log_alpha(t)[..., None] - self._log_alpha(s))
         return (t * (self.g_fn(s) ** 2 * gain.exp() * weight).sum(-1)).sqrt()
@@ -151,7 +152,7 @@ class Shifted(SDE):
         return self._at(self._u, t)
 
     def _u(self, t: Tensor) -> Tensor:
-        lam = self.base._log_alpha(t) - self.base._log_sigma(t) - math.log(self.shift)
+        lam = self.base.lam(t) - math.log(self.shift)
         u = self.base.inverse_lam(lam).clamp(0.0, self.base.T)
         return torch.where(t == 0, t, u)
 
@@ -186,11 +187,3 @@ def _text(sde: SDE, *functions: Callable[[Tensor], Tensor]) -> str:
     """Text of a process given by functions: their names, and λ in the middle, since many functions have no name."""
     names = ", ".join(map(short, functions))
     return f"{type(sde).__name__}({names}, T={sde.T}, t_min={sde.t_min}, lam(T/2)={sde.lam(sde.T / 2):.6g})"
-
-
-def _legendre(like: Tensor, n: int = 64) -> tuple[Tensor, Tensor]:
-    """Gauss–Legendre nodes and weights on [0, 1]."""
-    import numpy as np
-
-    node, weight = np.polynomial.legendre.leggauss(n)
-    return torch.as_tensor((node + 1) / 2).to(like), torch.as_tensor(weight / 2).to(like)

@@ -7,20 +7,15 @@ device would synchronise.
 from __future__ import annotations
 
 import difflib
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
-
-_WORDS = ("steps", "nfe", "grid", "seed", "t_start", "t_end", "data_std", "rtol", "atol", "dtype", "device")
 
 OUTSIDE = 1e-6  # tolerance for a time outside [0, T], relative to T: float32 rounding
 
@@ -73,24 +68,6 @@ def dtype(name: str, value: object) -> torch.dtype:
         hint = f"write torch.{value}" if isinstance(value, str) else "draw, then cast"
         raise TypeError(f"`{name}` must be torch.float32 or torch.float64, got {value!r}; {hint}.")
     return value
-
-
-def conditions(names: Iterable[str], function: Callable[..., Any]) -> None:
-    """Refuse conditions whose names look like options, of this function or another: they would go to the network."""
-    own = _options(function)
-    for name in names:
-        near = difflib.get_close_matches(name, (*own, *_WORDS), n=1, cutoff=0.75)
-        if near:
-            known = f"did you mean `{near[0]}`?" if near[0] in own else f"it has {', '.join(own)}."
-            raise TypeError(
-                f"`{name}` is not an option of `{function.__name__}`; {known} Other names go to the network."
-            )
-
-
-@cache
-def _options(function: Callable[..., Any]) -> tuple[str, ...]:
-    parameters = inspect.signature(function).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self")
 
 
 def shape(name: str, value: object) -> tuple[int, ...]:

@@ -91,7 +91,7 @@ class AbstractDenoiser(nn.Module):
     """
 
     per_sample: ClassVar[tuple[str, ...]] = ()
-    """Names of attributes that hold one entry for each sample; :meth:`rows` selects them."""
+    """Names of attributes that hold one entry for each sample; :meth:`AbstractDenoiser.rows` selects them."""
 
     sde: SDE
 
@@ -232,7 +232,7 @@ class AbstractDenoiser(nn.Module):
         return self._twin(lambda inner: inner.rows(index), self.row_attributes(index))
 
     def row_attributes(self, index: Tensor) -> dict[str, object]:
-        """Attributes of :meth:`rows`, by name: by default those in `per_sample`, selected by :func:`select`.
+        """Attributes of :meth:`AbstractDenoiser.rows`, by name: by default those in `per_sample`, selected by :func:`select`.
 
         Arguments:
             index: Numbers of the samples, an integer tensor (b,).
@@ -390,7 +390,7 @@ class _OfSamples:
 class Wrapped(AbstractDenoiser):
     """A denoiser made from one other denoiser or from several; the base of guidance and of posterior denoisers.
 
-    Inner denoisers are modules of this one, so that :meth:`rows` and :meth:`counted` reach them.
+    Inner denoisers are modules of this one, so that :meth:`AbstractDenoiser.rows` and :meth:`counted` reach them.
 
     Arguments:
         model: The inner denoiser.

@@ -84,13 +84,3 @@ def as_start(start: Start | Gaussian | None) -> Start:
     if not isinstance(start, Start):
         raise TypeError(f"`start` must be a Start, a Gaussian or None, got {type(start).__name__}.")
     return start
-
-
-def draw_start(model, shape_or_x, t, noise, std, dtype, device, gaussian=None):  # type: ignore[no-untyped-def]
-    """Temporary: replaced by Start.draw in every caller."""
-    return Start(std, gaussian, dtype, device).draw(model, shape_or_x, t, noise)
-
-
-def device_of(model):  # type: ignore[no-untyped-def]
-    """Temporary: replaced by Start.placement in every caller."""
-    return Start().placement(model)[1]

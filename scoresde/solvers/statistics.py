@@ -91,7 +91,6 @@ class Statistics:
         t_start: float | None = None,
         t_end: float | None = None,
         seed: int = 0,
-        **cond: Any,
     ) -> Statistics:
         r"""Estimate the statistics of a model: l from a trace estimate, s and b from a regression along the flow.
 
@@ -99,15 +98,13 @@ class Statistics:
                   (s, b) = \arg\min E\left|\tfrac{df}{d\lambda} - s f - b\right|^2
 
         Arguments:
-            model: A differentiable denoiser.
+            model: Differentiable denoiser; conditions are fixed by ``model.given(label=y)``.
             data: Batch of real data, (B, *event); 256 samples are enough.
             n: Number of values of λ.
             t_start: First time of sampling, by default T, or 0.999 T if α(T) = 0.
             t_end: Last positive time of sampling, by default ``sde.t_min``.
             seed: Seed of the noise.
-            **cond: Conditions of the network.
         """
-        check.conditions(cond, Statistics.estimate)
         sde = model.sde
         check.integer("n", n, at_least=2)
         first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
@@ -119,14 +116,14 @@ class Statistics:
             t = sde.t_of_lam(lam)
             x = sde.perturb(data, t, noise.like(data, 2 * i)).requires_grad_()
             with torch.enable_grad():
-                d = model.x0(x, t, **cond)
+                d = model.x0(x, t)
                 probe = noise.like(data, 2 * i + 1).sign()
                 (jd,) = torch.autograd.grad((d * probe).sum(), x)
             trace = float((jd * probe).mean())
             slopes.append(1 - sde.alpha(t) * trace)
         curve = torch.tensor(slopes, dtype=torch.float64)
         for i, lam in enumerate(lams.tolist()):
-            fits.append(cls._regress(model, data, lams, curve, lam, noise.like(data, 2 * i), cond))
+            fits.append(cls._regress(model, data, lams, curve, lam, noise.like(data, 2 * i)))
         s, b, _ = zip(*fits, strict=True)
         return cls(tuple(lams.tolist()), tuple(slopes), tuple(s), tuple(b))
 
@@ -138,7 +135,6 @@ class Statistics:
         curve: Tensor,
         lam: float,
         eps: Tensor,
-        cond: dict[str, Any],
     ) -> tuple[float, float, float]:
         """Regress df/dλ on f by a central difference along the flow."""
         sde, step = model.sde, 1e-2
@@ -148,10 +144,10 @@ class Statistics:
             x = sde.perturb(data, t, eps)
             for at in (lo, lam, hi):
                 u = sde.t_of_lam(at)
-                y = _flow_step(model, sde, x, t, u, cond)
+                y = _flow_step(model, sde, x, t, u)
                 l_at = float(_interpolate(lams, curve, torch.tensor([at], dtype=torch.float64)))
                 alpha = sde.alpha(u)
-                values.append(((1 - l_at) * y - alpha * model.x0(y, u, **cond)).double() / alpha)
+                values.append(((1 - l_at) * y - alpha * model.x0(y, u)).double() / alpha)
         slope, f = ((values[2] - values[0]) / (hi - lo)).reshape(-1), values[1].reshape(-1)
         centred = f - f.mean()
         # If f is almost constant, the regression is ill-conditioned and s has little effect; the ridge bounds s.
@@ -160,7 +156,7 @@ class Statistics:
         return s, float(slope.mean()) - s * float(f.mean()), lam
 
 
-def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float, cond: dict[str, Any]) -> Tensor:
+def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float) -> Tensor:
     """Second-order step along the flow: DDIM with the data prediction at the midpoint in λ."""
     if s == t:
         return x
@@ -170,8 +166,8 @@ def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float,
         return ratio * y + (sde.alpha(b) - ratio * sde.alpha(a)) * d
 
     mid = sde.t_of_lam((sde.lam(s) + sde.lam(t)) / 2)
-    y = ddim(x, model.x0(x, s, **cond), s, mid)
-    return ddim(x, model.x0(y, mid, **cond), s, t)
+    y = ddim(x, model.x0(x, s), s, mid)
+    return ddim(x, model.x0(y, mid), s, t)
 
 
 def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:

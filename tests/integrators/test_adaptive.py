@@ -347,6 +347,13 @@ def test_states_at_times_of_choice() -> None:
         ss.solve(model, x, Adaptive(), watch=ss.Watch(save_at="all"))
 
 
+def test_a_bar_shows_the_share_of_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = ss.Watch(progress="always")
+    shown = ss.solve(ring(ss.VP()), (4, 2), Adaptive(), seed=0, watch=watch)
+    assert "100%" in capsys.readouterr().err
+    assert torch.equal(shown.x, ss.solve(ring(ss.VP()), (4, 2), Adaptive(), seed=0).x)
+
+
 def test_float32_states_are_as_good_as_their_dtype() -> None:
     sde = ss.VP()
     model, x = ring(sde).float(), noise(sde)

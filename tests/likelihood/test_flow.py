@@ -143,6 +143,63 @@ def test_samples_come_with_the_density_that_is_found_for_them() -> None:
         assert torch.allclose(again, x, atol=1e-9)
 
 
+def test_flow_density_follows_start_and_end() -> None:
+    mix, t = mixture(2, ss.VP()), 0.05
+    found = ss.solve(mix, (4, 2), FlowDensity(tolerance=TIGHT), t_end=t, seed=1, start=DOUBLE)
+    again = ss.log_prob(mix, found.x, t_min=t, to_zero=False, tolerance=TIGHT)
+    assert torch.allclose(found.log_prob.value, again.value, rtol=0, atol=1e-5)
+    assert bool((found.log_prob.truncation == 0).all()) and found.times == [1.0, t]
+    wide = ss.solve(mix, (4, 2), FlowDensity(), seed=1, start=ss.Start(data_std=3.0, dtype=F64))
+    deviation = math.hypot(3 * mix.sde.alpha(1.0), mix.sde.sigma(1.0))
+    assert torch.allclose(wide.log_prob.latent, deviation * found.log_prob.latent / math.hypot(*scales(mix.sde)))
+    gauss = ss.Gaussian.of(mix.sde, mix.mean(), mix.covariance())
+    reference = ss.GaussianMixture(mix.sde, mix.mean()[None], cov=mix.covariance()[None])
+    by_start = ss.solve(mix, (4, 2), FlowDensity(), seed=1, start=ss.Start(gaussian=gauss, dtype=F64))
+    for same in (gauss, reference):
+        density = ss.solve(mix, (4, 2), FlowDensity(reference=same), seed=1, start=DOUBLE)
+        assert torch.allclose(density.x, by_start.x, rtol=0, atol=1e-12)
+        assert torch.allclose(density.log_prob.value, by_start.log_prob.value, rtol=0, atol=1e-11)
+    state = by_start.log_prob.latent
+    assert torch.allclose(ss.sample(mix, state, FlowDensity(reference=gauss)), by_start.x, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="`data_std` has no meaning with `reference`"):
+        ss.solve(mix, (4, 2), FlowDensity(reference=gauss), start=ss.Start(data_std=2.0))
+    with pytest.raises(ValueError, match="`t_min` has no meaning with a `t_end`"):
+        ss.solve(mix, (4, 2), FlowDensity(t_min=0.01), t_end=0.1)
+
+
+def scales(sde: ss.SDE) -> tuple[float, float]:
+    return sde.alpha(sde.T), sde.sigma(sde.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_the_algebra_of_a_gaussian_is_exact_to_rounding(dtype: torch.dtype) -> None:
+    D, eps = 12, torch.finfo(dtype).eps
+    U, c = torch.linalg.qr(normal(D, D))[0], normal(D, seed=3).square() + 1e-3
+    sde, mean, event = ss.VP(), normal(3, 4, seed=2), (3, 4)
+    gaussians = {
+        "diagonal": ss.Gaussian(sde, mean, c.reshape(event)),
+        "full": ss.Gaussian(sde, mean, c, U),
+        "low rank": ss.Gaussian(sde, mean, c[:5], U[:, :5], rest=0.3),
+        "component": ss.GaussianMixture(sde, mean[None], factor=(U[:, :5] * c[:5].sqrt())[None], std=0.4).component(),
+    }
+    alpha, sigma = torch.tensor([1.0, 0.6, 0.0], dtype=F64), torch.tensor([0.0, 0.8, 1.0], dtype=F64)
+    x, z = normal(3, *event, seed=5), normal(3, *event, seed=6)
+    eye = torch.eye(D, dtype=F64).reshape(D, *event)
+    for name, gauss in gaussians.items():
+        data = gauss.marginal(1.0, 0.0)
+        root = (data.state(eye) - gauss.mean).flatten(1)
+        cov = alpha[:, None, None] ** 2 * (root @ root.mT) + sigma[:, None, None] ** 2 * torch.eye(D, dtype=F64)
+        marginal = gauss.to(dtype).marginal(alpha, sigma)
+        truth = torch.logdet(cov) / 2
+        assert (marginal.log_det().double() - truth).abs().max() < 100 * eps, name
+        back = marginal.whiten(marginal.state(z.to(dtype))).double()
+        assert (back - z).abs().max() < 1e4 * eps, name
+        density = torch.distributions.MultivariateNormal(alpha[:, None] * mean.flatten().to(F64), cov)
+        mahalanobis = marginal.whiten(x.to(dtype)).double().square().flatten(1).sum(1)
+        log_p = -0.5 * mahalanobis - marginal.log_det().double() - D / 2 * math.log(2 * math.pi)
+        assert ((log_p - density.log_prob(x.flatten(1))) / log_p).abs().max() < 1e4 * eps, name
+
+
 def test_any_shape_any_dtype_and_no_rows() -> None:
     image = ss.GaussianMixture(ss.VP(), normal(2, 2, 3, 2), std=0.5)
     x = image.sample(3, seed=0)

@@ -53,22 +53,38 @@ def DDIM(eta: Eta = 0.0) -> Solver:
 
 
 def Euler(clock: str = "t") -> Solver:
-    """Euler's method on the probability flow dx/dt or dx/dλ. DDIM is more accurate at the same cost."""
+    """Euler's method on the probability flow dx/dt or dx/dλ. DDIM is more accurate at the same cost.
+
+    Arguments:
+        clock: Time variable: ``"t"`` or ``"lam"``.
+    """
     return RungeKutta(EULER, None, clock, "Euler")
 
 
 def Heun(clock: str = "t") -> Solver:
-    """Heun's method on the probability flow dx/dt or dx/dλ; :func:`EDMHeun` is Heun's method in σ/α."""
+    """Heun's method on the probability flow dx/dt or dx/dλ; :func:`EDMHeun` is Heun's method in σ/α.
+
+    Arguments:
+        clock: Time variable: ``"t"`` or ``"lam"``.
+    """
     return RungeKutta(HEUN, None, clock, "Heun")
 
 
 def Midpoint(clock: str = "t") -> Solver:
-    """The midpoint method on the probability flow dx/dt or dx/dλ."""
+    """The midpoint method on the probability flow dx/dt or dx/dλ.
+
+    Arguments:
+        clock: Time variable: ``"t"`` or ``"lam"``.
+    """
     return RungeKutta(MIDPOINT, None, clock, "Midpoint")
 
 
 def RungeKutta4(clock: str = "t") -> Solver:
-    """The classical fourth-order method on the probability flow dx/dt or dx/dλ."""
+    """The classical fourth-order method on the probability flow dx/dt or dx/dλ.
+
+    Arguments:
+        clock: Time variable: ``"t"`` or ``"lam"``.
+    """
     return RungeKutta(RK4, None, clock, "RungeKutta4")
 
 
@@ -223,7 +239,11 @@ def DEIS(order: int = 3, variable: str = "t", start: str = "ramp") -> Solver:
 
 
 def LMS(order: int = 4) -> Solver:
-    """The linear multistep method of k-diffusion in σ/α: ρAB-DEIS, with exact integrals."""
+    """The linear multistep method of k-diffusion in σ/α: ρAB-DEIS, with exact integrals.
+
+    Arguments:
+        order: Number of nodes, one more than the degree of the polynomial.
+    """
     return Multistep(order, NOISE, RHO, label="LMS")
 
 
@@ -340,6 +360,9 @@ def IPNDM(order: int = 4) -> Solver:
 
 def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
     r"""DDIM with extrapolated noise, :math:`\varepsilon = \gamma\varepsilon_i + (1-\gamma)\varepsilon_{i-1}`.
+
+    Arguments:
+        gamma: Weight γ of the newest noise prediction; 1 is DDIM.
 
     References:
         | Interpreting and Improving Diffusion Models from an Optimization Perspective (Permenter & Yuan, 2024),

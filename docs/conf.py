@@ -1,9 +1,14 @@
 """Sphinx settings. The build downloads nothing; MathJax is fetched by the reader's browser."""
 
+import importlib
+import pkgutil
 import re
+import sys
 
+from accelerate import Accelerator
 from sphinx.application import Sphinx
 
+import scoresde
 from scoresde import __version__
 
 project = "scoresde"
@@ -23,6 +28,17 @@ extensions = [
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates"]
 
+# Some folders export a function with the name of its module, as scoresde.sampling.encode. Here that name is the module.
+modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(scoresde.__path__, "scoresde.")]
+for module in modules:
+    folder, _, name = module.__name__.rpartition(".")
+    setattr(sys.modules[folder], name, module)
+
+# Types that these modules import for type checkers only.
+for module in (scoresde.training.hooks, scoresde.training.checkpoint):
+    module.Trainer = scoresde.training.Trainer
+scoresde.training.trainer.Accelerator = Accelerator
+
 # The API, from docstrings. Autosummary writes one page for each module, autodoc fills it in the order of the source.
 autosummary_generate = True
 autodoc_member_order = "bysource"
@@ -32,9 +48,9 @@ napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 
-# A reference in a docstring must lead somewhere. Types of other packages, private ones and type variables cannot.
+# Every reference in a docstring must have a target, except types of other packages, private types and type variables.
 nitpicky = True
-nitpick_ignore_regex = [("py:(class|data|obj)", r"(?!scoresde\.).*|.*\.(_\w+|\w+T)")]
+nitpick_ignore_regex = [("py:(class|data|obj)", r"(?!scoresde\.).*|.*\.(_\w+.*|\w+T)")]
 
 # The pages.
 myst_enable_extensions = ["amsmath", "dollarmath"]
@@ -46,7 +62,7 @@ html_title = f"scoresde {version}"
 
 
 def read_naturally(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Let docstrings be written as they read: (B, *event) is no emphasis, :func:`sample` is found in any module."""
+    """Escape the asterisk in (B, *event), and search for :func:`sample` in all modules."""
     for i, line in enumerate(lines):
         line = re.sub(r"(``.*?``)|(?<=, )\*(?=\w+\))", lambda m: m[1] or r"\*", line)
         lines[i] = re.sub(r"(:(?:attr|class|func|meth|mod):`)(?=\w)", r"\1.", line)

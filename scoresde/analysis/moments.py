@@ -115,7 +115,7 @@ class Stability:
     Arguments:
         amplification: Derivative ∂x_n/∂x_0 divided by that of the exact flow, (K,).
         sensitivity: Derivatives ∂x_n/∂d_k for errors of evaluation k, through all later evaluations, (K, n).
-        largest: Largest |∂x_r/∂x_0| over the rows, relative to the exact flow, (K,).
+        largest: Largest absolute value of ∂x_r/∂x_0 over the rows, relative to the exact flow, (K,).
     """
 
     amplification: Tensor

@@ -232,7 +232,7 @@ class AbstractDenoiser(nn.Module):
         return self._twin(lambda inner: inner.rows(index), self.row_attributes(index))
 
     def row_attributes(self, index: Tensor) -> dict[str, object]:
-        """Attributes of :meth:`AbstractDenoiser.rows`, by name: by default those in `per_sample`, selected by :func:`select`.
+        """Attributes of the denoiser for some samples, by name: those in `per_sample`, selected by :func:`select`.
 
         Arguments:
             index: Numbers of the samples, an integer tensor (b,).

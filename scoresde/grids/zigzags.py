@@ -130,7 +130,7 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
 def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Tensor:
     """Grid of RePaint: each block of `jump` steps is repeated `resample` times, with noise added back in between.
 
-    With :class:`scoresde.inverse.Replacement` as the hook and the solver ``ss.DDPM()``, this grid gives RePaint. The
+    With :class:`Replacement` as the hook and the solver ``ss.DDPM()``, this grid gives RePaint. The
     last block, which usually ends at σ = 0, is solved once.
 
     Arguments:

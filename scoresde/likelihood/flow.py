@@ -35,9 +35,10 @@ from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.gaussian import Gaussian, Marginal
 from scoresde.denoisers.mixture import GaussianMixture
 from scoresde.integrators.adaptive import progress
+from scoresde.integrators.control import Control
 from scoresde.integrators.dense import quartic
 from scoresde.integrators.embedded import DormandPrince, State, on_device, wide
-from scoresde.integrators.loop import Accepted, Control, Equation, Run, integrate
+from scoresde.integrators.loop import Accepted, Equation, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.likelihood.trace import Divergence, Probes, as_probes
 from scoresde.noise.keyed import Noise, as_noise
@@ -140,7 +141,7 @@ def log_prob(
         x: Data, (B, *event), in its own scale; the arithmetic is in its dtype, so give float64 for the last digits.
         probes: Computation of the trace: :class:`Probes`, or ``"exact"``, ``"hutchinson"`` or ``"hutch++"``.
         tolerance: Steps of the state, by default ``Tolerance(rtol=1e-5, atol=1e-5)``.
-        reference: Gaussian close to the data, a :class:`~scoresde.Gaussian` or a mixture of one component. It gives the
+        reference: Gaussian close to the data, a :class:`Gaussian` or a mixture of one component. It gives the
             prior at T, and its part of the trace is not estimated. By default N(0, data_std² I).
         data_std: Standard deviation of that default, by default 1.
         t_min: Smallest time at which the network is evaluated, by default that of the process.

@@ -98,7 +98,7 @@ class Probes:
         distribution: Distribution of Hutchinson's probes: ``"orthogonal"`` (default), ``"rademacher"`` or
             ``"gaussian"``.
         autodiff: Mode of differentiation, as in :func:`jacobian_products`. ``"forward"`` does not support denoisers
-            that compute gradients themselves, such as :class:`~scoresde.inverse.MMPS`.
+            that compute gradients themselves, such as :class:`MMPS`.
         chunk: Number of products in one call; 0 chooses it from their size.
     """
 

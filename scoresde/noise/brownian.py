@@ -9,8 +9,8 @@ started at k = 0. Between two powers, each interval [a, b] is halved in log t, a
 
 .. math:: W(t) = \frac{(b-t)\,W(a) + (t-a)\,W(b)}{b-a} + \sqrt{\frac{(t-a)(b-t)}{b-a}}\; z.
 
-So W(t) is normal with variance |t| at every t. Increments between times in different leaves have exactly the joint law
-of Brownian motion. The relative resolution of time is constant, :math:`2^{-depth}` of log 16, as clocks like
+So W(t) is normal with variance :math:`|t|` at every t. Increments between times in different leaves have exactly the
+joint law of Brownian motion. The relative resolution of time is constant, :math:`2^{-depth}` of log 16, as clocks like
 :math:`e^{2\lambda}` need. The normal z of a leaf is that of the next tent, so paths of all depths agree at the ends of
 their leaves. Each normal is keyed by its position, so values do not depend on earlier calls. A value costs depth + 1
 normals and the links from k = 0, less those shared with the previous value, for which about ten states are cached.

@@ -4,7 +4,7 @@ r"""The interpreter of plans: one loop over the rows.
 
 :func:`run` returns the last state, :func:`steps` yields the states at the nodes, and :func:`updates` yields every new
 state before the run continues from it. On unit vectors the loop computes the matrices of a plan
-(:func:`scoresde.plan.unroll`); on a linear denoiser it computes exact moments (:mod:`scoresde.analysis.moments`).
+(:func:`unroll`); on a linear denoiser it computes exact moments (:mod:`scoresde.analysis.moments`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Hook = Callable[[int, Weight, Tensor], Tensor]
 
 
 class Normals(Protocol):
-    """A source of standard normals, such as :class:`scoresde.Noise`."""
+    """A source of standard normals, such as :class:`Noise`."""
 
     def like(self, x: Tensor, draw: int) -> Tensor:
         """Draw number `draw`, with the shape, dtype and device of `x`."""

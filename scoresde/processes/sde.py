@@ -86,7 +86,7 @@ class SDE:
     A process of one's own is a frozen dataclass that defines ``_alpha`` and ``_sigma``, elementwise functions of a
     tensor, or ``_log_alpha`` and ``_log_sigma`` if logarithms are better conditioned. Automatic differentiation and
     root finding give all other quantities. Closed forms may be added: ``_f``, ``_g2``, ``_alpha_dot``, ``_sigma_dot``,
-    ``inverse_lam`` and ``_t_of_sigma``. :meth:`from_functions` needs no subclass. :class:`scoresde.denoisers.Reverse`
+    ``inverse_lam`` and ``_t_of_sigma``. :meth:`from_functions` needs no subclass. :class:`Reverse`
     has the drift and the diffusion of the reverse process.
 
     Arguments:

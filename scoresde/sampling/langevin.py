@@ -63,8 +63,8 @@ class LangevinCorrector:
 
     The first form, with `snr`, is for images. Its ε depends on the state, so the stationary density is p/ε, not p: for
     a Gaussian, the variance grows by 1 + 2/D for any step size. In fewer than 2/snr² dimensions this error exceeds the
-    discretisation bias 1/(1 − snr²). There |∇log p| is replaced by √D/σ, the square root of the largest possible
-    E|∇log p|², which is the second form with r = 4 snr².
+    discretisation bias 1/(1 − snr²). There √D/σ replaces the norm of the score.
+    It is the root of the largest possible mean square of the norm, and gives the second form with r = 4 snr².
 
     Arguments:
         snr: Ratio of the drift to the noise of a step; 0.16 suits VP and VE on images.

@@ -112,7 +112,7 @@ class Posterior(Solver):
 
 @dataclass(frozen=True, repr=False)
 class Ancestral(Solver):
-    """Ancestral version of any solver: each step solves past its end and adds noise; see :func:`grids.ancestral`.
+    """Ancestral version of any solver: each step solves past its end and adds noise; see :func:`zigzags.ancestral`.
 
     Arguments:
         rule: Solver of the downward part.
@@ -253,7 +253,7 @@ class Churn(Solver):
 
 @dataclass(frozen=True, repr=False)
 class Restart(Solver):
-    """Any solver with restarts: noise from time `low` up to `high`, then down again; see :func:`grids.restart`.
+    """Any solver with restarts: noise from time `low` up to `high`, then down again; see :func:`restart`.
 
     Arguments:
         rule: Solver of the downward steps.

@@ -21,7 +21,7 @@ _PLAIN = (Tensor, nn.Parameter)
 State = dict[str, Any]
 """State of a run or of a part of it: nested dictionaries, lists and tuples of tensors, numbers, strings and None."""
 
-Tree = TypeVar("Tree")
+TreeT = TypeVar("TreeT")
 
 
 def make_accelerator(precision: str, given: Accelerator | None) -> Accelerator:
@@ -81,13 +81,13 @@ def prepare_sharding(accelerator: Accelerator, loss: nn.Module) -> bool:
     return True
 
 
-def whole(tree: Tree) -> Tree:
+def whole(tree: TreeT) -> TreeT:
     """Gather the sharded tensors of a state; every process must call this and gets the whole state.
 
     Arguments:
         tree: Nested dictionaries, lists and tuples of tensors and other values.
     """
-    out: Tree = tree_map(lambda leaf: leaf.full_tensor() if _is_sharded(leaf) else leaf, tree)
+    out: TreeT = tree_map(lambda leaf: leaf.full_tensor() if _is_sharded(leaf) else leaf, tree)
     return out
 
 

@@ -34,7 +34,7 @@ class Watch:
         save_device: Device of the kept states.
         progress: Whether to show a progress bar in an interactive terminal; ``"always"`` shows it everywhere.
         transitions: Whether to keep mean, standard deviation and log-density of every step in
-            ``Solution.transitions``, see :func:`scoresde.sampling.transitions`.
+            ``Solution.transitions``, see :func:`transitions`.
     """
 
     callback: Callable[[Step], None] | None = None
@@ -115,7 +115,7 @@ class Solution:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method has to solve; made by :func:`scoresde.sampling.solve`.
+    """What a method has to solve; made by :func:`solve`.
 
     Arguments:
         model: Denoiser, whose evaluations are counted.

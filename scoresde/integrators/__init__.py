@@ -2,6 +2,7 @@
 
 from scoresde.integrators.adaptive import Adaptive, flow
 from scoresde.integrators.adaptive_sde import AdaptiveSDE
+from scoresde.integrators.control import Control
 from scoresde.integrators.dense import Path
 from scoresde.integrators.embedded import (
     DPM12,
@@ -15,7 +16,7 @@ from scoresde.integrators.embedded import (
     Pair,
     Scheme,
 )
-from scoresde.integrators.loop import Accepted, Control, Equation, SolverError, integrate
+from scoresde.integrators.loop import Accepted, Equation, SolverError, integrate
 from scoresde.integrators.method import Method, Problem, Stats
 from scoresde.integrators.reversible import Reversible
 from scoresde.integrators.via_torchdiffeq import TorchDiffEq

@@ -1,8 +1,8 @@
 r"""The probability flow with error control: the method :class:`Adaptive`.
 
 The state is :math:`y = x/N(\alpha, \sigma)` and the clock is that of the prediction, see
-:class:`~scoresde.integrators.embedded.Frame`. The steps, their lengths and the stopping rule are those of
-:mod:`scoresde.integrators.loop`.
+:class:`~scoresde.integrators.embedded.Frame`. The lengths of steps and the rule that accepts them are in
+:mod:`scoresde.integrators.control`, the loop over steps is in :mod:`scoresde.integrators.loop`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from scoresde import _checks as check
 from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import refuse_ddp
+from scoresde.integrators.control import Control
 from scoresde.integrators.embedded import Adams, Frame, Pair, State, advance, on_device, wide
-from scoresde.integrators.loop import Accepted, Control, Equation, Observer, Run, integrate
+from scoresde.integrators.loop import Accepted, Equation, Observer, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.processes.sde import SDE
 

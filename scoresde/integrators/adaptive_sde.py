@@ -30,8 +30,9 @@ from scoresde import _checks as check
 from scoresde._progress import Bar
 from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.adaptive import check_tolerances, clean_stop, progress
+from scoresde.integrators.control import Control
 from scoresde.integrators.embedded import Attempt, Evaluate, Past, Scheme, State, Weigh, on_device, wide
-from scoresde.integrators.loop import Control, Equation, integrate
+from scoresde.integrators.loop import Equation, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import BrownianPath
 from scoresde.processes.sde import SDE

@@ -1,14 +1,9 @@
-r"""The loop of all methods with error control: every sample has its own time and its own step.
+"""The loop of all methods with error control: every sample has its own time and its own step.
 
 All samples take their steps together, in one batched evaluation at a time, and leave the batch when they arrive. The
-result and the cost of a sample do not depend on the other samples. The error e of a step is measured in units of the
-tolerance, as a root mean square over the numbers of a sample, and the length h of the next step follows from it:
-
-.. math:: E = \left\|\frac{e}{\mathrm{atol} + \mathrm{rtol}\,\max(|y_s|, |y_t|)}\right\|, \qquad
-          h' = \kappa\, h\, E_n^{-\beta_1/q} E_{n-1}^{-\beta_2/q} E_{n-2}^{-\beta_3/q},
-
-with :math:`(\beta_1, \beta_2, \beta_3) = (P + I + D, -(P + 2D), D)`. Times, steps and weights are float64 on the CPU;
-the norms are read back from the device once a step. With a fixed number of steps nothing is read back.
+result and the cost of a sample do not depend on the other samples. A step is accepted if its error, in the units of
+:mod:`scoresde.integrators.control`, is at most 1. Times, steps and weights are float64 on the CPU; the errors are read
+back from the device once a step. With a fixed number of steps nothing is read back.
 """
 
 from __future__ import annotations
@@ -22,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.integrators.control import Control
 from scoresde.integrators.dense import Record
 from scoresde.integrators.embedded import Attempt, Past, Scheme, State, advance, on_device, polynomial, wide
 from scoresde.integrators.method import Stats
@@ -118,79 +114,6 @@ class FunctionEquation(Equation):
 
     def rows(self, index: Tensor) -> FunctionEquation:
         return FunctionEquation(self.function, index if self.index is None else self.index[index])
-
-
-@dataclass(frozen=True)
-class Control:
-    """Tolerances, and the rule for the length of the next step.
-
-    Arguments:
-        rtol: Relative tolerance of a step.
-        atol: Absolute tolerance of a step.
-        pid: Gains (P, I, D) of the control.
-        safety: Factor κ of every new length.
-        smallest: Smallest factor between a length and the next.
-        largest: Largest factor between a length and the next.
-        first_step: Length of the first step; None estimates it with one evaluation.
-        shortest: Length that is not reduced further.
-        longest: Largest length of a step.
-        balance: Whether the last two steps before the end have equal lengths.
-        lattice: Number of possible ends of steps in a unit of the clock; 0 for any end.
-        max_nfe: Number of evaluations that a sample may use.
-        limit: Name and value of that limit in messages.
-        on_limit: ``"raise"`` raises a :class:`SolverError` at the limit; ``"return"`` stops the sample there.
-        steps: Number of equal steps without error control; 0 controls the error.
-    """
-
-    rtol: float
-    atol: float
-    pid: tuple[float, float, float] = (0.0, 1.0, 0.0)
-    safety: float = 0.9
-    smallest: float = 0.2
-    largest: float = 4.0
-    first_step: float | None = None
-    shortest: float = 0.0
-    longest: float = math.inf
-    balance: bool = True
-    lattice: float = 0.0
-    max_nfe: int = 1000
-    limit: str = ""
-    on_limit: str = "raise"
-    steps: int = 0
-
-    def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
-        """End of a step of length about h.
-
-        Arguments:
-            s: Start of the step, (b,).
-            h: Length, (b,), positive.
-            end: End of the interval, (b,), on either side of `s`.
-        """
-        left, sign = (end - s).abs(), (end - s).sign()
-        if self.balance:
-            h = torch.where(left < 1.1 * h, left, torch.where(left < 2 * h, left / 2, h))
-        else:
-            h = torch.where(left <= h * (1 + 1e-6), left, h)
-        if not self.lattice:
-            return torch.where(h >= left, end, s + sign * h)
-        forward = sign * s
-        place = torch.maximum(((forward + h) * self.lattice).round(), (forward * self.lattice).floor() + 1)
-        t = sign * place / self.lattice
-        return torch.where((end - t) * sign < 1e-9 * (1 + end.abs()), end, t)
-
-    def factor(self, E: Tensor, earlier: Tensor, power: Tensor | float) -> Tensor:
-        """Factor between the length of a step and the next one.
-
-        Arguments:
-            E: Error of the step, (b,); up to 1 the step is accepted.
-            earlier: Errors of the two accepted steps before it, (2, b).
-            power: Exponent of the length in the error.
-        """
-        p, i, d = self.pid
-        E = E.clamp_min(1e-10)
-        after = E ** (-(p + i + d) / power) * earlier[0] ** ((p + 2 * d) / power) * earlier[1] ** (-d / power)
-        again = (self.safety * E ** (-1 / power)).clamp(self.smallest, 0.9)
-        return torch.where(E <= 1, (self.safety * after).clamp(self.smallest, self.largest), again)
 
 
 class Accepted:
@@ -358,8 +281,9 @@ class _Loop:
         with torch.no_grad():
             y0, f0 = self.y[0].detach(), f[0].detach()
             tol = self.tolerance(self.u, y0)
-            pace = float(self.equation.rate(self.u).abs().mean())
-            d0, d1 = to_host(rms(y0 / tol), pace * rms(f0 / tol))
+            pace = self.equation.rate(self.u).abs()
+            d0, d1 = to_host(rms(y0 / tol), rms(f0 / tol))
+            d1 = pace * d1
             self.fail(~d1.isfinite(), "The slope at the start is not finite.", torch.zeros_like(far))
             h = torch.where(d1 > 1e-10, 0.01 * d0 / d1, 1e-3 * far).clamp_min(1e-8).minimum(0.01 * far)
             step = torch.where(h > 0, self.u + (self.end - self.u).sign() * h, self.u)
@@ -397,8 +321,8 @@ class _Loop:
         E = torch.where(finite, E, math.inf)
         ok = E <= 1
         clock = torch.maximum(s.abs(), self.end.abs())
-        again = "; look there with Denoiser(..., check_finite=True)."
-        self.fail(~finite & (h <= BROKEN * clock), f"The slopes are not finite{again}", t - s, finite)
+        broken = "The slopes are not finite; Denoiser(..., check_finite=True) shows where."
+        self.fail(~finite & (h <= BROKEN * clock), broken, t - s, finite)
         too_small = ~ok & (h <= (ROUNDING * clock).clamp_min(self.control.shortest))
         self.fail(too_small, "The step became too small: the tolerance cannot be met.", t - s, finite)
         self.h = (h * self.control.factor(E, self.errors, attempt.power)).clamp_max(self.control.longest)

@@ -1,20 +1,20 @@
-"""Calls and error of error control: each sample for itself in flow time, against RK45 in t on the whole batch.
+"""Cost of error control for each sample in flow time, compared with RK45 in t on the whole batch.
 
     python experiments/adaptive.py            # minutes
     python experiments/adaptive.py --quick    # seconds, for CI
 
-Exact denoisers (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D) under VP, VE and Flow; all start from
-the same points and go to ``sde.t_min``, where they are compared, point by point, with the same solve at 1e-9. The usual
-way is scipy's RK45 on dx/dt of the flattened batch with rtol = atol = 1e-5. A pair is run at tolerances from 1e-2 to
-1e-6; its calls at the error of the usual way are read off its own curve, log–log.
+The denoisers are exact (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D), under VP, VE and Flow. All runs
+start from the same states and end at ``sde.t_min``, where each is compared with the same solve at a tolerance of 1e-9.
+The baseline is scipy's RK45 on dx/dt of the flattened batch with rtol = atol = 1e-5. Each embedded pair runs at
+tolerances from 1e-2 to 1e-6; its cost at the error of the baseline is interpolated, log–log.
 
-    calls      network calls of the usual way, for the whole batch
-    error      its median error a number
-    per sample evaluations a sample of ours at that error, and as a ratio to the usual way's calls
-    batch      batched calls of ours at that error (until the hardest sample is done), and as a ratio
+    calls      network calls of the baseline, for the whole batch
+    error      median error of the baseline, per number
+    per sample evaluations per sample of the pair at that error, and their ratio to the calls of the baseline
+    batch      batched calls of the pair at that error (until the last sample arrives), and their ratio
 
 Measured with ``--points 32``: on the six problems RK45 in t makes 80 to 122 calls for errors of 4e-6 to 2e-5.
-Evaluations a sample at the same error, as a ratio to that, geometric mean (least and most):
+Evaluations per sample at the same error, divided by these calls, geometric mean (smallest and largest):
 
     Adams                      0.42  (0.34 … 0.57)     batched calls 0.54 (0.44 … 0.74)
     Adams(3)                   0.55
@@ -29,14 +29,14 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import scoresde as ss
 from scoresde import integrators
-from scoresde.integrators.adaptive import Adaptive, flow
-from scoresde.integrators.via_torchdiffeq import torchdiffeq_solve
+from scoresde.integrators import Adaptive, TorchDiffEq
 
 PAIRS = {
     "Adams": integrators.Adams(),
@@ -49,7 +49,7 @@ PAIRS = {
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     points: int = 64
     seed: int = 0
@@ -67,7 +67,7 @@ def problems(sde: ss.SDE) -> dict[str, ss.GaussianMixture]:
     }
 
 
-def usual(model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
+def baseline(model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
     """RK45 in t on the whole batch, rtol = atol = 1e-5."""
     from scipy.integrate import solve_ivp
 
@@ -79,8 +79,8 @@ def usual(model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
         return model.velocity(torch.as_tensor(flat).reshape(x.shape), min(max(t, sde.t_min), sde.T)).flatten().numpy()
 
     start = 0.999 * sde.T if sde.alpha(sde.T) == 0 else sde.T
-    found = solve_ivp(field, (start, sde.t_min), x.flatten().numpy(), method="RK45", rtol=1e-5, atol=1e-5)
-    return torch.as_tensor(found.y[:, -1]).reshape(x.shape), calls
+    solution = solve_ivp(field, (start, sde.t_min), x.flatten().numpy(), method="RK45", rtol=1e-5, atol=1e-5)
+    return torch.as_tensor(solution.y[:, -1]).reshape(x.shape), calls
 
 
 def error(x: Tensor, truth: Tensor) -> float:
@@ -88,7 +88,7 @@ def error(x: Tensor, truth: Tensor) -> float:
 
 
 def at_error(errors: list[float], cost: list[float], goal: float) -> float:
-    """Cost at an error, along the curve's log–log line through the two tolerances around it."""
+    """Cost at an error, interpolated log–log between the two tolerances around it."""
     points = sorted(zip(errors, cost, strict=True))
     i = next((k for k in range(1, len(points)) if points[k][0] >= goal), len(points) - 1)
     (e0, c0), (e1, c1) = points[i - 1], points[i]
@@ -107,25 +107,26 @@ def main(options: Options) -> None:
         start = 0.999 * sde.T if sde.alpha(sde.T) == 0 else sde.T
         for name, model in problems(sde).items():
             x = sde.prior(start).sample((options.points, *model.event), ss.Noise(options.seed), dtype=torch.float64)
-            truth = flow(model, x, start, sde.t_min, Adaptive(rtol=1e-9, atol=1e-9)).x
-            x_usual, calls = usual(model, x)
-            goal = error(x_usual, truth)
+            solve = partial(ss.solve, model, x, t_start=start, t_end=sde.t_min)
+            truth = solve(Adaptive(rtol=1e-9, atol=1e-9)).x
+            end, calls = baseline(model, x)
+            goal = error(end, truth)
             print(f"{process}, {name}: RK45 in t, {calls} calls, error {goal:.1e}")
             for label, pair in chosen.items():
-                runs = [flow(model, x, start, sde.t_min, Adaptive(pair, tol, tol, max_nfe=20_000)) for tol in tols]
+                runs = [solve(Adaptive(pair, tol, tol, max_nfe=20_000)) for tol in tols]
                 errors = [error(run.x, truth) for run in runs]
                 each = at_error(errors, [float(run.stats.nfe.double().mean()) for run in runs], goal)
-                batch = at_error(errors, [float(run.nfe) for run in runs], goal)
+                batch = at_error(errors, [float(run.calls) for run in runs], goal)
                 ratios[label].append(each / calls)
                 print(
                     f"  {label:26s} per sample {each:6.1f} ({each / calls:4.2f})   batch {batch:6.1f} "
                     f"({batch / calls:4.2f})"
                 )
-            rows = [torchdiffeq_solve(model, x, rtol=t, atol=t, t_start=start, t_end=sde.t_min) for t in tols]
-            cost = at_error([error(row.x, truth) for row in rows], [float(row.nfe) for row in rows], goal)
+            runs = [solve(TorchDiffEq(rtol=tol, atol=tol)) for tol in tols]
+            cost = at_error([error(run.x, truth) for run in runs], [float(run.calls) for run in runs], goal)
             ratios["torchdiffeq in flow time"].append(cost / calls)
             print(f"  {'torchdiffeq in flow time':26s} batch      {cost:6.1f} ({cost / calls:4.2f})")
-    print("evaluations a sample at the error of RK45 in t, as a ratio to its calls, geometric mean:")
+    print("evaluations per sample at the error of RK45 in t, divided by its calls, geometric mean:")
     for label, values in ratios.items():
         print(f"  {label:26s} {math.exp(sum(map(math.log, values)) / len(values)):.2f}")
 

@@ -1,8 +1,8 @@
-"""DDPM as it was published: T = 1000, β from 1e-4 to 0.02, error of ε, ancestral sampling, no noise in the last step.
+"""DDPM as published: T = 1000, β from 1e-4 to 0.02, error of ε, ancestral sampling, no noise in the last step.
 
-Trains on scikit-learn's digits. The sampler is algorithm 2 of arXiv:2006.11239 with the posterior's variance;
+The script trains on scikit-learn's digits. The sampler is algorithm 2 of arXiv:2006.11239 with the posterior variance;
 `ss.sample(model, shape, ss.DDPM(), grid=ss.grids.index_grid(sde, sde.N))` takes the same steps. Measured, in 12 minutes
-of one core: confidence 0.94 (held-out digits 0.92), balance 0.07 (0.08), nearest 2.0 (2.1), C2ST 0.52 (0.49).
+on one core: confidence 0.94 (held-out digits 0.92), balance 0.07 (0.08), nearest 2.0 (2.1), C2ST 0.52 (0.49).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import scoresde as ss
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     steps: int = 4000
     batch: int = 128
@@ -37,7 +37,7 @@ def train(images: Tensor, options: Options) -> ss.Denoiser:
     torch.manual_seed(options.seed)
     sde = ss.Discrete(ss.processes.betas("linear", options.T, beta_start=1e-4, beta_end=0.02))
     model = ss.Denoiser(small_unet(seed=options.seed), sde, predicts="eps")
-    loss = ss.DSM(model)  # |ε − net(x_t, t)|², steps drawn evenly
+    loss = ss.DSM(model)  # |ε − net(x_t, t)|², uniform timesteps
     optimiser, ema = torch.optim.Adam(loss.parameters(), options.rate), ss.EMA(model, 0.999)
     for _ in trange(options.steps, desc="training", disable=None):
         optimiser.zero_grad()

@@ -4,10 +4,10 @@
     python experiments/fitted.py --process EDM --nfes 5,10    # under another process
     python experiments/fitted.py --quick                      # seconds, for CI
 
-The problems are the three exact ones of ``work_precision.py``, under VP. At every budget the script compares the best of
-all solvers × grids, a plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of the
-data, no evaluation). Plans are fitted on 128 trajectories, and 64 others decide when to stop. All errors are those of
-128 further trajectories: the distance per number from the same fine solve of the probability flow, from the same
+The problems are the three exact ones of ``work_precision.py``, under VP. At every budget the script compares the best
+of all solvers × grids, a plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of
+the data, no evaluation). Plans are fitted on 128 trajectories, and 64 others decide when to stop. All errors are those
+of 128 further trajectories: the distance per number from the same fine solve of the probability flow, from the same
 initial states at T. ``tails.py`` measures the tails of the error on more samples.
 
 The script then fits only some parts of a plan, and compares common grids with computed ones, which need the covariance

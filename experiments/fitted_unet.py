@@ -137,8 +137,8 @@ def main(options: Options) -> str:
     lines = [
         "# Fitted evaluations of a trained network",
         "",
-        f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third of which decide when "
-        f"to stop. Distance from a solve with {options.fine} evaluations, per pixel, on {options.fresh} fresh starts.",
+        f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third of which decide "
+        f"when to stop. Distance per pixel from a solve with {options.fine} evaluations, on {options.fresh} fresh starts.",
         "",
         *head(("model", "plan")),
     ]

@@ -1,15 +1,15 @@
-"""Kill a training run with SIGKILL at random moments; it must always resume, and end where the undisturbed run ends.
+"""Kill a training run with SIGKILL at random times; it must always resume, and end as the undisturbed run ends.
 
     python experiments/kill_resume.py               # 20 kills
     python experiments/kill_resume.py --kills 200
     python experiments/kill_resume.py --quick       # seconds, for CI
 
-Each run is a process of its own, forked from this one, that saves after every second step, so that many of the kills
-fall into the writing of a checkpoint. After each kill whatever lies under a checkpoint's name must load; at the end
-weights, average, optimiser, times and generators must equal those of the run that was left alone, to the bit.
+Each run is a separate process, forked from this one. It saves after every second step, so that many kills happen while
+a checkpoint is written. After each kill every file with a checkpoint's name must load. At the end weights, average,
+optimiser, times and generators must equal those of the undisturbed run, to the bit.
 
-Measured on two busy cores, 24 s: of 20 kills 19 found a checkpoint to resume from (the first had nothing) and 7 cut off
-a write; none was torn, and the end was equal in every part.
+Measured on two busy cores, 24 s: after 19 of 20 kills there was a checkpoint to resume from (the first came too early),
+and 7 kills interrupted a write; no checkpoint was damaged, and the result was equal in every part.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Net(nn.Module):
 
 def trainer(folder: Path, init: int) -> Trainer:
     random.seed(init)  # a fork has seeded it from the system
-    torch.manual_seed(init)  # a resumed run starts from other weights and generators, and must forget them
+    torch.manual_seed(init)  # a resumed run starts with other weights and generators, which `resume` must replace
     model = ss.Denoiser(Net(), ss.VP(), predicts="eps")
     loss = ss.DSM(model, proposal=times.Stratified(times.LossAware(bins=8)))
     data = ss.Noise(0).normal((500, 2), 0)
@@ -98,21 +98,21 @@ def main(kills: int, seed: int) -> None:
         assert os.waitpid(pid, 0)[1] == 0
         whole = time.perf_counter() - start
         for k in range(kills):
-            found = Checkpoints(killed).latest() is not None  # it loads, or latest() warns, which is an error here
-            resumed += found
-            pid = forked(killed, 100 + k if found else 1)
+            saved = Checkpoints(killed).latest() is not None  # a damaged file gives a warning, which is an error here
+            resumed += saved
+            pid = forked(killed, 100 + k if saved else 1)
             time.sleep(begun * draw.uniform(0.6, 1.2) + (whole - begun) * draw.uniform(0, 1.5 / kills))
             os.kill(pid, signal.SIGKILL)
             finished += os.waitpid(pid, 0)[1] == 0
             temporary += len(list(killed.glob(".*.tmp"))) > 0
         reached = max(Checkpoints(killed).steps(), default=0)
-        assert os.waitpid(forked(killed, 999), 0)[1] == 0, "the last run did not get to the end"
+        assert os.waitpid(forked(killed, 999), 0)[1] == 0, "the last run did not reach the end"
         a, b = (Checkpoints(folder).latest() for folder in (quiet, killed))
         assert a is not None and b is not None and a[0] == b[0] == STEPS
         equal = {part: same(a[1][part], b[1][part]) for part in a[1]}
     print(
-        f"{kills} kills: {resumed} found a checkpoint, {temporary} cut off a write, {finished} came after the end, "
-        f"step {reached} of {STEPS} was reached before the last start"
+        f"{kills} kills: {resumed} with a checkpoint to resume from, {temporary} interrupted a write, {finished} after "
+        f"the end; step {reached} of {STEPS} was reached before the last start"
     )
     print("equal to the undisturbed run, to the bit: " + ", ".join(f"{part} {ok}" for part, ok in equal.items()))
     if not all(equal.values()):

@@ -1,27 +1,28 @@
-"""Log-densities by the probability flow against the usual way: RK45 in t on the whole batch, one probe.
+"""Log-densities by the probability flow, compared with RK45 in t on the whole batch and one probe.
 
     python experiments/likelihood.py            # two minutes
     python experiments/likelihood.py --quick    # half a minute, for CI
 
-The usual way is score_sde's: state and log-determinant in one vector, scipy's RK45 with rtol = atol = 1e-5, from
-t = 1e-3 to 1, and the network called twice in each right-hand side, for the drift and for its divergence. Here:
-`ss.log_prob`, at several tolerances. Data are mixtures whose density at t_min is exact, so each error is a fact; what
-the prior at T is wrong by, the same for all, is left out of it and shown apart. A *call* is a pass of one sample
-through the network, forward or for one product with its Jacobian. Writes both tables as CSV.
+The baseline is score_sde's: state and log-determinant in one vector, scipy's RK45 with rtol = atol = 1e-5, from
+t = 1e-3 to 1, and two network calls in each right-hand side, for the drift and for its divergence. It is compared with
+`ss.log_prob` at several tolerances. The data are mixtures whose density at t_min is known, so all errors are exact. The
+error of the prior at T, the same for all methods, is subtracted and shown separately. A *call* is a pass of one sample
+through the network, forward or for one product with its Jacobian. The script writes both tables as CSV.
 
-Measured (batch 64, 8 seeds, one thread; seconds on a machine that had other work, so read them as ratios):
+Measured (batch 64, 8 seeds, one thread; on a machine with other load, so only the ratios of times are meaningful):
 
-                         calls of the usual   time of the usual   error, usual and ours (nats)
+                         calls / baseline     time / baseline     error of baseline and ours (nats)
     2 numbers                   0.38                0.66              8.0e-5, 2.6e-5
     2 numbers, sharp            0.45                0.41              2.0e-4, 1.2e-4
     32 numbers                  0.23                0.25              5.1e-3, 4.2e-3
     32 numbers, sharp           0.30                0.22              1.6e-3, 1.1e-3
     32 numbers, 8 axes          0.21                0.18              6.6e-3, 3.0e-3
 
-Equal steps for all samples take more: 0.4 to 1.2 of the usual calls at no larger error. The prior at T is wrong by
-5e-3 to 1.4e-2 nats, more than either solver.
+Equal steps for all samples need more calls: 0.4 to 1.2 of the baseline at no larger error. The error of the prior at T
+is 5e-3 to 1.4e-2 nats, larger than that of either solver.
 
-At equal cost (5 steps, as many probes as that leaves) the error is smaller than one plain probe's by
+At equal cost (5 steps, and as many probes as this cost allows) the error is smaller than that of one plain probe by the
+factor
 
                          rademacher   orthogonal   hutch++   orthogonal | hutch++ with a Gaussian reference
     32 numbers              4.4          6.2        13.9              2.2 | 20.2
@@ -29,7 +30,7 @@ At equal cost (5 steps, as many probes as that leaves) the error is smaller than
     32 numbers, 8 axes      4.1          6.8         3.9              5.2 | 3.4
 
 A Gaussian with the data's covariance as control variate makes plain probes worse on mixtures: near data the posterior
-knows its component, and the reference subtracts the variance between components. It is of use to the prior.
+has one component, while the reference subtracts the variance between components. The reference improves the prior.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.likelihood.trace import jacobian_products
+from scoresde.likelihood import Probes, Tolerance, jacobian_products
 
 F64 = torch.float64
 T_MIN = 1e-3
@@ -57,7 +59,7 @@ T_MIN = 1e-3
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     batch: int = 64
     repeats: int = 8
@@ -82,18 +84,18 @@ def mixtures() -> dict[str, ss.GaussianMixture]:
 
 
 @dataclass
-class Found:
-    """One method on one mixture."""
+class Densities:
+    """Log-densities by one method on one mixture."""
 
     value: Tensor
     latent: Tensor
     prior: Tensor
-    calls: float  # for each sample
+    calls: float  # per sample
     seconds: float
 
 
-def usual(model: ss.GaussianMixture, x: Tensor, tolerance: float, probe: Tensor | None) -> Found:
-    """score_sde's likelihood, with an exact trace where `probe` is None."""
+def baseline(model: ss.GaussianMixture, x: Tensor, tolerance: float, probe: Tensor | None) -> Densities:
+    """Log-densities as in score_sde, with an exact trace if `probe` is None."""
     B, D = x.shape
     calls = 0
     vectors = torch.eye(D, dtype=F64)[:, None].expand(D, B, D) if probe is None else probe[None]
@@ -111,15 +113,15 @@ def usual(model: ss.GaussianMixture, x: Tensor, tolerance: float, probe: Tensor 
     end = torch.from_numpy(solve_ivp(rhs, (T_MIN, 1.0), flat, rtol=tolerance, atol=tolerance, method="RK45").y[:, -1])
     z = end[: B * D].reshape(B, D)
     prior = -0.5 * (z.square().sum(1) + D * math.log(2 * math.pi))
-    return Found(prior + end[B * D :], z, prior, calls, time.perf_counter() - start)
+    return Densities(prior + end[B * D :], z, prior, calls, time.perf_counter() - start)
 
 
-def ours(model: ss.GaussianMixture, x: Tensor, **options: Any) -> Found:
+def ours(model: ss.GaussianMixture, x: Tensor, **options: Any) -> Densities:
     start = time.perf_counter()
-    found = ss.log_prob(model, x, t_min=T_MIN, to_zero=False, **options)
+    result = ss.log_prob(model, x, t_min=T_MIN, to_zero=False, **options)
     seconds = time.perf_counter() - start
-    calls = float((found.nfe + found.products).double().mean())
-    return Found(found.value, found.latent, found.prior, calls, seconds)
+    calls = float((result.nfe + result.products).double().mean())
+    return Densities(result.value, result.latent, result.prior, calls, seconds)
 
 
 def rms(x: Tensor) -> float:
@@ -127,27 +129,29 @@ def rms(x: Tensor) -> float:
 
 
 def at_equal_error(name: str, mix: ss.GaussianMixture, options: Options) -> list[tuple[str, ...]]:
-    """Exact traces: the cheapest of our runs that is at least as accurate as the usual one."""
+    """Exact traces: the baseline, and our cheapest run that is at least as accurate."""
     x = mix.sample(options.batch, T_MIN, seed=1)
     exact = mix.log_prob(x, T_MIN)
 
-    def errors(found: Found) -> tuple[float, float]:
-        gap = mix.log_prob(found.latent, 1.0) - found.prior
-        return rms(found.value + gap - exact), rms(gap)
+    def errors(run: Densities) -> tuple[float, float]:
+        gap = mix.log_prob(run.latent, 1.0) - run.prior
+        return rms(run.value + gap - exact), rms(gap)
 
-    runs: dict[str, Callable[[], Found]] = {
-        f"tolerance {tol:g}": (lambda tol=tol: ours(mix, x, rtol=tol, atol=tol))
+    runs: dict[str, Callable[[], Densities]] = {
+        f"tolerance {tol:g}": partial(ours, mix, x, tolerance=Tolerance(rtol=tol, atol=tol))
         for tol in (1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)
     }
-    runs |= {f"{n} steps": (lambda n=n: ours(mix, x, steps=n)) for n in (4, 5, 6, 8, 10, 12, 16, 20, 30)}
-    base = usual(mix, x, 1e-5, None)
+    runs |= {
+        f"{n} steps": partial(ours, mix, x, tolerance=Tolerance(steps=n)) for n in (4, 5, 6, 8, 10, 12, 16, 20, 30)
+    }
+    base = baseline(mix, x, 1e-5, None)
     base_error, gap = errors(base)
     rows = [(name, "RK45 in t", f"{base.calls:.0f}", f"{base_error:.1e}", "", f"{base.seconds:.2f}", "", f"{gap:.1e}")]
     for kind in ("tolerance", "steps"):
-        found = {run: go() for run, go in runs.items() if kind in run}
-        good = {run: f for run, f in found.items() if errors(f)[0] <= base_error}
-        pick = min(good, key=lambda run: good[run].calls) if good else min(found, key=lambda run: errors(found[run])[0])
-        best = found[pick]
+        done = {name: go() for name, go in runs.items() if kind in name}
+        good = {name: run for name, run in done.items() if errors(run)[0] <= base_error}
+        pick = min(good, key=lambda k: good[k].calls) if good else min(done, key=lambda k: errors(done[k])[0])
+        best = done[pick]
         rows.append(
             (
                 name,
@@ -164,35 +168,36 @@ def at_equal_error(name: str, mix: ss.GaussianMixture, options: Options) -> list
 
 
 def at_equal_cost(name: str, mix: ss.GaussianMixture, options: Options) -> list[tuple[str, ...]]:
-    """Probes: root mean square errors against the exact trace, over seeds, at no more calls than the usual way."""
+    """Probes: root mean square errors against the exact trace, over seeds, with at most the calls of the baseline."""
     x = mix.sample(options.batch, T_MIN, seed=1)
     D, steps = x.shape[1], 5
-    truth = ours(mix, x, steps=24).value
+    truth = ours(mix, x, tolerance=Tolerance(steps=24)).value
     probes = [ss.Noise(seed).fork(9).like(x, 0).sign() for seed in range(options.repeats)]
-    plain = [usual(mix, x, 1e-5, probe) for probe in probes]
-    base_error, base_calls = rms(torch.stack([f.value - truth for f in plain])), plain[0].calls
+    plain = [baseline(mix, x, 1e-5, probe) for probe in probes]
+    base_error, base_calls = rms(torch.stack([run.value - truth for run in plain])), plain[0].calls
     rows = [(name, "one probe, RK45 in t", f"{base_calls:.0f}", f"{base_error:.2f}", "")]
     fit = ss.GaussianMixture(mix.sde, mix.mean()[None], cov=mix.covariance()[None])
     nodes = 3 * steps
-    n = int((base_calls - (6 * steps + 1 + nodes)) // nodes)
-    kinds: dict[str, dict[str, Any]] = {
-        "rademacher": {"probe": "rademacher"},
-        "orthogonal": {"probe": "orthogonal"},
-        "hutch++": {"divergence": "hutch++"},
-        "orthogonal, Gaussian reference": {"reference": fit},
-        "hutch++, Gaussian reference": {"divergence": "hutch++", "reference": fit},
+    n = min(int((base_calls - (6 * steps + 1 + nodes)) // nodes), D)
+    rademacher, orthogonal = Probes("hutchinson", n, "rademacher"), Probes("hutchinson", n)
+    kinds: dict[str, tuple[Probes, ss.GaussianMixture | None]] = {
+        "rademacher": (rademacher, None),
+        "orthogonal": (orthogonal, None),
+        "hutch++": (Probes("hutch++", n), None),
+        "orthogonal, Gaussian reference": (orthogonal, fit),
+        "hutch++, Gaussian reference": (Probes("hutch++", n), fit),
     }
-    for kind, how in kinds.items():
-        how = {"divergence": "hutchinson", "n_probes": min(n, D), "steps": steps, **how}
-        found = [ours(mix, x, seed=seed, **how) for seed in range(options.repeats)]
-        shift = 0.0 if "reference" not in how else mix.log_prob(found[0].latent, 1.0) - found[0].prior
-        shift0 = mix.log_prob(plain[0].latent, 1.0) - plain[0].prior if "reference" in how else 0.0
-        error = rms(torch.stack([f.value + shift - truth - shift0 for f in found]))
+    for kind, (how, reference) in kinds.items():
+        run = partial(ours, mix, x, probes=how, reference=reference, tolerance=Tolerance(steps=steps))
+        runs = [run(seed=seed) for seed in range(options.repeats)]
+        shift = 0.0 if reference is None else mix.log_prob(runs[0].latent, 1.0) - runs[0].prior
+        shift0 = 0.0 if reference is None else mix.log_prob(plain[0].latent, 1.0) - plain[0].prior
+        error = rms(torch.stack([run.value + shift - truth - shift0 for run in runs]))
         rows.append(
             (
                 name,
-                f"{how['n_probes']} {kind}",
-                f"{found[0].calls:.0f}",
+                f"{n} {kind}",
+                f"{runs[0].calls:.0f}",
                 f"{error:.2f}",
                 f"{base_error / error:.1f}",
             )
@@ -211,13 +216,14 @@ def show(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]], file
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
-    ours(mixtures()["2 numbers"], torch.zeros(1, 2, dtype=F64), steps=1)  # what torch loads on first use
+    warm_up = Tolerance(steps=1)  # torch imports some modules at the first use
+    ours(mixtures()["2 numbers"], torch.zeros(1, 2, dtype=F64), tolerance=warm_up)
     exact, probes = [], []
     for name, mix in mixtures().items():
         exact += at_equal_error(name, mix, options)
         if "32" in name:
             probes += at_equal_cost(name, mix, options)
-    columns = ("data", "method", "calls", "error", "of the usual", "seconds", "of the usual", "prior's error")
+    columns = ("data", "method", "calls", "error", "/ baseline", "seconds", "/ baseline", "prior's error")
     show("Exact traces, at equal error (nats, rms over samples)", columns, exact, options.out / "likelihood_exact.csv")
     columns = ("data", "method", "calls", "error", "times smaller")
     show("Probes, at equal cost (nats, rms)", columns, probes, options.out / "likelihood_probes.csv")

@@ -1,12 +1,11 @@
-"""What the ground truth costs: one evaluation of a Gaussian mixture, for each way its covariances can be given.
+"""Cost of one evaluation of a Gaussian mixture, for each kind of covariance.
 
     python experiments/mixture_cost.py            # half a minute
     python experiments/mixture_cost.py --quick    # seconds, for CI
 
-``x0`` is what a sampler asks, ``score`` and ``log_prob`` what a test asks; the time is one number, or one for each row.
-Medians of repeats, in turn, so that all meet the same machine; on CUDA too if there is one. Writes the table as CSV.
-
-RESULT
+Samplers evaluate ``x0``, with one time for all rows or one for each row; tests evaluate ``score`` and ``log_prob``. The
+table shows medians over repeats, which are interleaved, so that all run under the same load of the machine; also on
+CUDA if available. The script writes the table as CSV.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ import torch
 
 import scoresde as ss
 
-SIZES = [(192, 20, 1024), (2, 8, 256)]  # numbers of an event, components, batch
+SIZES = [(192, 20, 1024), (2, 8, 256)]  # dimension of an event, number of components, batch size
 KINDS = ("iso", "diag", "low rank 8", "full")
 COLUMNS = ("device", "D", "K", "B", "covariance", "x0_ms", "x0_each_row_ms", "score_ms", "log_prob_ms")
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     repeats: int = 30
-    seconds: float = 2.0  # at most, for each line of the table
+    seconds: float = 2.0  # limit for each line of the table
     threads: int = torch.get_num_threads()
     out: Path = Path(__file__).parent / "out"
 

@@ -1,22 +1,22 @@
-"""What noise keyed by sample costs: ``Noise.normal`` beside ``torch.randn``, whose numbers depend on the batch.
+"""Cost of noise keyed by sample: ``Noise.normal`` against ``torch.randn``, whose numbers depend on the batch.
 
     python experiments/noise_cost.py            # a minute
     python experiments/noise_cost.py --quick    # seconds, for CI
 
-Each shape and dtype is drawn in turn by both, and the medians of their times are compared; on CUDA too if there is one.
-Writes the table as CSV and as Markdown.
+Both draw each shape and dtype in turn, and the table compares the medians of their times; also on CUDA if available.
+The script writes the table as CSV and as Markdown.
 
 Measured in one thread of a shared 2-core machine (AMD EPYC, torch 2.13), as a multiple of the time of torch.randn:
 
-    shape              float32   float64   of which
-    (16, 3, 32, 32)    6 to 7    2         21 to 30 ns a number in float32, randn 4
+    shape              float32   float64   remark
+    (16, 3, 32, 32)    6 to 7    2         21 to 30 ns per number in float32, randn 4
     (64, 3072)         8         1.8
     (1024, 1024)       6         1.7
-    (4096, 2)          17        5         a row costs a counter of four numbers, whatever it uses
-    (1, 4)             42        42        0.35 ms, a hundred calls of torch
+    (4096, 2)          17        5         each row computes four numbers and uses two
+    (1, 4)             42        42        0.35 ms, about a hundred calls of torch
 
-Beside a network of some milliseconds that is small. With more threads than the machine has idle cores it is not:
-torch's log, sin and cos then wait for each other, here up to 100 times longer; give torch the cores that it has.
+This is little compared with a network that takes some milliseconds. It is much with more threads than idle cores:
+torch's log, sin and cos then take up to 100 times longer on this machine. Give torch as many threads as idle cores.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ COLUMNS = ("device", "dtype", "shape", "randn_us", "noise_us", "ns_per_number", 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     repeats: int = 300
-    seconds: float = 4.0  # at most, for each line of the table
-    threads: int = 1  # torch.randn takes one on a CPU, and the integers behind Noise.normal do too
+    seconds: float = 4.0  # limit for each line of the table
+    threads: int = 1  # torch.randn uses one on a CPU, as the integer arithmetic of Noise.normal does
     out: Path = Path(__file__).parent / "out"
 
 
 def measure(shape: tuple[int, ...], dtype: torch.dtype, device: str, options: Options) -> tuple[float, float]:
-    """Median seconds of torch.randn and of Noise.normal, called in turn so that both meet the same machine."""
+    """Median seconds of torch.randn and of Noise.normal, called in turn under the same load of the machine."""
     noise = ss.Noise(0)
     calls = (
         lambda: torch.randn(shape, dtype=dtype, device=device),
         lambda: noise.normal(shape, 0, dtype=dtype, device=device),
     )
-    # One thread's own time is not disturbed by who else uses the machine.
+    # The time of one thread does not include other processes.
     now = time.thread_time if device == "cpu" and options.threads == 1 else time.perf_counter
 
     def clock(call: Callable[[], object]) -> float:

@@ -1,15 +1,15 @@
-"""How near do stochastic samplers come to the distribution? Distances to exact samples against evaluations.
+"""Error of stochastic samplers: distance to exact samples against the number of evaluations.
 
     python experiments/stochastic.py
     python experiments/stochastic.py --quick    # seconds, for CI
 
-On two mixtures whose samples are exact (a ring of eight modes in 2-D, ten anisotropic Gaussians in 32-D), under VP and
-from the same seeds: sliced Wasserstein-2 and energy distance between samples and exact ones at each budget, for every
-stochastic rule and two deterministic ones, with diffusers' schedulers beside them on the list of a thousand β. The
-floor is the distance between two sets of exact samples of that size: the mean over pairs, and the largest. What lies
-within the floor cannot be told from exact with so many samples.
+The data are two mixtures with exact samples (a ring of eight modes in 2-D, ten anisotropic Gaussians in 32-D), under
+VP. For every stochastic solver, two deterministic ones and diffusers' schedulers on a list of a thousand β, the script
+measures the sliced Wasserstein-2 and energy distances between samples and exact ones at each budget, from the same
+seeds. The floor is the distance between two sets of exact samples of that size: its mean over pairs, and its maximum. A
+distance within the floor is not significant with this number of samples.
 
-Writes a CSV, a table and a figure.
+The script writes a CSV, a table and a figure.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ SDE = ss.VP()
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     samples: int = 2000
     nfes: str = "10,20,50,100"
-    floors: int = 4  # sets of exact samples
+    floors: int = 4  # number of sets of exact samples
     seed: int = 0
     out: Path = Path(__file__).parent / "out"
     quick: bool = False
 
 
-def rules(quick: bool) -> dict[str, ss.solvers.Solver]:
+def solvers(quick: bool) -> dict[str, ss.solvers.Solver]:
     some = {
         "DDIM (no noise)": ss.DDIM(),
         "VelocityAB-3 (no noise)": ss.VelocityAB(3),
@@ -85,9 +85,9 @@ def rules(quick: bool) -> dict[str, ss.solvers.Solver]:
 
 def ours(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tuple[str, int, Tensor]]:
     shape = (options.samples, *model.event)
-    std = float(model.covariance().diagonal().mean().sqrt())
-    for name, rule in rules(options.quick).items():
-        solution = ss.solve(model, shape, rule, nfe=n, seed=options.seed, data_std=std, dtype=torch.float64)
+    start = ss.Start(data_std=float(model.covariance().diagonal().mean().sqrt()), dtype=torch.float64)
+    for name, solver in solvers(options.quick).items():
+        solution = ss.solve(model, shape, solver, nfe=n, seed=options.seed, start=start)
         yield name, solution.nfe, solution.x
 
 
@@ -111,11 +111,11 @@ def theirs(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tupl
     if options.quick:
         table = {name: table[name] for name in ("DDPM", "SDE-DPM-Solver++ 2M")}
     sde = model.sde
-    start = sde.prior(std=float(model.covariance().diagonal().mean().sqrt()))
+    prior = sde.prior(std=float(model.covariance().diagonal().mean().sqrt()))
     for name, (cls, settings, how) in table.items():
         scheduler = cls(trained_betas=beta_list(sde), **settings)
         scheduler.set_timesteps((n + 1) // 2 if name in ("DPM2 ancestral", "DPM++ SDE") else n)
-        x = start.sample((options.samples, *model.event), ss.Noise(options.seed), dtype=torch.float64)
+        x = prior.sample((options.samples, *model.event), ss.Noise(options.seed), dtype=torch.float64)
         counts_in_rho = name in ("Euler ancestral", "DPM2 ancestral", "DPM++ SDE")
         if counts_in_rho:
             x = x / sde.alpha(sde.T)
@@ -127,7 +127,7 @@ def theirs(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tupl
             if sigmas is None:
                 t = (float(label) + 1) * (sde.T / len(scheduler.betas))
             else:
-                lam = -math.log(_level(scheduler, i, label))
+                lam = -math.log(level(scheduler, i, label))
                 t = sde.t_of_lam(min(sde.lam(1e-6), max(sde.lam(sde.T), lam)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -136,8 +136,8 @@ def theirs(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tupl
         yield f"diffusers {name}", spent, x.double()
 
 
-def _level(scheduler: Any, i: int, label: Tensor) -> float:
-    """σ/α at which a scheduler wants the network at its call number i; two-stage ones tell it by a fractional label."""
+def level(scheduler: Any, i: int, label: Tensor) -> float:
+    """σ/α of the evaluation number i of a scheduler; schedulers with two stages give it by a fractional label."""
     if type(scheduler).__name__ not in ("KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"):
         return float(scheduler.sigmas[i])
     log_rho = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).double().log() / 2
@@ -165,15 +165,15 @@ def main(options: Options) -> Path:
             for side in (ours, theirs):
                 for name, spent, x in side(model, n, options):
                     values = {word: distance(x, sets[0]) for word, distance in DISTANCES.items()}
-                    rows.append({"problem": problem, "rule": name, "budget": n, "spent": spent, **values})
+                    rows.append({"problem": problem, "solver": name, "budget": n, "spent": spent, **values})
         lines += [f"## {problem}", ""]
-        for word, (mean, most) in floor.items():
-            lines += [f"{word}; floor {mean:.4f}, at most {most:.4f}", ""]
-            lines += ["| rule |" + "".join(f" {n} |" for n in budgets), "|:--|" + "--:|" * len(budgets)]
-            names = dict.fromkeys(row["rule"] for row in rows if row["problem"] == problem)
+        for word, (mean, largest) in floor.items():
+            lines += [f"{word}; floor {mean:.4f}, at most {largest:.4f}", ""]
+            lines += ["| solver |" + "".join(f" {n} |" for n in budgets), "|:--|" + "--:|" * len(budgets)]
+            names = dict.fromkeys(row["solver"] for row in rows if row["problem"] == problem)
             for name in names:
-                found = {r["budget"]: r[word] for r in rows if r["problem"] == problem and r["rule"] == name}
-                cells = "".join(f" {found[n]:.4f} |" if n in found else " – |" for n in budgets)
+                values = {r["budget"]: r[word] for r in rows if r["problem"] == problem and r["solver"] == name}
+                cells = "".join(f" {values[n]:.4f} |" if n in values else " – |" for n in budgets)
                 lines.append(f"| {name} |{cells}")
             lines.append("")
     text = "\n".join(lines)
@@ -207,11 +207,11 @@ def draw(rows: list[dict[str, Any]], page: Path) -> None:
         "ER-SDE 3",
     )
     for ax, problem in zip(axes.flat, PROBLEMS, strict=True):
-        for name in dict.fromkeys(row["rule"] for row in rows):
-            points = [(r["budget"], r["sliced W2"]) for r in rows if r["problem"] == problem and r["rule"] == name]
-            peer, told = name.startswith("diffusers"), name in shown
+        for name in dict.fromkeys(row["solver"] for row in rows):
+            points = [(r["budget"], r["sliced W2"]) for r in rows if r["problem"] == problem and r["solver"] == name]
+            peer, labelled = name.startswith("diffusers"), name in shown
             style: dict[str, Any] = (
-                {"label": name, "marker": "."} if told else {"color": "C3" if peer else "0.8", "lw": 0.7}
+                {"label": name, "marker": "."} if labelled else {"color": "C3" if peer else "0.8", "lw": 0.7}
             )
             ax.plot(*zip(*points, strict=True), ls="--" if peer else "-", **style)
         ax.set(xscale="log", yscale="log", title=problem, xlabel="evaluations")
@@ -227,7 +227,7 @@ def parse() -> Options:
     for name, value in vars(Options()).items():
         if name != "quick":
             parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="few rules, budgets and samples, for CI")
+    parser.add_argument("--quick", action="store_true", help="few solvers, budgets and samples, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
         given.update(samples=300, nfes="10", floors=2)

@@ -80,8 +80,8 @@ def main(options: Options) -> None:
         "# Tails",
         "",
         f"The flow expands the neighbourhood of an initial state by {q[0]:.2f} in the median, {q[1]:.2f} at 90 % and "
-        f"{q[2]:.1f} at 99 %. Of the samples that go astray with 5 evaluations, {among:.0%} are among the 10 % with the "
-        f"largest expansion.",
+        f"{q[2]:.1f} at 99 %. Of the samples that go astray with 5 evaluations, {among:.0%} are among the 10 % with "
+        f"the largest expansion.",
         "",
         f"| solver | NFE {COLUMNS}",
         "|:--|--:|--:|--:|--:|--:|--:|--:|",

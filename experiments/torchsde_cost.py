@@ -1,19 +1,19 @@
-"""What does our torchsde backend cost beside torchsde called by hand, and our own loop beside both?
+"""Cost of the method TorchSDE and of our own loop, compared with torchsde called by hand.
 
     python experiments/torchsde_cost.py
     python experiments/torchsde_cost.py --quick    # seconds, for CI
 
-A network that costs nothing predicts the data of VP; a run is 100 steps of the reverse SDE. "By hand" is torchsde
-called in the best way we know: flat states, float64 times, an interval made with `dt`, drift and diffusion written out
-with all coefficients in Python floats. Rounds are interleaved; ratios of CPU times are taken within a round and
-summarised by their median. Beside them: the same number of legs of the first-order SDE rule in our own loop, with fresh
-noise and on one Brownian path; one keyed draw against ``torch.randn``; and our paths against the Brownian tree that
-k-diffusion draws from, which is one path only as long as its interval and its tolerance stay the same.
+A network of no cost predicts the data under VP; a run is 100 steps of the reverse SDE. "By hand" is the fastest call of
+torchsde that we know: flat states, float64 times, an interval made with `dt`, and drift and diffusion with all
+coefficients in Python floats. Rounds are interleaved, and the table shows the median of the ratios of CPU times within
+a round. Further rows measure the same number of steps of the first-order SDE solver in our own loop, with fresh noise
+and on one Brownian path; a keyed draw against ``torch.randn``; and our Brownian paths against the Brownian tree of
+k-diffusion, which is one path only while its interval and its tolerance stay the same.
 
-Measured with --rounds 7 on two cores, CPU time against torchsde by hand. State (16, 3, 32, 32): our backend 1.7
-(euler) and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): backend 1.3 and 1.3, our loop 0.5, on one path
-9.5. A keyed draw is 6 times torch.randn for the first state and 42 times for the second, which is why the loop draws
-small states ahead. A leg of one path costs 1.3 and 1.1 times one of the Brownian tree.
+Measured with --rounds 7 on two cores, CPU time divided by that of torchsde by hand. State (16, 3, 32, 32): TorchSDE 1.7
+(euler) and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): TorchSDE 1.3 and 1.3, our loop 0.5, on one path
+9.5. A keyed draw takes 6 times as long as torch.randn for the first state and 42 times for the second; the loop
+therefore draws the noise of small states ahead. A step of one path takes 1.3 and 1.1 times as long as with the tree.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.integrators.via_torchsde import torchsde_sample
-from scoresde.plan.run import run
+from scoresde.integrators import TorchSDE
+from scoresde.plan import run
 from scoresde.solvers.multistep import Multistep
 
 VP = ss.VP()
@@ -41,7 +41,7 @@ STATES = ((32, 64), (16, 3, 32, 32))
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     steps: int = 100
     rounds: int = 15
@@ -50,7 +50,7 @@ class Options:
 
 
 class Free(ss.denoisers.AbstractDenoiser):
-    """A denoiser that costs nothing."""
+    """A denoiser of no cost."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__(VP)
@@ -100,19 +100,19 @@ def by_hand(x: Tensor, method: str, steps: int) -> Callable[[], Tensor]:
 
 
 def tree(x: Tensor) -> Any:
-    """The path that k-diffusion's samplers draw from."""
+    """Brownian path of k-diffusion's samplers."""
     import torchsde
 
     return torchsde.BrownianTree(t0=0.0, w0=torch.zeros_like(x), t1=1.0, entropy=0, tol=1e-6)
 
 
 def path(shape: tuple[int, ...]) -> ss.noise.BrownianPath:
-    """Ours, as deep as the paths of plans."""
+    """Our Brownian path, of the same depth as those of plans."""
     return ss.noise.BrownianPath(ss.Noise(0), shape, depth=12)
 
 
 def race(loops: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median CPU milliseconds of each, and median ratio to the first within rounds."""
+    """Median CPU milliseconds of each loop, and median of its ratios to the first loop within rounds."""
     spent: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop()
@@ -142,8 +142,8 @@ def main(options: Options) -> Path:
         for method in ("euler", "srk"):
             loops: dict[str, Callable[[], Any]] = {
                 "torchsde by hand": by_hand(x, method, steps),
-                "torchsde_sample": lambda x=x, model=model, method=method: torchsde_sample(
-                    model, x, method, steps=options.steps, seed=0, denoise=False
+                "TorchSDE": lambda x=x, model=model, method=method: ss.solve(
+                    model, x, TorchSDE(method, steps=options.steps), seed=0, t_end=VP.t_min
                 ),
             }
             if method == "euler":
@@ -159,12 +159,12 @@ def main(options: Options) -> Path:
         }
         lines += ["", f"state {shape}, 20 draws"]
         lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(draws, options.rounds).items()]
-        legs = [(k / 100, (k + 1) / 100) for k in range(1, 100)]
+        spans = [(k / 100, (k + 1) / 100) for k in range(1, 100)]
         paths = {
-            "torchsde.BrownianTree": lambda legs=legs, x=x: [w(a, b) for w in [tree(x)] for a, b in legs],
-            "BrownianPath": lambda legs=legs, shape=shape: [w.normal(a, b) for w in [path(shape)] for a, b in legs],
+            "torchsde.BrownianTree": lambda spans=spans, x=x: [w(a, b) for w in [tree(x)] for a, b in spans],
+            "BrownianPath": lambda spans=spans, shape=shape: [w.normal(a, b) for w in [path(shape)] for a, b in spans],
         }
-        lines += ["", f"state {shape}, {len(legs)} legs of one path"]
+        lines += ["", f"state {shape}, {len(spans)} steps of one path"]
         lines += [f"  {who:22} {ms:10.2f} {ratio:8.2f}" for who, (ms, ratio) in race(paths, options.rounds).items()]
     text = "\n".join(lines)
     print(text)

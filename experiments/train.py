@@ -1,18 +1,18 @@
-"""Train on images of yours: a folder of them, or a file with a tensor.
+"""Train on your own images: a folder of images, or a file with a tensor.
 
     python experiments/train.py --data photos --size 32 --out runs/photos
     python experiments/train.py --data digits.npy --labels labels.npy --conditional --recipe edm
     torchrun --nproc_per_node 4 experiments/train.py --data photos --precision bf16     # or: accelerate launch …
     python experiments/train.py --quick    # seconds, for CI: digits, with labels
 
-A folder is searched for images, which are cut to squares and scaled to `--size`; with `--conditional`, the folder right
-below it that an image lies in is its class. A file is .npy, .pt (read without running code from it) or .safetensors,
-with numbers (N, C, height, width), (N, height, width) or (N, D); bytes are scaled to [-1, 1], floats are taken as they
-are. Labels are integers in a file of their own, or beside "x" as "label".
+The script searches a folder for images, crops them to squares and scales them to `--size`; with `--conditional`, the
+subfolder of an image is its class. A file is .npy, .pt (loaded without running code from it) or .safetensors, with a
+tensor (N, C, height, width), (N, height, width) or (N, D); bytes are scaled to [-1, 1], floats are not changed. Labels
+are integers in a separate file, or in the same file as "label".
 
-Checkpoints, pictures of samples and `weights.safetensors`, the averaged network, go to `--out`. Killed at any time, the
-same command goes on from the last checkpoint; `--steps` counts from the beginning of the run. The weights are those of
-a denoiser: `model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))`.
+Checkpoints, images of samples and `weights.safetensors`, the averaged network, are written to `--out`. After an
+interruption, the same command resumes from the last checkpoint; `--steps` counts from the beginning of the run. The
+weights are those of a denoiser: `model.load_state_dict(safetensors.torch.load_file("weights.safetensors"))`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     data: Path = Path()
     labels: Path = Path()
     conditional: bool = False
-    drop: float = 0.1  # of labels, for classifier-free guidance
+    drop: float = 0.1  # fraction of labels dropped, for classifier-free guidance
     size: int = 32
     channels: int = 3  # of images in a folder: 3 or 1
 
@@ -59,7 +59,7 @@ class Options:
     warmup: int = 1000
     ema: float = 0.9999
     precision: str = "no"
-    workers: int = 2  # that read images
+    workers: int = 2  # processes that load images
 
     out: Path = Path(__file__).parent / "out" / "train"
     save_every: int = 1000
@@ -70,7 +70,7 @@ class Options:
     seed: int = 0
 
 
-# A process and what its network predicts, weighs and is told, for data of a standard deviation.
+# Process, prediction, weighting and distribution of times, for a network and the standard deviation of the data.
 RECIPES: dict[str, Callable[..., ss.DSM]] = {
     "vp": lambda net, std, **drop: ss.DSM(ss.Denoiser(net, ss.VP(), predicts="v"), **drop),
     "cosine": lambda net, std, **drop: ss.DSM(ss.Denoiser(net, ss.Cosine(), predicts="v"), "min_snr", **drop),
@@ -90,13 +90,13 @@ RECIPES: dict[str, Callable[..., ss.DSM]] = {
 
 
 class Folder(Dataset[dict[str, Any]]):
-    """Images below a folder, square, in [-1, 1]; their classes are the folders right below it, in alphabetical order.
+    """Square images of a folder, in [-1, 1]; the classes are its subfolders, in alphabetical order.
 
     Arguments:
-        root: The folder.
-        size: Height and width of what comes out.
-        channels: 3 for colour, 1 for grey.
-        labels: Whether to give classes.
+        root: Folder.
+        size: Height and width of the images.
+        channels: Number of channels, 3 for colour or 1 for grey.
+        labels: Whether to return classes.
     """
 
     def __init__(self, root: Path, size: int, channels: int, labels: bool) -> None:
@@ -122,27 +122,27 @@ class Folder(Dataset[dict[str, Any]]):
 
 
 def scaled(x: Tensor) -> Tensor:
-    """Bytes in [-1, 1], other numbers in float32."""
+    """Scale bytes to [-1, 1], and convert other numbers to float32."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name; a single one is "x"."""
+    """Tensors of a file by name; a single one is named "x"."""
     if path.suffix == ".npy":
-        found: Any = torch.from_numpy(np.load(path))
+        content: Any = torch.from_numpy(np.load(path))
     elif path.suffix == ".pt":
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     elif path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        found = load_file(path)
+        content = load_file(path)
     else:
         raise ValueError(f"{path} must be a folder of images or a file .npy, .pt or .safetensors.")
-    return {"x": found} if isinstance(found, Tensor) else dict(found)
+    return {"x": content} if isinstance(content, Tensor) else dict(content)
 
 
 def load(options: Options) -> tuple[Any, tuple[int, ...], float, int | None]:
-    """Data for the trainer, the shape of an event, its standard deviation, and the number of classes."""
+    """Data for the trainer, shape of an event, standard deviation, and number of classes."""
     if options.data.is_dir():
         folder = Folder(options.data, options.size, options.channels, options.conditional)
         some = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:256]
@@ -156,14 +156,14 @@ def load(options: Options) -> tuple[Any, tuple[int, ...], float, int | None]:
         if options.labels.is_file():
             data["label"] = read(options.labels)["x"]
         if "label" not in data:
-            raise ValueError(f"`conditional` needs labels: give `labels`, a file, or put 'label' into {options.data}.")
+            raise ValueError(f"`conditional` needs labels: give `labels`, a file, or add 'label' to {options.data}.")
         out["label"] = data["label"].long()
         classes = int(out["label"].max()) + 1
     return out, tuple(x.shape[1:]), deviation(x, options), classes
 
 
 def deviation(x: Tensor, options: Options) -> float:
-    """Standard deviation of data; warns if it is far from 1, unless the recipe scales the network by it."""
+    """Standard deviation of the data; warns if it is far from 1, unless the recipe scales the network by it."""
     return float(x.std()) if options.recipe == "edm" else ss.data.check_scale(x)
 
 
@@ -187,7 +187,7 @@ def network(event: tuple[int, ...], classes: int | None, options: Options) -> nn
 
 
 def make(options: Options) -> ss.Trainer:
-    """The whole run, before its first step."""
+    """Trainer of the run, before its first step."""
     data, event, std, classes = load(options)
     drop = {"drop": options.drop, "null": {"label": classes}} if classes and options.drop else {}
     loss = RECIPES[options.recipe](network(event, classes, options), std, **drop)
@@ -217,7 +217,7 @@ def make(options: Options) -> ss.Trainer:
 
 
 def show(x: Tensor, page: Path, columns: int = 8) -> None:
-    """Images (N, C, h, w) side by side in a PNG; other data as .npy beside where it would be."""
+    """Write images (N, C, h, w) into one PNG, and other data into an .npy file of the same name."""
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         np.save(page.with_suffix(".npy"), x.numpy())
         return
@@ -236,19 +236,19 @@ def main(options: Options) -> Path:
     main_process = trainer.accelerator.is_main_process
     options.out.mkdir(parents=True, exist_ok=True)
     if trainer.resume() and main_process:
-        print(f"going on from step {trainer.step}")
+        print(f"resumed at step {trainer.step}")
     history = trainer.fit(options.steps)
     weights = options.out / "weights.safetensors"
     if main_process:
         save_file({name: w.contiguous() for name, w in trainer.ema.weights.items()}, weights)
         if history:
             print(f"step {trainer.step}, loss {history[-1]['loss']:.4f}, {history[-1]['speed']:.0f} samples a second")
-        print(f"pictures, checkpoints, weights: {options.out}")
+        print(f"images, checkpoints, weights: {options.out}")
     return weights
 
 
 def quick(out: Path) -> Options:
-    """Digits with labels, in a file, and a network of no use."""
+    """Options of a run on digits with labels, from a file, with a small network."""
     from sklearn.datasets import load_digits
 
     bunch, out = load_digits(), out / "quick"
@@ -274,7 +274,7 @@ def parse() -> Options:
     if given.pop("quick"):
         return quick(given["out"])
     if given["data"] == Path():
-        parser.error("--data says what to train on: a folder of images, or a .npy, .pt or .safetensors file")
+        parser.error("--data is needed: a folder of images, or a .npy, .pt or .safetensors file")
     return Options(**given)
 
 

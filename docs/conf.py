@@ -45,6 +45,7 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 default_role = "literal"  # `x` in a docstring is the argument x
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # a list, so that properties among the attributes are not documented twice
 python_maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 

@@ -3,8 +3,8 @@
     python experiments/adaptive.py            # minutes
     python experiments/adaptive.py --quick    # seconds, for CI
 
-The denoisers are exact (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D), under VP, VE and Flow. All runs
-start from the same states and end at ``sde.t_min``, where each is compared with the same solve at a tolerance of 1e-9.
+The denoisers are exact (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D), under VP, VE and Flow. All
+runs start from the same states and end at ``sde.t_min``, where each is compared with a solve at a tolerance of 1e-9.
 The baseline is scipy's RK45 on dx/dt of the flattened batch with rtol = atol = 1e-5. Each embedded pair runs at
 tolerances from 1e-2 to 1e-6; its cost at the error of the baseline is interpolated, log–log.
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from work_precision import PROBLEMS, our_grids, our_rules, problem
+from work_precision import PROBLEMS, our_grids, our_solvers, problem
 
 import scoresde as ss
 from scoresde import fitting
@@ -60,7 +60,7 @@ class Result:
     problem: str
     nfe: int
     who: str
-    rule: str
+    solver: str
     grid: str
     median: float
     rmse: float
@@ -98,12 +98,12 @@ class Case:
         """All solvers on all grids."""
         sde = self.model.sde
         with torch.no_grad():
-            for rule, solver in our_rules(self.options.quick).items():
+            for name, solver in our_solvers(self.options.quick).items():
                 for grid, maker in our_grids(self.options.process, self.options.quick).items():
                     within, steps = solver.for_nfe(n)
                     plan = within.plan(sde, maker(sde, steps))
                     if plan.nfe <= n:
-                        yield Result(self.name, n, "unfitted", rule, grid, **self.measure(plan))
+                        yield Result(self.name, n, "unfitted", name, grid, **self.measure(plan))
 
     def initial(self, n: int, tol: float | None) -> ss.Plan:
         """Plan to fit: from T, or from the time at which a Gaussian start has an error of `tol` per number."""
@@ -198,7 +198,7 @@ def report(rows: list[Result], options: Options) -> str:
                         if n <= 10:
                             gains.setdefault(who, []).append(ratio)
                         lines.append(
-                            f"| {n} | {best.rule}, {best.grid} | {best.median:.2e} | {rmse:.2e} | {who} | "
+                            f"| {n} | {best.solver}, {best.grid} | {best.median:.2e} | {rmse:.2e} | {who} | "
                             f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | {share(ratio)} |"
                         )
         lines.append("")
@@ -277,8 +277,8 @@ def draw(rows: list[Result], page: Path) -> None:
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False)
     for ax, name in zip(axes[0], names, strict=True):
         of = [row for row in rows if row.problem == name]
-        for pair in {(r.rule, r.grid) for r in of if r.who == "unfitted"}:
-            line = sorted((r.nfe, r.median) for r in of if r.who == "unfitted" and (r.rule, r.grid) == pair)
+        for pair in {(r.solver, r.grid) for r in of if r.who == "unfitted"}:
+            line = sorted((r.nfe, r.median) for r in of if r.who == "unfitted" and (r.solver, r.grid) == pair)
             ax.plot(*zip(*line, strict=True), color="0.85", lw=0.5, zorder=0)
         for who, colour in {
             "unfitted": "C0",

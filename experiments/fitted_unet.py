@@ -138,7 +138,7 @@ def main(options: Options) -> str:
         "# Fitted evaluations of a trained network",
         "",
         f"Digits; {options.nfe} evaluations fitted on {options.trajectories} trajectories, a third of which decide "
-        f"when to stop. Distance per pixel from a solve with {options.fine} evaluations, on {options.fresh} fresh starts.",
+        f"when to stop. Distance per pixel from a solve with {options.fine} evaluations, on {options.fresh} others.",
         "",
         *head(("model", "plan")),
     ]

@@ -1,21 +1,25 @@
-"""What does the one loop cost beside loops written by hand?
+"""Cost of the loop that runs every table, compared with loops written by hand.
 
     python experiments/loop_overhead.py
-    python experiments/loop_overhead.py --quick    # seconds, for CI
+    python experiments/loop_overhead.py --quick           # seconds, for CI
+    python experiments/loop_overhead.py --against PATH    # compared with another checkout of the library
 
-A table that runs every sampler must not be slower than the sampler written out. With a network that costs nothing, this
-times one leg of our loop (``plan.run``), of ``ss.solve`` around it, and of the same arithmetic written by hand: a
-Python loop for one rule, all coefficients precomputed as floats, in place wherever nothing is lost by it. Beside them
-diffusers' schedulers and torchdiffeq's Euler, if they are installed. Rounds are interleaved and the ratios of CPU times
-within each round are summarised by their median, so that a busy machine disturbs all alike; wall ratios stand beside.
+A table that runs every sampler must not be slower than a sampler written by hand. With a network of no cost, the script
+times one step of our loop (``plan.run``), of ``ss.solve`` around it, and of the same arithmetic by hand: a Python loop
+for one solver, with all coefficients precomputed as floats, and in place where possible. If diffusers and torchdiffeq
+are installed, it also times diffusers' schedulers and torchdiffeq's Euler. Rounds are interleaved, and the table shows
+the median of the ratios of CPU times within each round, so that other processes on the machine disturb all loops alike.
 
-Then the same with a network behind :class:`ss.Denoiser`, which converts noise to data; how many states are alive at
-each network call and at most; and how long a table of a thousand rows takes to write.
+The script then times the same loops with a network inside :class:`ss.Denoiser`, which converts noise to data; counts
+the states that are alive at each network call, and their maximum; and times the computation of a table of 1000 rows.
 
-Writes a table and a figure. Measured with --rounds 25 on two idle cores, CPU time against the loop by hand, state
-(16, 3, 32, 32): DDIM 1.5, DPM-Solver++ 2M 1.4, UniPC-3 1.1, EDM Heun 1.3, DPM-Solver-3 1.2, VelocityAB-3 1.1; with
-``overwrite=True`` 1.2, 1.1, 1.0, 1.2, 1.2, 1.1. diffusers' schedulers: 14, 19, 20, 8, 5. State (1, 4): 1.4, 1.3,
-1.0, 1.6, 1.2, 1.1.
+``--against`` runs the loops of this checkout and those of another one in two processes, in turn, and writes the ratios
+of their CPU times. The rows "by hand" do not use the library, so they show the error of the measurement.
+
+The script writes a table and a figure. Measured with --rounds 25 on two idle cores, CPU time divided by that of the
+loop by hand. State (16, 3, 32, 32): DDIM 1.5, DPM-Solver++ 2M 1.4, UniPC-3 1.1, EDM Heun 1.3, DPM-Solver-3 1.2,
+VelocityAB-3 1.1; with ``overwrite=True`` 1.2, 1.1, 1.0, 1.2, 1.2, 1.1; diffusers' schedulers 14, 19, 20, 8, 5. State
+(1, 4): 1.4, 1.3, 1.0, 1.6, 1.2, 1.1.
 """
 
 from __future__ import annotations
@@ -36,13 +40,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scoresde as ss
-from scoresde.plan.run import run
+from scoresde.plan import run
 
 Net = Callable[[Tensor, Any], Tensor]
 Loop = Callable[[Net, Tensor], Tensor]
 STATES = ((16, 3, 32, 32), (1, 4))
 VP, EDM = ss.VP(), ss.EDM()
-RULES: dict[str, tuple[ss.SDE, Any]] = {
+SOLVERS: dict[str, tuple[ss.SDE, ss.solvers.Solver]] = {
     "DDIM": (VP, ss.DDIM()),
     "DPM-Solver++ 2M": (VP, ss.DPMSolverPP(2)),
     "UniPC-3": (VP, ss.UniPC(3)),
@@ -54,26 +58,28 @@ RULES: dict[str, tuple[ss.SDE, Any]] = {
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
-    legs: int = 20
+    steps: int = 20
     rounds: int = 60
-    seconds: float = 0.004  # of each loop in each round
-    rows: int = 1000  # of the table that is timed
+    seconds: float = 0.004  # CPU time of each loop in each round
+    rows: int = 1000  # number of rows of the tables that are timed
     threads: int = 1
+    against: str = ""
+    pairs: int = 4  # pairs of processes that share the rounds of `against`
     out: Path = Path(__file__).parent / "out"
 
 
-# The loops by hand. Each takes its floats from the process once and then has nothing but the arithmetic.
+# Loops by hand: coefficients are computed once, so that a loop contains only the arithmetic of its steps.
 
 
 def by_hand(name: str, sde: ss.SDE, plan: ss.Plan) -> Loop:
     t = [float(u) for u in plan.times]
     alpha, sigma = [sde.alpha(u) for u in t], [sde.sigma(u) for u in t]
-    legs = range(len(t) - 2)  # the last one goes to σ = 0 and returns the denoised state
+    steps = range(len(t) - 2)  # the last step ends at σ = 0 and returns the denoised state
     if name == "DDIM":
-        a = [sigma[i + 1] / sigma[i] for i in legs]
-        table = [(t[i], a[i], alpha[i + 1] - a[i] * alpha[i]) for i in legs]
+        a = [sigma[i + 1] / sigma[i] for i in steps]
+        table = [(t[i], a[i], alpha[i + 1] - a[i] * alpha[i]) for i in steps]
 
         def ddim(net: Net, x: Tensor) -> Tensor:
             for s, a, b in table:
@@ -86,7 +92,7 @@ def by_hand(name: str, sde: ss.SDE, plan: ss.Plan) -> Loop:
     if name == "DPM-Solver++ 2M":
         lam = [sde.lam(u) for u in t[:-1]]
         rows = []
-        for i in legs:
+        for i in steps:
             h = lam[i + 1] - lam[i]
             full = -alpha[i + 1] * math.expm1(-h)
             back = 0.0 if i == 0 else full * h / (2 * (lam[i] - lam[i - 1]))
@@ -124,7 +130,7 @@ def by_hand(name: str, sde: ss.SDE, plan: ss.Plan) -> Loop:
 
         return unipc
     if name == "EDM Heun":
-        table = [(t[i], t[i + 1], 1 - t[i + 1] / t[i], (t[i + 1] - t[i]) / (2 * t[i + 1])) for i in legs]
+        table = [(t[i], t[i + 1], 1 - t[i + 1] / t[i], (t[i + 1] - t[i]) / (2 * t[i + 1])) for i in steps]
 
         def heun(net: Net, x: Tensor) -> Tensor:
             # x + (t − s)/2 ((x − d)/s + (y − e)/t), where the Euler step y lies on the line through x and d.
@@ -175,10 +181,10 @@ def by_hand(name: str, sde: ss.SDE, plan: ss.Plan) -> Loop:
     return adams
 
 
-# The peers.
+# Other libraries.
 
 
-def diffusers_loops(legs: int) -> dict[str, Loop]:
+def diffusers_loops(steps: int) -> dict[str, Loop]:
     try:
         import diffusers
     except ImportError:
@@ -194,10 +200,10 @@ def diffusers_loops(legs: int) -> dict[str, Loop]:
 
     def loop(make: Callable[[], Any]) -> Loop:
         scheduler = make()
-        scheduler.set_timesteps(legs)
+        scheduler.set_timesteps(steps)
 
         def go(net: Net, x: Tensor) -> Tensor:
-            scheduler.set_timesteps(legs)
+            scheduler.set_timesteps(steps)
             for t in scheduler.timesteps:
                 x = scheduler.step(net(x, t), t, x).prev_sample
             return x
@@ -207,27 +213,27 @@ def diffusers_loops(legs: int) -> dict[str, Loop]:
     return {name: loop(make) for name, make in makers.items()}
 
 
-def torchdiffeq_euler(legs: int) -> Loop:
+def torchdiffeq_euler(steps: int) -> Loop:
     from torchdiffeq import odeint
 
-    times = torch.linspace(1.0, 0.0, legs + 1)
+    times = torch.linspace(1.0, 0.0, steps + 1)
     return lambda net, x: odeint(lambda t, y: net(y, t), x, times, method="euler")[-1]
 
 
-# Time.
+# Times.
 
 
 @dataclass
 class Timing:
-    """Per leg: median microseconds of CPU, and medians over rounds of the ratios to the first loop."""
+    """Median CPU microseconds of a step, and medians over rounds of the ratios to the first loop."""
 
     micro: float
     cpu: float
     wall: float
 
 
-def race(loops: dict[str, Callable[[], Any]], legs: int, options: Options) -> dict[str, Timing]:
-    """Time loops in turn, round after round; ratios are within a round, against the first of them."""
+def race(loops: dict[str, Callable[[], Any]], steps: int, options: Options) -> dict[str, Timing]:
+    """Time loops in turn, round after round; the ratios are those to the first loop of the same round."""
     counts = {}
     for name, loop in loops.items():
         loop()
@@ -248,21 +254,21 @@ def race(loops: dict[str, Callable[[], Any]], legs: int, options: Options) -> di
     def ratio(of: dict[str, list[float]], name: str) -> float:
         return statistics.median(a / b for a, b in zip(of[name], of[first], strict=True))
 
-    return {n: Timing(1e6 * statistics.median(cpu[n]) / legs, ratio(cpu, n), ratio(wall, n)) for n in loops}
+    return {n: Timing(1e6 * statistics.median(cpu[n]) / steps, ratio(cpu, n), ratio(wall, n)) for n in loops}
 
 
 def time_loops(options: Options) -> list[tuple[str, str, str, Timing]]:
     out = []
-    peers = diffusers_loops(options.legs)
+    peers = diffusers_loops(options.steps)
     for shape in STATES:
         x = torch.randn(shape)
-        d = torch.randn(shape) / 100  # in-place loops must not run away
+        d = torch.randn(shape) / 100  # small, because loops in place are run many times
 
         def free(x: Tensor, t: Any, d: Tensor = d) -> Tensor:
             return d
 
-        for name, (sde, rule) in RULES.items():
-            plan = rule.plan(sde, ss.grids.karras(sde, options.legs))
+        for name, (sde, solver) in SOLVERS.items():
+            plan = solver.plan(sde, ss.grids.karras(sde, options.steps))
             hand = by_hand(name, sde, plan)
             gap = (hand(free, x.clone()) - run(plan, free, x)).abs().max() / x.abs().max()
             assert gap < 1e-3, (name, gap)
@@ -276,22 +282,22 @@ def time_loops(options: Options) -> list[tuple[str, str, str, Timing]]:
             if name in peers:
                 loops["diffusers"] = lambda go=peers[name], x=x: go(free, x)
             if name == "DDIM":
-                euler = torchdiffeq_euler(options.legs)
+                euler = torchdiffeq_euler(options.steps)
                 loops["torchdiffeq Euler"] = lambda x=x, go=euler: go(free, x)
-            out += [(str(shape), name, who, t) for who, t in race(loops, options.legs, options).items()]
+            out += [(str(shape), name, who, t) for who, t in race(loops, options.steps, options).items()]
     return out
 
 
 def time_denoiser(options: Options) -> list[tuple[str, str, str, Timing]]:
-    """The network predicts noise; by hand that is converted with floats, and the labels are made beforehand."""
+    """Time loops whose network predicts noise; by hand the conversion uses floats, and labels are precomputed."""
     out = []
     for shape in STATES:
         x = torch.randn(shape) / 10
         model = ss.Denoiser(lambda x, t: x, VP, predicts="eps")
-        for name, (sde, rule) in RULES.items():
+        for name, (sde, solver) in SOLVERS.items():
             if sde is not VP:
                 continue
-            plan = rule.plan(VP, ss.grids.karras(VP, options.legs))
+            plan = solver.plan(VP, ss.grids.karras(VP, options.steps))
             hand = by_hand(name, VP, plan)
             floats = {}
             for row in plan.rows:
@@ -310,12 +316,12 @@ def time_denoiser(options: Options) -> list[tuple[str, str, str, Timing]]:
                 "plan.run": lambda plan=plan, x=x, model=model: run(plan, model.x0, x),
                 "ss.solve": lambda plan=plan, x=x, model=model: ss.solve(model, x, plan, seed=0),
             }
-            out += [(str(shape), name, who, t) for who, t in race(loops, options.legs, options).items()]
+            out += [(str(shape), name, who, t) for who, t in race(loops, options.steps, options).items()]
     return out
 
 
 class Free(ss.denoisers.AbstractDenoiser):
-    """A denoiser that costs nothing."""
+    """A denoiser of no cost."""
 
     def __init__(self, sde: ss.SDE, net: Net) -> None:
         super().__init__(sde)
@@ -329,17 +335,17 @@ class Free(ss.denoisers.AbstractDenoiser):
 
 
 class Alive(TorchDispatchMode):
-    """Counts tensors of one size that are alive, by what they store, after every operation."""
+    """Count the storages of tensors of one size that are alive after every operation."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
-        self.numel, self.most, self.refs = numel, 0, []
+        self.numel, self.largest, self.refs = numel, 0, []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and out.numel() == self.numel:
             self.refs.append(weakref.ref(out))
-            self.most = max(self.most, self.now())
+            self.largest = max(self.largest, self.now())
         return out
 
     def now(self) -> int:
@@ -348,12 +354,12 @@ class Alive(TorchDispatchMode):
 
 
 def count_states(options: Options) -> list[tuple[str, str, int, int]]:
-    """States alive when the network is called, its input included, and the most at any moment, its output included."""
+    """Number of states alive when the network is called, with its input, and their maximum at any time."""
     out = []
-    for name, (sde, rule) in RULES.items():
-        plan = rule.plan(sde, ss.grids.karras(sde, options.legs))
+    for name, (sde, solver) in SOLVERS.items():
+        plan = solver.plan(sde, ss.grids.karras(sde, options.steps))
         hand = by_hand(name, sde, plan)
-        # Called in one expression, so that nothing out here holds the start.
+        # Each way is one expression, so that no variable of this function refers to the initial state.
         ways: dict[str, Callable[[Net], Any]] = {
             "by hand": lambda net, hand=hand: hand(net, torch.ones(2, 3)),
             "plan.run": lambda net, plan=plan: run(plan, net, torch.ones(2, 3)),
@@ -369,41 +375,43 @@ def count_states(options: Options) -> list[tuple[str, str, int, int]]:
                     return torch.zeros(2, 3)
 
                 go(net)
-            out.append((name, who, max(calls), alive.most))
+            out.append((name, who, max(calls), alive.largest))
     return out
 
 
-# Writing the table.
+# Tables.
 
 
 def time_plans(options: Options) -> list[tuple[str, int, float]]:
     grid, out = ss.grids.uniform_t(VP, options.rows), []
-    for name, (_, rule) in RULES.items():
-        legs = options.rows // rule.stages
+    for name, (_, solver) in SOLVERS.items():
+        steps = options.rows // solver.stages
         spent = []
         for _ in range(5):
             start = time.process_time()
-            plan = rule.plan(VP, grid[:: rule.stages] if rule.stages > 1 else grid)
+            plan = solver.plan(VP, grid[:: solver.stages] if solver.stages > 1 else grid)
             spent.append(time.process_time() - start)
-        out.append((f"{name}, {legs} legs", len(plan), 1e3 * statistics.median(spent)))
+        out.append((f"{name}, {steps} steps", len(plan), 1e3 * statistics.median(spent)))
     return out
 
 
 def main(options: Options) -> Path:
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.against:
+        return against(options)
     torch.set_num_threads(options.threads)
     torch.set_grad_enabled(False)
-    lines = [f"time of one leg, {options.legs} legs, {options.threads} thread(s); ratios to the loop by hand", ""]
-    head = f"{'state':16} {'rule':16} {'loop':20} {'CPU µs':>8} {'CPU ratio':>10} {'wall ratio':>11}"
+    lines = [f"time of one step, {options.steps} steps, {options.threads} thread(s); ratios to the loop by hand", ""]
+    head = f"{'state':16} {'solver':16} {'loop':20} {'CPU µs':>8} {'CPU ratio':>10} {'wall ratio':>11}"
     timings = time_loops(options)
-    lines += ["a network that costs nothing", head, *map(_line, timings), ""]
-    lines += ["a network that predicts noise, behind Denoiser", head, *map(_line, time_denoiser(options)), ""]
+    lines += ["a network of no cost", head, *map(line_of, timings), ""]
+    lines += ["a network that predicts noise, in a Denoiser", head, *map(line_of, time_denoiser(options)), ""]
     lines += [f"{'states alive':20} {'loop':20} {'at a call':>10} {'at most':>8}"]
     lines += [f"{name:20} {who:20} {at:10d} {most:8d}" for name, who, at, most in count_states(options)]
-    lines += ["", f"{'writing a table':28} {'rows':>6} {'CPU ms':>8}"]
+    lines += ["", f"{'computing a table':28} {'rows':>6} {'CPU ms':>8}"]
     lines += [f"{name:28} {rows:6d} {ms:8.1f}" for name, rows, ms in time_plans(options)]
     text = "\n".join(lines)
     print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "loop_overhead.txt").write_text(text + "\n")
     page = options.out / "loop_overhead.png"
     draw(timings, page)
@@ -411,7 +419,19 @@ def main(options: Options) -> Path:
     return page
 
 
-def _line(row: tuple[str, str, str, Timing]) -> str:
+def against(options: Options) -> Path:
+    """Write the ratios of CPU times to those of another checkout."""
+    from _against import compare  # at its use, because the process of a checkout imports this module too
+
+    how = {"pairs": options.pairs, "rounds": options.rounds, "rows": options.rows}
+    text = compare(Path(options.against), seconds=options.seconds, **how)
+    print(text)
+    page = options.out / "loop_overhead_against.txt"
+    page.write_text(text + "\n")
+    return page
+
+
+def line_of(row: tuple[str, str, str, Timing]) -> str:
     shape, name, who, t = row
     return f"{shape:16} {name:16} {who:20} {t.micro:8.2f} {t.cpu:10.2f} {t.wall:11.2f}"
 
@@ -427,14 +447,14 @@ def draw(timings: list[tuple[str, str, str, Timing]], page: Path) -> None:
     for ax, shape in zip(axes, STATES, strict=True):
         for j, who in enumerate(whos):
             points = [
-                (i, t.cpu) for i, n in enumerate(RULES) for s, m, w, t in timings if (s, m, w) == (str(shape), n, who)
+                (i, t.cpu) for i, n in enumerate(SOLVERS) for s, m, w, t in timings if (s, m, w) == (str(shape), n, who)
             ]
             ax.bar([i + 0.2 * (j - 1.5) for i, _ in points], [r for _, r in points], 0.19, label=who)
         ax.axhline(1.3, color="0.3", lw=0.8, ls="--")
         ax.axhline(1.0, color="0.3", lw=0.8)
-        ax.set(yscale="log", title=f"state {shape}", xticks=range(len(RULES)))
-        ax.set_xticklabels(list(RULES), rotation=25, ha="right")
-    axes[0].set_ylabel("CPU time of a leg, by hand = 1")
+        ax.set(yscale="log", title=f"state {shape}", xticks=range(len(SOLVERS)))
+        ax.set_xticklabels(list(SOLVERS), rotation=25, ha="right")
+    axes[0].set_ylabel("CPU time of a step, by hand = 1")
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(page, dpi=110)
@@ -448,7 +468,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="few rounds, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(rounds=5, seconds=0.001, rows=200)
+        given.update(rounds=5, pairs=1, seconds=0.001, rows=200)
     return Options(**given)
 
 

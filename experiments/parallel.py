@@ -1,15 +1,16 @@
-"""Plans run in parallel in time: calls of the network one after another until the samples are the sequential ones.
+"""Plans in parallel in time: consecutive network calls until the samples agree with the sequential ones.
 
     python experiments/parallel.py            # 3 minutes on an idle core
     python experiments/parallel.py --quick    # seconds, for CI
 
-Ten anisotropic Gaussians in 32-D, 16 samples, every plan with 50 and 200 rows: the largest tolerance with which
-``ss.sampling.solve`` is within 1e-3 per number, root mean square, of the sequential run, with all rows at once and with
-a window of 50. Beside it the same iteration with triangular Anderson acceleration (Tang et al., 2024,
-arXiv:2402.09970) over the last one to three sweeps, written out here: each row is moved by what would have made the
-residuals of it and of all rows before it least. It takes as many sweeps or more, so the library does without.
+The data are ten anisotropic Gaussians in 32-D; 16 samples are drawn, with plans of 50 and 200 rows. The script finds
+the largest tolerance at which ``ss.sampling.Parallel`` is within 1e-3 per number, root mean square, of the sequential
+run, with all rows at once and with a window of 50. It compares this with the same iteration under triangular Anderson
+acceleration (Tang et al., 2024, arXiv:2402.09970) over the last one to three sweeps, which is implemented here: each
+row is corrected by the combination of earlier changes that minimises the residuals of this row and of all earlier ones.
+Anderson acceleration needs as many sweeps or more, so the library does not have it.
 
-Writes a table.
+The script writes a table.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from scoresde.parallel import _ask, _given
 from torch import Tensor
 from work_precision import PROBLEMS
 
 import scoresde as ss
-from scoresde.plan.matrices import unroll
-from scoresde.plan.table import Plan
+from scoresde.noise.streams import Stream
+from scoresde.plan import unroll
+from scoresde.sampling.parallel import constants, evaluate, repeat_samples
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4, 1e-5)
 
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     rows: str = "50,200"
     history: str = "1,2,3"
@@ -43,28 +44,29 @@ class Options:
 
 
 def anderson(
-    model: ss.denoisers.AbstractDenoiser, x: Tensor, plan: Plan, noise: ss.Noise, tol: float, m: int
+    model: ss.denoisers.AbstractDenoiser, x: Tensor, plan: ss.Plan, noise: ss.Noise, tol: float, m: int
 ) -> tuple[Tensor, int]:
-    """Picard iteration over all rows, each mixed with its last m; the result and the number of sweeps."""
+    """Picard iteration over all rows with Anderson acceleration over m sweeps; the result and the number of sweeps."""
     table = unroll(plan)
     n = table.nfe
-    given = _given(plan, table.x, table.z, table.one, x, noise)
+    affine = constants(plan, table, x, noise.fork(Stream.STEPS))
     times = torch.tensor([float(t) for t in table.t[:n]], dtype=x.dtype)
-    said = torch.zeros((n, *x.shape), dtype=x.dtype)
+    repeated = repeat_samples(model, len(x))
+    denoised = torch.zeros((n, *x.shape), dtype=x.dtype)
     first, sweeps, before = 0, 0, None
-    changes: list[tuple[Tensor, Tensor]] = []  # of what was said and of the residual, from sweep to sweep
+    changes: list[tuple[Tensor, Tensor]] = []  # changes of `denoised` and of the residual, from sweep to sweep
     while first < n:
-        states = given[first:n] + torch.tensordot(table.d[first:n], said, dims=1)
-        told = said.clone()
-        told[first:] = _ask(model, states, times[first:], {})
-        residual = told - said
+        states = affine[first:n] + torch.tensordot(table.d[first:n], denoised, dims=1)
+        new = denoised.clone()
+        new[first:] = evaluate(repeated(n - first), states, times[first:])
+        residual = new - denoised
         sweeps += 1
         moved = residual[first:].square().mean(2).sqrt().amax(1)
         settled = first + int((moved[1:] <= tol).cumprod(0).sum()) + 1
         if before is not None:
-            changes = [*changes, (said - before[0], residual - before[1])][-m:]
-        before = said, residual
-        said = told.clone()
+            changes = [*changes, (denoised - before[0], residual - before[1])][-m:]
+        before = denoised, residual
+        denoised = new.clone()
         if changes:
             by = torch.stack([r for _, r in changes])  # (m, n, B, D)
             square = torch.einsum("irbd,jrbd->rbij", by, by).cumsum(0)
@@ -72,18 +74,18 @@ def anderson(
             ridge = 1e-8 * square.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + 1e-30
             best = torch.linalg.solve(square + ridge * torch.eye(len(by), dtype=x.dtype), linear[..., None])[..., 0]
             both = torch.stack([s + r for s, r in changes])
-            said[settled:] -= torch.einsum("irbd,rbi->rbd", both, best)[settled:]
+            denoised[settled:] -= torch.einsum("irbd,rbi->rbd", both, best)[settled:]
         first = settled
-    return given[n] + torch.tensordot(table.d[n], said, dims=1), sweeps
+    return affine[n] + torch.tensordot(table.d[n], denoised, dims=1), sweeps
 
 
-def least(run: Callable[[float], tuple[Tensor, int, int]], done: Tensor, equal: float) -> tuple[int, int]:
-    """Sweeps and evaluations with the largest tolerance that is enough."""
+def cheapest(run: Callable[[float], tuple[Tensor, int, int]], done: Tensor, equal: float) -> tuple[int, int]:
+    """Number of sweeps and of evaluations at the largest tolerance whose result is close enough."""
     for tol in TOLERANCES:
-        x, sweeps, asked = run(tol)
+        x, sweeps, nfe = run(tol)
         if float((x - done).square().mean().sqrt()) <= equal:
             break
-    return sweeps, asked
+    return sweeps, nfe
 
 
 def main(options: Options) -> None:
@@ -93,7 +95,7 @@ def main(options: Options) -> None:
         "# Parallel in time",
         "",
         f"{options.samples} samples of the anisotropic 32-D mixture under VP, equal to the sequential ones to "
-        f"{options.equal:g}; calls one after another.",
+        f"{options.equal:g}; consecutive calls.",
         "",
         "| plan | rows | calls | rows / calls | evaluations / rows | window of 50: calls | evaluations / rows | "
         + " | ".join(f"Anderson over {m}: calls" for m in history)
@@ -115,19 +117,19 @@ def main(options: Options) -> None:
         ):
             done = ss.sample(model, x, plan, seed=noise)
 
-            def picard(tol: float, window: int | None = None, plan: Plan = plan) -> tuple[Tensor, int, int]:
-                run = ss.sampling.solve(model, x, plan, tol=tol, window=window, seed=noise)
-                return run.x, run.sweeps, run.nfe
+            def picard(tol: float, window: int | None = None, plan: ss.Plan = plan) -> tuple[Tensor, int, int]:
+                run = ss.solve(model, x, ss.sampling.Parallel(plan, tol, window), seed=noise)
+                return run.x, run.calls, run.nfe
 
-            def mixed(tol: float, m: int, plan: Plan = plan) -> tuple[Tensor, int, int]:
+            def mixed(tol: float, m: int, plan: ss.Plan = plan) -> tuple[Tensor, int, int]:
                 y, sweeps = anderson(model, x, plan, noise, tol, m)
                 return y, sweeps, 0
 
-            calls, asked = least(picard, done, options.equal)
-            few, of_few = least(lambda tol: picard(tol, 50), done, options.equal)
-            cells = [plan.name, plan.nfe, calls, f"{plan.nfe / calls:.1f}", f"{asked / plan.nfe:.1f}"]
-            cells += [few, f"{of_few / plan.nfe:.1f}"]
-            cells += [least(lambda tol, m=m: mixed(tol, m), done, options.equal)[0] for m in history]
+            calls, nfe = cheapest(picard, done, options.equal)
+            windowed, windowed_nfe = cheapest(lambda tol: picard(tol, 50), done, options.equal)
+            cells = [plan.name, plan.nfe, calls, f"{plan.nfe / calls:.1f}", f"{nfe / plan.nfe:.1f}"]
+            cells += [windowed, f"{windowed_nfe / plan.nfe:.1f}"]
+            cells += [cheapest(lambda tol, m=m: mixed(tol, m), done, options.equal)[0] for m in history]
             lines.append(f"| {' | '.join(map(str, cells))} |")
             print(lines[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,20 @@
-"""Error against evaluations: every rule on every grid, on problems whose flow is known, beside diffusers.
+"""Error against the number of evaluations: all solvers on all grids, on problems with known flows, and diffusers.
 
     python experiments/work_precision.py            # two processes
     python experiments/work_precision.py --quick    # seconds, for CI
 
-Three exact denoisers (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D; twenty of low rank in 192-D),
-each under VP and EDM. All samplers start from the same points at T and are compared, point by point, with the same
-fine solve of the probability flow down to t = 0. DPM-Solver-v3, whose weights use statistics of the model taken
-beforehand, stands apart. Error is the distance per number of a state: its median over the
-points, and its root mean square, which is ruled by the points between modes. At every budget the frontier is the
-least error over all our rules × grids that know nothing of the data; what counts for a default is how far above that
-it is in the mean (geometric) and at worst.
+The problems are three exact denoisers (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D; twenty of low
+rank in 192-D), each under VP and EDM. All samplers start from the same states at T, and each result is compared with
+the same fine solve of the probability flow to t = 0. The error is the distance per number of a state: its median over
+the states, and its root mean square, to which the states between modes contribute most. At every budget the frontier is
+the smallest error over all our solvers × grids that use no statistics of the data. The table shows the ratio of the
+default to the frontier, as its geometric mean and its maximum. DPM-Solver-v3, whose weights use statistics of the
+model, has a column of its own.
 
-diffusers' schedulers run on the same processes as lists of a thousand β, from the same points and to the same ends,
-with all their grids; the exact network is asked at the noise level each of them means, not at the rounded label.
+diffusers' schedulers run on the same processes as lists of a thousand β, from the same states to the same end, with all
+their grids. The exact network is evaluated at the noise level that a scheduler intends, not at the rounded label.
 
-Writes a CSV of everything, a figure and a table.
+The script writes a CSV of all results, a figure and a table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import Tensor
 import scoresde as ss
 from scoresde import grids
 from scoresde.analysis.work import work_precision
-from scoresde.plan.run import run
+from scoresde.plan import run
 from scoresde.solvers.interpolants import LAM, NOISE, RHO, TAU, VELOCITY, V
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.runge_kutta import RK4, RungeKutta
@@ -50,7 +50,7 @@ NFES = (5, 6, 8, 10, 12, 15, 20, 30, 50)
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
     points: int = 128
     seed: int = 0
@@ -60,7 +60,7 @@ class Options:
     quick: bool = False
 
 
-# The problems.
+# Problems.
 
 
 def ring(sde: ss.SDE) -> ss.GaussianMixture:
@@ -72,8 +72,8 @@ def anisotropic(sde: ss.SDE) -> ss.GaussianMixture:
     make = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     means = 0.5 * make(10, 32)
     axes = torch.linalg.qr(make(10, 32, 32))[0]
-    spread = torch.linspace(math.log(0.03), math.log(0.5), 32, dtype=torch.float64).exp()
-    return ss.GaussianMixture(sde, means, cov=(axes * spread**2) @ axes.mT)
+    std = torch.linspace(math.log(0.03), math.log(0.5), 32, dtype=torch.float64).exp()
+    return ss.GaussianMixture(sde, means, cov=(axes * std**2) @ axes.mT)
 
 
 def low_rank(sde: ss.SDE) -> ss.GaussianMixture:
@@ -86,7 +86,7 @@ PROBLEMS = {"ring 2-D": ring, "anisotropic 32-D": anisotropic, "low rank 192-D":
 
 @cache
 def problem(name: str, process: str, points: int, seed: int) -> tuple[ss.GaussianMixture, Tensor, Tensor]:
-    """The denoiser, the start points and where they end: the classical method in flow time, evenly in λ."""
+    """Denoiser, initial states and their ends, by the classical Runge–Kutta method in flow time, uniform in λ."""
     sde = PROCESSES[process]
     model = PROBLEMS[name](sde)
     std = float(model.covariance().diagonal().mean().sqrt())
@@ -96,20 +96,20 @@ def problem(name: str, process: str, points: int, seed: int) -> tuple[ss.Gaussia
     return model, x, model.x0(run(RungeKutta(RK4, VELOCITY).plan(sde, fine), model.x0, x), near)
 
 
-# Ours.
+# Solvers of this library.
 
 
-def our_rules(quick: bool) -> dict[str, ss.solvers.Solver]:
-    """The catalogue, with the combinations of prediction and variable that have no name of their own."""
-    rules = {
+def our_solvers(quick: bool) -> dict[str, ss.solvers.Solver]:
+    """All deterministic solvers, including combinations of prediction and variable that have no name."""
+    solvers = {
         "DDIM": ss.DDIM(),
         "DPM-Solver++ 2M": ss.DPMSolverPP(2),
         "UniPC-3": ss.UniPC(3),
         "VelocityAB-3": ss.VelocityAB(3),
     }
     if quick:
-        return rules
-    return rules | {
+        return solvers
+    return solvers | {
         "Euler": ss.solvers.Euler(),
         "Heun": ss.solvers.Heun(),
         "RungeKutta4": ss.solvers.RungeKutta4(),
@@ -153,7 +153,7 @@ def our_grids(process: str, quick: bool) -> dict[str, Callable[..., Tensor]]:
     makers = {"karras": grids.karras, "quadratic_vp": grids.quadratic_vp}
     if quick:
         return makers
-    if process == "EDM":  # whose σ/α ends at 0.002 by default; that of VP, and of the schedulers beside it, at 0.01
+    if process == "EDM":  # σ/α ends at 0.002 by default; with VP, and with diffusers' schedulers, at 0.01
         makers["uniform_lam to 0.01"] = partial(grids.uniform_lam, t_min=0.01)
         makers["quadratic_vp to 0.01"] = partial(grids.quadratic_vp, t_min=0.01)
     return makers | {
@@ -166,12 +166,12 @@ def our_grids(process: str, quick: bool) -> dict[str, Callable[..., Tensor]]:
 
 @dataclass
 class Result:
-    """One solver at one budget on one problem."""
+    """Errors of one solver at one budget on one problem."""
 
     problem: str
     process: str
     who: str  # ours, default or diffusers
-    rule: str
+    solver: str
     grid: str
     nfe: int
     spent: int
@@ -184,30 +184,30 @@ def ours(name: str, process: str, options: Options) -> Iterator[Result]:
     size = math.sqrt(x[0].numel())
     nfes = [int(n) for n in options.nfes.split(",")]
     for grid, maker in our_grids(process, options.quick).items():
-        for rule, solver in our_rules(options.quick).items():
+        for word, solver in our_solvers(options.quick).items():
             for n in nfes:
-                maker.__name__ = grid  # type: ignore[attr-defined]
                 for work in work_precision([solver], model, [maker], [n], x=x, truth=truth):
-                    yield Result(name, process, "ours", rule, grid, n, work.nfe, work.median / size, work.rmse / size)
+                    yield Result(name, process, "ours", word, grid, n, work.nfe, work.median / size, work.rmse / size)
     for n in nfes:
         solution = ss.solve(model, x, nfe=n)
         yield Result(name, process, "default", "default", "default", n, solution.nfe, *error(solution.x, truth))
     statistics = ss.solvers.Statistics.estimate(model, model.sample(256, seed=options.seed + 1))
-    told = {f"DPM-Solver-v3 {p}": ss.solvers.DPMSolverV3(statistics, p) for p in ((3,) if options.quick else (2, 3))}
+    orders = (3,) if options.quick else (2, 3)
+    informed = {f"DPM-Solver-v3 {p}": ss.solvers.DPMSolverV3(statistics, p) for p in orders}
     for grid, maker in our_grids(process, options.quick).items():
-        for rule, solver in told.items():
+        for word, solver in informed.items():
             for work in work_precision([solver], model, [maker], nfes, x=x, truth=truth):
                 errors = work.median / size, work.rmse / size
-                yield Result(name, process, "statistics", rule, grid, work.nfe, work.nfe, *errors)
+                yield Result(name, process, "statistics", word, grid, work.nfe, work.nfe, *errors)
 
 
 def error(x: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Median and root mean square over the points of the distance per number."""
+    """Median and root mean square, over the states, of the distance per number."""
     gap = (x.double() - truth).flatten(1).norm(dim=1) / math.sqrt(x[0].numel())
     return float(gap.median()), float(gap.square().mean().sqrt())
 
 
-# Theirs: VP as a list of a thousand β. EDM's states are those of a VP that ends at σ/α = 80, divided by α.
+# diffusers, on VP as a list of a thousand β. States of EDM are those of a VP that ends at σ/α = 80, divided by α.
 
 
 def vp_of(process: str) -> ss.SDE:
@@ -242,11 +242,11 @@ def their_schedulers(process: str, betas: list[float]) -> Iterator[tuple[str, st
         ("DEIS-2", d.DEISMultistepScheduler, {"solver_order": 2}, sigmas),
         ("DEIS-3", d.DEISMultistepScheduler, {"solver_order": 3}, sigmas),
     ]
-    for rule, cls, settings, grid_table in table:
+    for solver, cls, settings, grid_table in table:
         for grid, more in grid_table.items():
-            if rule == "2M noise":
+            if solver == "2M noise":
                 more = {**more, "final_sigmas_type": "sigma_min"}
-            yield rule, grid, partial(cls, trained_betas=betas, **settings, **more)
+            yield solver, grid, partial(cls, trained_betas=betas, **settings, **more)
     if process == "EDM":
         for grid in ("karras", "exponential"):
             edm = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": grid}
@@ -265,24 +265,24 @@ def theirs(name: str, process: str, options: Options) -> Iterator[Result]:
     warnings.filterwarnings("ignore", module="diffusers")
     model, x, truth = problem(name, process, options.points, options.seed)
     vp = vp_of(process)
-    for rule, grid, make in their_schedulers(process, beta_list(vp)):
-        if options.quick and (rule, grid) not in {("DDIM", "trailing"), ("2M", "karras"), ("EDM 2M", "karras")}:
+    for solver, grid, make in their_schedulers(process, beta_list(vp)):
+        if options.quick and (solver, grid) not in {("DDIM", "trailing"), ("2M", "karras"), ("EDM 2M", "karras")}:
             continue
         for n in (int(n) for n in options.nfes.split(",")):
             scheduler = make()
             try:
-                scheduler.set_timesteps((n + 1) // 2 if rule == "Heun" else n)
-                if rule.startswith("EDM"):
+                scheduler.set_timesteps((n + 1) // 2 if solver == "Heun" else n)
+                if solver.startswith("EDM"):
                     out, spent = edm_loop(scheduler, model, x)
                 else:
                     out, spent = vp_loop(scheduler, model.under(vp), x * vp.alpha(vp.T) / model.sde.alpha(model.sde.T))
             except (ValueError, IndexError, NotImplementedError):
-                continue  # a scheduler that has no such grid, or fails on it
-            yield Result(name, process, "diffusers", rule, grid, n, spent, *error(out, truth))
+                continue  # the scheduler does not have this grid, or fails on it
+            yield Result(name, process, "diffusers", solver, grid, n, spent, *error(out, truth))
 
 
 def vp_loop(scheduler: Any, model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
-    """Run a scheduler from a state at T; those that count in σ/α keep x/α."""
+    """Run a scheduler from a state at T; the state of those in σ/α is x/α."""
     sde = model.sde
     if type(scheduler).__name__ in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"):
         x = x / sde.alpha(sde.T)
@@ -308,7 +308,7 @@ def edm_loop(scheduler: Any, model: ss.GaussianMixture, x: Tensor) -> tuple[Tens
     return x, len(scheduler.timesteps)
 
 
-# The answer.
+# Results.
 
 
 def collect(options: Options) -> list[Result]:
@@ -316,13 +316,13 @@ def collect(options: Options) -> list[Result]:
     if options.quick:
         jobs = [job for job in jobs if job[1] != "low rank 192-D"]
     if options.workers < 2:
-        return [row for job in jobs for row in _do(job)]
-    jobs.sort(key=lambda job: job[1], reverse=True)  # the longest first: low rank, ring, anisotropic
+        return [row for job in jobs for row in results_of(job)]
+    jobs.sort(key=lambda job: job[1], reverse=True)  # longest first: low rank, ring, anisotropic
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(_do, jobs) for row in rows]
+        return [row for rows in pool.map(results_of, jobs) for row in rows]
 
 
-def _do(job: tuple[Any, ...]) -> list[Result]:
+def results_of(job: tuple[Any, ...]) -> list[Result]:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     fn, *rest = job
@@ -336,7 +336,7 @@ def by_case(rows: list[Result], who: str) -> dict[Case, dict[tuple[str, str], Re
     out: dict[Case, dict[tuple[str, str], Result]] = defaultdict(dict)
     for row in rows:
         if row.who == who and math.isfinite(row.median):
-            out[row.problem, row.process, row.nfe][row.rule, row.grid] = row
+            out[row.problem, row.process, row.nfe][row.solver, row.grid] = row
     return out
 
 
@@ -349,12 +349,12 @@ def mean(ratios: list[float]) -> float:
 
 
 def report(rows: list[Result], options: Options) -> str:
-    mine, default, told, peers = (by_case(rows, who) for who in ("ours", "default", "statistics", "diffusers"))
+    mine, default, informed, peers = (by_case(rows, who) for who in ("ours", "default", "statistics", "diffusers"))
     nfes = sorted({case[2] for case in mine})
     lines = [
         "# Work and precision",
         "",
-        f"{options.points} start points; error per number, median over the points.",
+        f"{options.points} initial states; error per number, median over the states.",
         "",
     ]
     for case_of in sorted({case[:2] for case in mine}):
@@ -368,12 +368,12 @@ def report(rows: list[Result], options: Options) -> str:
             case = (*case_of, n)
             top, used = best(mine[case], "median"), best(default[case], "median")
             line = (
-                f"| {n} | {top.rule}, {top.grid} | {top.median:.2e} | {top.rmse:.2e} | {used.median / top.median:.2f} "
-                f"| {best(told[case], 'median').median / top.median:.2f} |"
+                f"| {n} | {top.solver}, {top.grid} | {top.median:.2e} | {top.rmse:.2e} | {used.median / top.median:.2f} "
+                f"| {best(informed[case], 'median').median / top.median:.2f} |"
             )
             if case in peers:
                 peer = best(peers[case], "median")
-                line += f" {peer.rule}, {peer.grid} | {peer.median / top.median:.2f} |"
+                line += f" {peer.solver}, {peer.grid} | {peer.median / top.median:.2f} |"
             lines.append(line)
         lines.append("")
     lines += ["## Over all problems and processes (geometric mean; worst)", ""]
@@ -403,7 +403,7 @@ def report(rows: list[Result], options: Options) -> str:
 def ranking(
     table: dict[Case, dict[tuple[str, str], Result]], cases: list[Case], measure: str
 ) -> list[tuple[tuple[str, str], tuple[float, float]]]:
-    """Pairs of a rule and a grid by the mean ratio to the frontier, of those that can spend every budget."""
+    """Pairs of a solver and a grid by the mean ratio to the frontier, of those that have every budget."""
     pairs = set.intersection(*(set(table[case]) for case in cases))
     floor = {case: getattr(best(table[case], measure), measure) for case in cases}
     scores = {}
@@ -431,8 +431,8 @@ def draw(rows: list[Result], page: Path) -> None:
         "default": ("k", ":", "default"),
     }
     for ax, panel in zip(axes.flat, panels, strict=False):
-        for rule in sorted({pair for case in tables["ours"] for pair in tables["ours"][case]}):
-            points = [(c[2], of[rule].median) for c, of in tables["ours"].items() if c[:2] == panel and rule in of]
+        for pair in sorted({pair for case in tables["ours"] for pair in tables["ours"][case]}):
+            points = [(c[2], of[pair].median) for c, of in tables["ours"].items() if c[:2] == panel and pair in of]
             ax.plot(*zip(*sorted(points), strict=True), color="0.85", lw=0.5, zorder=0)
         for who, (colour, line, label) in styles.items():
             points = sorted((c[2], best(of, "median").median) for c, of in tables[who].items() if c[:2] == panel)
@@ -472,7 +472,7 @@ def parse() -> Options:
     for name, value in vars(Options()).items():
         if name != "quick":
             parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="few rules, budgets and points, for CI")
+    parser.add_argument("--quick", action="store_true", help="few solvers, budgets and states, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
         given.update(points=32, nfes="5,10", workers=1)

@@ -204,8 +204,8 @@ def compare(before: Path, *, pairs: int, rounds: int, seconds: float, rows: int)
                     micro[name].append(1e6 * both[new])
     width = max(map(len, ratios))
     lines = [
-        f"CPU time of this checkout / that of {before}; {rounds} rounds in {pairs} pairs of processes. Ratio: median over",
-        "all rounds. Pairs: smallest and largest median of a pair of processes.",
+        f"CPU time of this checkout / that of {before}; {rounds} rounds in {pairs} pairs of processes.",
+        "Ratio: median over all rounds. Pairs: smallest and largest median of a pair of processes.",
         "",
         f"{'loop':{width}} {'CPU µs':>10} {'ratio':>6}   pairs",
     ]

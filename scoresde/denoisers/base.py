@@ -292,7 +292,7 @@ def check_sde(sde: object) -> SDE:
 def check_conditions(cond: Mapping[str, Condition], rows: int) -> None:
     """Raise an error if a condition has neither one row nor `rows` rows; :class:`Shared` ones pass."""
     for name, tree in cond.items():
-        for leaf in tree_leaves(tree):
+        for leaf in (tree,) if isinstance(tree, Tensor) else tree_leaves(tree):
             if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] not in (1, rows):
                 raise ValueError(
                     f"condition `{name}` has {leaf.shape[0]} rows and the state has {rows}; give one row for each "
@@ -316,7 +316,7 @@ def expand_conditions(cond: Mapping[str, Condition], rows: int) -> dict[str, Con
             return leaf.expand(rows, *leaf.shape[1:])
         return leaf
 
-    return {name: tree_map(expand, tree) for name, tree in cond.items()}
+    return {k: expand(c) if isinstance(c, (Tensor, Shared)) else tree_map(expand, c) for k, c in cond.items()}
 
 
 def check_model(model: object, name: str = "model") -> AbstractDenoiser:

@@ -154,8 +154,9 @@ class Denoiser(AbstractDenoiser):
         check.state("x", x)
         if self.learned_variance and x.ndim == 1:
             raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
-        check_conditions(cond, len(x))
-        cond = expand_conditions(cond, len(x))
+        if cond:
+            check_conditions(cond, len(x))
+            cond = expand_conditions(cond, len(x))
         net_x = x
         if self.precondition is not None:
             c_in = self.precondition.c_in(self.sde.alpha(t), self.sde.sigma(t))

@@ -133,9 +133,9 @@ class ClassifierFree(_Difference):
     ) -> tuple[Tensor, Tensor]:
         """Conditional and unconditional prediction from one evaluation of a doubled batch."""
         stacked = {name: _stack(name, value, null.get(name, value), len(x)) for name, value in cond.items()}
-        twice = torch.arange(len(x), device=x.device).repeat(2)
+        index = torch.arange(len(x), device=x.device)
         times = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-        out = self.model.rows(twice).x0(torch.cat([x, x]), times, **stacked)
+        out = self.model.rows(torch.cat([index, index])).x0(torch.cat([x, x]), times, **stacked)
         return out[: len(x)], out[len(x) :]
 
     def _check_names(self, cond: Mapping[str, Condition]) -> None:

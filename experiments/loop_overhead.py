@@ -407,7 +407,7 @@ def main(options: Options) -> Path:
     lines += ["a network of no cost", head, *map(line_of, timings), ""]
     lines += ["a network that predicts noise, in a Denoiser", head, *map(line_of, time_denoiser(options)), ""]
     lines += [f"{'states alive':20} {'loop':20} {'at a call':>10} {'at most':>8}"]
-    lines += [f"{name:20} {who:20} {at:10d} {most:8d}" for name, who, at, most in count_states(options)]
+    lines += [f"{name:20} {who:20} {at:10d} {largest:8d}" for name, who, at, largest in count_states(options)]
     lines += ["", f"{'computing a table':28} {'rows':>6} {'CPU ms':>8}"]
     lines += [f"{name:28} {rows:6d} {ms:8.1f}" for name, rows, ms in time_plans(options)]
     text = "\n".join(lines)

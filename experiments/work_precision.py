@@ -403,7 +403,7 @@ def report(rows: list[Result], options: Options) -> str:
 def ranking(
     table: dict[Case, dict[tuple[str, str], Result]], cases: list[Case], measure: str
 ) -> list[tuple[tuple[str, str], tuple[float, float]]]:
-    """Pairs of a solver and a grid by the mean ratio to the frontier, of those that have every budget."""
+    """Pairs of a solver and a grid that have every budget, by their mean ratio to the frontier."""
     pairs = set.intersection(*(set(table[case]) for case in cases))
     floor = {case: getattr(best(table[case], measure), measure) for case in cases}
     scores = {}

@@ -1,4 +1,4 @@
-"""The experiments' own parts, on tiny sizes; that the scripts run at all is seen by running them with --quick."""
+"""Parts of the experiments, on tiny sizes; CI also runs every script with --quick."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
 
 
-# The classic.
+# DDPM.
 
 
 def test_ddpm_is_short_and_needs_public_names_only() -> None:
@@ -45,7 +45,7 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     normals = torch.randn(30, 100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     class Recorded:
-        """The same normals for both."""
+        """The same normals for both samplers."""
 
         path = False
 
@@ -64,7 +64,7 @@ def test_ddpm_written_out_takes_the_steps_of_the_library(monkeypatch: pytest.Mon
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-# What digits are judged by.
+# Evaluation of digits.
 
 
 def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
@@ -81,23 +81,40 @@ def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
     assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
 
 
-# In parallel.
+# Parallel sampling.
 
 
-@pytest.mark.parametrize("rule", [ss.DPMSolverPP(2), ss.SDEDPMSolverPP(2)], ids=repr)
-def test_anderson_acceleration_ends_where_the_sequential_run_does(rule: Any) -> None:
+@pytest.mark.parametrize("solver", [ss.DPMSolverPP(2), ss.SDEDPMSolverPP(2)], ids=repr)
+def test_anderson_acceleration_ends_where_the_sequential_run_does(solver: Any) -> None:
     import parallel
 
     model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
-    plan = rule.plan(model.sde, ss.grids.karras(model.sde, 12))
+    plan = solver.plan(model.sde, ss.grids.karras(model.sde, 12))
     x, noise = model.sde.prior().sample((4, 2), ss.Noise(0), dtype=torch.float64), ss.Noise(1)
     done = ss.sample(model, x, plan, seed=noise)
     for m in (1, 3):
-        found, sweeps = parallel.anderson(model, x, plan, noise, 1e-12, m)
-        assert torch.allclose(found, done, atol=1e-9) and sweeps <= 12
+        result, sweeps = parallel.anderson(model, x, plan, noise, 1e-12, m)
+        assert torch.allclose(result, done, atol=1e-9) and sweeps <= 12
 
 
-# In latent spaces.
+# Cost of the loop.
+
+
+def test_the_loops_that_checkouts_are_compared_by_run() -> None:
+    import _against
+    import loop_overhead
+
+    race, states = loop_overhead.race, loop_overhead.STATES
+    loops = _against.loops_of(loop_overhead, rows=10)
+    assert loop_overhead.race is race and states == loop_overhead.STATES
+    for who in _against.LOOPS:
+        assert sum(name.endswith(f", {who}") for name in loops) >= len(states) * len(loop_overhead.SOLVERS)
+    for name, loop in loops.items():
+        if str(states[0]) not in name:
+            loop()
+
+
+# Latent diffusion.
 
 
 def test_latent_bounds_of_images_are_in_one_scale() -> None:
@@ -107,15 +124,15 @@ def test_latent_bounds_of_images_are_in_one_scale() -> None:
     vae = ss.nn.VAE(1, 2, width=8, std=0.25, seed=0)
     exact = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2, 4, 4), std=1.0)  # the VAE's own prior, as a diffusion model
     identity = ss.data.Standardize(torch.zeros(1), torch.ones(1))
-    found = latent.bounds(vae, identity, exact, x, latent.Options(draws=32, latents=2))  # type: ignore[arg-type]
+    result = latent.bounds(vae, identity, exact, x, latent.Options(draws=32, latents=2))  # type: ignore[arg-type]
     # log p(z) − log q(z | x) of one z instead of −KL(q ‖ p): equal in the mean over z.
-    gap = found["VAE + diffusion"] - found["VAE"]
+    gap = result["VAE + diffusion"] - result["VAE"]
     error = float(gap.std()) / len(gap) ** 0.5
     assert error < 0.6 and abs(float(gap.mean())) < 4 * error
-    assert float((found["VAE, 2 latents"] - found["VAE"]).mean()) > 0
+    assert float((result["VAE, 2 latents"] - result["VAE"]).mean()) > 0
 
 
-# From loss to truth.
+# Errors of a trained network.
 
 
 def test_the_excess_of_the_loss_is_the_error_to_the_truth() -> None:
@@ -151,7 +168,7 @@ def test_the_posterior_benchmark_goes_on_where_it_was(tmp_path: Path, monkeypatc
     assert {f"| {name}" for name in ("floor", *posteriors.METHODS)} <= methods
 
 
-# Points in the plane.
+# Toy data.
 
 
 def test_points_in_the_plane_have_their_shapes() -> None:
@@ -234,8 +251,8 @@ def test_every_recipe_trains_on_a_file(recipe: str, tmp_path: Path, monkeypatch:
 
     x = torch.randint(0, 256, (12, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "x.npy", x.numpy())
-    found = run(train, small(train, recipe=recipe, data=tmp_path / "x.npy", out=tmp_path / "run"), monkeypatch)
-    assert all(bool(w.isfinite().all()) for w in found.values())
+    result = run(train, small(train, recipe=recipe, data=tmp_path / "x.npy", out=tmp_path / "run"), monkeypatch)
+    assert all(bool(w.isfinite().all()) for w in result.values())
     assert (tmp_path / "run" / "step-000000002.png").is_file()
 
 

@@ -310,8 +310,8 @@ def unmentioned(thing: Callable[..., Any]) -> list[str]:
     """Arguments of which a docstring says nothing, itself, by that of a base, or by pointing to one with the same."""
     doc = "\n".join(map(own_doc, inspect.getmro(thing))) if inspect.isclass(thing) else own_doc(thing)
     names = [p.name for p in inspect.signature(thing).parameters.values() if not p.name.startswith("_")]
-    told = [re.search(rf"^\s*\*{{0,2}}{name}:|`{name}\b", doc, re.M) for name in names]  # listed, or in backticks
-    return [] if "arguments of :" in doc else [name for name, where in zip(names, told, strict=True) if not where]
+    mentioned = [re.search(rf"^\s*\*{{0,2}}{name}:|`{name}\b", doc, re.M) for name in names]  # listed, or in backticks
+    return [] if "arguments of :" in doc else [name for name, where in zip(names, mentioned, strict=True) if not where]
 
 
 def has_arguments(thing: Any) -> bool:
@@ -333,13 +333,13 @@ def test_names_are_found_and_silence_about_an_argument_is_noticed() -> None:
     some = {"grids.karras", "processes.betas", "data.check_scale", "solvers.UniPC", "guidance.Clamp", "VP", "sample"}
     assert some <= set(CALLED)
 
-    def half(told: int, forgotten: int) -> None:
-        """Explains `told` and nothing else."""
+    def half(explained: int, forgotten: int) -> None:
+        """Explains `explained` and nothing else."""
 
     class Half:
-        """Explains `told` and nothing else."""
+        """Explains `explained` and nothing else."""
 
-        def __init__(self, told: int, forgotten: int) -> None: ...
+        def __init__(self, explained: int, forgotten: int) -> None: ...
 
     class Whole(Half):
         """A class whose base explains the rest.

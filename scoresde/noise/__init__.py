@@ -2,9 +2,11 @@
 
 from scoresde.noise.brownian import BrownianPath, Span
 from scoresde.noise.keyed import Noise
+from scoresde.noise.streams import Stream
 
 __all__ = [
     "BrownianPath",
     "Noise",
     "Span",
+    "Stream",
 ]

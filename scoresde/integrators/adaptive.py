@@ -93,7 +93,7 @@ class Adaptive(Method):
             self.safety,
             first_step=self.first_step,
             max_nfe=self.max_nfe,
-            on_limit=self.on_limit,
+            limit="" if self.on_limit == "raise" else None,
         )
 
     def run(self, problem: Problem) -> Solution:

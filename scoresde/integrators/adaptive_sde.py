@@ -92,10 +92,9 @@ class AdaptiveSDE(Method):
         return Control(
             self.rtol,
             self.atol,
-            largest=3.0,
+            factors=(0.2, 3.0),
             first_step=self.first_step,
-            shortest=1 / LATTICE,
-            longest=self.longest,
+            lengths=(1 / LATTICE, self.longest),
             balance=False,
             lattice=LATTICE,
             max_nfe=1 + self.max_steps,

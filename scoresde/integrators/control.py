@@ -27,16 +27,14 @@ class Control:
         atol: Absolute tolerance of a step.
         pid: Gains (P, I, D) of the control.
         safety: Factor κ of every new length.
-        smallest: Smallest factor between a length and the next.
-        largest: Largest factor between a length and the next.
+        factors: Smallest and largest factor between a length and the next.
         first_step: Length of the first step; None estimates it with one evaluation.
-        shortest: Length that is not reduced further.
-        longest: Largest length of a step.
+        lengths: Length that is not reduced further, and largest length of a step.
         balance: Whether the last two steps before the end have equal lengths.
         lattice: Number of possible ends of steps in a unit of the clock; 0 for any end.
         max_nfe: Number of evaluations that a sample may use.
-        limit: Name and value of that limit in messages.
-        on_limit: ``"raise"`` raises a :class:`SolverError` at the limit; ``"return"`` stops the sample there.
+        limit: Name and value of that limit in the :class:`SolverError` that is raised there, by default `max_nfe`; None
+            stops the sample there instead.
         steps: Number of equal steps without error control; 0 controls the error.
     """
 
@@ -44,16 +42,13 @@ class Control:
     atol: float
     pid: tuple[float, float, float] = (0.0, 1.0, 0.0)
     safety: float = 0.9
-    smallest: float = 0.2
-    largest: float = 4.0
+    factors: tuple[float, float] = (0.2, 4.0)
     first_step: float | None = None
-    shortest: float = 0.0
-    longest: float = math.inf
+    lengths: tuple[float, float] = (0.0, math.inf)
     balance: bool = True
     lattice: float = 0.0
     max_nfe: int = 1000
-    limit: str = ""
-    on_limit: str = "raise"
+    limit: str | None = ""
     steps: int = 0
 
     def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
@@ -87,5 +82,5 @@ class Control:
         p, i, d = self.pid
         E = E.clamp_min(1e-10)
         after = E ** (-(p + i + d) / power) * earlier[0] ** ((p + 2 * d) / power) * earlier[1] ** (-d / power)
-        again = (self.safety * E ** (-1 / power)).clamp(self.smallest, 0.9)
-        return torch.where(E <= 1, (self.safety * after).clamp(self.smallest, self.largest), again)
+        again = (self.safety * E ** (-1 / power)).clamp(self.factors[0], 0.9)
+        return torch.where(E <= 1, (self.safety * after).clamp(*self.factors), again)

@@ -323,9 +323,9 @@ class _Loop:
         clock = torch.maximum(s.abs(), self.end.abs())
         broken = "The slopes are not finite; Denoiser(..., check_finite=True) shows where."
         self.fail(~finite & (h <= BROKEN * clock), broken, t - s, finite)
-        too_small = ~ok & (h <= (ROUNDING * clock).clamp_min(self.control.shortest))
+        too_small = ~ok & (h <= (ROUNDING * clock).clamp_min(self.control.lengths[0]))
         self.fail(too_small, "The step became too small: the tolerance cannot be met.", t - s, finite)
-        self.h = (h * self.control.factor(E, self.errors, attempt.power)).clamp_max(self.control.longest)
+        self.h = (h * self.control.factor(E, self.errors, attempt.power)).clamp_max(self.control.lengths[1])
         self.errors = torch.where(ok, torch.stack([E.clamp_min(1e-10), self.errors[0]]), self.errors)
         self.stats.steps[self.samples[ok]] += 1
         self.stats.rejected[self.samples[~ok]] += 1
@@ -379,7 +379,7 @@ class _Loop:
         over = self.stats.nfe[self.samples] + self.scheme.calls > control.max_nfe
         if not bool(over.any()):
             return False
-        if control.on_limit == "raise":
+        if control.limit is not None:
             limit = control.limit or f"`max_nfe` = {control.max_nfe} evaluations"
             self.fail(over, f"{limit} were not enough.", (self.end - self.u).sign() * self.h)
         self.leave(over)

@@ -61,11 +61,23 @@ class Start:
                     "samples that start at different times have no common prior; give a state, not a shape."
                 )
             t = float(t.detach().reshape(-1)[0])
+        if self.gaussian is not None:
+            return self.gaussian.carry(self.normals(model, shape, noise), t)
         dtype, device = self.placement(model)
         source = noise.fork(Stream.START)
-        if self.gaussian is not None:
-            return self.gaussian.carry(source.normal(shape, 0, dtype=dtype, device=device), t)
         return model.sde.prior(t, std=self.data_std).sample(shape, source, dtype=dtype, device=device)
+
+    def normals(self, model: nn.Module, shape: Sequence[int], noise: Noise) -> Tensor:
+        """Standard normals of a start: those that the prior is scaled from.
+
+        Arguments:
+            model: Model that the dtype and device follow.
+            shape: Shape (B, *event).
+            noise: Noise of the run.
+        """
+        dtype, device = self.placement(model)
+        shape = check.shape("shape_or_x", shape)
+        return noise.fork(Stream.START).normal(shape, 0, dtype=dtype, device=device)
 
     def placement(self, model: nn.Module) -> tuple[torch.dtype, torch.device | str]:
         """Dtype and device of a state that is drawn for a model."""

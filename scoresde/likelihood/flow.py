@@ -84,7 +84,7 @@ class Tolerance:
         return Control(
             rtol=1e-5 if self.rtol is None else self.rtol,
             atol=1e-5 if self.atol is None else self.atol,
-            largest=5.0,
+            factors=(0.2, 5.0),
             first_step=span / 40,
             balance=False,
             max_nfe=10_000 if self.max_nfe is None else self.max_nfe,
@@ -220,8 +220,7 @@ class FlowDensity(Method):
         if isinstance(given, Tensor):
             x = check.state("x", given)
         else:
-            dtype, device = start.placement(problem.model)
-            x = noise.fork(Stream.START).normal(check.shape("shape_or_x", given), 0, dtype=dtype, device=device)
+            x = start.normals(problem.model, given, noise)
         reference = start.gaussian if self.reference is None else self.reference
         std = None if start.data_std == 1 else start.data_std
         gaussian = reference_for(x, sde, reference, std)

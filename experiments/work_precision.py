@@ -366,10 +366,10 @@ def report(rows: list[Result], options: Options) -> str:
         lines += ["|--:|:--|--:|--:|--:|--:|:--|--:|"]
         for n in nfes:
             case = (*case_of, n)
-            top, used = best(mine[case], "median"), best(default[case], "median")
+            top, used, other = (best(table[case], "median") for table in (mine, default, informed))
             line = (
-                f"| {n} | {top.solver}, {top.grid} | {top.median:.2e} | {top.rmse:.2e} | {used.median / top.median:.2f} "
-                f"| {best(informed[case], 'median').median / top.median:.2f} |"
+                f"| {n} | {top.solver}, {top.grid} | {top.median:.2e} | {top.rmse:.2e} "
+                f"| {used.median / top.median:.2f} | {other.median / top.median:.2f} |"
             )
             if case in peers:
                 peer = best(peers[case], "median")

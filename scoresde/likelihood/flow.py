@@ -217,10 +217,7 @@ class FlowDensity(Method):
         if not to_zero and self.t_min is not None:
             raise ValueError("`t_min` has no meaning with a `t_end` where σ > 0; drop one of the two.")
         given = problem.shape_or_x
-        if isinstance(given, Tensor):
-            x = check.state("x", given)
-        else:
-            x = start.normals(problem.model, given, noise)
+        x = check.state("x", given) if isinstance(given, Tensor) else start.normals(problem.model, given, noise)
         reference = start.gaussian if self.reference is None else self.reference
         std = None if start.data_std == 1 else start.data_std
         gaussian = reference_for(x, sde, reference, std)

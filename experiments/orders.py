@@ -29,7 +29,7 @@ from tqdm import tqdm
 import scoresde as ss
 from scoresde.analysis.orders import Order, convergence_order, exact_flow
 from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.solvers.rule import Solver
+from scoresde.solvers import Leg, Solver, Tape
 
 ROOT = Path(__file__).parents[1]
 PROCESSES: dict[str, ss.SDE] = {"VP": ss.VP(), "VE": ss.VE(), "Cosine": ss.Cosine(), "EDM": ss.EDM(), "Flow": ss.Flow()}
@@ -51,21 +51,18 @@ class Options:
 class Started(Solver):
     """A multistep rule whose first legs are Krogstad's of order 4, so that its own order shows from a cold start."""
 
-    rule: Solver
+    solver: Solver
     first: int
 
-    def __repr__(self) -> str:
-        return f"{self.rule!r}, started"
-
     @property
-    def declared_order(self) -> int:
-        return self.rule.declared_order
+    def order(self) -> int:
+        return self.solver.order
 
-    def _leg(self, tape, now, history, t, asks, node):
-        if node > self.first:
-            return self.rule._leg(tape, now, history, t, asks, node)
-        new, _ = ss.solvers.ETDRK4()._leg(tape, now, history, t, asks, node)
-        return new, [new, *history]
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        if leg.node > self.first:
+            return self.solver.leg(tape, leg)
+        new, _ = ss.solvers.ETDRK4().leg(tape, leg)
+        return new, [new, *leg.history]
 
 
 def catalogue() -> list[str]:
@@ -119,8 +116,8 @@ def rule(text: str) -> Solver:
 
 def at_full_order(solver: Solver) -> Solver:
     """The rule, with its first legs by Krogstad's method if it raises its order leg by leg to more than two."""
-    ramps = isinstance(solver, ss.solvers.Multistep) and solver.start == "ramp" and solver.order > 2
-    return Started(solver, solver.order - 1) if ramps else solver
+    ramps = isinstance(solver, ss.solvers.Multistep) and solver.start == "ramp" and solver.nodes > 2
+    return Started(solver, solver.nodes - 1) if ramps else solver
 
 
 def mixture(sde: ss.SDE) -> ss.GaussianMixture:
@@ -158,11 +155,11 @@ def main(options: Options) -> Path:
         solver = rule(text)
         found = {name: measure(solver, model, flows[name], legs, options.points) for name, model in models.items()}
         slopes = [order.slope for order in found.values()]
-        if any(abs(slope - solver.declared_order) > 0.2 for slope in slopes):
-            wrong.append(f"{text}: declared {solver.declared_order}, measured {[round(slope, 2) for slope in slopes]}")
+        if any(abs(slope - solver.order) > 0.2 for slope in slopes):
+            wrong.append(f"{text}: declared {solver.order}, measured {[round(slope, 2) for slope in slopes]}")
         started = "†" if at_full_order(solver) is not solver else ""
         error = next(iter(found.values())).errors[0]
-        cells = [f"`{text}`{started}", str(solver.declared_order), *(f"{s:.2f}" for s in slopes)]
+        cells = [f"`{text}`{started}", str(solver.order), *(f"{s:.2f}" for s in slopes)]
         rows.append([*cells, str(solver.stages), f"{error:.0e}"])
     head = ["solver", "declared", *models, "evaluations per step", f"error at {legs[0]} steps"]
     table = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

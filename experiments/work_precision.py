@@ -191,7 +191,7 @@ def ours(name: str, process: str, options: Options) -> Iterator[Result]:
     for n in nfes:
         solution = ss.solve(model, x, nfe=n)
         yield Result(name, process, "default", "default", "default", n, solution.nfe, *error(solution.x, truth))
-    statistics = ss.solvers.Statistics.estimate(model, model.sample(256, seed=options.seed + 1))
+    statistics = ss.fitting.estimate_statistics(model, model.sample(256, seed=options.seed + 1))
     orders = (3,) if options.quick else (2, 3)
     informed = {f"DPM-Solver-v3 {p}": ss.solvers.DPMSolverV3(statistics, p) for p in orders}
     for grid, maker in our_grids(process, options.quick).items():

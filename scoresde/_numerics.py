@@ -34,7 +34,7 @@ def legendre(n: int = 80) -> tuple[Tensor, Tensor]:
 LEGENDRE_NODES, LEGENDRE_WEIGHTS = legendre()
 
 
-def lagrange(u: Tensor, nodes: Tensor, batched: bool) -> Tensor:
+def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
     """Lagrange basis ℓ_j(u), (R, k, [B,] Q), from u (R, [B,] Q) and nodes (R, k, [B])."""
     k = nodes.shape[1]
     basis = []

@@ -22,17 +22,9 @@ FOREIGN = ss.Gaussian(ss.Flow(), torch.zeros(2), torch.ones(2))
 
 
 class Unfinished(ss.solvers.Solver):
-    """A rule that lays nothing."""
+    """A solver without a step."""
 
-
-class Orderless(Unfinished):
-    """A rule of no order, which lays nothing else."""
-
-    def _leg(
-        self, tape: ss.solvers.Tape, now: int, history: Any, t: Any, asks: bool, node: int
-    ) -> tuple[int, list[int]]:
-        row = tape.append(t, x=[(now, 1.0)], evaluates=asks, node=node)
-        return row, [row]
+    order = 1
 
 
 def solve(**options: Any) -> Any:
@@ -143,12 +135,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a rule without a leg": (
         lambda: Unfinished().plan(VP, [1.0, 0.5, 0.1]),
         NotImplementedError,
-        r"Unfinished must define `_leg\(tape, now, history, t, asks, node\)`",
+        r"Unfinished must define `leg\(tape, leg\)`, which adds the rows of one step",
     ),
     "a rule without an order": (
-        lambda: Orderless().plan(VP, [1.0, 0.5, 0.1]),
-        NotImplementedError,
-        "Orderless must define the property `declared_order`",
+        lambda: type("Orderless", (ss.solvers.Solver,), {}),
+        TypeError,
+        "Orderless must define `order`, its order of convergence: a class attribute, a field or a property",
     ),
 }
 
@@ -209,10 +201,12 @@ def test_a_trainer_wants_a_loss_and_an_optimiser_of_it() -> None:
 
 def test_a_rule_that_returns_nothing_is_told_what_to_return() -> None:
     class Mute(Solver):
-        def _leg(self, tape: Any, *rest: Any) -> Any:
-            tape.move(0, rest[2], [0], evaluates=False)
+        order = 1
 
-    with pytest.raises(TypeError, match=r"`_leg` of Mute must return \(row, history\), got None"):
+        def leg(self, tape: ss.solvers.Tape, leg: ss.solvers.Leg) -> Any:
+            tape.move(leg.row, leg.t, [0], evaluates=False)
+
+    with pytest.raises(TypeError, match=r"`leg` of Mute must return \(row, history\), got None"):
         Mute().plan(ss.VP(), [1.0, 0.5])
 
 

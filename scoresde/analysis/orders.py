@@ -99,7 +99,7 @@ def convergence_order(
             errors.append(float(gap.median()))
     if 0.0 in errors:
         raise ValueError("`solver` has no error on this `model`, so its order cannot be measured; use another model.")
-    return Order(_slope(steps, errors), solver.declared_order, tuple(steps), tuple(errors))
+    return Order(_slope(steps, errors), solver.order, tuple(steps), tuple(errors))
 
 
 def event_of(model: AbstractDenoiser) -> tuple[int, ...]:
@@ -212,7 +212,7 @@ def weak_order(
         else:
             gap = (result.mean - alpha * m).square() + (result.variance.sqrt() - after.sqrt()).square()
         errors.append(float(gap.mean().sqrt()))
-    declared = solver.declared_order if of == "drift" else solver.weak_order
+    declared = solver.order if of == "drift" else solver.weak_order
     return Order(_slope(steps, errors), declared, tuple(steps), tuple(errors))
 
 

@@ -136,7 +136,7 @@ class Adaptive(Method):
                 f"`t_start` = {start:g} has σ = 0, where the flow has no noise to start from; start at a positive time "
                 f"such as `sde.t_min` = {sde.t_min:g}."
             )
-        if min(sde.alpha(start), sde.alpha(end)) == 0 and (self.pair.in_lam or self.pair.prediction.silent):
+        if min(sde.alpha(start), sde.alpha(end)) == 0 and (self.pair.in_lam or self.pair.prediction.needs_signal):
             raise ValueError(
                 f"{self.pair!r:.60} cannot start or end where α = 0, as {type(sde).__name__} does at T = {sde.T:g}; "
                 f"use a pair for the velocity in its own clock, such as the default, or another time, such as "

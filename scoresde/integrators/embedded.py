@@ -43,7 +43,7 @@ def polynomial(s: Tensor, t: Tensor, nodes: Tensor) -> Tensor:
         return (t - s)[None]
     at, weights = legendre(QUADRATURE)
     u = s[..., None] + (t - s)[..., None] * at
-    return lagrange(u[None], nodes[None], batched=True)[0] @ weights * (t - s)
+    return lagrange(u[None], nodes[None])[0] @ weights * (t - s)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from scoresde.grids.grid import check_grid
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.keyed import Noise
 from scoresde.solvers.ancestral import posterior_step
+from scoresde.solvers.quadrature import Point
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class LearnedVariance(Method):
         grid, noise = check_grid(sde, problem.times), problem.steps
         x = problem.draw(float(grid[0]))
         with torch.set_grad_enabled(problem.grad != "off"):
-            for i, (s, t) in enumerate(pairwise(grid)):
-                d, r = model.x0_and_variance(x, float(s))
-                c_x, c_d, std = (float(w) for w in posterior_step(sde, s, t, 1.0))
+            for i, (s, t) in enumerate(pairwise(Point.of(sde, grid).unbind())):
+                d, r = model.x0_and_variance(x, float(s.t))
+                c_x, c_d, std = (float(w) for w in posterior_step(s, t, 1.0))
                 x = c_x * x + c_d * d
                 if std > 0:
                     # The large variance is (σ_s/σ_t)² times the small one, so √v = std · (σ_s/σ_t)^((1 + r)/2).
-                    ratio = sde.sigma(float(s)) / sde.sigma(float(t))
+                    ratio = float(s.sigma / t.sigma)
                     x = x + std * ratio ** ((1 + r) / 2) * noise.like(x, i)
         return problem.solution(x, grid.tolist())
 

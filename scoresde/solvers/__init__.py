@@ -19,17 +19,31 @@ from scoresde.solvers.deterministic import (
     Euler,
     Heun,
     Midpoint,
+    Mixed,
+    PublishedThree,
     RungeKutta4,
     UniPC,
     VelocityAB,
-    analytic_first_step,
     with_corrector,
 )
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, ExponentialTableau
-from scoresde.solvers.interpolants import DATA, LAM, NOISE, RHO, TAU, TIME, VELOCITY, V, edm_prediction
+from scoresde.solvers.interpolants import (
+    DATA,
+    LAM,
+    NOISE,
+    RHO,
+    TAU,
+    TIME,
+    VELOCITY,
+    Prediction,
+    V,
+    Variable,
+    edm_prediction,
+)
 from scoresde.solvers.langevin import AnnealedLangevin
 from scoresde.solvers.multistep import Multistep
-from scoresde.solvers.pndm import PNDM
+from scoresde.solvers.pndm import PNDM, NoiseCombination
+from scoresde.solvers.quadrature import Point
 from scoresde.solvers.reverse_sde import ExtendedReverse, ReverseSDE, SongPredictor
 from scoresde.solvers.rule import Solver
 from scoresde.solvers.runge_kutta import (
@@ -64,7 +78,7 @@ from scoresde.solvers.stochastic import (
     SDEDPMSolverPP,
     StochasticHeun,
 )
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.tape import Leg, Tape
 
 __all__ = [
     "DATA",
@@ -118,9 +132,15 @@ __all__ = [
     "ExponentialTableau",
     "ExtendedReverse",
     "Heun",
+    "Leg",
     "Midpoint",
+    "Mixed",
     "Multistep",
+    "NoiseCombination",
+    "Point",
     "Posterior",
+    "Prediction",
+    "PublishedThree",
     "Restart",
     "ReverseDiffusion",
     "ReverseSDE",
@@ -139,8 +159,8 @@ __all__ = [
     "TwoStage",
     "UniPC",
     "V",
+    "Variable",
     "VelocityAB",
-    "analytic_first_step",
     "edm_prediction",
     "with_corrector",
 ]

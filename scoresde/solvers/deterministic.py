@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan.rows import Weight
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.ancestral import Posterior
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, res3
 from scoresde.solvers.interpolants import DATA, LAM, NOISE, RHO, TAU, TIME, VELOCITY, Prediction
-from scoresde.solvers.multistep import Multistep
+from scoresde.solvers.multistep import Moments, Multistep
+from scoresde.solvers.naming import published
 from scoresde.solvers.pndm import ADAMS, NoiseCombination
 from scoresde.solvers.rule import Eta, Solver
 from scoresde.solvers.runge_kutta import EULER, HEUN, MIDPOINT, RK4, RungeKutta, Tableau, second_order
 from scoresde.solvers.single_step import SingleStep
 from scoresde.solvers.statistics import Statistics
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.tape import Leg, Tape
 
-FORMS: dict[str, tuple[str | float, ...] | None] = {
+FORMS: dict[str, Moments] = {
     "mid": ("exact", "mid"),
     "end": ("exact", "end"),
     "exact": None,
@@ -30,11 +30,13 @@ FORMS: dict[str, tuple[str | float, ...] | None] = {
 
 
 def order_of(order: int, *allowed: int) -> int:
-    if check.integer("order", order, at_least=1) not in allowed:
+    """Return `order` if it is one of the allowed ones, by default any of at least 1; else raise an error."""
+    if check.integer("order", order, at_least=1) not in (allowed or (order,)):
         raise ValueError(f"`order` must be one of {', '.join(map(str, allowed))}, got {order}.")
     return order
 
 
+@published
 def DDIM(eta: Eta = 0.0) -> Solver:
     r"""DDIM, exact for data concentrated in one point; η = 0 is DPM-Solver-1, and η = 1 is DDPM's sampler.
 
@@ -49,45 +51,50 @@ def DDIM(eta: Eta = 0.0) -> Solver:
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eqs. 12 and 16
     """
-    return Multistep(1, label="DDIM") if eta == 0 else Posterior(eta, label="DDIM")
+    return Multistep(1) if eta == 0 else Posterior(eta)
 
 
+@published
 def Euler(clock: str = "t") -> Solver:
     """Euler's method on the probability flow dx/dt or dx/dλ. DDIM is more accurate at the same cost.
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
     """
-    return RungeKutta(EULER, None, clock, "Euler")
+    return RungeKutta(EULER, None, clock)
 
 
+@published
 def Heun(clock: str = "t") -> Solver:
     """Heun's method on the probability flow dx/dt or dx/dλ; :func:`EDMHeun` is Heun's method in σ/α.
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
     """
-    return RungeKutta(HEUN, None, clock, "Heun")
+    return RungeKutta(HEUN, None, clock)
 
 
+@published
 def Midpoint(clock: str = "t") -> Solver:
     """The midpoint method on the probability flow dx/dt or dx/dλ.
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
     """
-    return RungeKutta(MIDPOINT, None, clock, "Midpoint")
+    return RungeKutta(MIDPOINT, None, clock)
 
 
+@published
 def RungeKutta4(clock: str = "t") -> Solver:
     """The classical fourth-order method on the probability flow dx/dt or dx/dλ.
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
     """
-    return RungeKutta(RK4, None, clock, "RungeKutta4")
+    return RungeKutta(RK4, None, clock)
 
 
+@published
 def EDMHeun(alpha: float = 1.0) -> Solver:
     r"""EDM's deterministic sampler: Heun on :math:`d(x/\alpha)/d(\sigma/\alpha) = \varepsilon`, Euler into σ = 0.
 
@@ -98,9 +105,10 @@ def EDMHeun(alpha: float = 1.0) -> Solver:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
           algorithms 1 and 3
     """
-    return RungeKutta(second_order(alpha), NOISE, label="EDMHeun")
+    return RungeKutta(second_order(alpha), NOISE)
 
 
+@published
 def DPM2() -> Solver:
     """DPM-2: the noise prediction at the geometric mean of the step's two σ/α gives the whole step.
 
@@ -108,9 +116,10 @@ def DPM2() -> Solver:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
           in the form of k-diffusion
     """
-    return SingleStep(2, NOISE, reads=(1,), label="DPM2")
+    return SingleStep(2, NOISE, reads=(1,))
 
 
+@published
 def DEISRungeKutta(tableau: Tableau = HEUN) -> Solver:
     """ρRK-DEIS: a Runge–Kutta method on the noise prediction in ρ = σ/α.
 
@@ -120,29 +129,29 @@ def DEISRungeKutta(tableau: Tableau = HEUN) -> Solver:
     References:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902
     """
-    return RungeKutta(tableau, NOISE, label="DEISRungeKutta")
+    return RungeKutta(tableau, NOISE)
 
 
-def _lambda_solver(
-    label: str, prediction: Prediction, order: int, kind: str, form: str, r: Sequence[float], start: str
-) -> Solver:
+def _lambda_solver(prediction: Prediction, order: int, kind: str, form: str, r: Sequence[float], start: str) -> Solver:
+    """DPM-Solver or DPM-Solver++, by the prediction."""
     check.choice("kind", kind, ("single", "multi", "fast"))
     check.choice("form", form, ("published", "mid", "exact"))
     if kind == "fast":
-        return Mixed((), prediction, label)
+        return Mixed((), prediction)
     if kind == "single":
         order_of(order, 1, 2, 3)
         moments = FORMS["mid"] if order == 2 and form != "exact" else None
         reads = (0, 1, 2) if order == 3 and form == "exact" else ()
-        return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments, label=label)
+        return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments)
     if r:
         raise ValueError(f"`r` must be empty for `kind`='multi', got {tuple(r)}; remove it, or use `kind`='single'.")
     if form == "published" and order == 3:
-        return PublishedThree(3, prediction, moments=FORMS["mid"], start=start, label=f"{label}[published]")
+        return PublishedThree(3, prediction, moments=FORMS["mid"], start=start)
     moments = None if form == "exact" or (form == "published" and order > 3) else FORMS["mid"]
-    return Multistep(order, prediction, moments=moments, start=start, label=label)
+    return Multistep(order_of(order), prediction, moments=moments, start=start)
 
 
+@published
 def DPMSolver(
     order: int = 3, kind: str = "single", form: str = "mid", r: Sequence[float] = (), start: str = "ramp"
 ) -> Solver:
@@ -160,9 +169,10 @@ def DPMSolver(
     References:
         | DPM-Solver (Lu et al., 2022), arXiv:2206.00927, algorithms 1 and 2, eq. B.4
     """
-    return _lambda_solver("DPMSolver", NOISE, order, kind, form, r, start)
+    return _lambda_solver(NOISE, order, kind, form, r, start)
 
 
+@published
 def DPMSolverPP(
     order: int = 2, kind: str = "multi", form: str = "mid", r: Sequence[float] = (), start: str = "ramp"
 ) -> Solver:
@@ -181,11 +191,12 @@ def DPMSolverPP(
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, algorithms 1 and 2
     """
-    return _lambda_solver("DPMSolverPP", DATA, order, kind, form, r, start)
+    return _lambda_solver(DATA, order, kind, form, r, start)
 
 
+@published
 def UniPC(
-    order: int = 3, variant: str = "bh2", prediction: Prediction = DATA, corrector: bool = True, start: str = "ramp"
+    order: int = 3, form: str = "bh2", prediction: Prediction = DATA, corrector: bool = True, start: str = "ramp"
 ) -> Solver:
     r"""UniPC: a predictor with `order` nodes and a corrector with one more, without evaluation at the corrected state.
 
@@ -195,7 +206,7 @@ def UniPC(
 
     Arguments:
         order: Number of nodes of the predictor; the corrector raises the order by one.
-        variant: Weights of rows with two nodes: ``"bh2"``, ``"bh1"`` or ``"exact"``.
+        form: Weights of rows with two nodes: ``"bh2"``, ``"bh1"`` or ``"exact"``.
         prediction: Prediction to interpolate: ``DATA`` or ``NOISE``.
         corrector: Whether to apply the corrector.
         start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
@@ -203,12 +214,13 @@ def UniPC(
     References:
         | UniPC (Zhao et al., 2023), arXiv:2302.04867, algorithms 1 and 2
     """
-    check.choice("variant", variant, ("bh2", "bh1", "exact"))
-    moments = FORMS[{"bh2": "mid", "bh1": "end", "exact": "exact"}[variant]]
-    corrector_nodes = check.integer("order", order, at_least=1) + 1 if corrector else 0
-    return Multistep(order, prediction, corrector=corrector_nodes, moments=moments, start=start, label="UniPC")
+    check.choice("form", form, ("bh2", "bh1", "exact"))
+    moments = FORMS[{"bh2": "mid", "bh1": "end", "exact": "exact"}[form]]
+    corrector_nodes = order_of(order) + 1 if corrector else 0
+    return Multistep(order, prediction, corrector=corrector_nodes, moments=moments, start=start)
 
 
+@published
 def with_corrector(solver: Solver, order: int | None = None, *, reevaluate: bool = False) -> Solver:
     """Add a corrector (UniC) to a multistep solver.
 
@@ -219,10 +231,11 @@ def with_corrector(solver: Solver, order: int | None = None, *, reevaluate: bool
     """
     if not isinstance(solver, Multistep):
         raise TypeError(f"`solver` must be a multistep solver, got {solver!r}.")
-    nodes = solver.order + 1 if order is None else check.integer("order", order, at_least=1)
+    nodes = solver.nodes + 1 if order is None else order_of(order)
     return replace(solver, corrector=nodes, reevaluate=reevaluate)
 
 
+@published
 def DEIS(order: int = 3, variable: str = "t", start: str = "ramp") -> Solver:
     r"""DEIS: Adams–Bashforth on the noise prediction, with polynomials in t (tAB), ρ = σ/α (ρAB) or λ (λAB).
 
@@ -235,18 +248,20 @@ def DEIS(order: int = 3, variable: str = "t", start: str = "ramp") -> Solver:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902
     """
     check.choice("variable", variable, ("t", "rho", "lam"))
-    return Multistep(order, NOISE, {"t": TIME, "rho": RHO, "lam": LAM}[variable], start=start, label="DEIS")
+    return Multistep(order_of(order), NOISE, {"t": TIME, "rho": RHO, "lam": LAM}[variable], start=start)
 
 
+@published
 def LMS(order: int = 4) -> Solver:
     """The linear multistep method of k-diffusion in σ/α: ρAB-DEIS, with exact integrals.
 
     Arguments:
         order: Number of nodes, one more than the degree of the polynomial.
     """
-    return Multistep(order, NOISE, RHO, label="LMS")
+    return Multistep(order_of(order), NOISE, RHO)
 
 
+@published
 def RES(order: int = 3, c2: float = 0.5, c3: float = 1.0) -> Solver:
     r"""RES, the refined exponential solver: single steps that satisfy the stiff order conditions.
 
@@ -264,19 +279,21 @@ def RES(order: int = 3, c2: float = 0.5, c3: float = 1.0) -> Solver:
           2023), arXiv:2308.02157
     """
     if order_of(order, 2, 3) == 2:
-        return SingleStep(2, DATA, r=(c2,), label="RES")
-    return ExponentialRungeKutta(res3(c2, c3), label="RES")
+        return SingleStep(2, DATA, r=(c2,))
+    return ExponentialRungeKutta(res3(c2, c3))
 
 
+@published
 def ETDRK4() -> Solver:
     """Krogstad's exponential Runge–Kutta method of order 4 on the data prediction.
 
     References:
         | Generalized integrating factor methods for stiff PDEs (Krogstad, 2005), doi:10.1016/j.jcp.2004.08.006
     """
-    return ExponentialRungeKutta(KROGSTAD4, label="ETDRK4")
+    return ExponentialRungeKutta(KROGSTAD4)
 
 
+@published
 def VelocityAB(order: int = 3, start: str = "ramp") -> Solver:
     r"""Adams–Bashforth on the flow velocity ε − d in τ = σ/(α + σ), for any process.
 
@@ -287,14 +304,15 @@ def VelocityAB(order: int = 3, start: str = "ramp") -> Solver:
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747, for the velocity
     """
-    return Multistep(order, VELOCITY, TAU, start=start, label="VelocityAB")
+    return Multistep(order_of(order), VELOCITY, TAU, start=start)
 
 
+@published
 def DPMSolverV3(statistics: Statistics, order: int = 3, corrector: bool = True, start: str = "ramp") -> Solver:
     """DPM-Solver-v3 with the same statistics for all entries of a state.
 
     Arguments:
-        statistics: Tables of l, s and b, for example from :meth:`Statistics.estimate`.
+        statistics: Tables of l, s and b, for example from :func:`estimate_statistics`.
         order: Number of nodes of the predictor.
         corrector: Whether to apply a corrector with `order` + 1 nodes, including the new one.
         start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
@@ -302,47 +320,21 @@ def DPMSolverV3(statistics: Statistics, order: int = 3, corrector: bool = True, 
     References:
         | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268, algorithms 1 and 2
     """
-    corrector_nodes = order + 1 if corrector else 0
-    return Multistep(order, statistics.prediction(), corrector=corrector_nodes, start=start, label="DPMSolverV3")
+    corrector_nodes = order_of(order) + 1 if corrector else 0
+    return Multistep(order, statistics.prediction(), corrector=corrector_nodes, start=start)
 
 
-def analytic_first_step(plan: Plan, sde: SDE, data_std: float = 1.0) -> Plan:
-    r"""Replace the first evaluation of a plan by the denoiser of Gaussian data, which is accurate at high noise.
-
-    .. math:: D(x, T) \approx \frac{\alpha c^2}{\alpha^2 c^2 + \sigma^2}\,x
-
-    Arguments:
-        plan: Plan whose first row is evaluated.
-        sde: Process of the plan.
-        data_std: Standard deviation c of the data; the mean is assumed to be 0.
-
-    References:
-        | Genie (Dockhorn et al., 2022), arXiv:2210.05475, appendix; AMED-Solver (Zhou et al., 2024), arXiv:2312.00094
-    """
-    check.number("data_std", data_std, above=0)
-    t = float(plan.rows[0].t)
-    alpha, sigma = sde.alpha(t), sde.sigma(t)
-    gain = alpha * data_std**2 / (alpha**2 * data_std**2 + sigma**2)
-    rows = [replace(plan.rows[0], evaluates=False)]
-    for row in plan.rows[1:]:
-        known = dict(row.d).get(0)
-        if known is not None:
-            x = dict(row.x)
-            x[0] = x.get(0, 0.0) + gain * known
-            row = replace(row, x=tuple(x.items()), d=tuple((k, w) for k, w in row.d if k))
-        rows.append(row)
-    return replace(plan, rows=tuple(rows), name=f"{plan.name}, analytic first step")
-
-
+@published
 def PLMS() -> Solver:
     """PLMS: Adams–Bashforth on the noise with the coefficients of equal steps; the order rises step by step.
 
     References:
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), arXiv:2202.09778
     """
-    return NoiseCombination(label="PLMS")
+    return NoiseCombination()
 
 
+@published
 def IPNDM(order: int = 4) -> Solver:
     """iPNDM: Adams–Bashforth with the coefficients of equal steps on any grid, as published; order at most 2.
 
@@ -355,9 +347,10 @@ def IPNDM(order: int = 4) -> Solver:
         | Fast Sampling of Diffusion Models with Exponential Integrator (Zhang & Chen, 2023), arXiv:2204.13902, appendix
     """
     rows = ADAMS[: order_of(order, 1, 2, 3, 4)]
-    return NoiseCombination(rows, order=1, label="IPNDM") if order == 1 else NoiseCombination(rows, label="IPNDM")
+    return NoiseCombination(rows, order=1) if order == 1 else NoiseCombination(rows)
 
 
+@published
 def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
     r"""DDIM with extrapolated noise, :math:`\varepsilon = \gamma\varepsilon_i + (1-\gamma)\varepsilon_{i-1}`.
 
@@ -369,7 +362,7 @@ def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
           arXiv:2306.04848
     """
     check.number("gamma", gamma)
-    return NoiseCombination(((1.0,), (gamma, 1 - gamma)), order=1, label=f"AcceleratedDDIM[{gamma:g}]")
+    return NoiseCombination(((1.0,), (gamma, 1 - gamma)), order=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -377,11 +370,11 @@ class PublishedThree(Multistep):
     """Multistep DPM-Solver of order 3 as in public code: its second-derivative term is halved, so its order is 2."""
 
     @property
-    def declared_order(self) -> int:
-        return self._corrected(2)
+    def order(self) -> int:
+        return self.corrected(2)
 
-    def _many(self, nodes: int) -> tuple[str | float, ...] | None:
-        return ("exact", "exact", 0.5) if nodes == 3 else None
+    def moments_of(self, nodes: int) -> Moments:
+        return ("exact", "exact", 0.5) if nodes == 3 else self.moments if nodes == 2 else None
 
 
 @dataclass(frozen=True, repr=False)
@@ -391,29 +384,27 @@ class Mixed(Solver):
     Arguments:
         orders: Order of each step.
         prediction: Prediction to interpolate.
-        label: Name of the solver in its plans.
     """
 
     orders: tuple[int, ...]
     prediction: Prediction = NOISE
-    label: str = ""
-
-    def __repr__(self) -> str:
-        return f"{self.label or 'Mixed'}(orders={self.orders})"
 
     @property
-    def declared_order(self) -> int:
-        """Highest order in `orders`; a last step of order 1 reduces the measured order to 2."""
-        return max(self.orders, default=3)
+    def order(self) -> int:
+        """Order of convergence: one step of order p has an error of order h^(p + 1).
+
+        It is 2 if the budget is not known yet: only budgets of 3k + 2 evaluations that end above σ = 0 give 3.
+        """
+        return min(max(self.orders), min(self.orders) + 1) if self.orders else 2
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return the published mixture: steps of order 3, then (2, 1), (1) or (2), for exactly `nfe` evaluations.
 
         A step into σ = 0 costs one evaluation, so with `clean` two steps of order 1 replace the last one of order 2.
         """
-        K = check.integer("nfe", nfe, at_least=1) // 3
+        threes = check.integer("nfe", nfe, at_least=1) // 3
         tail = {0: (2, 1), 1: (1,), 2: (1, 1) if clean else (2,)}[nfe % 3]
-        orders = (*[3] * (K - 1 if nfe % 3 == 0 else K), *tail) if nfe >= 3 else tail
+        orders = (*[3] * (threes - 1 if nfe % 3 == 0 else threes), *tail)
         return replace(self, orders=orders), len(orders)
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
@@ -425,7 +416,8 @@ class Mixed(Solver):
             )
         return super().plan(sde, times, up=up)
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        order = self.orders[node - 1]
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        assert leg.node is not None
+        order = self.orders[leg.node - 1]
         moments = FORMS["mid"] if order == 2 else None
-        return SingleStep(order, self.prediction, moments=moments)._leg(tape, now, history, t, asks, node)
+        return SingleStep(order, self.prediction, moments=moments).leg(tape, leg)

@@ -12,17 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._numerics import legendre
-from scoresde.plan.rows import Weight
-from scoresde.solvers.rule import Solver, between
-from scoresde.solvers.single_step import finite_leg
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.naming import constructor
+from scoresde.solvers.quadrature import Point
+from scoresde.solvers.rule import Solver
+from scoresde.solvers.tape import Leg, Tape
 
 Phi = Mapping[tuple[int, float], float]
 
@@ -33,7 +33,7 @@ def phi(k: int, z: Tensor) -> Tensor:
     return ((1 - node) * z[..., None]).exp().mul(node ** (k - 1) / math.factorial(k - 1)) @ weight
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ExponentialTableau:
     """Tableau of an exponential Runge–Kutta method; its coefficients are sums of φ_k(−c h).
 
@@ -55,6 +55,12 @@ class ExponentialTableau:
         if sizes != [*range(len(self.c)), len(self.c)]:
             raise ValueError(f"`a` must have rows of {[*range(len(self.c)), len(self.c)]} entries, got {sizes}.")
 
+    def __hash__(self) -> int:
+        return hash((self.c, self.order, self.name))  # `a` holds dictionaries
+
+    def __repr__(self) -> str:
+        return "KROGSTAD4" if self == KROGSTAD4 else constructor(self)
+
 
 def res3(c2: float = 0.5, c3: float = 1.0) -> ExponentialTableau:
     """Return the three-stage tableau of RES, of order 3 for any 0 < c2, c3 ≤ 1 with c2 ≠ 2/3 and c2 ≠ c3."""
@@ -62,6 +68,8 @@ def res3(c2: float = 0.5, c3: float = 1.0) -> ExponentialTableau:
         check.number(name, c, above=0, at_most=1)
     if math.isclose(c2, 2 / 3):
         raise ValueError("`c2` must not be 2/3, where the weights of order 3 are undefined; choose another value.")
+    if math.isclose(c2, c3):
+        raise ValueError(f"`c2` and `c3` must differ, because order 3 needs three different times, got {c2:g} twice.")
     gamma = c3 * (3 * c3 - 2) / (c2 * (2 - 3 * c2))
     total = gamma * c2 + c3
     a32 = {(2, c2): gamma * c2, (2, c3): c3**2 / c2}
@@ -93,56 +101,44 @@ class ExponentialRungeKutta(Solver):
 
     Arguments:
         tableau: Coefficients of the method.
-        label: Name of the solver in its plans.
     """
 
     tableau: ExponentialTableau = KROGSTAD4
-    label: str = ""
 
-    def __repr__(self) -> str:
-        return f"{self.label or 'ExponentialRungeKutta'}({self.tableau.name})"
+    memoryless: ClassVar[bool] = True
 
     @property
-    def declared_order(self) -> int:
+    def order(self) -> int:
+        """Order of the tableau."""
         return self.tableau.order
 
     @property
     def stages(self) -> int:
         return 1 + len(self.tableau.c)
 
-    @property
-    def _forgets(self) -> bool:
-        return True
-
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s, sde = tape.time(now), tape.sde
-        if not finite_leg(sde, s, t):
-            new = tape.move(now, t, history[:1], evaluates=asks, node=node, note="one stage")
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        start = tape.time(leg.row)
+        if not tape.finite(start, leg.t):
+            new = tape.move(leg.row, leg.t, leg.history[:1], evaluates=leg.evaluates, node=leg.node, note="one stage")
             return new, [new]
-        plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
-        a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
-        h = sde.lam(b) - sde.lam(a)
-        evaluated = [history[0]]
-        for i, row in enumerate(self.tableau.a):
-            last = i == len(self.tableau.c)
-            c = 1.0 if last else self.tableau.c[i]
-            time = t if c == 1 else between(sde, s, t, c)
-            at = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
-            later = [sum((w * phi(k, -r * h) for (k, r), w in terms.items()), torch.zeros_like(h)) for terms in row]
-            first = c * phi(1, -c * h) - sum(later, torch.zeros_like(h))
-            scale = sde.alpha(at) * h
-            weights: list[Any] = [scale * w for w in (first, *later)]
-            keep: Any = sde.sigma(at) / sde.sigma(a)
-            if plain:
-                weights, keep = [float(w) for w in weights], float(keep)
-            d = [(k, w) for k, w in zip(evaluated, weights, strict=True) if isinstance(w, Tensor) or w]
-            new = tape.append(
-                time,
-                x=[(now, keep)],
-                d=d,
-                evaluates=asks if last else True,
-                node=node if last else None,
-                note="" if last else "stage",
-            )
-            evaluated.append(new)
+        s, t = tape.ends(leg)
+        h, nodes = t.lam - s.lam, leg.history[:1]
+        for c, row in zip(self.tableau.c, self.tableau.a, strict=False):
+            time = leg.t if c == 1 else tape.between(start, leg.t, c)
+            x, d = self._terms(s, tape.at(time), h, c, row)
+            nodes.append(tape.append(time, x=[(leg.row, x)], d=_with_weight(nodes, d), note="stage"))
+        x, d = self._terms(s, t, h, 1.0, self.tableau.a[-1])
+        new = tape.append(leg.t, x=[(leg.row, x)], d=_with_weight(nodes, d), evaluates=leg.evaluates, node=leg.node)
         return new, [new]
+
+    def _terms(self, s: Point, at: Point, h: Tensor, c: float, row: tuple[Phi, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Coefficient of the state at s, and of the evaluations, for a state at the fraction c of a step h in λ."""
+        zero = torch.zeros_like(h)
+        later = [sum((w * phi(k, -r * h) for (k, r), w in terms.items()), zero) for terms in row]
+        first = c * phi(1, -c * h) - sum(later, zero)
+        return at.sigma / s.sigma, [at.alpha * h * w for w in (first, *later)]
+
+
+def _with_weight(nodes: list[int], weights: list[Tensor]) -> list[tuple[int, Tensor]]:
+    """Terms of a row; evaluations that no sample uses are left out."""
+    return [(k, w) for k, w in zip(nodes, weights, strict=True) if bool((w != 0).any())]

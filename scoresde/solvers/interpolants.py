@@ -8,6 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde.solvers.naming import show
+
+
+def _constant(name: str) -> str:
+    """Name of the constant: ``DATA`` for "data"; a call such as ``edm_prediction(0.5)`` stays as it is."""
+    return name.upper() if name.isidentifier() else name
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -21,7 +28,7 @@ class Prediction:
         clock: Function c(λ) in which the kernel is constant if η = 0; finite wherever the prediction is defined.
         lam_of_clock: Inverse of `clock`.
         slope: Derivative dc/dλ as a function of c.
-        silent: Whether the prediction does not determine the data where α = 0, default False.
+        needs_signal: Whether the prediction determines the data only where α > 0, default False.
         offset: Function B(λ), None by default: f − B is interpolated and B is integrated exactly.
     """
 
@@ -32,11 +39,11 @@ class Prediction:
     clock: Callable[[Tensor], Tensor]
     lam_of_clock: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
-    silent: bool = False
+    needs_signal: bool = False
     offset: Callable[[Tensor], Tensor] | None = None
 
     def __repr__(self) -> str:
-        return self.name
+        return _constant(self.name)
 
 
 DATA = Prediction(
@@ -58,7 +65,7 @@ NOISE = Prediction(
     clock=lambda lam: (-lam).exp(),
     lam_of_clock=lambda c: -c.log(),
     slope=lambda c: -c,
-    silent=True,
+    needs_signal=True,
 )
 """ε = (x − α d)/σ: DDIM, DPM-Solver, DEIS."""
 
@@ -93,7 +100,7 @@ def edm_prediction(sigma_data: float) -> Prediction:
         return (sigma**2 + s**2 * alpha**2).sqrt()
 
     return Prediction(
-        f"F(sigma_data={s:g})",
+        f"edm_prediction({show(sigma_data)})",
         scale=root,
         p=lambda alpha, sigma: -alpha * s / (sigma * root(alpha, sigma)),
         q=lambda alpha, sigma: root(alpha, sigma) / (sigma * s),
@@ -120,7 +127,7 @@ class Variable:
     infinite: bool = False
 
     def __repr__(self) -> str:
-        return self.name
+        return _constant(self.name)
 
 
 LAM = Variable("lam", lambda lam, t: lam, infinite=True)
@@ -132,5 +139,5 @@ RHO = Variable("rho", lambda lam, t: (-lam).exp())
 TAU = Variable("tau", lambda lam, t: (-lam).sigmoid())
 """τ = σ/(α + σ): flow time."""
 
-TIME = Variable("t", lambda lam, t: t, uses_t=True)
+TIME = Variable("time", lambda lam, t: t, uses_t=True)
 """The time t of the process: DEIS tAB."""

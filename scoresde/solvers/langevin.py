@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import ClassVar
 
 from scoresde import _checks as check
 from scoresde.plan.rows import Weight
 from scoresde.solvers.rule import Solver
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.tape import Leg, Tape
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,53 +35,53 @@ class AnnealedLangevin(Solver):
     n: int = 10
     r: float = 0.2
 
+    order: ClassVar[int] = 0  # the error does not vanish with more levels, only with more and smaller steps at each
+
     def __post_init__(self) -> None:
         check.integer("n", self.n, at_least=1)
         check.number("r", self.r, above=0, below=4)
-
-    def __repr__(self) -> str:
-        return f"AnnealedLangevin(n={self.n}, r={self.r:g})"
-
-    @property
-    def declared_order(self) -> int:
-        """Order 0: the error does not vanish with more levels, only with more and smaller steps at each level."""
-        return 0
 
     @property
     def stages(self) -> int:
         """Number of evaluations at each level."""
         return self.n
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        sde, s = tape.sde, tape.time(now)
-        sigma = sde.sigma(t)
-        clean = bool((sigma == 0).all()) if isinstance(sigma, Tensor) else sigma == 0
-        for _ in range(self.n - 1):
-            now = self._step(tape, now, s)
-        if clean:
-            now = self._step(tape, now, s)
-            now = tape.append(t, d=[(now, sde.alpha(t))], evaluates=False, node=node, note="denoise")
-        elif asks:
-            now = self._step(tape, now, t, node=node)
-        else:
-            now = self._step(tape, now, t)
-            for _ in range(self.n - 1):
-                now = self._step(tape, now, t)
-            now = self._step(tape, now, t, evaluates=False, node=node)
-        return now, [now]
+    def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
+        """Return the solver and its number of steps: each of N levels before σ = 0, or of N + 1, costs n evaluations.
 
-    def _step(self, tape: Tape, now: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
-        """Append one Langevin step at the level of row `now`, followed by a rescaling to the level of t."""
-        sde, s = tape.sde, tape.time(now)
-        alpha, sigma = sde.alpha(s), sde.sigma(s)
-        if not isinstance(alpha, Tensor) and alpha == 0:
-            raise ValueError(f"the grid starts at t = {s:g}, where α = 0 and x/α is undefined; start at a smaller t.")
-        scale = sde.alpha(t) / alpha
+        The evaluation of the denoising step is one more.
+        """
+        levels = (check.integer("nfe", nfe, at_least=1) - clean) // self.n
+        return self, max(1, levels if clean else levels - 1)
+
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        row, s = leg.row, tape.time(leg.row)
+        for _ in range(self.n - 1):
+            row = self._step(tape, row, s)
+        if tape.no_noise(leg.t):
+            row = self._step(tape, row, s)
+            alpha = tape.at(leg.t).alpha
+            row = tape.append(leg.t, d=[(row, alpha)], evaluates=False, node=leg.node, note="denoise")
+        elif leg.evaluates:
+            row = self._step(tape, row, leg.t, node=leg.node)
+        else:
+            for _ in range(self.n):
+                row = self._step(tape, row, leg.t)
+            row = self._step(tape, row, leg.t, evaluates=False, node=leg.node)
+        return row, [row]
+
+    def _step(self, tape: Tape, row: int, t: Weight, *, evaluates: bool = True, node: int | None = None) -> int:
+        """Append one Langevin step at the level of `row`, followed by a rescaling to the level of t."""
+        if tape.no_signal(tape.time(row)):
+            T = tape.sde.T
+            raise ValueError(f"the grid starts at t = {T:g}, where α = 0 and x/α is undefined; start at a smaller t.")
+        s = tape.at(tape.time(row))
+        scale = tape.at(t).alpha / s.alpha
         return tape.append(
             t,
-            x=[(now, scale * (1 - self.r / 2))],
-            d=[(now, scale * self.r / 2 * alpha)],
-            z=[(tape.draw(), scale * math.sqrt(self.r) * sigma)],
+            x=[(row, scale * (1 - self.r / 2))],
+            d=[(row, scale * self.r / 2 * s.alpha)],
+            z=[(tape.draw(), scale * math.sqrt(self.r) * s.sigma)],
             evaluates=evaluates,
             node=node,
             note="Langevin",

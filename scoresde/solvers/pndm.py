@@ -9,15 +9,12 @@ Each step is a DDIM step whose noise is a combination of noise predictions:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import ClassVar
 
 from scoresde import _checks as check
 from scoresde.plan.rows import Weight
 from scoresde.solvers.rule import Solver
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.tape import Leg, Tape
 
 ADAMS: tuple[tuple[float, ...], ...] = (
     (1.0,),
@@ -38,25 +35,16 @@ class NoiseCombination(Solver):
         order: Order of convergence; at most 2 for the coefficients of equal steps on other grids.
         improved: Whether the first step is a pseudo improved Euler step. That step uses the mean of the noise at its
             two ends and costs one more evaluation.
-        label: Name of the solver in its plans.
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ADAMS
     order: int = 2
     improved: bool = False
-    label: str = ""
 
     def __post_init__(self) -> None:
         for row in self.coefficients:
             if abs(sum(row) - 1) > 1e-12:
                 raise ValueError(f"`coefficients` must have rows that sum to 1, got {row}.")
-
-    def __repr__(self) -> str:
-        return f"{self.label or 'NoiseCombination'}({len(self.coefficients)} terms)"
-
-    @property
-    def declared_order(self) -> int:
-        return self.order
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return a solver and its number of steps; with `improved` the first step costs two evaluations."""
@@ -65,40 +53,38 @@ class NoiseCombination(Solver):
         check.integer("nfe", nfe, at_least=1)
         return (self, nfe - 1) if nfe > 2 else (replace(self, improved=False), nfe)
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        nodes, a = history, self.coefficients[min(len(history), len(self.coefficients)) - 1]
-        if tape.sde.alpha(_number(tape.time(now))) == 0:
-            a = (1.0,)
-        elif self.improved and len(history) == 1 and tape.sde.sigma(_number(t)) > 0:
-            predicted = noise_leg(tape, now, history, (1.0,), t, True, None, "stage")
-            nodes, a = [now, predicted], (0.5, 0.5)
-        new = noise_leg(tape, now, nodes[: len(a)], a, t, asks, node)
-        return new, ([new, *history][: len(self.coefficients)] if asks else history)
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        history, a = leg.history, self.coefficients[min(len(leg.history), len(self.coefficients)) - 1]
+        nodes = history[: len(a)]
+        if tape.no_signal(tape.time(leg.row)):
+            nodes, a = history[:1], (1.0,)
+        elif self.improved and len(history) == 1 and not tape.no_noise(leg.t):
+            predicted = noise_step(tape, stage_of(leg, leg.t), history, (1.0,))
+            nodes, a = [leg.row, predicted], (0.5, 0.5)
+        new = noise_step(tape, leg, nodes, a)
+        return new, ([new, *history][: len(self.coefficients)] if leg.evaluates else history)
 
 
-def noise_leg(
-    tape: Tape,
-    now: int,
-    nodes: list[int],
-    a: tuple[float, ...],
-    t: Weight,
-    evaluates: bool,
-    node: int | None,
-    note: str = "",
-) -> int:
-    """Add a DDIM step from `now` to t with the noise Σ a_j ε_j of `nodes`; return the new row."""
-    if nodes == [now]:  # DDIM's two forms agree only for the noise of `now`
-        return tape.move(now, t, nodes, evaluates=evaluates, node=node, note=note)
-    sde, s = tape.sde, tape.time(now)
-    ratio = _f(sde.alpha, t) / _f(sde.alpha, s)
-    factor = _f(sde.sigma, t) - ratio * _f(sde.sigma, s)
-    x: dict[int, Any] = {now: ratio}
-    d: dict[int, Any] = {}
+def noise_step(tape: Tape, leg: Leg, nodes: list[int], a: tuple[float, ...]) -> int:
+    """Add a DDIM step with the noise Σ a_j ε_j of `nodes`; return the new row."""
+    note = "" if leg.node is not None else "stage"
+    if nodes == [leg.row]:  # DDIM's two forms agree only for the noise of the first row
+        return tape.move(leg.row, leg.t, nodes, evaluates=leg.evaluates, node=leg.node, note=note)
+    s, t = tape.ends(leg)
+    ratio = t.alpha / s.alpha
+    factor = t.sigma - ratio * s.sigma
+    x, d = {leg.row: ratio}, {}
     for k, c in zip(nodes, a, strict=True):
-        sigma = _f(sde.sigma, tape.time(k))
-        x[k] = x.get(k, 0.0) + factor * c / sigma
-        d[k] = -factor * c * _f(sde.alpha, tape.time(k)) / sigma
-    return tape.append(t, x=list(x.items()), d=list(d.items()), evaluates=evaluates, node=node, note=note)
+        at = tape.at(tape.time(k))
+        w = factor * c / at.sigma
+        x[k] = x[k] + w if k in x else w
+        d[k] = -w * at.alpha
+    return tape.append(leg.t, x=list(x.items()), d=list(d.items()), evaluates=leg.evaluates, node=leg.node, note=note)
+
+
+def stage_of(leg: Leg, t: Weight) -> Leg:
+    """The step to a stage at time t, where the network is evaluated."""
+    return replace(leg, t=t, evaluates=True, node=None)
 
 
 @dataclass(frozen=True, repr=False)
@@ -112,37 +98,22 @@ class PNDM(Solver):
         | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), arXiv:2202.09778
     """
 
-    def __repr__(self) -> str:
-        return "PNDM()"
-
-    @property
-    def declared_order(self) -> int:
-        """Order of convergence on any grid."""
-        return 2
+    order: ClassVar[int] = 2
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return PNDM and its number of steps, or PLMS with an improved Euler start if `nfe` is at most 12."""
         check.integer("nfe", nfe, at_least=1)
-        return (self, nfe - 9) if nfe > 12 else NoiseCombination(improved=True, label="PLMS").for_nfe(nfe, clean=clean)
+        return (self, nfe - 9) if nfe > 12 else NoiseCombination(improved=True).for_nfe(nfe, clean=clean)
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s = tape.time(now)
-        if len(history) > 3 or tape.sde.sigma(_number(t)) == 0 or tape.sde.alpha(_number(s)) == 0:
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        s, history = tape.time(leg.row), leg.history
+        if len(history) > 3 or tape.no_noise(leg.t) or tape.no_signal(s):
             row = ADAMS[min(len(history), 4) - 1]
-            new = noise_leg(tape, now, history[: len(row)], row, t, asks, node)
+            new = noise_step(tape, leg, history[: len(row)], row)
         else:
-            mid = (s + t) / 2
-            one = noise_leg(tape, now, history[:1], (1.0,), mid, True, None, "stage")
-            two = noise_leg(tape, now, [one], (1.0,), mid, True, None, "stage")
-            three = noise_leg(tape, now, [two], (1.0,), t, True, None, "stage")
-            mean = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
-            new = noise_leg(tape, now, [history[0], one, two, three], mean, t, asks, node)
-        return new, ([new, *history][:4] if asks else history)
-
-
-def _number(t: Weight) -> float:
-    return float(t.detach().reshape(-1)[0]) if isinstance(t, Tensor) else t
-
-
-def _f(fn: Any, t: Weight) -> Any:
-    return fn(t.reshape(-1)).reshape(t.shape) if isinstance(t, torch.Tensor) else fn(t)
+            mid = (s + leg.t) / 2
+            one = noise_step(tape, stage_of(leg, mid), history[:1], (1.0,))
+            two = noise_step(tape, stage_of(leg, mid), [one], (1.0,))
+            three = noise_step(tape, stage_of(leg, leg.t), [two], (1.0,))
+            new = noise_step(tape, leg, [history[0], one, two, three], (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+        return new, ([new, *history][:4] if leg.evaluates else history)

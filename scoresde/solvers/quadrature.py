@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from scoresde._numerics import LEGENDRE_NODES, LEGENDRE_WEIGHTS, lagrange
+from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import DATA, NOISE, Prediction, Variable
 
 
@@ -35,19 +35,19 @@ def transfer(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) ->
     .. math:: \Phi = \left(\frac{\alpha_s}{\alpha_t}\right)^{\eta^2}\left(\frac{N_t}{N_s}\right)^{1+\eta^2}
     """
     ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
-    if _is_zero(eta):
+    if not noisy(eta):
         return ratio
-    silent = s.alpha == 0  # the gradient of 0 ** eta**2 is infinite
-    ratio_of_alpha = torch.where(silent, t.alpha, s.alpha) / t.alpha
-    return torch.where(silent, 0.0, ratio_of_alpha ** (eta**2) * ratio ** (1 + eta**2))
+    no_signal = s.alpha == 0  # the gradient of 0 ** eta**2 is infinite
+    ratio_of_alpha = torch.where(no_signal, t.alpha, s.alpha) / t.alpha
+    return torch.where(no_signal, 0.0, ratio_of_alpha ** (eta**2) * ratio ** (1 + eta**2))
 
 
-def spread(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
+def noise_std(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> Tensor:
     r"""Standard deviation of a step's noise, :math:`\mathrm{std}^2 = 2\eta^2\int\sigma^2\,\Phi(\lambda,t)^2 d\lambda`.
 
     It is σ_t √(−expm1(−2η²h)) for data and η √((α_t σ_s/α_s)² − σ_t²) for noise; others use quadrature.
     """
-    if _is_zero(eta):
+    if not noisy(eta):
         return torch.zeros_like(t.sigma)
     h = t.lam - s.lam
     if prediction is DATA:
@@ -61,14 +61,14 @@ def spread(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> T
     return t.alpha * variance.sqrt()
 
 
-def _is_zero(eta: float | Tensor) -> bool:
-    """Whether η is the number 0; a tensor η uses the general formulas, which have the same limit."""
-    return not isinstance(eta, Tensor) and eta == 0
+def noisy(eta: float | Tensor) -> bool:
+    """Whether η is not the number 0; a tensor η uses the general formulas, which have the same limit."""
+    return isinstance(eta, Tensor) or eta != 0
 
 
-def _gain(eta: float | Tensor) -> float | Tensor:
-    """1 + η², with a last axis for λ if η is a tensor."""
-    return 1 + (eta[..., None] if isinstance(eta, Tensor) else eta) ** 2
+def _gain(eta: float | Tensor) -> Tensor:
+    """1 + η², with a last axis for λ."""
+    return 1 + torch.as_tensor(eta, dtype=torch.float64)[..., None] ** 2
 
 
 def _relative_transfer(prediction: Prediction, eta: float | Tensor, lam: Tensor, lam_t: Tensor) -> Tensor:
@@ -80,15 +80,32 @@ def _relative_transfer(prediction: Prediction, eta: float | Tensor, lam: Tensor,
 
 @dataclass(frozen=True)
 class Point:
-    """Times with their λ, α and σ, tensors of one shape."""
+    """Times with their λ, α and σ.
+
+    Arguments:
+        t: Times, float64.
+        lam: Values of λ, of the shape of `t`.
+        alpha: Values of α, of the shape of `t`.
+        sigma: Values of σ, of the shape of `t`.
+    """
 
     t: Tensor
     lam: Tensor
     alpha: Tensor
     sigma: Tensor
 
-    def __getitem__(self, index: Any) -> Point:
+    @classmethod
+    def of(cls, sde: SDE, t: Tensor) -> Point:
+        """Return times of any shape with their λ, α and σ."""
+        flat = t.reshape(-1)
+        return cls(t, *(fn(flat).reshape(t.shape) for fn in (sde.lam, sde.alpha, sde.sigma)))
+
+    def __getitem__(self, index: slice | Tensor | Sequence[int] | tuple[slice | Tensor | None, ...] | None) -> Point:
         return Point(self.t[index], self.lam[index], self.alpha[index], self.sigma[index])
+
+    def unbind(self) -> list[Point]:
+        """Points of the first axis."""
+        return [Point(*p) for p in zip(*(v.unbind() for v in (self.t, self.lam, self.alpha, self.sigma)), strict=True)]
 
 
 def weights(
@@ -118,7 +135,6 @@ def weights(
     Returns:
         Weights, (R, k) or (R, k, B).
     """
-    batched = s.t.ndim == 2
     u = variable.of(nodes.lam, nodes.t)
     k = nodes.t.shape[1]
     finite = bool((s.lam.isfinite() & t.lam.isfinite()).all())
@@ -131,10 +147,10 @@ def weights(
         if prediction is DATA and bool(t.lam.isinf().all()):
             lam = t.lam[..., None]
             kernel = t.alpha[..., None] * torch.ones_like(shape)
-            return lagrange(variable.of(lam, t.t[..., None]), u, batched)[..., 0] * kernel[..., 0].unsqueeze(1)
+            return lagrange(variable.of(lam, t.t[..., None]), u)[..., 0] * kernel[..., 0].unsqueeze(1)
         a, b = prediction.clock(s.lam), prediction.clock(t.lam)
         # From α = 0 the kernel behaves like (c − a)^{η²}, so the quadrature nodes are denser near a.
-        m = 1 if _is_zero(eta) else 4
+        m = 4 if noisy(eta) else 1
         c = a[..., None] + (b - a)[..., None] * LEGENDRE_NODES**m
         lam = prediction.lam_of_clock(c)
         kernel = (
@@ -144,7 +160,7 @@ def weights(
             * (m * LEGENDRE_NODES ** (m - 1))
         )
     at = t_of_lam(lam) if variable.uses_t else lam
-    basis = lagrange(variable.of(lam, at), u, batched)  # (R, k, [B,] Q)
+    basis = lagrange(variable.of(lam, at), u)  # (R, k, [B,] Q)
     exact = (basis * (kernel * LEGENDRE_WEIGHTS).unsqueeze(1)).sum(-1)
     if moments is None or k == 1:
         return exact

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from scoresde._numerics import legendre
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Weight
 from scoresde.processes.sde import SDE
-from scoresde.solvers.rule import Eta, Solver, check_eta, ends_clean, eta_at, on_leg, said, starts_silent
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.quadrature import Point, noisy
+from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at
+from scoresde.solvers.tape import Leg, Tape
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,12 +43,9 @@ class ReverseSDE(Solver):
         check_eta("eta", self.eta)
         check.choice("clock", self.clock, ("t", "lam"))
 
-    def __repr__(self) -> str:
-        name = "StochasticHeun" if self.heun else "EulerMaruyama"
-        return f"{name}(eta={said(self.eta)}, clock={self.clock!r})"
-
     @property
-    def declared_order(self) -> int:
+    def order(self) -> int:
+        """2 with Heun's second stage, else 1."""
         return 2 if self.heun else 1
 
     @property
@@ -55,69 +53,55 @@ class ReverseSDE(Solver):
         return 2 if self.heun else 1
 
     @property
-    def _forgets(self) -> bool:
+    def memoryless(self) -> bool:
         return not callable(self.eta)
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s, eta, sde = tape.time(now), eta_at(self.eta, t), tape.sde
-        if ends_clean(sde, t) or starts_silent(sde, s):
-            new = tape.move(now, t, history[:1], eta=eta, evaluates=asks, node=node, note="one stage")
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        eta, first, evaluates, node = eta_at(self.eta, leg.t), leg.history[0], leg.evaluates, leg.node
+        if tape.no_noise(leg.t) or tape.no_signal(tape.time(leg.row)):
+            new = tape.move(leg.row, leg.t, [first], eta=eta, evaluates=evaluates, node=node, note="one stage")
             return new, [new]
-        p, q, pp, qq, std = on_leg(s, t, lambda a, b: self._slopes(sde, a, b, eta))
-        start, end = (s, t) if self.clock == "t" else on_leg(s, t, lambda a, b: (sde.lam(a), sde.lam(b)))
-        path = Span(start, end, self.clock)
-        z = [(tape.draw(path), std)] if isinstance(eta, Tensor) or eta > 0 else []
-        first = history[0]
+        s, t = tape.ends(leg)
+        h = t.t - s.t if self.clock == "t" else t.lam - s.lam
+        p, q, rate = self._slope(tape.sde, s, h, eta)
+        pp, qq, last_rate = self._slope(tape.sde, t, h, eta) if self.heun else (p, q, rate)
+        start, end = (tape.number((v.t if self.clock == "t" else v.lam).detach()) for v in (s, t))
+        span = Span(start, end, self.clock)
+        z = [(tape.draw(span), eta * ((rate + last_rate) / 2).sqrt())] if noisy(eta) else []
         if not self.heun:
-            new = tape.append(t, x=[(now, 1 + p)], d=[(first, q)], z=z, evaluates=asks, node=node)
+            new = tape.append(leg.t, x=[(leg.row, 1 + p)], d=[(first, q)], z=z, evaluates=evaluates, node=node)
             return new, [new]
-        stage = tape.append(t, x=[(now, 1 + p)], d=[(first, q)], z=z, note="stage")
-        x, d = [(now, 1 + p / 2), (stage, pp / 2)], [(first, q / 2), (stage, qq / 2)]
-        new = tape.append(t, x=x, d=d, z=z, evaluates=asks, node=node)
+        stage = tape.append(leg.t, x=[(leg.row, 1 + p)], d=[(first, q)], z=z, note="stage")
+        x, d = [(leg.row, 1 + p / 2), (stage, pp / 2)], [(first, q / 2), (stage, qq / 2)]
+        new = tape.append(leg.t, x=x, d=d, z=z, evaluates=evaluates, node=node)
         return new, [new]
 
-    def _slopes(self, sde: SDE, s: Tensor, t: Tensor, eta: Weight) -> tuple[Tensor, ...]:
-        """Return the step size times the drift's weights of x and d at both ends, and the standard deviation."""
-        h = t - s if self.clock == "t" else sde.lam(t) - sde.lam(s)
-        out, rates = [], []
-        for at in (s, t) if self.heun else (s, s):
-            fall = sde.g2(at) / (2 * sde.sigma(at) ** 2)  # −dλ/dt
-            rate = torch.ones_like(fall) if self.clock == "t" else -1 / fall
-            pull = (1 + eta**2) * fall
-            out += [h * rate * (sde.f(at) + pull), -h * rate * pull * sde.alpha(at)]
-            rates.append(-h * rate * sde.g2(at))
-        return (*out, eta * ((rates[0] + rates[1]) / 2).sqrt())
+    def _slope(self, sde: SDE, at: Point, h: Tensor, eta: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        """Step size times the drift's weights of x and d at a time, and times the squared diffusion."""
+        g2 = sde.g2(at.t)
+        fall = g2 / (2 * at.sigma**2)  # −dλ/dt
+        dt = h if self.clock == "t" else -h / fall
+        pull = (1 + eta**2) * fall
+        return dt * (sde.f(at.t) + pull), -dt * pull * at.alpha, -dt * g2
 
 
 @dataclass(frozen=True, repr=False)
 class SongPredictor(Solver):
     """Song's reverse-diffusion predictor; a step into σ = 0 returns the denoised state."""
 
-    def __repr__(self) -> str:
-        return "ReverseDiffusion()"
+    order: ClassVar[int] = 1
+    memoryless: ClassVar[bool] = True
 
-    @property
-    def declared_order(self) -> int:
-        return 1
-
-    @property
-    def _forgets(self) -> bool:
-        return True
-
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s, sde = tape.time(now), tape.sde
-        if ends_clean(sde, t) or starts_silent(sde, s):
-            new = tape.move(now, t, history[:1], eta=1.0, evaluates=asks, node=node, note="one stage")
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        first, evaluates, node = leg.history[0], leg.evaluates, leg.node
+        if tape.no_noise(leg.t) or tape.no_signal(tape.time(leg.row)):
+            new = tape.move(leg.row, leg.t, [first], eta=1.0, evaluates=evaluates, node=node, note="one stage")
             return new, [new]
-
-        def weights(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-            fresh = -torch.expm1(2 * (sde.lam(a) - sde.lam(b)))  # G²/σ_s²
-            keep = 2 - sde.alpha(a) / sde.alpha(b) - fresh
-            return keep, fresh * sde.alpha(a), sde.sigma(a) * fresh.sqrt()
-
-        keep, gain, std = on_leg(s, t, weights)
-        z = [(tape.draw(tape.along(s, t, -1.0)), std)]
-        new = tape.append(t, x=[(now, keep)], d=[(history[0], gain)], z=z, evaluates=asks, node=node)
+        s, t = tape.ends(leg)
+        fresh = -torch.expm1(2 * (s.lam - t.lam))  # G²/σ_s²
+        x = [(leg.row, 2 - s.alpha / t.alpha - fresh)]
+        z = [(tape.draw(tape.span(tape.time(leg.row), leg.t, -1.0)), s.sigma * fresh.sqrt())]
+        new = tape.append(leg.t, x=x, d=[(first, fresh * s.alpha)], z=z, evaluates=evaluates, node=node)
         return new, [new]
 
 
@@ -132,83 +116,74 @@ class ExtendedReverse(Solver):
     φ = ρ is the flow and φ = ρ² the reverse SDE. η² of a step is the mean of :math:`d\log\phi/d\log\varrho - 1`.
 
     Arguments:
-        order: Number of nodes, 1 to 3.
+        nodes: Number of nodes, 1 to 3.
         phi: Function φ(ρ) of tensors; φ(ρ)/ρ must not decrease.
         published: Whether order 3 takes the slope half a step too early, as published; its order is then 2.
     """
 
-    order: int
+    nodes: int
     phi: Callable[[Tensor], Tensor]
     published: bool = False
 
     def __post_init__(self) -> None:
-        if check.integer("order", self.order, at_least=1) > 3:
-            raise ValueError(f"`order` must be 1, 2 or 3, got {self.order}.")
-
-    def __repr__(self) -> str:
-        form = ", form='published'" if self.published else ""
-        return f"ERSDE(order={self.order}, phi={said(self.phi)}{form})"
+        if check.integer("nodes", self.nodes, at_least=1) > 3:
+            raise ValueError(f"`nodes` must be 1, 2 or 3, got {self.nodes}.")
 
     @property
-    def declared_order(self) -> int:
-        return 2 if self.published and self.order == 3 else self.order
+    def order(self) -> int:
+        """Number of nodes, or 2 for the published form of order 3."""
+        return 2 if self.published and self.nodes == 3 else self.nodes
 
     @property
     def weak_order(self) -> int:
-        """At most 2, because each step uses one Gaussian increment."""
-        return min(self.order, 2)
-
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s, sde = tape.time(now), tape.sde
-        nodes = tape._apart(history)[: self.order]
-        nodes = [k for k in nodes if not starts_silent(sde, tape.time(k))]
-        if ends_clean(sde, t) or starts_silent(sde, s):
-            new = tape.move(now, t, history[:1], eta=1.0, evaluates=asks, node=node, note="one stage")
-        else:
-            times = [tape.time(k) for k in nodes]
-            keep, std, *gains = on_leg(s, t, lambda a, b: self._weights(sde, a, b, times))
-            z = [(tape.draw(self._span(sde, s, t)), std)] if isinstance(std, Tensor) or std > 0 else []
-            d = list(zip(nodes, gains, strict=True))
-            new = tape.append(t, x=[(now, keep)], d=d, z=z, evaluates=asks, node=node)
-        return new, ([new, *history][: self.order] if asks else history)
+        """With noise at most 2, because each step uses one Gaussian increment; φ/ρ is constant without noise."""
+        rho = torch.logspace(-3, 3, 25, dtype=torch.float64)
+        ratio = self.phi(rho) / rho
+        return self.order if torch.allclose(ratio, ratio[0], rtol=1e-9, atol=0.0) else min(self.order, 2)
 
     @property
-    def _forgets(self) -> bool:
-        return self.order == 1
+    def memoryless(self) -> bool:
+        return self.nodes == 1
 
-    def _span(self, sde: SDE, s: Weight, t: Weight) -> Span:
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        evaluates, node = leg.evaluates, leg.node
+        if tape.no_noise(leg.t) or tape.no_signal(tape.time(leg.row)):
+            new = tape.move(leg.row, leg.t, leg.history[:1], eta=1.0, evaluates=evaluates, node=node, note="one stage")
+        else:
+            s, t = tape.ends(leg)
+            nodes = [k for k in tape.distinct(leg.history)[: self.nodes] if not tape.no_signal(tape.time(k))]
+            of_x, std, *of_d = self._weights(s, t, [(-tape.at(tape.time(k)).lam).exp() for k in nodes])
+            z = [(tape.draw(self._span(tape, s, t)), std)] if not tape.plain or bool(std > 0) else []
+            d = list(zip(nodes, of_d, strict=True))
+            new = tape.append(leg.t, x=[(leg.row, of_x)], d=d, z=z, evaluates=evaluates, node=node)
+        return new, ([new, *leg.history][: self.nodes] if evaluates else leg.history)
+
+    def _span(self, tape: Tape, s: Point, t: Point) -> Span:
         """Span of a step's noise on the Brownian path in the clock (ρ/φ)²."""
+        rho = [(-at.lam).exp() for at in (s, t)]
+        start, end = (tape.number(((r / self.phi(r)) ** 2).detach()) for r in rho)
+        return Span(start, end, f"(rho/{getattr(self.phi, '__name__', type(self.phi).__name__)})**2")
 
-        def clock(*times: Tensor) -> tuple[Tensor, ...]:
-            rho = [(-sde.lam(at)).exp() for at in times]
-            return tuple((r / self.phi(r)) ** 2 for r in rho)
-
-        start, end = on_leg(s, t, clock)
-        return Span(start, end, f"(rho/{said(self.phi)})**2")
-
-    def _weights(self, sde: SDE, s: Tensor, t: Tensor, times: list[Weight]) -> tuple[Tensor, ...]:
-        hi, lo = (-sde.lam(s)).exp(), (-sde.lam(t)).exp()
+    def _weights(self, s: Point, t: Point, rho: list[Tensor]) -> tuple[Tensor, ...]:
+        """Return the weight of x, the standard deviation of the noise, and the weights of nodes at given ρ."""
+        hi, lo = (-s.lam).exp(), (-t.lam).exp()
         ratio = self.phi(lo) / self.phi(hi)
         slow = self.phi(lo) / lo / (self.phi(hi) / hi)  # exactly 1 for the flow
         std = lo * (1 - slow**2).clamp(min=0.0).sqrt()
         node, weight = legendre()
         u = lo[..., None] + (hi - lo)[..., None] * node
-        whole = (self.phi(lo)[..., None] / self.phi(u)) @ weight * (hi - lo)
-        early = ((self.phi(lo)[..., None] / self.phi(u)) * (u - hi[..., None])) @ weight * (hi - lo)
+        kernel = self.phi(lo)[..., None] / self.phi(u)
+        whole = kernel @ weight * (hi - lo)
+        early = (kernel * (u - hi[..., None])) @ weight * (hi - lo)
         # integrals of the kernel times 1, ρ − ρ_s and (ρ − ρ_s)²
         moments = [1 - ratio, lo - hi + whole, (lo - hi) ** 2 + 2 * early]
-        rho = [(-sde.lam(torch.as_tensor(k, dtype=torch.float64))).exp() for k in times]
-        gains = [moments[0], *(torch.zeros_like(ratio) for _ in rho[1:])]
-
-        def add(differences: list[Any], moment: Tensor) -> None:
-            for j, c in enumerate(differences):
-                gains[j] = gains[j] + moment * c
-
+        of_d = [moments[0], *(torch.zeros_like(ratio) for _ in rho[1:])]
         if len(rho) > 1:
             a = 1 / (rho[0] - rho[1])
-            add([a, -a], moments[1])
+            of_d[0], of_d[1] = of_d[0] + moments[1] * a, of_d[1] - moments[1] * a
         if len(rho) > 2:
-            a, b, c = 1 / (rho[0] - rho[1]), 1 / (rho[1] - rho[2]), 1 / (rho[0] - rho[2])
-            slope = 0.0 if self.published else rho[0] - rho[1]
-            add([a * c, -(a + b) * c, b * c], moments[2] + slope * moments[1])
-        return sde.alpha(t) / sde.alpha(s) * ratio, sde.alpha(t) * std, *(sde.alpha(t) * g for g in gains)
+            b, c = 1 / (rho[1] - rho[2]), 1 / (rho[0] - rho[2])
+            second = moments[2] if self.published else moments[2] + (rho[0] - rho[1]) * moments[1]
+            for j, difference in enumerate((a * c, -(a + b) * c, b * c)):
+                of_d[j] = of_d[j] + second * difference
+        return t.alpha / s.alpha * ratio, t.alpha * std, *(t.alpha * w for w in of_d)

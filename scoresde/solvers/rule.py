@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,35 +15,95 @@ from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.naming import Call, name_of
+from scoresde.solvers.tape import Leg, Tape
 
-Eta = float | Callable[[Any], Any]
+Eta = float | Callable[[Weight], Weight]
 """Stochasticity η: a number, or a function of time. The time is a number, or a tensor if the grid is one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solver:
-    """Base class of the solvers. A subclass defines one step in ``_leg``; `plan` handles the grid."""
+    """Base class of the solvers.
+
+    A subclass defines :meth:`leg`, which adds the rows of one step to a :class:`Tape`, and `order`. It may also define
+    `weak_order`, `stages`, `memoryless`, `for_nfe` and `after_noise`. Each of the first four is a class attribute, a
+    field or a property. :meth:`plan` handles the grid, steps that go up in time, and the last step.
+
+    Arguments:
+        made_by: Call of the function that made the solver, for its name; None by default.
+
+    Attributes:
+        order: Order of convergence, an integer; required.
+        weak_order: Order of convergence in distribution, by default `order`.
+        stages: Number of function evaluations per step, 1 by default; a step into σ = 0 may need only one.
+        memoryless: Whether no step reads the history and all steps have one form, so that they can be computed in one
+            batch, with tensors of times; False by default.
+
+    Example:
+        A solver of order 2 that evaluates the network at the middle of each step in λ, and steps with that prediction:
+
+        >>> from dataclasses import dataclass
+        >>> import scoresde as ss
+        >>> from scoresde.solvers import Leg, Solver, Tape
+        >>> @dataclass(frozen=True)
+        ... class Middle(Solver):
+        ...     order = 2
+        ...     stages = 2
+        ...     fraction: float = 0.5
+        ...     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        ...         nodes, s = leg.history[:1], tape.time(leg.row)
+        ...         if tape.finite(s, leg.t):  # there is no middle in a step into σ = 0
+        ...             nodes = [tape.move(leg.row, tape.between(s, leg.t, self.fraction), nodes)]
+        ...         new = tape.move(leg.row, leg.t, nodes, evaluates=leg.evaluates, node=leg.node)
+        ...         return new, [new]
+        >>> print(Middle().plan(ss.Flow(), [0.9, 0.5, 0.0]))
+        Middle(fraction=0.5): 3 evaluations, 4 rows, order 2
+           0  t=0.9      eval  start, node 0
+           1  t=0.75     eval  x[0:+0.8333]  d[0:+0.1667]
+           2  t=0.5      eval  x[0:+0.5556]  d[1:+0.4444]   node 1
+           3  t=0              d[2:+1]   node 2
+        >>> data = ss.GaussianMixture(ss.VP(), [[0.3, -0.5]], cov=[[[1.2, 0.4], [0.4, 0.5]]])
+        >>> abs(ss.analysis.convergence_order(Middle(), data).slope - Middle().order) < 0.2
+        True
+        >>> ss.sample(data, (8, 2), Middle(), nfe=15, seed=0).shape
+        torch.Size([8, 2])
+    """
+
+    made_by: Call | None = field(default=None, kw_only=True, repr=False)
+
+    if TYPE_CHECKING:  # plain attributes, which a subclass replaces by its own, by fields or by properties
+
+        @property
+        def order(self) -> int: ...
+        @property
+        def stages(self) -> int: ...
+        @property
+        def memoryless(self) -> bool: ...
+    else:
+        stages = 1
+        memoryless = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "order") and "order" not in inspect.get_annotations(cls):
+            raise TypeError(
+                f"{cls.__name__} must define `order`, its order of convergence: a class attribute, a field or a "
+                f"property, an integer."
+            )
+
+    def __repr__(self) -> str:
+        return name_of(self)
 
     @property
     def name(self) -> str:
-        """Name of the plans that the solver builds."""
+        """Name of the plans that the solver builds: the call that makes it, which is unique to its options."""
         return repr(self)
 
     @property
-    def declared_order(self) -> int:
-        """Order of convergence, which the tests measure."""
-        raise NotImplementedError(f"{type(self).__name__} must define the property `declared_order`, an integer.")
-
-    @property
     def weak_order(self) -> int:
-        """Order of convergence in distribution; without noise it equals `declared_order`."""
-        return self.declared_order
-
-    @property
-    def stages(self) -> int:
-        """Number of function evaluations per step; a step into σ = 0 needs only one."""
-        return 1
+        """Order of convergence in distribution; without noise it equals `order`."""
+        return self.order
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return a solver and the largest number of steps (at least 1) that `nfe` evaluations allow.
@@ -63,62 +124,63 @@ class Solver:
                 grid per sample.
             up: Steps that go up in time: ``"diffuse"`` adds exact forward noise, ``"solve"`` is the solver (inversion).
         """
-        grid, legs = _check_times(sde, times, check.choice("up", up, ("diffuse", "solve")))
-        tape = Tape(sde, grid[0], evaluates=legs[0])
-        history: list[int] = [0]
-        now = 0
-        computed = self._batched_steps(sde, grid, legs) if self._forgets and not isinstance(grid[0], Tensor) else {}
+        grid, solved = _check_times(sde, times, check.choice("up", up, ("diffuse", "solve")))
+        plain = not isinstance(grid[0], Tensor)
+        computed = self._batched_steps(sde, grid, solved) if self.memoryless and plain else {}
+        tape = Tape(sde, grid[0], evaluates=solved[0], grid=() if computed else grid)
+        row, history = 0, [0]
         for i, t in enumerate(grid[1:]):
-            last = i == len(legs) - 1
-            evaluates = not last and legs[i + 1]
+            leg = Leg(row, history, t, i + 1 < len(solved) and solved[i + 1], i + 1)
             if i in computed:
-                now = tape.paste(now, *computed[i], evaluates=evaluates, node=i + 1)
-                history = [now]
-            elif legs[i]:
-                result = self._leg(tape, now, history, t, evaluates, i + 1)
+                row = tape.paste(row, *computed[i], evaluates=leg.evaluates, node=i + 1)
+                history = [row]
+            elif solved[i]:
+                result = self.leg(tape, leg)
                 if not (isinstance(result, tuple) and len(result) == 2):
-                    raise TypeError(f"`_leg` of {type(self).__name__} must return (row, history), got {result!r}.")
-                now, history = result
+                    raise TypeError(f"`leg` of {type(self).__name__} must return (row, history), got {result!r}.")
+                row, history = result
             else:
-                now = tape.diffuse(now, t, evaluates=evaluates, node=i + 1)
-                history = self._after_noise(tape, now, history)
-        return tape.plan(self.name, self.declared_order)
+                row = tape.diffuse(row, t, evaluates=leg.evaluates, node=i + 1)
+                history = self.after_noise(tape, row, history)
+        return tape.plan(self.name, self.order)
 
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        """Add the rows of one step from row `now` to time t.
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        """Add the rows of one step to the tape.
 
         Arguments:
             tape: Tape that receives the rows.
-            now: Row of the state at the start of the step.
-            history: Evaluated rows, newest first; the first is at the time of `now`.
-            t: Time at the end of the step.
-            asks: Whether the network is evaluated at the new state.
-            node: Index in the grid of the time `t`.
+            leg: The step: its first row, the history, the target time, whether the network is evaluated there, and the
+                number of the node.
 
         Returns:
             The row of the new state, and the new history.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must define `_leg(tape, now, history, t, asks, node)`, which adds the rows of "
-            f"one step and returns (row, history); docs/howto/own-solver.md has an example."
+            f"{type(self).__name__} must define `leg(tape, leg)`, which adds the rows of one step and returns "
+            f"(row, history); the documentation of Solver has an example."
         )
 
-    @property
-    def _forgets(self) -> bool:
-        """Whether every step has the same form and needs no history, so that all steps can be computed in one batch."""
-        return False
+    def after_noise(self, tape: Tape, row: int, history: list[int]) -> list[int]:
+        """Return the history after fresh noise is added: by default the new row alone.
+
+        Arguments:
+            tape: Tape that holds the rows.
+            row: Row of the state with fresh noise.
+            history: Evaluated rows before the noise, newest first.
+        """
+        return [row]
 
     def _batched_steps(
-        self, sde: SDE, grid: list[Any], legs: list[bool]
+        self, sde: SDE, grid: list[Weight], solved: list[bool]
     ) -> dict[int, tuple[list[Row], list[Span | None]]]:
         """Rows and noise spans of all steps between finite λ, computed as one step with a batch of times."""
         t = torch.tensor(grid, dtype=torch.float64)
         finite = sde.lam(t).isfinite().tolist()
-        indices = [i for i, solved in enumerate(legs) if solved and finite[i] and finite[i + 1]]
+        indices = [i for i, down in enumerate(solved) if down and finite[i] and finite[i + 1]]
         if len(indices) < 2:
             return {}
         tape = Tape(sde, t[indices])
-        self._leg(tape, 0, [0], t[[i + 1 for i in indices]], True, 1)
+        self.leg(tape, Leg(0, [0], t[[i + 1 for i in indices]], True, 1))
         columns = zip(*(_unbatch(row, len(indices)) for row in tape.rows()[1:]), strict=True)
         spans = tape.spans() or (None,) * tape.draws
         return {
@@ -126,12 +188,8 @@ class Solver:
             for k, (i, rows) in enumerate(zip(indices, columns, strict=True))
         }
 
-    def _after_noise(self, tape: Tape, now: int, history: list[int]) -> list[int]:
-        """Return the history after fresh noise is added: by default the new row alone."""
-        return [now]
 
-
-def _check_times(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool]]:
+def _check_times(sde: SDE, times: Tensor | Sequence[float], up: str) -> tuple[list[Weight], list[bool]]:
     """Return the times, as numbers or tensors, and for each step whether the solver applies."""
     grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
     if grid.dtype != torch.float64:
@@ -154,16 +212,14 @@ def _check_times(sde: SDE, times: Any, up: str) -> tuple[list[Weight], list[bool
             "`times` must decrease in its first and last steps. Use `times.flip(0)` if the grid goes from data to "
             "noise; use `encode` for inversion."
         )
-    if grid.ndim == 2 or grid.requires_grad:
-        return list(grid), solved
-    return grid.tolist(), solved
+    return list(grid) if grid.ndim == 2 or grid.requires_grad else grid.tolist(), solved
 
 
 def _unbatch(row: Row, n: int) -> list[Row]:
     """Split a row with n weights per term into n rows."""
 
     def numbers(w: Weight) -> list[float]:
-        return w.tolist() if isinstance(w, Tensor) and w.ndim else [float(w)] * n
+        return torch.as_tensor(w, dtype=torch.float64).expand(n).tolist()
 
     t, one = numbers(row.t), numbers(row.one)
     x, d, z = ([(k, numbers(w)) for k, w in terms] for terms in (row.x, row.d, row.z))
@@ -193,45 +249,9 @@ def check_eta(name: str, eta: Eta) -> Eta:
     return eta if callable(eta) else check.number(name, eta, at_least=0)
 
 
-def said(value: Any) -> str:
-    """Format a number, a function or any other value for the name of a solver."""
-    if callable(value):
-        return getattr(value, "__name__", type(value).__name__)
-    return f"{value:g}" if isinstance(value, float) else repr(value)
-
-
-def eta_at(eta: Eta, t: Weight, name: str = "eta") -> Weight:
+def eta_at(eta: Eta, t: Weight) -> Weight:
     """Evaluate η for a step that ends at t. η is constant within a step, since any value preserves the marginals."""
     value = eta(t) if callable(eta) else eta
     if isinstance(value, Tensor) and (isinstance(t, Tensor) or value.requires_grad):
         return value
-    return check.number(name, float(value), at_least=0)
-
-
-def on_leg(s: Weight, t: Weight, formula: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Evaluate `formula` at two times; return numbers if both times are numbers, and tensors otherwise."""
-    a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
-    values = formula(a, b)
-    if isinstance(s, Tensor) or isinstance(t, Tensor) or any(v.requires_grad for v in values):
-        return values
-    return tuple(float(v) for v in values)
-
-
-def ends_clean(sde: SDE, t: Weight) -> bool:
-    """Whether σ(t) = 0 for at least one sample."""
-    return bool((sde.sigma(t.detach()) == 0).any()) if isinstance(t, Tensor) else sde.sigma(t) == 0
-
-
-def starts_silent(sde: SDE, s: Weight) -> bool:
-    """Whether α(s) = 0 for at least one sample."""
-    return bool((sde.alpha(s.detach()) == 0).any()) if isinstance(s, Tensor) else sde.alpha(s) == 0
-
-
-def between(sde: SDE, s: Weight, t: Weight, r: float) -> Weight:
-    """Time at the fraction r between s and t, measured in λ."""
-    if isinstance(s, Tensor) or isinstance(t, Tensor):
-        a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
-        lam = sde.lam(a) + r * (sde.lam(b) - sde.lam(a))
-        return sde.t_of_lam(lam)
-    lam_s = sde.lam(s)
-    return sde.t_of_lam(lam_s + r * (sde.lam(t) - lam_s))
+    return check.number("eta", float(value), at_least=0)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan.rows import Weight
-from scoresde.processes.sde import SDE
+from scoresde.plan.rows import Terms, Weight
 from scoresde.solvers.interpolants import DATA, NOISE, Prediction
+from scoresde.solvers.naming import constructor
+from scoresde.solvers.quadrature import Point
 from scoresde.solvers.rule import Solver
-from scoresde.solvers.tape import Tape
+from scoresde.solvers.tape import Leg, Tape
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class Tableau:
         """Fractions of the stages: the sums of the rows of `a`."""
         return (0.0, *(sum(row) for row in self.a))
 
+    def __repr__(self) -> str:
+        return next((name for name, known in TABLEAUX.items() if known == self), None) or constructor(self)
+
 
 EULER = Tableau((), (1.0,), 1, "Euler")
 
@@ -65,6 +69,19 @@ RALSTON3 = Tableau(((0.5,), (0.0, 0.75)), (2 / 9, 1 / 3, 4 / 9), 3, "Ralston-3")
 SSP3 = Tableau(((1.0,), (0.25, 0.25)), (1 / 6, 1 / 6, 2 / 3), 3, "SSP-3")
 
 RK4 = Tableau(((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), 4, "RK4")
+
+TABLEAUX = {
+    "EULER": EULER,
+    "HEUN": HEUN,
+    "MIDPOINT": MIDPOINT,
+    "RALSTON": RALSTON,
+    "KUTTA3": KUTTA3,
+    "HEUN3": HEUN3,
+    "RALSTON3": RALSTON3,
+    "SSP3": SSP3,
+    "RK4": RK4,
+}
+"""The tableaux of this module by name."""
 
 
 def second_order(alpha: float) -> Tableau:
@@ -85,122 +102,106 @@ class RungeKutta(Solver):
         tableau: Coefficients of the method.
         prediction: Prediction that defines the scale and the clock; None for dx/dt or dx/dλ.
         clock: Time variable if `prediction` is None: ``"t"`` or ``"lam"``.
-        label: Name of the solver in its plans.
     """
 
     tableau: Tableau = HEUN
     prediction: Prediction | None = NOISE
     clock: str = "t"
-    label: str = ""
+
+    memoryless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check.choice("clock", self.clock, ("t", "lam"))
         if self.prediction is DATA:
             raise ValueError("`prediction` must not be DATA, whose clock is infinite at σ = 0; use SingleStep.")
 
-    def __repr__(self) -> str:
-        equation = f"dx/d{self.clock}" if self.prediction is None else str(self.prediction)
-        return f"{self.label or 'RungeKutta'}({self.tableau.name or 'tableau'}, {equation})"
-
     @property
-    def declared_order(self) -> int:
+    def order(self) -> int:
+        """Order of the tableau."""
         return self.tableau.order
 
     @property
     def stages(self) -> int:
         return len(self.tableau.b)
 
-    @property
-    def _forgets(self) -> bool:
-        return True
-
-    def _leg(self, tape: Tape, now: int, history: list[int], t: Weight, asks: bool, node: int) -> tuple[int, list[int]]:
-        s = tape.time(now)
-        if not self._defined(tape.sde, s, t):
+    def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
+        times, evaluates, node = (tape.time(leg.row), leg.t), leg.evaluates, leg.node
+        of_noise = self.prediction is None or self.prediction is NOISE
+        if any(map(tape.no_noise, times)) or (of_noise and any(map(tape.no_signal, times))):
             # The slope is undefined at σ = 0 and, for the noise and the plain flow, at α = 0.
-            plain: dict[str, Any] = {} if self.prediction is None else {"prediction": self.prediction}
-            new = tape.move(now, t, history[:1], **plain, evaluates=asks, node=node, note="one stage")
+            f = self.prediction or DATA
+            new = tape.move(
+                leg.row, leg.t, leg.history[:1], prediction=f, evaluates=evaluates, node=node, note="one stage"
+            )
             return new, [new]
-        step = _TableauStep(tape.sde, self.prediction, self.clock, s, t, self.tableau)
-        stages = [history[0]]
+        step = _TableauStep(tape, leg, self)
+        stages = leg.history[:1]
         for i, row in enumerate(self.tableau.a, start=1):
-            x, d = step.combine(now, stages, row, i)
+            x, d = step.combine(leg.row, stages, row, i)
             stages.append(tape.append(step.times[i], x=x, d=d, note="stage"))
-        x, d = step.combine(now, stages, self.tableau.b, len(self.tableau.c))
-        new = tape.append(t, x=x, d=d, evaluates=asks, node=node)
+        x, d = step.combine(leg.row, stages, self.tableau.b, len(self.tableau.c))
+        new = tape.append(leg.t, x=x, d=d, evaluates=evaluates, node=node)
         return new, [new]
-
-    def _defined(self, sde: SDE, s: Weight, t: Weight) -> bool:
-        ends = [float(v.detach().reshape(-1)[0]) if isinstance(v, Tensor) else v for v in (s, t)]
-        clean = min(sde.sigma(v) for v in ends) == 0
-        silent = min(sde.alpha(v) for v in ends) == 0
-        return not clean and not (silent and (self.prediction is NOISE or self.prediction is None))
 
 
 class _TableauStep:
     """One step of a tableau: the times of its stages, and its slopes as combinations of x and d."""
 
-    def __init__(
-        self, sde: SDE, prediction: Prediction | None, clock: str, s: Weight, t: Weight, tableau: Tableau
-    ) -> None:
+    def __init__(self, tape: Tape, leg: Leg, solver: RungeKutta) -> None:
+        sde, prediction, clock, tableau = tape.sde, solver.prediction, solver.clock, solver.tableau
         rows = [(i, [(j, a) for j, a in enumerate(row) if a]) for i, row in enumerate(tableau.a, start=1)]
         # slope j: the first stage i that uses this slope only, and its coefficient a_ij
         self.only_slope = {terms[0][0]: (i, terms[0][1]) for i, terms in reversed(rows) if len(terms) == 1}
-        a, b = (v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64) for v in (s, t))
-        self.plain = not (isinstance(s, Tensor) or isinstance(t, Tensor))
-        fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * a.ndim)
+        s, t = tape.ends(leg)
+        fraction = torch.tensor([*tableau.c, 1.0], dtype=torch.float64).reshape(-1, *[1] * s.t.ndim)
         if prediction is None and clock == "t":
-            time, h = a + fraction * (b - a), b - a
+            times, h = s.t + fraction * (t.t - s.t), t.t - s.t
         else:
-            to, back = (
-                (prediction.clock, prediction.lam_of_clock) if prediction else ((lambda lam: lam), (lambda lam: lam))
-            )
-            first, last = to(sde.lam(a)), to(sde.lam(b))
+            to, back = (prediction.clock, prediction.lam_of_clock) if prediction else (_same, _same)
+            first, last = to(s.lam), to(t.lam)
             h = last - first
-            flat = sde.inverse_lam(back(first + fraction * h)).clamp(0.0, sde.T)
-            time = torch.where(fraction == 0, a, torch.where(fraction == 1, b, flat))
-        shape = time.shape
-        alpha, sigma = (fn(time.reshape(-1)).reshape(shape) for fn in (sde.alpha, sde.sigma))
+            inner = sde.inverse_lam(back(first + fraction * h)).clamp(0.0, sde.T)
+            times = torch.where(fraction == 0, s.t, torch.where(fraction == 1, t.t, inner))
+        at = Point.of(sde, times)
         if prediction is None:
-            rate = torch.ones_like(time) if clock == "t" else 1 / _lam_dot(sde, time)
-            dot_a, dot_s = (fn(time.reshape(-1)).reshape(shape) for fn in (sde.alpha_dot, sde.sigma_dot))
-            p, q, scale = rate * dot_s / sigma, rate * (dot_a - dot_s * alpha / sigma), torch.ones_like(time)
+            flat = times.reshape(-1)
+            dot_alpha, dot_sigma, g2 = (fn(flat).reshape(times.shape) for fn in (sde.alpha_dot, sde.sigma_dot, sde.g2))
+            rate = torch.ones_like(times) if clock == "t" else -2 * at.sigma**2 / g2  # dt/dλ
+            p = rate * dot_sigma / at.sigma
+            q = rate * (dot_alpha - dot_sigma * at.alpha / at.sigma)
+            scale = torch.ones_like(times)
         else:
-            p, q = prediction.p(alpha, sigma), prediction.q(alpha, sigma)
-            scale = prediction.scale(alpha, sigma)
-            # dy/dc = κ f; κ = ±1 follows from the sign of q.
-            kappa = -1.0 if bool((q.detach() > 0).all()) else 1.0
-            h = kappa * h
-        self.h, self.scale, self.p, self.q = (self._numbers(v) for v in (h, scale, p, q))
-        self.times = self._numbers(time)
+            p, q = prediction.p(at.alpha, at.sigma), prediction.q(at.alpha, at.sigma)
+            scale = prediction.scale(at.alpha, at.sigma)
+            if bool((q > 0).all()):  # dy/dc = ±f, and the sign is that of −q
+                h = -h
+        self.h = tape.number(h)
+        self.times, self.scale, self.p, self.q = (tape.numbers(v) for v in (times, scale, p, q))
 
-    def _numbers(self, v: Tensor) -> Any:
-        return v.tolist() if self.plain else v
+    def combine(self, row: int, stages: list[int], a: tuple[float, ...], at: int) -> tuple[Terms, Terms]:
+        """Return x_at = N_at (x_row/N_0 + h Σ a_j f_j) as terms of x and d.
 
-    def combine(self, now: int, stages: list[int], row: tuple[float, ...], at: int) -> tuple[Any, Any]:
-        """Return x_at = N_at (x_now/N_0 + h Σ a_j f_j) as terms of x and d.
-
-        If a stage uses one slope only, x_i = N_i (x_now/N_0 + h a_ij f_j), then f_j is computed from x_i where this
-        loses no accuracy. The row then needs one term less, and d_j need not be stored.
+        If a stage uses one slope only, x_i = N_i (x_row/N_0 + h a_ij f_j), then f_j is computed from x_i where this
+        loses no accuracy. The result then needs one term less, and d_j need not be stored.
         """
         n = self.scale[at]
-        x: dict[int, Any] = {now: n / self.scale[0]}
-        d: dict[int, Any] = {}
-        for j, (stage, a) in enumerate(zip(stages, row, strict=True)):
+        x = {row: n / self.scale[0]}
+        d: dict[int, Weight] = {}
+        for j, (stage, a_j) in enumerate(zip(stages, a, strict=True)):
             i, a_ij = self.only_slope.get(j, (at, 0.0))
-            if a and i < len(stages) and abs(a) <= abs(a_ij):
-                terms = [(now, -n / self.scale[0] * (a / a_ij)), (stages[i], n / self.scale[i] * (a / a_ij))]
-            elif a:
-                w = n * self.h * a
+            if a_j and i < len(stages) and abs(a_j) <= abs(a_ij):
+                share = a_j / a_ij
+                terms = [(row, -n / self.scale[0] * share), (stages[i], n / self.scale[i] * share)]
+            elif a_j:
+                w = n * self.h * a_j
                 terms = [(stage, w * self.p[j])]
                 d[stage] = w * self.q[j]
             else:
                 continue
             for k, v in terms:
                 x[k] = x[k] + v if k in x else v
-        return list(x.items()), list(d.items())
+        return tuple(x.items()), tuple(d.items())
 
 
-def _lam_dot(sde: SDE, t: Tensor) -> Tensor:
-    flat = t.reshape(-1)
-    return (-sde.g2(flat) / (2 * sde.sigma(flat) ** 2)).reshape(t.shape)
+def _same(lam: Tensor) -> Tensor:
+    return lam

@@ -9,18 +9,12 @@ variation of g along trajectories: l is the mean slope of σε in x; s, b are th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser
-from scoresde.noise.keyed import Noise
-from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import Prediction
-
-_RIDGE = 1e-3  # relative to the variance of the data
+from scoresde.solvers.naming import constructor
 
 
 @dataclass(frozen=True)
@@ -44,8 +38,7 @@ class Statistics:
 
     def __post_init__(self) -> None:
         for name in ("lam", "l", "s", "b"):
-            values: Any = getattr(self, name)
-            object.__setattr__(self, name, tuple(float(v) for v in values))
+            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         if not self.b:
             object.__setattr__(self, "b", (0.0,) * len(self.lam))
         sizes = {name: len(getattr(self, name)) for name in ("lam", "l", "s", "b")}
@@ -54,123 +47,38 @@ class Statistics:
         if not all(a < b for a, b in zip(self.lam, self.lam[1:], strict=False)):
             raise ValueError("`lam` must increase strictly; sort the values and remove repeated ones.")
 
+    def __repr__(self) -> str:
+        return constructor(self)
+
     def prediction(self) -> Prediction:
         """Return g as a prediction for ``Multistep(order, prediction)``."""
         lam, slope, s, b = (torch.tensor(v, dtype=torch.float64) for v in (self.lam, self.l, self.s, self.b))
         integral_l, integral_s = _Primitive(lam, slope), _Primitive(lam, s)
         # ∫ e^{−S} b on a finer table: its integrand is not piecewise linear.
         fine = torch.linspace(float(lam[0]), float(lam[-1]), 64 * len(lam) + 1, dtype=torch.float64)
-        integral_b = _Primitive(fine, (-integral_s(fine)).exp() * _interpolate(lam, b, fine))
+        integral_b = _Primitive(fine, (-integral_s(fine)).exp() * interpolate(lam, b, fine))
 
         def lam_of(alpha: Tensor, sigma: Tensor) -> Tensor:
             return alpha.log() - sigma.log()
 
         def p(alpha: Tensor, sigma: Tensor) -> Tensor:
             at = lam_of(alpha, sigma)
-            return (-integral_s(at)).exp() * (1 - _interpolate(lam, slope, at)) / alpha
+            return (-integral_s(at)).exp() * (1 - interpolate(lam, slope, at)) / alpha
 
         return Prediction(
-            "statistics",
+            repr(self),
             scale=lambda alpha, sigma: alpha * (-integral_l(lam_of(alpha, sigma))).exp(),
             p=p,
             q=lambda alpha, sigma: -(-integral_s(lam_of(alpha, sigma))).exp(),
             clock=lambda at: at,
             lam_of_clock=lambda c: c,
             slope=torch.ones_like,
-            silent=True,
+            needs_signal=True,
             offset=integral_b if any(self.b) else None,
         )
 
-    @classmethod
-    def estimate(
-        cls,
-        model: AbstractDenoiser,
-        data: Tensor,
-        *,
-        n: int = 64,
-        t_start: float | None = None,
-        t_end: float | None = None,
-        seed: int = 0,
-    ) -> Statistics:
-        r"""Estimate the statistics of a model: l from a trace estimate, s and b from a regression along the flow.
 
-        .. math:: l = \tfrac1D E\,\mathrm{tr}(\sigma\nabla_x\varepsilon), \qquad
-                  (s, b) = \arg\min E\left|\tfrac{df}{d\lambda} - s f - b\right|^2
-
-        Arguments:
-            model: Differentiable denoiser; conditions are fixed by ``model.given(label=y)``.
-            data: Batch of real data, (B, *event); 256 samples are enough.
-            n: Number of values of λ.
-            t_start: First time of sampling, by default T, or 0.999 T if α(T) = 0.
-            t_end: Last positive time of sampling, by default ``sde.t_min``.
-            seed: Seed of the noise.
-        """
-        sde = model.sde
-        check.integer("n", n, at_least=2)
-        first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
-        lams = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
-        noise = Noise(seed)
-        fits: list[tuple[float, float, float]] = []
-        slopes: list[float] = []
-        for i, lam in enumerate(lams.tolist()):
-            t = sde.t_of_lam(lam)
-            x = sde.perturb(data, t, noise.like(data, 2 * i)).requires_grad_()
-            with torch.enable_grad():
-                d = model.x0(x, t)
-                probe = noise.like(data, 2 * i + 1).sign()
-                (jd,) = torch.autograd.grad((d * probe).sum(), x)
-            trace = float((jd * probe).mean())
-            slopes.append(1 - sde.alpha(t) * trace)
-        curve = torch.tensor(slopes, dtype=torch.float64)
-        for i, lam in enumerate(lams.tolist()):
-            fits.append(cls._regress(model, data, lams, curve, lam, noise.like(data, 2 * i)))
-        s, b, _ = zip(*fits, strict=True)
-        return cls(tuple(lams.tolist()), tuple(slopes), tuple(s), tuple(b))
-
-    @staticmethod
-    def _regress(
-        model: AbstractDenoiser,
-        data: Tensor,
-        lams: Tensor,
-        curve: Tensor,
-        lam: float,
-        eps: Tensor,
-    ) -> tuple[float, float, float]:
-        """Regress df/dλ on f by a central difference along the flow."""
-        sde, step = model.sde, 1e-2
-        lo, hi = max(lam - step, float(lams[0])), min(lam + step, float(lams[-1]))
-        t, values = sde.t_of_lam(lam), []
-        with torch.no_grad():
-            x = sde.perturb(data, t, eps)
-            for at in (lo, lam, hi):
-                u = sde.t_of_lam(at)
-                y = _flow_step(model, sde, x, t, u)
-                l_at = float(_interpolate(lams, curve, torch.tensor([at], dtype=torch.float64)))
-                alpha = sde.alpha(u)
-                values.append(((1 - l_at) * y - alpha * model.x0(y, u)).double() / alpha)
-        slope, f = ((values[2] - values[0]) / (hi - lo)).reshape(-1), values[1].reshape(-1)
-        centred = f - f.mean()
-        # If f is almost constant, the regression is ill-conditioned and s has little effect; the ridge bounds s.
-        floor = _RIDGE * data.double().var()
-        s = float((centred * slope).mean() / (centred.square().mean() + floor))
-        return s, float(slope.mean()) - s * float(f.mean()), lam
-
-
-def _flow_step(model: AbstractDenoiser, sde: SDE, x: Tensor, s: float, t: float) -> Tensor:
-    """Second-order step along the flow: DDIM with the data prediction at the midpoint in λ."""
-    if s == t:
-        return x
-
-    def ddim(y: Tensor, d: Tensor, a: float, b: float) -> Tensor:
-        ratio = sde.sigma(b) / sde.sigma(a)
-        return ratio * y + (sde.alpha(b) - ratio * sde.alpha(a)) * d
-
-    mid = sde.t_of_lam((sde.lam(s) + sde.lam(t)) / 2)
-    y = ddim(x, model.x0(x, s), s, mid)
-    return ddim(x, model.x0(y, mid), s, t)
-
-
-def _interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
     """Evaluate the piecewise linear function with values y at knots x; it is constant outside the knots."""
     i = (torch.searchsorted(x, at.detach().contiguous()) - 1).clamp(0, len(x) - 2)
     w = ((at - x[i]) / (x[i + 1] - x[i])).clamp(0, 1)

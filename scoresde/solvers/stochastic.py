@@ -3,14 +3,13 @@ r"""Published stochastic solvers by name. Each function configures the solver cl
 Solvers of the reverse SDE integrate its noise along the step. Ancestral solvers, churn and restart solve past the end
 of a step and return to it by the exact forward transition. The arguments `eta` and `tau` are a number, or a function of
 the time at the end of a step; with 0 the result equals that of the deterministic solver bit by bit. No solver adds
-noise at σ = 0. The tests measure two orders of convergence: `declared_order`, without noise, and `weak_order`, in
-distribution on Gaussian data (:func:`weak_order`).
+noise at σ = 0. The tests measure two orders of convergence: `order`, without noise, and `weak_order`, in distribution
+on Gaussian data (:func:`weak_order`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -19,12 +18,14 @@ from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior,
 from scoresde.solvers.deterministic import DPM2, FORMS, DPMSolverPP, EDMHeun, Euler, Heun, PublishedThree, order_of
 from scoresde.solvers.interpolants import DATA, NOISE, Prediction
 from scoresde.solvers.multistep import Multistep
+from scoresde.solvers.naming import published
 from scoresde.solvers.reverse_sde import ExtendedReverse, ReverseSDE, SongPredictor
 from scoresde.solvers.rule import Eta, Solver
 from scoresde.solvers.single_step import SingleStep
 
 
-def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | None = None) -> Solver:
+@published
+def DDPM(variance: str = "small", score_square: Callable[[Tensor], float | Tensor] | Tensor | None = None) -> Solver:
     r"""DDPM's ancestral sampler for any process and any grid: the posterior of x_t given x_s and x₀ = E[x₀ | x_s].
 
     .. math:: x_t = \frac{\alpha_t\beta}{\sigma_s^2}\,d_s + \frac{\alpha_s\sigma_t^2}{\alpha_t\sigma_s^2}\,x_s
@@ -48,9 +49,10 @@ def DDPM(variance: str = "small", score_square: Callable[[Any], Any] | Tensor | 
             "`variance`='learned' depends on the state, so a plan cannot hold it; use sampling.LearnedVariance()."
         )
     given = tuple(float(v) for v in score_square) if isinstance(score_square, Tensor) else score_square
-    return Posterior(1.0, variance, given, label="DDPM")
+    return Posterior(1.0, variance, given)
 
 
+@published
 def EulerAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     r"""A DDIM step to a time past the end of the step, then noise: DDIM(η) with a factor on the noise.
 
@@ -63,9 +65,10 @@ def EulerAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     References:
         | k-diffusion (Crowson, 2022), ``sample_euler_ancestral``
     """
-    return Posterior(eta, s_noise=s_noise, label="EulerAncestral")
+    return Posterior(eta, s_noise=s_noise)
 
 
+@published
 def DPM2Ancestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     """A DPM-2 step to a time past the end of the step, then noise. Order 2, weak order 2.
 
@@ -76,9 +79,10 @@ def DPM2Ancestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     References:
         | k-diffusion (Crowson, 2022), ``sample_dpm_2_ancestral``
     """
-    return Ancestral(DPM2(), eta, s_noise, label="DPM2Ancestral")
+    return Ancestral(DPM2(), eta, s_noise)
 
 
+@published
 def DPMPP2SAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     """A DPM-Solver++ 2S step to a time past the end of the step, then noise. Order 2, weak order 2.
 
@@ -89,9 +93,10 @@ def DPMPP2SAncestral(eta: Eta = 1.0, s_noise: float = 1.0) -> Solver:
     References:
         | k-diffusion (Crowson, 2022), ``sample_dpmpp_2s_ancestral``
     """
-    return Ancestral(DPMSolverPP(2, kind="single"), eta, s_noise, label="DPMPP2SAncestral")
+    return Ancestral(DPMSolverPP(2, kind="single"), eta, s_noise)
 
 
+@published
 def DPMPPSDE(eta: Eta = 1.0, r: float = 0.5, s_noise: float = 1.0, one_path: bool = True) -> Solver:
     """DPM++ SDE: DPM-Solver++ 2S with fresh noise at the stage and at the end, from one Brownian path in σ/α.
 
@@ -109,12 +114,13 @@ def DPMPPSDE(eta: Eta = 1.0, r: float = 0.5, s_noise: float = 1.0, one_path: boo
     return TwoStage(eta, r, s_noise, one_path)
 
 
+@published
 def EDMStochastic(
     s_churn: float = 40.0,
     s_tmin: float = 0.05,
     s_tmax: float = 50.0,
     s_noise: float = 1.003,
-    rule: Solver | None = None,
+    solver: Solver | None = None,
 ) -> Solver:
     r"""EDM's stochastic sampler: noise multiplies σ/α by 1 + γ, then a Heun step follows.
 
@@ -127,16 +133,16 @@ def EDMStochastic(
         s_tmin: Lowest σ/α at which noise is added.
         s_tmax: Highest σ/α at which noise is added.
         s_noise: Factor on the noise; a factor above 1 compensates for detail that the network removes.
-        rule: Solver of the steps, by default :func:`EDMHeun`.
+        solver: Solver of the steps, by default :func:`EDMHeun`.
 
     References:
         | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
           algorithm 2
     """
-    name = "EDMStochastic" if rule is None else ""
-    return Churn(EDMHeun() if rule is None else rule, s_churn, s_tmin, s_tmax, s_noise, label=name)
+    return Churn(EDMHeun() if solver is None else solver, s_churn, s_tmin, s_tmax, s_noise)
 
 
+@published
 def ConsistencySampling() -> Solver:
     r"""Multistep consistency sampling: :math:`x_t = \alpha_t f(x_s, s) + \sigma_t z`, with a consistency model f.
 
@@ -148,6 +154,7 @@ def ConsistencySampling() -> Solver:
     return Consistency()
 
 
+@published
 def EulerMaruyama(eta: Eta = 1.0, clock: str = "t") -> Solver:
     r"""Euler–Maruyama on the reverse SDE in t or in λ. Order 1, weak order 1.
 
@@ -168,6 +175,7 @@ def EulerMaruyama(eta: Eta = 1.0, clock: str = "t") -> Solver:
     return Euler(clock) if eta == 0 else ReverseSDE(eta, clock)
 
 
+@published
 def StochasticHeun(eta: Eta = 1.0, clock: str = "t") -> Solver:
     r"""Heun on the reverse SDE, with the same noise in both stages. Order 2, weak order 2.
 
@@ -184,6 +192,7 @@ def StochasticHeun(eta: Eta = 1.0, clock: str = "t") -> Solver:
     return Heun(clock) if eta == 0 else ReverseSDE(eta, clock, heun=True)
 
 
+@published
 def ReverseDiffusion() -> Solver:
     r"""Song's reverse-diffusion predictor with the exact forward transition. Order 1, weak order 1.
 
@@ -197,6 +206,7 @@ def ReverseDiffusion() -> Solver:
     return SongPredictor()
 
 
+@published
 def SDEDPMSolver(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str = "ramp") -> Solver:
     r"""SDE-DPM-Solver: multistep on the reverse SDE with the noise prediction. Order `order`, weak order at most 2.
 
@@ -213,9 +223,10 @@ def SDEDPMSolver(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str =
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, section 5 and appendix
     """
-    return _multistep("SDEDPMSolver", NOISE, order, form, eta, start)
+    return _multistep(NOISE, order, form, eta, start)
 
 
+@published
 def SDEDPMSolverPP(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str = "ramp") -> Solver:
     r"""SDE-DPM-Solver++: multistep on the reverse SDE with the data prediction (DPM++ 2M SDE and 3M SDE).
 
@@ -235,16 +246,17 @@ def SDEDPMSolverPP(order: int = 2, form: str = "mid", eta: Eta = 1.0, start: str
     References:
         | DPM-Solver++ (Lu et al., 2022), arXiv:2211.01095, section 5 and appendix
     """
-    return _multistep("SDEDPMSolverPP", DATA, order, form, eta, start)
+    return _multistep(DATA, order, form, eta, start)
 
 
-def _multistep(label: str, prediction: Prediction, order: int, form: str, eta: Eta, start: str) -> Solver:
+def _multistep(prediction: Prediction, order: int, form: str, eta: Eta, start: str) -> Solver:
     check.choice("form", form, ("mid", "exact", "published"))
     if form == "published":
-        return PublishedThree(order_of(order, 3), prediction, eta=eta, start=start, label=f"{label}[published]")
-    return Multistep(order, prediction, moments=FORMS[form], eta=eta, start=start, label=label)
+        return PublishedThree(order_of(order, 3), prediction, eta=eta, start=start)
+    return Multistep(order_of(order), prediction, moments=FORMS[form], eta=eta, start=start)
 
 
+@published
 def SASolver(
     predictor: int = 3,
     corrector: int = 4,
@@ -282,10 +294,10 @@ def SASolver(
         reevaluate=pece,
         eta=tau,
         moments=FORMS[form],
-        label="SASolver",
     )
 
 
+@published
 def SEEDS(
     order: int = 3, prediction: Prediction = NOISE, form: str = "mid", r: tuple[float, ...] = (), eta: Eta = 1.0
 ) -> Solver:
@@ -312,7 +324,7 @@ def SEEDS(
     check.choice("form", form, ("mid", "exact"))
     reads = (0, 1, 2) if order == 3 and form == "exact" else ()
     moments = FORMS[form] if order == 2 else None
-    return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments, eta=eta, label="SEEDS")
+    return SingleStep(order, prediction, r=tuple(r), reads=reads, moments=moments, eta=eta)
 
 
 def er_sde_scale(rho: Tensor) -> Tensor:
@@ -320,6 +332,7 @@ def er_sde_scale(rho: Tensor) -> Tensor:
     return rho * ((rho**0.3).exp() + 10)
 
 
+@published
 def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: str = "exact") -> Solver:
     r"""ER-SDE-Solver: the data prediction is interpolated in ρ = σ/α, and φ(ρ) sets the noise scale.
 
@@ -340,4 +353,4 @@ def ERSDE(order: int = 3, phi: Callable[[Tensor], Tensor] = er_sde_scale, form: 
           arXiv:2309.06169
     """
     check.choice("form", form, ("exact", "published"))
-    return ExtendedReverse(order, phi, form == "published")
+    return ExtendedReverse(order_of(order, 1, 2, 3), phi, form == "published")

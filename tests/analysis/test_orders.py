@@ -46,8 +46,8 @@ class Spoiled(Solver):
     change: Callable[[Row], Row]
 
     @property
-    def declared_order(self) -> int:
-        return self.rule.declared_order
+    def order(self) -> int:
+        return self.rule.order
 
     def plan(self, sde: ss.SDE, times: Any, *, up: str = "diffuse") -> Plan:
         plan = self.rule.plan(sde, times, up=up)

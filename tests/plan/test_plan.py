@@ -132,7 +132,7 @@ def test_the_small_plan_prints_as_a_table() -> None:
 
 def test_unipc_2_prints_as_the_design_shows_it() -> None:
     assert str(ss.UniPC(2).plan(VP, [1.0, 0.7, 0.4, 0.0])).splitlines() == [
-        "UniPC(order=2, data in lam, corrector=3): 3 evaluations, 6 rows, order 3",
+        "UniPC(order=2): 3 evaluations, 6 rows, order 3",
         "   0  t=1        eval   start, node 0",
         "   1  t=0.7      eval  x[0:+0.9965]  d[0:+0.0778]   predict",
         "   2  t=0.7            x[0:+0.9965]  d[1:+0.0389 0:+0.0389]   correct, node 1",

@@ -28,7 +28,7 @@ from scoresde.solvers.interpolants import (
     Variable,
     edm_prediction,
 )
-from scoresde.solvers.quadrature import Point, spread, transfer, weights
+from scoresde.solvers.quadrature import Point, noise_std, transfer, weights
 
 F = edm_prediction(0.5)
 PREDICTIONS = (DATA, NOISE, VELOCITY, V, F)
@@ -56,7 +56,7 @@ def p_and_q(prediction: Prediction) -> Callable[[Real, Real], tuple[Real, Real]]
         "velocity": lambda a, s: (1 / s, -a / s - 1),
         # α ε − σ d and EDM's (d − c_skip x)/c_out, with ε = (x − α d)/σ.
         "v": lambda a, s: (a / s / root(a, s, 1), (-(a**2) / s - s) / root(a, s, 1)),
-        "F(sigma_data=0.5)": lambda a, s: (
+        "edm_prediction(0.5)": lambda a, s: (
             -a * HALF**2 / root(a, s, HALF) ** 2 / (s * HALF / root(a, s, HALF)),
             root(a, s, HALF) / (s * HALF),
         ),
@@ -109,7 +109,7 @@ class Leg:
         self._transfers: dict[str, tuple[list[Real], Real]] = {}
 
     def u(self, variable: Variable, lam: Real, t: Real) -> Real:
-        return {"lam": lam, "rho": mp.exp(-lam), "tau": 1 / (1 + mp.exp(lam)), "t": t}[variable.name]
+        return {"lam": lam, "rho": mp.exp(-lam), "tau": 1 / (1 + mp.exp(lam)), "time": t}[variable.name]
 
     def transfers(self, prediction: Prediction) -> tuple[list[Real], Real]:
         """∫(1 + α p/q) dλ from every quadrature node, and from s, to t."""
@@ -200,7 +200,7 @@ def test_weights_transfer_and_spread_equal_the_formula_integrated_with_25_digits
         for eta in ETAS if h > 0 else ETAS[:1]:
             phi, std, kernel = leg.exact(prediction, eta)
             assert transfer(prediction, eta, s, t).item() == pytest.approx(float(phi), rel=1e-12)
-            assert spread(prediction, eta, s, t).item() == pytest.approx(float(std), rel=1e-12)
+            assert noise_std(prediction, eta, s, t).item() == pytest.approx(float(std), rel=1e-12)
             for variable in VARIABLES:
                 for k in range(1, 5):
                     want = [mp.fdot(kernel, row) for row in bases[variable.name, k]]
@@ -289,15 +289,15 @@ def test_one_node_is_ddim_and_its_stochastic_kin() -> None:
     assert weigh(SDE, DATA, LAM, S, T, [S], eta=1.0) == pytest.approx([ALPHA * (1 - math.exp(-2 * H))], rel=1e-13)
     s, t, _ = legs_of(SDE, S, T, [S])
     assert transfer(DATA, 1.0, s, t).item() == pytest.approx(SIGMA / SDE.sigma(S) * math.exp(-H), rel=1e-13)
-    assert spread(DATA, 1.0, s, t).item() == pytest.approx(SIGMA * math.sqrt(1 - math.exp(-2 * H)), rel=1e-13)
+    assert noise_std(DATA, 1.0, s, t).item() == pytest.approx(SIGMA * math.sqrt(1 - math.exp(-2 * H)), rel=1e-13)
     # Ancestral DDPM is the posterior q(x_t | x_s, x0).
     of_x, of_d, variance = SDE.posterior(T, S)
     assert transfer(DATA, 1.0, s, t).item() == pytest.approx(of_x, rel=1e-12)
     assert weigh(SDE, DATA, LAM, S, T, [S], eta=1.0) == pytest.approx([of_d], rel=1e-12)
-    assert spread(DATA, 1.0, s, t).item() ** 2 == pytest.approx(variance, rel=1e-12)
+    assert noise_std(DATA, 1.0, s, t).item() ** 2 == pytest.approx(variance, rel=1e-12)
     # SDE-DPM-Solver 1, of noise: α_t/α_s x − 2 σ_t (e^h − 1) ε + σ_t √(e^{2h} − 1) z.
     assert weigh(SDE, NOISE, LAM, S, T, [S], eta=1.0) == pytest.approx([-2 * SIGMA * math.expm1(H)], rel=1e-13)
-    assert spread(NOISE, 1.0, s, t).item() == pytest.approx(SIGMA * math.sqrt(math.expm1(2 * H)), rel=1e-13)
+    assert noise_std(NOISE, 1.0, s, t).item() == pytest.approx(SIGMA * math.sqrt(math.expm1(2 * H)), rel=1e-13)
 
 
 @pytest.mark.parametrize("eta", ETAS)
@@ -445,7 +445,7 @@ def of_times(sde: ss.SDE, prediction: Prediction, variable: Variable, eta: float
     s, t = point[:1], point[1:2]
     nodes = Point(*(getattr(point, f)[None, 2:] for f in ("t", "lam", "alpha", "sigma")))
     parts = [weights(prediction, variable, eta, s, t, nodes, sde.inverse_lam)[0], transfer(prediction, eta, s, t)]
-    return torch.cat([*parts, spread(prediction, eta, s, t)])
+    return torch.cat([*parts, noise_std(prediction, eta, s, t)])
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
@@ -511,7 +511,7 @@ def test_at_equal_lam_every_process_has_the_same_row_for_x_over_alpha(prediction
             W = weights(prediction, variable, eta, s, t, nodes, sde.inverse_lam)[0]
             row += [W * prediction.q(nodes.alpha, nodes.sigma)[0] / t.alpha]
             row += [W * (prediction.p(nodes.alpha, nodes.sigma) * nodes.alpha)[0] / t.alpha]
-        row += [transfer(prediction, eta, s, t) * s.alpha / t.alpha, spread(prediction, eta, s, t) / t.alpha]
+        row += [transfer(prediction, eta, s, t) * s.alpha / t.alpha, noise_std(prediction, eta, s, t) / t.alpha]
         rows.append(torch.cat(row))
     for row in rows[1:]:
         assert torch.allclose(row, rows[0], rtol=1e-12, atol=1e-14)
@@ -520,7 +520,7 @@ def test_at_equal_lam_every_process_has_the_same_row_for_x_over_alpha(prediction
 @EACH_PREDICTION
 def test_eta_zero_is_the_flow_without_noise(prediction: Prediction) -> None:
     s, t, _ = legs_of(SDE, S, T, [S])
-    assert spread(prediction, 0.0, s, t).item() == 0.0
+    assert noise_std(prediction, 0.0, s, t).item() == 0.0
     ratio = prediction.scale(t.alpha, t.sigma) / prediction.scale(s.alpha, s.sigma)
     assert torch.equal(transfer(prediction, 0.0, s, t), ratio)
     # The limit is continuous, in η² as everything is.

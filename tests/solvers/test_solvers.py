@@ -24,7 +24,7 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde.analysis.moments import point_mass_defect
-from scoresde.analysis.orders import Order, convergence_order, exact_flow
+from scoresde.analysis.orders import Order, convergence_order, exact_flow, weak_order
 from scoresde.analysis.orders import uneven_lam as uneven
 from scoresde.plan.run import run
 from scoresde.plan.run import steps as run_steps
@@ -188,7 +188,7 @@ def test_a_rule_is_the_published_update(pair: Pair) -> None:
     "solver", [ss.solvers.DPMSolver(kind="fast"), ss.DPMSolverPP(kind="fast")], ids=["noise", "data"]
 )
 def test_fast_is_the_published_mixture_and_spends_the_budget(solver: Solver, nfe: int) -> None:
-    prediction = "noise" if solver.label == "DPMSolver" else "data"
+    prediction = "noise" if solver.prediction is NOISE else "data"
     for name, sde in UNDER.items():
         mixture, legs = solver.for_nfe(nfe, clean=False)
         model, grid = three(sde), graded(sde, legs)
@@ -300,8 +300,8 @@ def test_estimated_statistics_of_one_gaussian_are_its_own(name: str) -> None:
     sde, width = UNDER[name], 0.8
     mean = torch.linspace(-2, 2, 16, **F64)
     model = ss.GaussianMixture(sde, mean[None], std=width)
-    found = ss.solvers.Statistics.estimate(model, model.sample(64, t=0.0, seed=0), n=7, t_start=sde.t_of_lam(-3.0),
-                                   t_end=sde.t_of_lam(2.0))  # fmt: skip
+    ends = {"t_start": sde.t_of_lam(-3.0), "t_end": sde.t_of_lam(2.0)}
+    found = ss.fitting.estimate_statistics(model, model.sample(64, t=0.0, seed=0), n=7, **ends)
     lam = torch.tensor(found.lam, **F64)
     power = width**2 * (2 * lam).exp()
     assert torch.allclose(torch.tensor(found.l, **F64), 1 / (1 + power), rtol=1e-9)
@@ -404,19 +404,19 @@ def measured(text: str, model: Any, reference: Any) -> Order:
 @EACH_RULE
 def test_the_order_on_an_exact_mixture_is_the_declared_one(text: str) -> None:
     order = measured(text, Pairs(FIVE["VP"]), flow_of_pairs("VP"))
-    assert abs(order.slope - rule(text).declared_order) < 0.2, order
+    assert abs(order.slope - rule(text).order) < 0.2, order
 
 
 @EACH_RULE
 def test_the_order_on_one_gaussian_is_the_declared_one(text: str) -> None:
     model = Gaussian(FIVE["VP"])
     order = measured(text, model, model.flow)
-    assert abs(order.slope - LINEAR.get(text, rule(text).declared_order)) < 0.2, order
+    assert abs(order.slope - LINEAR.get(text, rule(text).order)) < 0.2, order
 
 
 @pytest.mark.parametrize(("text", "known"), CORRECTED.items())
 def test_the_order_of_any_corrector_on_any_predictor_is_the_declared_one(text: str, known: int) -> None:
-    assert rule(text).declared_order == known
+    assert rule(text).order == known
     order = orders.measure(rule(text), Pairs(FIVE["VP"]), flow_of_pairs("VP"), (80, 160), 8)
     assert abs(order.slope - known) < 0.2, order
 
@@ -426,7 +426,7 @@ def test_the_order_of_rules_that_know_more_than_lam_is_the_declared_one_on_every
     """The other rules have the states of VP on every process, by the next test, and so its orders."""
     model = Gaussian(FIVE[name])
     order = measured(text, model, model.flow)
-    assert abs(order.slope - LINEAR_IN_T.get((text, name), rule(text).declared_order)) < 0.2, order
+    assert abs(order.slope - LINEAR_IN_T.get((text, name), rule(text).order)) < 0.2, order
 
 
 def at_equal_lam(sde: ss.SDE, end: str) -> Tensor:
@@ -459,7 +459,7 @@ def test_the_docs_show_the_orders_of_every_rule() -> None:
             rows[cells[0].strip("`†")] = (int(cells[1]), [float(c) for c in cells[2:7]], int(cells[7]))
     assert list(rows) == RULES, "run experiments/orders.py"
     for text, (declared, slopes, stages) in rows.items():
-        assert (declared, stages) == (rule(text).declared_order, rule(text).stages), text
+        assert (declared, stages) == (rule(text).order, rule(text).stages), text
         assert all(abs(slope - declared) < 0.2 for slope in slopes), text
 
 
@@ -470,9 +470,7 @@ class Fast(Solver):
     mixture: Solver
     tail: int
 
-    @property
-    def declared_order(self) -> int:
-        return 2
+    order = 2
 
     def plan(self, sde: ss.SDE, times: Any, *, up: str = "diffuse") -> Plan:
         solver, legs = self.mixture.for_nfe(
@@ -484,16 +482,31 @@ class Fast(Solver):
 
 @pytest.mark.parametrize("name", ["DPMSolver", "DPMSolverPP"])
 @pytest.mark.parametrize(("tail", "known"), [(0, 2), (1, 2), (2, 3)])
-def test_the_last_leg_of_fast_costs_it_its_third_order(name: str, tail: int, known: int) -> None:
+def test_the_last_step_of_fast_costs_it_its_third_order(name: str, tail: int, known: int) -> None:
     """nfe = 0 or 1 mod 3 ends with a leg of order 1, whose error is h²; nfe = 2 mod 3 with one of order 2."""
     model = Gaussian(FIVE["VP"])
-    order = measured_fast(Fast(rule(f"{name}(kind='fast')"), tail), model)
+    fast = rule(f"{name}(kind='fast')")
+    order = measured_fast(Fast(fast, tail), model)
     assert abs(order.slope - known) < 0.2, order
+    assert fast.for_nfe(9 + tail, clean=False)[0].order == known
+    assert fast.order == 2, "of a budget that is not known yet"
+    assert fast.for_nfe(9 + tail)[0].order == 2, "into σ = 0 the last steps have order 1"
 
 
 def measured_fast(solver: Solver, model: Gaussian) -> Order:
     first, last = (model.sde.t_of_lam(lam) for lam in orders.WINDOW)
     return convergence_order(solver, model, steps=(80, 160), t_start=first, t_end=last, reference=model.flow, n=8)
+
+
+@pytest.mark.parametrize(("form", "known"), [("exact", 3), ("published", 2)])
+def test_er_sde_without_noise_has_the_weak_order_of_its_order(form: str, known: int) -> None:
+    for scale in (1.0, 3.0):
+        solver = ss.solvers.ERSDE(3, lambda rho, scale=scale: scale * rho, form)
+        assert solver.weak_order == solver.order == known
+    ends = {"t_start": ss.VP().t_of_lam(-1.0), "t_end": ss.VP().t_of_lam(1.0)}
+    found = weak_order(orders.Started(solver, 2), ss.VP(), steps=(160, 320), **ends)
+    assert abs(found.slope - known) < 0.2, found
+    assert ss.solvers.ERSDE(3, lambda rho: rho**1.001, form).weak_order == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -522,7 +535,7 @@ def extrapolates_into_data(solver: Solver) -> bool:
     if isinstance(solver, NoiseCombination):
         return len(solver.coefficients) > 1
     return isinstance(solver, PNDM) or (
-        isinstance(solver, Multistep) and solver.order > 1 and not solver.variable.infinite
+        isinstance(solver, Multistep) and solver.nodes > 1 and not solver.variable.infinite
     )
 
 
@@ -587,6 +600,12 @@ def test_the_first_legs_do_not_depend_on_how_many_follow(text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("c2", "c3"), [(0.5, 0.5), (1.0, 1.0), (0.3, 0.3)])
+def test_res_of_order_three_needs_two_different_stages(c2: float, c3: float) -> None:
+    with pytest.raises(ValueError, match="`c2` and `c3` must differ, because order 3 needs three different times"):
+        ss.solvers.RES(3, c2, c3)
+
+
 @EACH_RULE
 def test_a_run_asks_the_network_when_its_plan_says_and_never_at_data(text: str) -> None:
     sde = ss.VP()
@@ -619,20 +638,28 @@ def test_a_long_plan_takes_no_more_quadratures_than_a_short_one(
     assert counts[0] == counts[1] <= 8, counts
 
 
-ZERO_MEAN = ss.GaussianMixture(ss.VP(), [[0.0] * 5], std=1.3)
+ISOTROPIC = ss.Gaussian(ss.VP(), torch.zeros(5), torch.full((5,), 1.3**2))
 
 
 @pytest.mark.parametrize(
     "solver", [ss.DDIM(), ss.UniPC(3), ss.solvers.DPMSolver(3), ss.VelocityAB(3), ss.solvers.DEIS(3)], ids=str
 )
-def test_an_analytic_first_step_saves_a_call_and_is_exact_on_its_gaussian(solver: Solver) -> None:
+def test_a_gaussian_start_replaces_the_first_evaluation_and_is_as_accurate(solver: Solver) -> None:
+    """The analytic first step of other code evaluates the Gaussian in place of the network; here its flow takes the
+    whole step. The two differ by the error of one step, and the flow has none on Gaussian data.
+    """
     sde = ss.VP()
-    plan = solver.plan(sde, ss.grids.karras(sde, 6))
-    saved = ss.solvers.analytic_first_step(plan, sde, data_std=1.3)
-    asked = Recorder(ZERO_MEAN)
-    x = run(saved, asked, START)
-    assert saved.nfe == plan.nfe - 1 == len(asked.times) and sde.T not in asked.times
-    assert relative(x, run(plan, ZERO_MEAN.x0, START)) < 1e-12
+    grid = ss.grids.uniform_lam(sde, 8, t_end=0.05)
+    recorder = Recorder(ISOTROPIC)
+    start = ISOTROPIC.flow(START, 1.0, float(grid[1]))
+    shorter = run(solver.plan(sde, grid[1:]), recorder, start)
+    assert torch.equal(ss.sample(ISOTROPIC, START, solver, grid=grid[1:], start=ISOTROPIC), shorter)
+    whole = solver.plan(sde, grid)
+    assert len(recorder.times) == whole.nfe - solver.stages and sde.T not in recorder.times
+    exact = ISOTROPIC.flow(START, 1.0, float(grid[-1]))
+    other = run(whole, ISOTROPIC.x0, START)
+    assert relative(shorter, exact) < 1.02 * relative(other, exact)
+    assert relative(shorter, other) < 0.02 * relative(other, exact)
 
 
 def unlike(texts: list[str]) -> list[str]:
@@ -645,10 +672,25 @@ def unlike(texts: list[str]) -> list[str]:
 
 def spending(solver: Solver) -> tuple[Any, ...]:
     """All that the number of evaluations depends on."""
-    stage = solver.order if getattr(solver, "start", "") == "self" else None
+    stage = solver.nodes if getattr(solver, "start", "") == "self" else None
     plain = type(solver).for_nfe is Solver.for_nfe
     names = ("start", "reevaluate", "improved")
     return (plain or type(solver), solver.stages, stage, *(getattr(solver, name, None) for name in names))
+
+
+@pytest.mark.parametrize("clean", [True, False], ids=["to data", "to noise"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_annealed_langevin_spends_its_budget_but_for_less_than_a_level(n: int, clean: bool) -> None:
+    sde, solver = ss.VP(t_min=0.01), ss.solvers.AnnealedLangevin(n)
+
+    def cost(steps: int) -> int:
+        grid = ss.grids.uniform_lam(sde, steps, t_start=0.9, t_end=0.0 if clean else 0.01)
+        return solver.plan(sde, grid).nfe
+
+    for nfe in range(n + 1 if clean else 2 * n, 31):
+        same, steps = solver.for_nfe(nfe, clean=clean)
+        assert same == solver
+        assert cost(steps) <= nfe < cost(steps + 1), nfe
 
 
 BUDGETED = [

@@ -39,10 +39,6 @@ def wave(t: Any) -> Any:
     return 0.9 + 0.3 * (torch.cos(t) if isinstance(t, Tensor) else math.cos(t))
 
 
-def flow_scale(rho: Tensor) -> Tensor:
-    return rho
-
-
 def sde_scale(rho: Tensor) -> Tensor:
     return rho**2
 
@@ -233,7 +229,7 @@ def test_edm_stochastic_is_the_published_update_with_all_four_knobs(name: str, s
     rho = [model.sde.sigma(u) / model.sde.alpha(u) for u in grid.tolist()]
     low, high = 0.9 * rho[-2], 0.99 * rho[0]
     knobs = {"s_churn": 2.0, "s_noise": 1.003}
-    solver = ss.solvers.EDMStochastic(**knobs, s_tmin=low, s_tmax=high, rule=None if second else ss.DDIM())
+    solver = ss.solvers.EDMStochastic(**knobs, s_tmin=low, s_tmax=high, solver=None if second else ss.DDIM())
     raised = iter(normals(x))
     z = [
         next(raised) if low <= r <= high else 0 * x for r in rho[:-1]
@@ -257,7 +253,7 @@ def window(sde: ss.SDE, reach: float = 1.0) -> dict[str, float]:
 
 # Their error is a difference of two terms, or starts as one of higher order: they need smaller steps.
 LATE = ("SASolver", "SEEDS", "ERSDE(order=3", "SDEDPMSolver", "Churn", "Ancestral", "SingleStep")
-LATER = ("SASolver", "Churn(DPMSolverPP", "SDEDPMSolverPP(order=3")
+LATER = ("SASolver", "Churn(solver=DPMSolverPP", "SDEDPMSolverPP(order=3")
 
 
 @EACH_RULE
@@ -785,7 +781,7 @@ def test_nothing_of_a_trajectory_is_lost_by_rows_that_are_merged() -> None:
         ),
         (lambda: ss.solvers.Restart(ss.DDIM(), 0.2, 0.5).for_nfe(9), "`nfe` = 9 cannot be .* give `steps`"),
         (lambda: ss.solvers.SEEDS(4), "`order` must be one of 1, 2, 3, got 4"),
-        (lambda: ss.solvers.ERSDE(4), "`order` must be 1, 2 or 3, got 4"),
+        (lambda: ss.solvers.ERSDE(4), "`order` must be one of 1, 2, 3, got 4"),
         (lambda: ss.SDEDPMSolverPP(2, "published"), "`order` must be one of 3, got 2"),
         (lambda: TwoStage(r=1.0), "`r` must be .*below 1"),
         (lambda: ss.DDIM(lambda t: -1.0).plan(ss.VP(), [1.0, 0.5]), "`eta` must be finite and at least 0, got -1"),

@@ -227,8 +227,6 @@ def test_a_tape_writes_rows_in_order() -> None:
     assert rows[d] == Row(0.1, ((a, 1.0), (c, 1.0)), node=2, note="end")
     plan = tape.plan("mine", order=7)
     assert (plan.name, plan.order, plan.sde) == ("mine", 7, repr(VP))
-    tape.evaluate(a)
-    assert tape.plan().nfe == plan.nfe + 1
 
 
 def test_a_row_of_ddim_in_every_prediction_is_one_row() -> None:
@@ -557,9 +555,8 @@ def test_a_plan_made_of_numbers_holds_numbers(rule: Solver) -> None:
 
 
 def test_predictions_of_one_name_are_not_one_prediction() -> None:
-    # sigma_data that print alike are still different numbers.
     near = edm_prediction(0.5 + 1e-9)
-    assert near.name == F.name
+    assert near.name != F.name, "all digits are printed"
     tape = Tape(VP, 0.9)
     a = tape.move(0, 0.5, nodes=[0], prediction=replace(V, name=F.name))
     b = tape.move(0, 0.5, nodes=[0], prediction=F)

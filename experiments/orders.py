@@ -177,20 +177,22 @@ PAGE = """# Orders
 This page lists every solver with its declared order and its measured order. `python experiments/orders.py` measures
 them and writes this page.
 
-The data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of the
-median error over {points} initial states between {legs} steps, in float64, from $\\lambda = -2.5$ to $\\lambda = 2$, with
-steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of the declared order. Solvers
-that use λ alone have the same slope on all processes, because their states differ by the factor α only.
+The data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of
+the median error over {points} initial states between {legs} steps, in float64, from $\\lambda = -2.5$ to $\\lambda =
+2$, with steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of the declared
+order. Solvers that use λ alone have the same slope on all processes, because their states differ by the factor α
+only.
 
-A first step of order one does not lower the order of solvers of order one and two. A multistep solver of higher order has
-its order only if the first steps have it too: single steps of the same order (`start='self'`) or, where marked †, steps of
-a single-step method of order four. With `start='ramp'`, as published, it is more accurate than order two but does not reach
-its own order. `form='published'` is the formula that public code calls order three. PNDM, PLMS and iPNDM use the
-coefficients of equal steps, which give order two on other grids.
+A first step of order one does not lower the order of solvers of order one and two. A multistep solver of higher order
+has its order only if the first steps have it too: single steps of the same order (`start='self'`) or, where marked †,
+steps of a single-step method of order four. With `start='ramp'`, as published, it is more accurate than order two but
+does not reach its own order. `form='published'` is the formula that public code calls order three. PNDM, PLMS and
+iPNDM use the coefficients of equal steps, which give order two on other grids.
 
-On one Gaussian the methods with a stage at the middle of a step (`EDMHeun(alpha=0.5)`, `DEISRungeKutta(MIDPOINT)`) have
-order three instead of two, because their leading error vanishes for a linear denoiser. The last column is the median error
-on the coarser grid under the first process; it compares solvers at equal numbers of steps, not of evaluations.
+On one Gaussian the methods with a stage at the middle of a step (`EDMHeun(alpha=0.5)`, `DEISRungeKutta(MIDPOINT)`)
+have order three instead of two, because their leading error vanishes for a linear denoiser. The last column is the
+median error on the coarser grid under the first process; it compares solvers at equal numbers of steps, not of
+evaluations.
 
 {table}
 

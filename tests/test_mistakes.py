@@ -69,7 +69,9 @@ def test_a_misspelled_option_is_pythons_own_error(who: str) -> None:
 def test_conditions_are_let_through() -> None:
     for name in ("label", "y", "text", "class_labels", "mask", "context", "noise_level"):
         assert ss.sample(MIX.given(**{name: 1}), (1, 2), steps=2, seed=0).shape == (1, 2)
-        assert ss.log_prob(MIX.given(**{name: 1}), DATA[:1], tolerance=ss.likelihood.Tolerance(steps=1)).value.shape == (1,)
+        assert ss.log_prob(
+            MIX.given(**{name: 1}), DATA[:1], tolerance=ss.likelihood.Tolerance(steps=1)
+        ).value.shape == (1,)
 
 
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.analysis.orders import uneven_lam as uneven
 from scoresde.analysis.orders import exact_flow
+from scoresde.analysis.orders import uneven_lam as uneven
 from scoresde.grids.spacings import index_grid
 from scoresde.plan.run import run
 from scoresde.plan.table import Plan

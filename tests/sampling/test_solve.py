@@ -605,7 +605,11 @@ BAD: dict[str, tuple[Call, type[Exception], str]] = {
     "an integer state": (lambda: ss.sample(MIX, torch.zeros(2, 2, dtype=torch.int64)), TypeError, "int64"),
     "a seed that is none": (lambda: ss.sample(MIX, (2, 2), seed="a"), TypeError, "`seed` must be an integer"),
     "gradients by halves": (lambda: ss.sample(MIX, START, grad="half"), ValueError, "`grad` must be one of 'off'"),
-    "progress sometimes": (lambda: ss.sample(MIX, START, watch=ss.Watch(progress="auto")), ValueError, "`progress` must be one of"),
+    "progress sometimes": (
+        lambda: ss.sample(MIX, START, watch=ss.Watch(progress="auto")),
+        ValueError,
+        "`progress` must be one of",
+    ),
     "a shape at many times": (
         lambda: ss.sample(MIX, (2, 2), grid=torch.tensor([[1.0, 0.9], [0.1, 0.1]], dtype=torch.float64)),
         ValueError,

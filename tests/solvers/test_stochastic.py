@@ -523,7 +523,7 @@ def test_a_learned_variance_lies_between_the_small_and_the_large_one() -> None:
         assert relative(learned.x, table) < 1e-12 and learned.nfe == learned.calls == len(grid) - 1
         from_noise = ss.sample(model(r), (3, 2, 4), ss.sampling.LearnedVariance(), grid=grid, seed=4)
         assert relative(from_noise, ss.sample(model(r), (3, 2, 4), ss.DDPM(kind).plan(sde, grid), seed=4)) < 1e-5
-    with pytest.raises(ValueError, match="use sampling.LearnedVariance"):
+    with pytest.raises(ValueError, match=r"use sampling\.LearnedVariance"):
         ss.DDPM("learned")
 
 

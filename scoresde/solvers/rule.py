@@ -179,8 +179,9 @@ class Solver:
         indices = [i for i, down in enumerate(solved) if down and finite[i] and finite[i + 1]]
         if len(indices) < 2:
             return {}
-        tape = Tape(sde, t[indices])
-        self.leg(tape, Leg(0, [0], t[[i + 1 for i in indices]], True, 1))
+        start, end = t[indices], t[[i + 1 for i in indices]]
+        tape = Tape(sde, start, grid=[start, end])
+        self.leg(tape, Leg(0, [0], end, True, 1))
         columns = zip(*(_unbatch(row, len(indices)) for row in tape.rows()[1:]), strict=True)
         spans = tape.spans() or (None,) * tape.draws
         return {

@@ -128,7 +128,7 @@ class Tape:
 
     def finite(self, s: Weight, t: Weight) -> bool:
         """Whether λ is finite at both times for all samples, so that stages can lie between them."""
-        return all(bool(self.at(v).lam.isfinite().all()) for v in (s, t))
+        return not any(self.no_noise(v) or self.no_signal(v) for v in (s, t))
 
     def no_noise(self, t: Weight, *, every: bool = False) -> bool:
         """Whether σ(t) = 0, the time of data, for at least one sample, or for every sample."""
@@ -205,8 +205,10 @@ class Tape:
         """Interval of a Brownian path for each draw, in the clock of the path; None for fresh noise."""
         if not self._increments and not self._given:
             return ()
-        points = self._points_of([row.t for row in self._rows]) if points is None else points
         spans = [self._given.get(k) for k in range(self._draws)]
+        if not self._increments:
+            return tuple(spans)
+        points = self._points_of([row.t for row in self._rows]) if points is None else points
         # If η differs between steps, no clock is exact for all of them, but one path needs one clock.
         varies = len({i.kappa for i in self._increments.values() if i.kappa > 0}) > 1
         numbers = all(not isinstance(row.t, Tensor) for row in self._rows)

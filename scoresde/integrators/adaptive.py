@@ -1,8 +1,9 @@
 r"""The probability flow with error control: the method :class:`Adaptive`.
 
 The state is :math:`y = x/N(\alpha, \sigma)` and the clock is that of the prediction, see
-:class:`~scoresde.integrators.embedded.Frame`. The lengths of steps and the rule that accepts them are in
-:mod:`scoresde.integrators.control`, the loop over steps is in :mod:`scoresde.integrators.loop`.
+:class:`~scoresde.integrators.embedded.Frame`. Tolerances and the lengths of steps are in
+:mod:`scoresde.integrators.control`. The loop over steps, which accepts or rejects them, is in
+:mod:`scoresde.integrators.loop`.
 """
 
 from __future__ import annotations

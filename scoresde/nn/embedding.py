@@ -141,7 +141,10 @@ class Conditioning(nn.Module):
             label = self.classes
         given = label if isinstance(label, Tensor) else torch.full((), check.integer("label", label), device=x.device)
         if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-            raise TypeError(f"`label` must be class indices, int64, got {str(given.dtype)[6:]}; use label.argmax(1).")
+            raise TypeError(
+                f"`label` must be class indices, int64, got {str(given.dtype)[6:]}; use label.long(), "
+                f"or label.argmax(1) for rows that are one-hot."
+            )
         if given.ndim > 1 or (given.ndim == 1 and given.shape[0] not in (1, len(x))):
             raise ValueError(f"`label` must be None, a number, () or ({len(x)},), got shape {tuple(given.shape)}.")
         if given.device.type == "cpu" and not torch.compiler.is_compiling():  # no synchronisation

@@ -81,6 +81,11 @@ def source_of(noise: Noise | Source | int | None) -> Source:
     """
     if noise is None:
         return Draws()
+    if isinstance(noise, Tensor):
+        raise TypeError(
+            "`noise` must be a seed, a Noise, Draws(generator) or None, got a tensor; conditions go to a loss by name, "
+            "as in loss(x, label=label)."
+        )
     return Noise(noise) if isinstance(noise, int) else noise
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Condition
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Given
 from scoresde.denoisers.network import Denoiser
 from scoresde.noise.keyed import Noise
 from scoresde.processes.discrete import Discrete
@@ -99,6 +99,12 @@ class DSM(nn.Module):
         if not isinstance(model, AbstractDenoiser):
             raise TypeError(
                 f"`model` must be a denoiser, Denoiser(net, sde, predicts=...), got {type(model).__name__}."
+            )
+        if isinstance(model, Given):
+            name = next(iter(model.conditions), "label")
+            raise TypeError(
+                f"`model` has fixed conditions, and training needs new ones for each batch: give the denoiser without "
+                f"`given`, and the conditions with the data, as in loss(x, {name}={name})."
             )
         if getattr(model, "learned_variance", False) and not isinstance(self, HybridVLB):
             raise ValueError("`model` has a learned variance, which this loss does not train; use HybridVLB(model).")

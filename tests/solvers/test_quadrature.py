@@ -1,4 +1,4 @@
-"""Quadrature: weights, transfer and spread are the formula of the design, integrated independently with 25 digits."""
+"""Quadrature: weights, transfer and noise are the formula of the design, integrated independently with 25 digits."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ LEGS: dict[str, tuple[str, float, float, tuple[float, ...]]] = {
 
 
 @pytest.mark.parametrize("name", LEGS)
-def test_weights_transfer_and_spread_equal_the_formula_integrated_with_25_digits(name: str) -> None:
+def test_weights_transfer_and_noise_equal_the_formula_integrated_with_25_digits(name: str) -> None:
     process, start, h, fractions = LEGS[name]
     leg = Leg(process, start, start + h, [start + h * f for f in fractions])
     bases = {(v.name, k): leg.basis(v, k) for v in VARIABLES for k in range(1, 5)}
@@ -214,7 +214,7 @@ def test_weights_transfer_and_spread_equal_the_formula_integrated_with_25_digits
     assert not bad, bad
 
 
-def test_nodes_a_float_apart_cost_nothing_in_lam() -> None:
+def test_nodes_that_nearly_meet_cost_nothing_in_lam() -> None:
     # In λ even h = 1e-4 keeps twelve digits: no allowance for the rounding of nodes is needed.
     for start in (-2.3, 0.1, 3.7):
         leg = Leg("VP", start, start + 1e-4, [start + 1e-4 * f for f in BACK])
@@ -439,7 +439,7 @@ def test_from_no_signal_to_no_noise_in_one_leg() -> None:
 
 
 def of_times(sde: ss.SDE, prediction: Prediction, variable: Variable, eta: float, times: Tensor) -> Tensor:
-    """Weights, transfer and spread of a leg as one vector; times are s, t and the nodes, (2 + k,) or (2 + k, B)."""
+    """Weights, transfer and noise of a leg as one vector; times are s, t and the nodes, (2 + k,) or (2 + k, B)."""
     flat = times.reshape(-1)
     point = Point(times, *(f(flat).reshape(times.shape) for f in (sde.lam, sde.alpha, sde.sigma)))
     s, t = point[:1], point[1:2]

@@ -1,6 +1,6 @@
 """Solvers: each is the published update to rounding, of the order it declares, finite at both ends.
 
-The rules are those of ``experiments/orders.py``, written as a user writes them; a new rule is a new line there.
+The solvers are those of ``experiments/orders.py``, written as a user writes them; a new solver is a new line there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def three(sde: ss.SDE) -> ss.GaussianMixture:
 
 
 def graded(sde: ss.SDE, legs: int, end: str = "lam") -> Tensor:
-    """Uneven in λ from T to λ = 2, and then to σ = 0 if so wanted."""
+    """Uneven in λ from T to λ = 2, and then to σ = 0 if `end` is "zero"."""
     u = torch.linspace(0, 1, legs + 1, dtype=torch.float64)
     u = u + 0.3 * u * (1 - u) + 0.05 * (7 * u).sin() * u * (1 - u)
     first = sde.lam(sde.T)
@@ -176,7 +176,7 @@ def differs_at_zero(pair: Pair) -> bool:
 
 @pytest.mark.parametrize("pair", pairs(), ids=label)
 def test_a_rule_is_the_published_update(pair: Pair) -> None:
-    # 1e-12 is some hundred roundings; the largest found is 2e-14.
+    # 1e-12 is some hundred roundings; the largest measured is 2e-14.
     for name in UNDER:
         for end in ("lam",) if differs_at_zero(pair) else ("lam", "zero"):
             ours, theirs = both(pair[0], pair[1], name, end, pair[2])
@@ -203,26 +203,26 @@ def test_fast_is_the_published_mixture_and_spends_the_budget(solver: Solver, nfe
 @pytest.mark.parametrize("variant", ["bh1", "bh2", "exact"])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_noise_unipc_into_data_returns_the_denoised_prediction(order: int, variant: str) -> None:
-    """The network is asked at the predicted state x_p, never at the corrected x_c. The published last leg takes the
-    noise of x_p out of x_c, which leaves (x_c − x_p)/α on top of D(x_p): a state that no denoiser returned.
+    """The network is evaluated at the predicted state x_p, never at the corrected x_c. The published last step removes
+    the noise of x_p from x_c, which adds (x_c − x_p)/α to D(x_p): a state that no denoiser returned.
     """
     published = "vary_coeff" if variant == "exact" else variant
     for name in UNDER:
         model, x, grid = problem(name, "zero")
-        asked: list[Tensor] = []
+        inputs: list[Tensor] = []
 
-        def record(x: Tensor, t: float, model: ss.GaussianMixture = model, asked: list[Tensor] = asked) -> Tensor:
-            asked.append(x)
+        def record(x: Tensor, t: float, model: ss.GaussianMixture = model, inputs: list[Tensor] = inputs) -> Tensor:
+            inputs.append(x)
             return model.x0(x, t)
 
         ours = run(ss.UniPC(order, variant, NOISE).plan(model.sde, grid), record, x)
         options = {"order": order, "variant": published, "prediction": "noise", **FULL_END}
         theirs = pub.unipc(model.x0, x, grid, *BY_HAND[name], trajectory=True, **options)
         s = float(grid[-2])
-        gap = (theirs[-2] - asked[-1]) / model.sde.alpha(s)
-        assert relative(ours, model.x0(asked[-1], s)) < 1e-12, name
+        gap = (theirs[-2] - inputs[-1]) / model.sde.alpha(s)
+        assert relative(ours, model.x0(inputs[-1], s)) < 1e-12, name
         assert relative(theirs[-1] - ours, gap) < 1e-9, name  # a difference of near numbers
-        assert float(gap.abs().max()) > 1e-5, "or else there is nothing to tell apart"
+        assert float(gap.abs().max()) > 1e-5, "else the test shows nothing"
 
 
 @pytest.mark.parametrize("order", [2, 3, 4])
@@ -301,14 +301,14 @@ def test_estimated_statistics_of_one_gaussian_are_its_own(name: str) -> None:
     mean = torch.linspace(-2, 2, 16, **F64)
     model = ss.GaussianMixture(sde, mean[None], std=width)
     ends = {"t_start": sde.t_of_lam(-3.0), "t_end": sde.t_of_lam(2.0)}
-    found = ss.fitting.estimate_statistics(model, model.sample(64, t=0.0, seed=0), n=7, **ends)
-    lam = torch.tensor(found.lam, **F64)
+    statistics = ss.fitting.estimate_statistics(model, model.sample(64, t=0.0, seed=0), n=7, **ends)
+    lam = torch.tensor(statistics.lam, **F64)
     power = width**2 * (2 * lam).exp()
-    assert torch.allclose(torch.tensor(found.l, **F64), 1 / (1 + power), rtol=1e-9)
+    assert torch.allclose(torch.tensor(statistics.l, **F64), 1 / (1 + power), rtol=1e-9)
     # df/dλ is by differences at both ends and between tabled l elsewhere; the ridge counts where f is small
     inner = slice(1, 4)
-    assert torch.allclose(torch.tensor(found.s, **F64)[inner], (-2 * power / (1 + power))[inner], atol=0.1)
-    assert max(map(abs, found.b)) < 0.1
+    assert torch.allclose(torch.tensor(statistics.s, **F64)[inner], (-2 * power / (1 + power))[inner], atol=0.1)
+    assert max(map(abs, statistics.b)) < 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,14 +440,14 @@ def test_a_rule_that_knows_lam_alone_has_the_same_states_over_alpha_on_every_pro
     solver = rule(text)
     names = ("VP", "Cosine") if text in KNOWS_ALPHA else tuple(FIVE)
     for end in ("lam", "zero"):
-        found = {}
+        states = {}
         for name, sde in ((name, FIVE[name]) for name in names):
             grid = at_equal_lam(sde, end)
             start = sde.alpha(float(grid[0])) * 50.0 * ss.Noise(0).normal((4, 5), 0, dtype=torch.float64)
             x = run(solver.plan(sde, grid), Pairs(sde).x0, start)
-            found[name] = x / sde.alpha(float(grid[-1]))
-        for name, y in found.items():
-            assert relative(y, found["VP"]) < 1e-12, (name, end)
+            states[name] = x / sde.alpha(float(grid[-1]))
+        for name, y in states.items():
+            assert relative(y, states["VP"]) < 1e-12, (name, end)
 
 
 def test_the_docs_show_the_orders_of_every_rule() -> None:
@@ -504,8 +504,8 @@ def test_er_sde_without_noise_has_the_weak_order_of_its_order(form: str, known: 
         solver = ss.solvers.ERSDE(3, lambda rho, scale=scale: scale * rho, form)
         assert solver.weak_order == solver.order == known
     ends = {"t_start": ss.VP().t_of_lam(-1.0), "t_end": ss.VP().t_of_lam(1.0)}
-    found = weak_order(orders.Started(solver, 2), ss.VP(), steps=(160, 320), **ends)
-    assert abs(found.slope - known) < 0.2, found
+    order = weak_order(orders.Started(solver, 2), ss.VP(), steps=(160, 320), **ends)
+    assert abs(order.slope - known) < 0.2, order
     assert ss.solvers.ERSDE(3, lambda rho: rho**1.001, form).weak_order == 2
 
 
@@ -517,17 +517,17 @@ START = ss.Noise(1).normal((2, 5), 0, dtype=torch.float64)
 
 
 class Recorder:
-    """A denoiser that remembers when it was asked, and what it said."""
+    """A denoiser that records the times and the results of its evaluations."""
 
     def __init__(self, model: ss.denoisers.AbstractDenoiser) -> None:
         self.model = model
         self.times: list[Any] = []
-        self.said: list[Tensor] = []
+        self.results: list[Tensor] = []
 
     def __call__(self, x: Tensor, t: Any) -> Tensor:
         self.times.append(t)
-        self.said.append(self.model.x0(x, t))
-        return self.said[-1]
+        self.results.append(self.model.x0(x, t))
+        return self.results[-1]
 
 
 def extrapolates_into_data(solver: Solver) -> bool:
@@ -540,16 +540,16 @@ def extrapolates_into_data(solver: Solver) -> bool:
 
 
 @EACH_RULE
-def test_the_last_leg_into_data_returns_what_the_denoiser_said(text: str) -> None:
+def test_the_last_step_into_data_returns_the_denoised_state(text: str) -> None:
     solver = rule(text)
     for sde in FIVE.values():
         plan = solver.plan(sde, ss.grids.karras(sde, 6))
-        said = Recorder(Gaussian(sde))
-        x = run(plan, said, sde.sigma(sde.T) * START)
+        recorder = Recorder(Gaussian(sde))
+        x = run(plan, recorder, sde.sigma(sde.T) * START)
         if extrapolates_into_data(solver):
             assert len(plan.rows[-1].d) > 1, sde
         else:
-            assert relative(x, said.said[-1]) < 1e-12, sde
+            assert relative(x, recorder.results[-1]) < 1e-12, sde
 
 
 WITHOUT_SIGNAL = {
@@ -607,15 +607,15 @@ def test_res_of_order_three_needs_two_different_stages(c2: float, c3: float) -> 
 
 
 @EACH_RULE
-def test_a_run_asks_the_network_when_its_plan_says_and_never_at_data(text: str) -> None:
+def test_a_run_evaluates_the_network_where_its_plan_does_and_never_at_data(text: str) -> None:
     sde = ss.VP()
     for end in ("lam", "zero"):
         plan = rule(text).plan(sde, graded(sde, 5, end))
-        asked = Recorder(Gaussian(sde))
-        run(plan, asked, START)
-        assert asked.times == [row.t for row in plan.rows if row.evaluates], end
-        assert len(asked.times) == plan.nfe, end
-        assert min(asked.times) > 0
+        recorder = Recorder(Gaussian(sde))
+        run(plan, recorder, START)
+        assert recorder.times == [row.t for row in plan.rows if row.evaluates], end
+        assert len(recorder.times) == plan.nfe, end
+        assert min(recorder.times) > 0
 
 
 @pytest.mark.parametrize(
@@ -798,10 +798,10 @@ def test_trap_the_public_corrector_with_varying_coefficients_is_of_order_one(ord
     for legs in (80, 160):
         grid = uneven(model.sde, legs, t_start=first, t_end=last)
         states = [model.flow(x, first, float(t)) for t in grid]
-        for bug, found in errors.items():
+        for bug, gaps in errors.items():
             options = {"order": order, "variant": "vary_coeff", "published_bug": bug, **FULL_END}
             y = pub.unipc(model.x0, x, grid, *BY_HAND["VP"], start=states[:order], **options)
-            found.append(float((y - states[-1]).norm(dim=1).median()))
+            gaps.append(float((y - states[-1]).norm(dim=1).median()))
     assert abs(math.log2(errors[True][0] / errors[True][1]) - 1) < 0.2, errors
     assert abs(math.log2(errors[False][0] / errors[False][1]) - order - 1) < 0.2, errors
     ours = orders.measure(rule(f"UniPC({order}, 'exact', start='self')"), model, model.flow, (80, 160), 8)
@@ -814,7 +814,7 @@ def test_trap_coefficients_of_equal_steps_leave_order_two_on_an_uneven_grid(orde
     """Karras' grid is uneven in ρ, where iPNDM extrapolates. The same nodes with the weights of their grid keep it."""
     model = Gaussian(ss.EDM())
     first, last = (model.sde.t_of_lam(lam) for lam in orders.WINDOW)
-    found = [
+    pair = [
         convergence_order(
             orders.Started(solver, 3),
             model,
@@ -827,9 +827,9 @@ def test_trap_coefficients_of_equal_steps_leave_order_two_on_an_uneven_grid(orde
         )
         for solver in (ss.solvers.IPNDM(order), ss.solvers.LMS(order))
     ]
-    assert abs(found[0].slope - 2) < 0.2 and found[0].declared == 2, found
-    assert abs(found[1].slope - order) < 0.2 and found[1].declared == order, found
-    assert found[0].errors[-1] > 5 * found[1].errors[-1]
+    assert abs(pair[0].slope - 2) < 0.2 and pair[0].declared == 2, pair
+    assert abs(pair[1].slope - order) < 0.2 and pair[1].declared == order, pair
+    assert pair[0].errors[-1] > 5 * pair[1].errors[-1]
     even = ss.grids.uniform_t(model.sde, 12, t_end=1.0)
     alike = [
         run(solver.plan(model.sde, even), model.x0, 80.0 * START)

@@ -107,7 +107,7 @@ DRAWN = ss.Noise(3)
 
 @cache
 def problem(name: str, end: str) -> tuple[ss.GaussianMixture, Tensor, Tensor]:
-    """Three Gaussians in the plane, a start, and a grid that is uneven in λ and, if so wanted, ends at σ = 0."""
+    """Three Gaussians in the plane, a start, and a grid that is uneven in λ and ends at σ = 0 if `end` is "zero"."""
     sde = UNDER[name]
     means = [[1.0, -0.5], [-1.2, 0.3], [0.2, 1.1]]
     model = ss.GaussianMixture(sde, means, std=[0.5, 0.4, 0.6], weights=[1.0, 2.0, 1.5])
@@ -285,12 +285,14 @@ def test_the_weak_order_of_rules_that_know_the_time_is_the_declared_one_on_every
 def test_a_rule_that_knows_lam_alone_has_the_same_moments_over_alpha_on_every_process(solver: Solver) -> None:
     """So it has the weak order of VP on all of them."""
     lam = torch.tensor([-2.2, -1.0, -0.6, 0.1, 1.2, 2.0], **F64)
-    found = {}
+    all_moments = {}
     for name, sde in FIVE.items():
         moments = exact_moments(solver.plan(sde, sde.t_of_lam(lam)), sde, mean=0.3, spectrum=[0.3, 2.0])
-        found[name] = torch.stack([moments.mean / sde.alpha(moments.t), moments.variance / sde.alpha(moments.t) ** 2])
-    for name, value in found.items():
-        assert relative(value, found["VP"]) < 1e-11, name
+        all_moments[name] = torch.stack(
+            [moments.mean / sde.alpha(moments.t), moments.variance / sde.alpha(moments.t) ** 2]
+        )
+    for name, value in all_moments.items():
+        assert relative(value, all_moments["VP"]) < 1e-11, name
 
 
 @pytest.mark.parametrize("prediction", [DATA, NOISE])
@@ -350,10 +352,10 @@ def test_moments_are_those_of_the_matrix_of_a_plan() -> None:
             return torch.eye(width, **F64)[1 + draw][None]
 
     row = run(plan, D, torch.eye(width, **F64)[:1], Units(0))
-    found = exact_moments(plan, sde, spectrum=c)
-    assert float(found.variance) == pytest.approx(float(row.square().sum()), rel=1e-13)
-    assert float(found.of_start) == pytest.approx(float(row[0, 0]), rel=1e-13)
-    assert torch.equal(found.path[-1][3], found.variance) and found.path[-1][:2] == (4, 0.1)
+    moments = exact_moments(plan, sde, spectrum=c)
+    assert float(moments.variance) == pytest.approx(float(row.square().sum()), rel=1e-13)
+    assert float(moments.of_start) == pytest.approx(float(row[0, 0]), rel=1e-13)
+    assert torch.equal(moments.path[-1][3], moments.variance) and moments.path[-1][:2] == (4, 0.1)
 
 
 def test_moments_of_the_prior_start_and_wrong_arguments() -> None:
@@ -486,23 +488,23 @@ def test_the_optimal_variance_is_exact_for_isotropic_gaussian_data() -> None:
         def square(t: Any, sde: ss.SDE = sde) -> Any:
             return 1 / (sde.alpha(t) ** 2 * c + sde.sigma(t) ** 2)
 
-        found = exact_moments(ss.DDPM("optimal", square).plan(sde, grid), sde, mean=0.5, spectrum=c)
-        t = found.t
-        assert float(found.variance) == pytest.approx(sde.alpha(t) ** 2 * c + sde.sigma(t) ** 2, rel=1e-12)
-        assert float(found.mean) == pytest.approx(0.5 * sde.alpha(t), rel=1e-12)
+        moments = exact_moments(ss.DDPM("optimal", square).plan(sde, grid), sde, mean=0.5, spectrum=c)
+        t = moments.t
+        assert float(moments.variance) == pytest.approx(sde.alpha(t) ** 2 * c + sde.sigma(t) ** 2, rel=1e-12)
+        assert float(moments.mean) == pytest.approx(0.5 * sde.alpha(t), rel=1e-12)
         small = exact_moments(ss.DDPM().plan(sde, grid), sde, spectrum=c)
-        assert abs(float(small.variance / found.variance) - 1) > 0.01, "or else there is nothing to tell apart"
+        assert abs(float(small.variance / moments.variance) - 1) > 0.01, "else the test shows nothing"
 
 
-def test_the_mean_squared_score_is_what_the_optimal_variance_asks_for() -> None:
+def test_the_mean_squared_score_is_the_input_of_the_optimal_variance() -> None:
     sde, c = ss.VP(), 0.36
     model = ss.GaussianMixture(sde, torch.zeros(1, 8), std=c**0.5)
     data = c**0.5 * ss.Noise(0).normal((4000, 8), 0)
     grid = ss.grids.karras(sde, 5)
-    found = ss.sampling.mean_squared_score(model, data, grid, seed=1)
+    estimate = ss.sampling.mean_squared_score(model, data, grid, seed=1)
     exact = 1 / (sde.alpha(grid[:-1]) ** 2 * c + sde.sigma(grid[:-1]) ** 2)
-    torch.testing.assert_close(found, exact, rtol=0.03, atol=0.0)
-    by_leg = ss.DDPM("optimal", found).plan(sde, grid)
+    torch.testing.assert_close(estimate, exact, rtol=0.03, atol=0.0)
+    by_leg = ss.DDPM("optimal", estimate).plan(sde, grid)
     assert by_leg.draws == 4, "none at σ = 0"
 
 
@@ -594,16 +596,16 @@ def test_every_number_of_steps_ends_finite_and_without_noise(solver: Solver) -> 
     for sde, steps in zip((*FIVE.values(), ss.VP()), (1, 2, 3, 50, 5, 1), strict=True):
         plan = solver.plan(sde, ss.grids.karras(sde, steps))
         assert not plan.rows[-1].z, "no noise at σ = 0"
-        said: list[Tensor] = []
+        results: list[Tensor] = []
 
-        def record(x: Tensor, t: float, sde: ss.SDE = sde, said: list[Tensor] = said) -> Tensor:
-            said.append(One(sde).x0(x, t))
-            return said[-1]
+        def record(x: Tensor, t: float, sde: ss.SDE = sde, results: list[Tensor] = results) -> Tensor:
+            results.append(One(sde).x0(x, t))
+            return results[-1]
 
         x = run(plan, record, sde.sigma(sde.T) * ss.Noise(0).normal((2, 2), 0, dtype=torch.float64), ss.Noise(1))
         assert bool(x.isfinite().all())
-        assert len(said) == plan.nfe
-        torch.testing.assert_close(x, said[-1], rtol=1e-12, atol=1e-300)
+        assert len(results) == plan.nfe
+        torch.testing.assert_close(x, results[-1], rtol=1e-12, atol=1e-300)
 
 
 def test_trap_the_steps_of_euler_maruyama_are_those_of_its_grid() -> None:
@@ -667,7 +669,7 @@ def test_ancestral_rules_are_the_rules_on_a_zigzag_grid() -> None:
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5, 9])
-def test_a_budget_is_kept(nfe: int) -> None:
+def test_a_budget_is_not_exceeded(nfe: int) -> None:
     model = One(ss.VP())
     fast = ss.DPMSolverPP(kind="fast")
     for solver in (
@@ -703,7 +705,7 @@ def test_the_nodes_of_a_plan_are_those_of_its_grid() -> None:
     assert [row.node for row in raised.rows if row.node is not None] == list(range(7))
 
 
-def test_restart_goes_back_as_often_as_asked() -> None:
+def test_restart_repeats_its_steps_as_often_as_given() -> None:
     sde = ss.EDM()
     grid = ss.grids.karras(sde, 8)
     plan = ss.solvers.Restart(ss.EDMHeun(), 0.5, 5.0, repeats=2).plan(sde, grid)

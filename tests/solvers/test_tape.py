@@ -364,12 +364,12 @@ def test_a_grid_may_come_back_to_its_own_times() -> None:
 
 def test_history_is_dropped_across_fresh_noise_unless_it_is_of_data() -> None:
     grid = [1.0, 0.8, 0.6, 0.4, 0.5, 0.3, 0.2, 0.0]
-    for prediction, kept in ((DATA, 2), (NOISE, 1), (VELOCITY, 1)):
+    for prediction, n_nodes in ((DATA, 2), (NOISE, 1), (VELOCITY, 1)):
         plan = Multistep(2, prediction).plan(VP, grid)
         after = next(r for r, row in enumerate(plan.rows) if row.t == 0.5)
         reader = next(row for row in plan.rows if row.t == 0.3)
         assert dict(reader.d).keys() >= {after}
-        assert len(reader.d) == kept, prediction
+        assert len(reader.d) == n_nodes, prediction
         assert len(next(row for row in plan.rows if row.t == 0.2).d) == 2, "and builds up again"
 
 

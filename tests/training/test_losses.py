@@ -585,3 +585,12 @@ def test_errors_name_the_argument_and_the_fix() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             bad()
+
+
+def test_conditions_in_the_wrong_place_are_refused() -> None:
+    model = ss.Denoiser(lambda x, t, label: x * label[:, None], ss.VP(), predicts="eps")
+    label = torch.ones(4)
+    with pytest.raises(TypeError, match=r"`model` has fixed conditions.*loss\(x, label=label\)"):
+        ss.DSM(model.given(label=label))
+    with pytest.raises(TypeError, match=r"`noise` must be a seed.*loss\(x, label=label\)"):
+        ss.DSM(model)(torch.zeros(4, 2), label)

@@ -1,17 +1,17 @@
-"""Is every solver of the order it declares? The whole catalogue, measured, as a table.
+"""Measure the order of convergence of every solver of the catalogue, and compare it with the declared order.
 
     python experiments/orders.py            # writes docs/orders.md; about a quarter of an hour
-    python experiments/orders.py --quick    # a tenth of the rules, writes experiments/out/orders.md; for CI
+    python experiments/orders.py --quick    # a tenth of the solvers, writes experiments/out/orders.md; for CI
 
-Data is a mixture of three Gaussians in three dimensions, so the denoiser is exact and not linear. Each rule runs from
-λ = −2.5 to λ = 2 on steps in λ whose sizes vary smoothly by a factor of three, in float64; the truth is the classical
-fourth-order method on a grid of 2000 legs. The order is the slope of the median error over 16 start points between two
-numbers of legs. A slope that is more than 0.2 off what the rule declares ends the script with an error.
+The data is a mixture of three Gaussians in three dimensions, so the denoiser is exact and not linear. Each solver runs
+from λ = −2.5 to λ = 2 on steps in λ whose sizes vary smoothly by a factor of three, in float64; the reference is the
+classical fourth-order method with 2000 steps. The order is the slope of the median error over 16 initial states
+between two numbers of steps. If a slope differs from the declared order by more than 0.2, the script ends with an error.
 
-Two things keep a rule from being measured with something else. A first leg of order one costs any multistep rule
-of order above two its order, so those start themselves where they can (``start="self"``), and otherwise take their
-first legs by Krogstad's method, of order four. And the window has no point where noise or data is all there is: there
-every rule is nearly exact and the slope says nothing.
+A first step of order one would reduce the order of every multistep solver above order two. These solvers therefore
+start with single steps of their order where they can (``start="self"``), and otherwise with steps of Krogstad's method
+of order four. The window excludes times of almost pure noise or data, where every solver is nearly exact and the slope has
+no meaning.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ WINDOW = (-2.5, 2.0)  # in λ
 
 @dataclass
 class Options:
-    """What can be set from the command line."""
+    """Options of the command line."""
 
-    legs: str = "160,320"
+    steps: str = "160,320"
     points: int = 16
     every: int = 1
     processes: str = ",".join(PROCESSES)
@@ -49,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True, repr=False)
 class Started(Solver):
-    """A multistep rule whose first legs are Krogstad's of order 4, so that its own order shows from a cold start."""
+    """A multistep solver with first steps by Krogstad's method of order 4, so that its own order can be measured."""
 
     solver: Solver
     first: int
@@ -59,14 +59,14 @@ class Started(Solver):
         return self.solver.order
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        if leg.node > self.first:
+        if leg.node is None or leg.node > self.first:
             return self.solver.leg(tape, leg)
         new, _ = ss.solvers.ETDRK4().leg(tape, leg)
         return new, [new, *leg.history]
 
 
 def catalogue() -> list[str]:
-    """Every rule × order × prediction, as one writes it."""
+    """Every solver × order × prediction, as a user writes it."""
     out = ["DDIM()"]
     for clock in ("t", "lam"):
         out += [f"{name}(clock={clock!r})" for name in ("Euler", "Heun", "Midpoint", "RungeKutta4")]
@@ -83,8 +83,8 @@ def catalogue() -> list[str]:
         out += [f"{name}(3, kind='multi', form='published')"]
         out += [f"{name}({p}, kind='multi', form='exact')" for p in (4, 5)]
     for prediction in ("DATA", "NOISE"):
-        for variant in ("bh2", "bh1", "exact"):
-            out += [f"UniPC({p}, {variant!r}, {prediction}, start='self')" for p in (1, 2)]
+        for form in ("bh2", "bh1", "exact"):
+            out += [f"UniPC({p}, {form!r}, {prediction}, start='self')" for p in (1, 2)]
         out.append(f"UniPC(3, 'exact', {prediction}, start='self')")
         out.append(f"UniPC(4, 'exact', {prediction})")
         out += [f"UniPC({p}, 'exact', {prediction}, corrector=False, start='self')" for p in (2, 3)]
@@ -110,12 +110,12 @@ NAMES = vars(ss.solvers)
 
 
 def rule(text: str) -> Solver:
-    """The rule that `text` writes."""
+    """Evaluate the text of a solver."""
     return eval(text, dict(NAMES))
 
 
 def at_full_order(solver: Solver) -> Solver:
-    """The rule, with its first legs by Krogstad's method if it raises its order leg by leg to more than two."""
+    """Return the solver, with first steps by Krogstad's method if it raises its order step by step above two."""
     ramps = isinstance(solver, ss.solvers.Multistep) and solver.start == "ramp" and solver.nodes > 2
     return Started(solver, solver.nodes - 1) if ramps else solver
 
@@ -126,7 +126,7 @@ def mixture(sde: ss.SDE) -> ss.GaussianMixture:
 
 
 def once(reference: Callable[[Tensor, float, float], Tensor]) -> Callable[[Tensor, float, float], Tensor]:
-    """A flow that is solved once: all measurements on a model have one start and one window."""
+    """Cache a reference: all measurements on a model have the same initial states and window."""
     known: list[Tensor] = []
 
     def flow(x: Tensor, s: float, t: float) -> Tensor:
@@ -137,35 +137,35 @@ def once(reference: Callable[[Tensor, float, float], Tensor]) -> Callable[[Tenso
     return flow
 
 
-def measure(solver: Solver, model: AbstractDenoiser, reference, legs: tuple[int, ...], points: int = 16) -> Order:
-    """The order of a rule at full order in the window."""
+def measure(solver: Solver, model: AbstractDenoiser, reference, steps: tuple[int, ...], points: int = 16) -> Order:
+    """Measure the order of a solver, started at full order, in the window."""
     first, last = (model.sde.t_of_lam(lam) for lam in WINDOW)
     return convergence_order(
-        at_full_order(solver), model, steps=legs, t_start=first, t_end=last, reference=reference, n=points
+        at_full_order(solver), model, steps=steps, t_start=first, t_end=last, reference=reference, n=points
     )
 
 
 def main(options: Options) -> Path:
-    torch.set_num_threads(1)  # states are tiny: a second thread costs more than it brings
-    legs = tuple(int(n) for n in options.legs.split(","))
+    torch.set_num_threads(1)  # states are tiny: a second thread costs more than it saves
+    steps = tuple(int(n) for n in options.steps.split(","))
     models = {name: mixture(PROCESSES[name]) for name in options.processes.split(",")}
     flows = {name: once(exact_flow(model)) for name, model in models.items()}
     rows, wrong = [], []
-    for text in tqdm(catalogue()[:: options.every], desc="rules", disable=None):
+    for text in tqdm(catalogue()[:: options.every], desc="solvers", disable=None):
         solver = rule(text)
-        found = {name: measure(solver, model, flows[name], legs, options.points) for name, model in models.items()}
-        slopes = [order.slope for order in found.values()]
+        measured = {name: measure(solver, model, flows[name], steps, options.points) for name, model in models.items()}
+        slopes = [order.slope for order in measured.values()]
         if any(abs(slope - solver.order) > 0.2 for slope in slopes):
             wrong.append(f"{text}: declared {solver.order}, measured {[round(slope, 2) for slope in slopes]}")
         started = "†" if at_full_order(solver) is not solver else ""
-        error = next(iter(found.values())).errors[0]
+        error = next(iter(measured.values())).errors[0]
         cells = [f"`{text}`{started}", str(solver.order), *(f"{s:.2f}" for s in slopes)]
         rows.append([*cells, str(solver.stages), f"{error:.0e}"])
-    head = ["solver", "declared", *models, "evaluations per step", f"error at {legs[0]} steps"]
+    head = ["solver", "declared", *models, "evaluations per step", f"error at {steps[0]} steps"]
     table = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
     page = options.out / "orders.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(PAGE.format(legs=" and ".join(map(str, legs)), points=options.points, table="\n".join(table)))
+    page.write_text(PAGE.format(steps=" and ".join(map(str, steps)), points=options.points, table="\n".join(table)))
     print("\n".join(table), f"\npage: {page}", sep="\n")
     if wrong:
         sys.exit("not of their declared order:\n" + "\n".join(wrong))
@@ -178,7 +178,7 @@ This page lists every solver with its declared order and its measured order. `py
 them and writes this page.
 
 The data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of
-the median error over {points} initial states between {legs} steps, in float64, from $\\lambda = -2.5$ to $\\lambda =
+the median error over {points} initial states between {steps} steps, in float64, from $\\lambda = -2.5$ to $\\lambda =
 2$, with steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of the declared
 order. Solvers that use λ alone have the same slope on all processes, because their states differ by the factor α
 only.
@@ -205,7 +205,7 @@ def parse() -> Options:
     defaults = Options()
     for name, value in vars(defaults).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the rules on two processes, for CI")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the solvers on two processes, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
         given.update(every=10, processes="VP,EDM", points=4, out=ROOT / "experiments" / "out")

@@ -249,6 +249,11 @@ class AbstractDenoiser(nn.Module):
         """
         return _Counted(self, counter)
 
+    @property
+    def is_leaf(self) -> bool:
+        """Whether no other denoiser is inside: the denoiser then ends its own chain."""
+        return not any(_holds_denoiser(module) for module in self._modules.values())
+
     def _twin(
         self, change: Callable[[AbstractDenoiser], AbstractDenoiser], own: Mapping[str, object]
     ) -> AbstractDenoiser:
@@ -345,6 +350,13 @@ def _changed(module: nn.Module | None, change: Callable[[AbstractDenoiser], Abst
             module = copy.copy(module)
             vars(module)["_modules"] = parts
     return module
+
+
+def _holds_denoiser(module: nn.Module | None) -> bool:
+    """Whether a child is a denoiser, or a list or dictionary of modules that holds one."""
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return any(_holds_denoiser(part) for part in module._modules.values())
+    return isinstance(module, AbstractDenoiser)
 
 
 def select(value: Any, index: Tensor) -> Any:
@@ -464,30 +476,28 @@ class _Counted(Wrapped):
         except AttributeError:
             return getattr(self.model, name)
 
+    def _count(self, x: Tensor) -> AbstractDenoiser:
+        """Count an evaluation; the denoiser that makes it, without the search of nn.Module for attributes."""
+        self.counter.add(x.shape[0])
+        return self._modules["model"]  # type: ignore[return-value]
+
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.x0(x, t, **cond)
+        return self._count(x).x0(x, t, **cond)
 
     def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
-        self.counter.add(len(x))
-        return self.model.x0_and_variance(x, t, **cond)
+        return self._count(x).x0_and_variance(x, t, **cond)
 
     def eps(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.eps(x, t, **cond)
+        return self._count(x).eps(x, t, **cond)
 
     def score(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.score(x, t, **cond)
+        return self._count(x).score(x, t, **cond)
 
     def v(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.v(x, t, **cond)
+        return self._count(x).v(x, t, **cond)
 
     def velocity(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.velocity(x, t, **cond)
+        return self._count(x).velocity(x, t, **cond)
 
     def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
-        self.counter.add(len(x))
-        return self.model.predict(want, x, t, **cond)
+        return self._count(x).predict(want, x, t, **cond)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,12 @@ class Plan:
         object.__setattr__(self, "last_use", last_uses(self.rows))
         object.__setattr__(self, "program", compile_rows(self.rows, *self.last_use))
 
-    @property
+    @cached_property
     def nfe(self) -> int:
         """Number of network evaluations."""
         return sum(row.evaluates for row in self.rows)
 
-    @property
+    @cached_property
     def draws(self) -> int:
         """Number of standard normals drawn for each element of the state."""
         return 1 + max((k for row in self.rows for k, _ in row.z), default=-1)

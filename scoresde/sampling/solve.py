@@ -137,9 +137,20 @@ def solve(
     method = solver if isinstance(solver, Method) else Tabulated(solver)
     watch = as_watch(watch)
     _check_support(method, watch, check.choice("grad", grad, GRADS))
+    plan = times = None
+    if method.grid == "plan":
+        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)
+    elif method.grid == "times":
+        times = _times_for(model, method, steps, nfe, grid, t_start, t_end)
+    else:
+        given = {"steps": steps, "nfe": nfe, "grid": grid}
+        for name in (name for name, value in given.items() if value is not None):
+            raise TypeError(
+                f"`{name}` has no meaning with {type(method).__name__}, which chooses its own steps; drop it."
+            )
     counter = Counter()
     problem = Problem(
-        model.counted(counter),
+        model if isinstance(method, Tabulated) else model.counted(counter),  # Tabulated counts by itself
         shape_or_x,
         t_start,
         t_end,
@@ -147,19 +158,10 @@ def solve(
         start=as_start(start),
         watch=watch,
         grad=grad,
+        plan=plan,
+        times=times,
         counter=counter,
     )
-    if method.grid == "plan":
-        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)
-        problem = replace(problem, plan=plan)
-    elif method.grid == "times":
-        problem = replace(problem, times=_times_for(model, method, steps, nfe, grid, t_start, t_end))
-    else:
-        given = {"steps": steps, "nfe": nfe, "grid": grid}
-        for name in (name for name, value in given.items() if value is not None):
-            raise TypeError(
-                f"`{name}` has no meaning with {type(method).__name__}, which chooses its own steps; drop it."
-            )
     with torch.set_grad_enabled(grad != "off"):
         return method.run(problem)
 
@@ -179,23 +181,26 @@ class Tabulated(Method):
     solver: Solver | Plan | None = None
 
     def run(self, problem: Problem) -> Solution:
-        plan, watch = problem.plan, problem.watch
+        plan, watch, counter = problem.plan, problem.watch, problem.counter
         assert plan is not None
         noise = problem.steps if plan.stochastic else None
         first = plan.rows[0].t
+        # A network alone is evaluated once a row: the rows are counted, and the loop pays for no counter.
+        direct = watch.hook is None and not watch.transitions and problem.grad == "off" and problem.model.is_leaf
+        model = problem.model if direct else problem.model.counted(counter)
         if watch.transitions:
             if watch != Watch(transitions=True) or problem.grad == "checkpoint":
                 raise ValueError(
                     "`transitions` already keeps every state of the run; drop the other fields of `watch`, and "
                     "`grad`='checkpoint'."
                 )
-            rows = tuple(transitions(plan, problem.model, problem.draw(first), noise))
+            rows = tuple(transitions(plan, model, problem.draw(first), noise))
             return problem.solution(rows[-1].x, plan.times, plan=plan, transitions=rows)
         save = _save_times(plan, watch.save_at)
         trajectory: dict[float, Tensor] = {}
         hook = watch.hook
         if hook is not None and hasattr(hook, "bind"):
-            hook = hook.bind(problem.model)
+            hook = hook.bind(model)
 
         def observe(step: Step) -> None:
             if save is not None and (not save or float(step.t) in save):
@@ -205,10 +210,12 @@ class Tabulated(Method):
             bar.to(step.nfe)
 
         observed = save is not None or watch.callback is not None or bool(watch.progress)
-        denoise = problem.denoise if problem.grad == "checkpoint" else problem.model.x0
+        denoise = replace(problem, model=model).denoise if problem.grad == "checkpoint" else model.x0
         with Bar(watch.progress, plan.nfe, plan.name, "eval") as bar:
             # The start is drawn in the call, so that only the run holds it.
             x = run(plan, denoise, problem.draw(first), noise, hook=hook, callback=observe if observed else None)
+        if direct:
+            counter.calls, counter.states = plan.nfe, plan.nfe * len(x)
         return problem.solution(x, plan.times, plan=plan, trajectory=trajectory)
 
 

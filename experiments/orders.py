@@ -6,12 +6,13 @@
 The data is a mixture of three Gaussians in three dimensions, so the denoiser is exact and not linear. Each solver runs
 from λ = −2.5 to λ = 2 on steps in λ whose sizes vary smoothly by a factor of three, in float64; the reference is the
 classical fourth-order method with 2000 steps. The order is the slope of the median error over 16 initial states
-between two numbers of steps. If a slope differs from the declared order by more than 0.2, the script ends with an error.
+between two numbers of steps. If a slope differs from the declared order by more than 0.2, the script ends with an
+error.
 
 A first step of order one would reduce the order of every multistep solver above order two. These solvers therefore
 start with single steps of their order where they can (``start="self"``), and otherwise with steps of Krogstad's method
-of order four. The window excludes times of almost pure noise or data, where every solver is nearly exact and the slope has
-no meaning.
+of order four. The window excludes times of almost pure noise or data, where every solver is nearly exact and the slope
+has no meaning.
 """
 
 from __future__ import annotations
@@ -178,10 +179,10 @@ This page lists every solver with its declared order and its measured order. `py
 them and writes this page.
 
 The data is a mixture of three Gaussians, whose denoiser is exact and not linear. The measured order is the slope of
-the median error over {points} initial states between {steps} steps, in float64, from $\\lambda = -2.5$ to $\\lambda =
-2$, with steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of the declared
-order. Solvers that use λ alone have the same slope on all processes, because their states differ by the factor α
-only.
+the median error over {points} initial states between {steps} steps, in float64, from $\\lambda = -2.5$ to
+$\\lambda = 2$, with steps in $\\lambda$ whose sizes vary smoothly by a factor of three. All slopes lie within 0.2 of
+the declared order. Solvers that use λ alone have the same slope on all processes, because their states differ by the
+factor α only.
 
 A first step of order one does not lower the order of solvers of order one and two. A multistep solver of higher order
 has its order only if the first steps have it too: single steps of the same order (`start='self'`) or, where marked †,

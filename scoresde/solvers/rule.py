@@ -27,8 +27,8 @@ class Solver:
     """Base class of the solvers.
 
     A subclass defines :meth:`leg`, which adds the rows of one step to a :class:`Tape`, and `order`. It may also define
-    `weak_order`, `stages`, `memoryless`, `for_nfe` and `after_noise`. Each of the first four is a class attribute, a
-    field or a property. :meth:`plan` handles the grid, steps that go up in time, and the last step.
+    `weak_order`, `stages`, `memoryless`, :meth:`for_nfe` and :meth:`after_noise`. The first three and `order` are class
+    attributes, fields or properties. :meth:`plan` handles the grid, steps that go up in time, and the last step.
 
     Arguments:
         made_by: Call of the function that made the solver, for its name; None by default.

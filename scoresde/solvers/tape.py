@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class Leg:
     node: int | None
 
 
-@dataclass(frozen=True)
-class _Move:
+class _Move(NamedTuple):
     """A solver step, before its weights are computed."""
 
     row: int
@@ -369,7 +369,7 @@ class Tape:
         for move in self._moves:
             nodes = tuple(k for k in move.nodes if usable[move.variable][k]) or move.nodes[:1]
             if nodes != move.nodes:
-                move = replace(move, nodes=nodes, moments=None)
+                move = move._replace(nodes=nodes, moments=None)
             ends = (finite[move.source], finite[move.row])
             size = (len(move.nodes), len(move.draws), len(move.ends))
             key = (move.prediction, move.variable, noisy(move.eta), move.moments, size, ends)

@@ -32,7 +32,7 @@ def test_a_name_left_the_top_for_its_folder(old: str, folder: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_where_the_page_says(module: str) -> None:
-    importlib.import_module(f"scoresde.{module}")
+    assert importlib.import_module(f"scoresde.{module}").__doc__
 
 
 def test_everything_new_that_the_page_names_exists() -> None:

@@ -282,6 +282,7 @@ def trainable(model: AbstractDenoiser) -> tuple[Tensor, ...]:
 
 
 def undefined_prediction(t: float | Tensor, alpha: Coefficient, sigma: Coefficient) -> ValueError:
+    """The error for a time at which a prediction is not defined, since a conversion divides by zero there."""
     return ValueError(
         f"this prediction is not defined at t = {t}, where alpha = {alpha} and sigma = {sigma}: the conversion divides "
         f"by zero or a coefficient is infinite; evaluate at t in [t_min, T), or evaluate `x0`."
@@ -289,6 +290,7 @@ def undefined_prediction(t: float | Tensor, alpha: Coefficient, sigma: Coefficie
 
 
 def check_sde(sde: object) -> SDE:
+    """Return `sde`; raise an error unless it is a process."""
     if not isinstance(sde, SDE):
         raise TypeError(f"`sde` must be an SDE such as VP(), got {type(sde).__name__}.")
     return sde

@@ -118,13 +118,13 @@ class Problem:
     """What a method has to solve; made by :func:`solve`.
 
     Arguments:
-        model: Denoiser, whose evaluations are counted.
+        model: Denoiser; `counter` counts its evaluations, except for plans, which count their rows.
         shape_or_x: Shape of the samples, or their initial states.
         t_start: First time, None for the method's default.
         t_end: Last time; where σ = 0 there, the result is the denoised state.
         noise: Noise of the run.
         start: Distribution of the initial state.
-        watch: What to observe.
+        watch: Observation of the run.
         grad: Gradient mode.
         plan: Table to run, for methods that run a plan.
         times: Grid, for methods that step on a given grid.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import metrics
-from scoresde.metrics import c2st, compare, energy_distance, mmd_rbf, moments, sliced_w2, w2_1d
+from scoresde.metrics import c2st, compare, energy_distance, frechet, mmd_rbf, moments, sliced_w2, w2_1d
 from scoresde.noise.keyed import Noise
 
 
@@ -35,6 +35,7 @@ SYMMETRIC = {  # functions of two sets: order of rows and of sets is nothing to 
     "mmd": mmd_rbf,
     "mmd, two bandwidths": functools.partial(mmd_rbf, bandwidth=[0.5, 2.0]),
     "max_z": max_z,
+    "frechet": frechet,
 }
 ALL = {**SYMMETRIC, "c2st": fast_c2st}
 
@@ -484,3 +485,24 @@ def test_ties_count() -> None:
     pairs = torch.tensor([0.0, 0.1]), torch.tensor([10.1, 10.3])
     p = compare(energy_distance, *pairs, n_permutations=400).p_value
     assert abs(p - 1 / 3) < 4 * math.sqrt(2 / 9 / 400)
+
+
+# Fréchet distance.
+
+
+def test_frechet_is_the_transport_between_gaussians() -> None:
+    # A linear map A = A' > 0 is the optimal transport of a Gaussian, so its cost E|x − A x − b|² is W2², exactly.
+    x = draw(0, 500, 4)
+    root = draw(1, 4, 4)
+    A, b = root @ root.T + torch.eye(4, dtype=torch.float64), draw(2, 4)
+    y = x @ A + b
+    centred = (x - x.mean(0)) - (y - y.mean(0))
+    cost = float(centred.square().sum() / (len(x) - 1) + (x.mean(0) - y.mean(0)).square().sum())
+    assert frechet(x, y) == pytest.approx(cost, rel=1e-9)
+
+
+def test_frechet_bears_more_features_than_samples() -> None:
+    x, y = draw(3, 5, 12), draw(4, 6, 12)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    turn = torch.linalg.qr(draw(5, 12, 12)).Q
+    assert frechet(x @ turn, y @ turn) == pytest.approx(frechet(x, y), rel=1e-9)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -354,7 +354,35 @@ class SDE:
             )
         return Prior(alpha * mean, math.hypot(alpha * std, sigma), snr)
 
-    # Processes from functions.
+    # Processes as dictionaries, and from functions.
+
+    def to_dict(self) -> dict[str, object]:
+        """Class name and arguments, as plain numbers for JSON; :meth:`from_dict` restores an equal process.
+
+        A process that is defined by code cannot be written: one of :meth:`from_functions`, :meth:`from_drift`, or of a
+        class of one's own.
+
+        Example:
+            >>> import scoresde as ss
+            >>> ss.VP(beta_max=10.0).to_dict()
+            {'process': 'VP', 'T': 1.0, 't_min': 0.001, 'beta_min': 0.1, 'beta_max': 10.0}
+            >>> SDE.from_dict(ss.VP().to_dict()) == ss.VP()
+            True
+        """
+        from scoresde.processes.dictionary import to_dict
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(table: Mapping[str, object]) -> SDE:
+        """Make a process from a dictionary.
+
+        Arguments:
+            table: Output of :meth:`to_dict`.
+        """
+        from scoresde.processes.dictionary import from_dict
+
+        return from_dict(table)
 
     @staticmethod
     def from_functions(

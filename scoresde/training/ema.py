@@ -7,7 +7,7 @@ tensors are never replaced, so that optimisers, DDP and compiled graphs stay val
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +55,7 @@ class EMA:
         self.warmup = bool(warmup)
         self.updates = 0
         self.weights = _copy(module)
-        self._swapped = False
+        self._swaps = 0
 
     def __repr__(self) -> str:
         return f"EMA({_counted(self.module)}, decay={self.decay:g}, warmup={self.warmup}, updates={self.updates})"
@@ -66,19 +66,19 @@ class EMA:
 
     def update(self) -> None:
         """Update the average with the current weights of the module."""
-        _refuse_swapped(self._swapped)
+        _refuse_swapped(self._swaps)
         _move(self.weights, self.module, 1 - self.rate())
         self.updates += 1
 
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
         """Context in which the module has the averaged weights; its own return at the end, also after an error."""
-        self._swapped = True
+        self._swaps += 1
         try:
             with swapped(self.module, self.weights) as module:
                 yield module
         finally:
-            self._swapped = False
+            self._swaps -= 1
 
     def state_dict(self) -> State:
         """Averaged weights, number of updates, and settings."""
@@ -122,19 +122,31 @@ class PowerEMA:
         self.gammas = tuple(gamma_of_std(std) for std in self.stds)
         self.updates = 0
         self.weights = [_copy(module) for _ in self.stds]
+        self._swaps = 0
 
     def __repr__(self) -> str:
         return f"PowerEMA({_counted(self.module)}, stds={self.stds}, updates={self.updates})"
 
     def update(self) -> None:
         """Update the average with the current weights of the module."""
+        _refuse_swapped(self._swaps)
         self.updates += 1
         for gamma, weights in zip(self.gammas, self.weights, strict=True):
             _move(weights, self.module, 1 - (1 - 1 / self.updates) ** (gamma + 1))
 
-    def swapped(self, which: int = 0) -> AbstractContextManager[nn.Module]:
-        """Context in which the module has the average of length ``stds[which]``, as :meth:`EMA.swapped`."""
-        return swapped(self.module, self.weights[which])
+    @contextmanager
+    def swapped(self, which: int = 0) -> Iterator[nn.Module]:
+        """Context in which the module has the average of length ``stds[which]``, as :meth:`EMA.swapped`.
+
+        Arguments:
+            which: Index of the length in `stds`.
+        """
+        self._swaps += 1
+        try:
+            with swapped(self.module, self.weights[which]) as module:
+                yield module
+        finally:
+            self._swaps -= 1
 
     def snapshot(self) -> list[Snapshot]:
         """Copies of the current averages on the CPU, one for each length."""
@@ -203,7 +215,7 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None)
     Arguments:
         snapshots: Snapshots of one run, from :meth:`PowerEMA.snapshot`; more of them give a smaller error.
         std: Relative length σ_rel of the result.
-        t: Update at which the profile of the result ends; by default that of the last snapshot.
+        t: Update at which the profile of the result ends: the time of a snapshot, by default of the last one.
 
     Returns:
         Weights by name, for :func:`swapped` or ``module.load_state_dict``.
@@ -219,6 +231,12 @@ def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None)
     used = [snapshot for snapshot in snapshots if snapshot.t <= t]
     if not used:
         raise ValueError(f"`t`={t} lies before the first snapshot, at {min(s.t for s in snapshots)}.")
+    if (before := max(s.t for s in used)) < t:
+        after = min(s.t for s in snapshots if s.t > t)
+        raise ValueError(
+            f"`t` must be the time of a snapshot, got {t} between {before} and {after}: no combination of snapshots "
+            f"has a profile that ends there; use t={before} or t={after}, or save a snapshot at {t}."
+        )
     at = torch.tensor([s.t for s in used] + [t], dtype=torch.float64)
     gamma = torch.tensor([s.gamma for s in used] + [gamma_of_std(std)], dtype=torch.float64)
     products = _inner_products(at[:, None], gamma[:, None], at[None], gamma[None])
@@ -266,16 +284,35 @@ def swapped(module: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[nn.Mod
 
 
 def _tensors(module: nn.Module, names: Collection[str] | None = None) -> Weights:
-    """Parameters and saved buffers by name, as in the module's state_dict; a shared tensor appears once."""
+    """Parameters and saved buffers by name, without wrappers of DDP and torch.compile; a shared tensor appears once."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    compiled = [f"{name}." for name, part in module.named_modules() if name and _is_compiled(part)]
+
+    def plain(name: str) -> str:
+        for prefix in reversed(compiled):  # inner wrappers first, so that the outer prefixes still match
+            if name.startswith(f"{prefix}_orig_mod."):
+                name = prefix + name[len(prefix) + len("_orig_mod.") :]
+        return name
+
     if names is None:
-        names = {_plain(name) for name in module.state_dict(keep_vars=True)}
-    both = ((_plain(name), w) for name, w in (*module.named_parameters(), *module.named_buffers()))
+        names = {plain(name) for name in module.state_dict(keep_vars=True)}
+    both = ((plain(name), w) for name, w in (*module.named_parameters(), *module.named_buffers()))
     return {name: w for name, w in both if name in names}
 
 
-def _plain(name: str) -> str:
-    """Remove the prefixes of torch.compile and DDP from a name."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+def _wrapped(module: nn.Module) -> nn.Module | None:
+    """The module in a wrapper of DDP or torch.compile, or None; a network may have a child called `module`."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: nn.Module = module.module
+        return inner
+    return module.get_submodule("_orig_mod") if _is_compiled(module) else None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of torch.compile, which has one child and no tensors."""
+    alone = [name for name, _ in module.named_children()] == ["_orig_mod"]
+    return alone and not any(True for _ in module.parameters(False)) and not any(True for _ in module.buffers(False))
 
 
 def _copy(module: nn.Module) -> Weights:
@@ -303,8 +340,8 @@ def _counted(module: nn.Module) -> str:
     return f"{type(module).__name__} with {sum(p.numel() for p in module.parameters()):,} weights"
 
 
-def _refuse_swapped(inside: bool) -> None:
-    if inside:
+def _refuse_swapped(swaps: int) -> None:
+    if swaps:
         raise RuntimeError("`update` inside `swapped` would average the average; call `update` after the block.")
 
 

@@ -55,6 +55,60 @@ def test_buffers_are_copied_and_integers_stay_integers() -> None:
     assert set(ema.weights) == set(module.state_dict())
 
 
+class Inner(nn.Module):
+    """A network with children that have the names of wrappers, beside tensors of the same names."""
+
+    def __init__(self, child: str) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+        self.add_module(child, nn.Linear(2, 2))
+        self.net = nn.ModuleDict({child: nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize("child", ["module", "_orig_mod"])
+@pytest.mark.parametrize("make", [EMA, PowerEMA])
+def test_no_weight_is_lost_under_the_name_of_a_wrapper(child: str, make: type) -> None:
+    module = Inner(child)
+    average = make(module)
+    fill(module, 3.0)
+    for _ in range(200):
+        average.update()
+    weights = average.weights if make is EMA else average.weights[0]
+    assert sorted(w.numel() for w in weights.values()) == sorted(p.numel() for p in module.parameters())
+    with average.swapped():
+        assert all(bool((p > 2.5).all()) for p in module.parameters())
+    fill(module, 7.0)
+    with average.swapped():
+        assert not any(bool((p == 7).any()) for p in module.parameters()), "every weight has its average"
+
+
+def test_wrappers_of_torch_do_not_change_the_names() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    names = set(plain.state_dict())
+    assert set(EMA(nn.DataParallel(plain)).weights) == names
+    inner, outer = nn.Module(), nn.Module()
+    inner._orig_mod = plain[1]
+    plain[1] = inner
+    outer._orig_mod = plain
+    assert set(EMA(nn.DataParallel(outer)).weights) == names
+    assert set(EMA(Inner("module").net).weights) == {"module.weight", "module.bias"}, "names as in its state_dict"
+
+
+@pytest.mark.parametrize("make", [EMA, PowerEMA])
+def test_no_update_inside_swapped(make: type) -> None:
+    average = make(net())
+    average.update()
+    with average.swapped():
+        with pytest.raises(RuntimeError, match="inside `swapped`"):
+            average.update()
+        with average.swapped():
+            pass
+        with pytest.raises(RuntimeError, match="inside `swapped`"):
+            average.update()
+    average.update()
+    assert average.updates == 2
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_swapping_always_gives_the_weights_back(fails: bool) -> None:
     module = net()
@@ -219,6 +273,13 @@ def test_reconstruction_refuses_what_it_cannot_use() -> None:
         power.update()
     with pytest.raises(ValueError, match="must not lie after the last snapshot, at 3"):
         reconstruct(power.snapshot(), 0.1, t=9)
+    later = power.snapshot()
+    for _ in range(5):
+        power.update()
+    later += power.snapshot()
+    with pytest.raises(ValueError, match=r"got 6 between 3 and 8.*use t=3 or t=8, or save a snapshot at 6"):
+        reconstruct(later, 0.1, t=6)
+    assert reconstruct(later, 0.1, t=3).keys() == reconstruct(later, 0.1).keys()
     with pytest.raises(ValueError, match="lies before the first"):
         reconstruct(power.snapshot(), 0.1, t=1)
     assert all(a is not b for a, b in itertools.pairwise(power.snapshot()))

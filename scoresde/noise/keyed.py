@@ -287,8 +287,7 @@ class Ahead:
 
     def __init__(self, noise: Noise, draws: int) -> None:
         self._noise, self._draws = noise, draws
-        self._first: int | None = None
-        self._chunk: Tensor | None = None
+        self._chunk: tuple[int, Tensor] | None = None
 
     def like(self, x: Tensor, draw: int) -> Tensor:
         """Return :meth:`Noise.like`; do not change the result in place."""
@@ -297,10 +296,12 @@ class Ahead:
         if many < 2:
             return self._noise.like(x, draw)
         first = draw - draw % many
-        if self._chunk is None or self._first != first:
+        chunk = self._chunk  # one attribute, so that threads which share the source agree
+        if chunk is None or chunk[0] != first:
             draws = torch.arange(first, min(first + many, self._draws))
-            self._first, self._chunk = first, self._noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
-        return self._chunk[draw - first]
+            chunk = first, self._noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
+            self._chunk = chunk
+        return chunk[1][draw - first]
 
 
 def _numbers(

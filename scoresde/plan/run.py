@@ -3,13 +3,14 @@ r"""The interpreter of plans: one loop over the rows.
 .. math:: x_r = \sum_k a_{rk} x_k + \sum_k b_{rk} d_k + \sum_k c_{rk} z_k + e_r
 
 :func:`run` returns the last state, :func:`steps` yields the states at the nodes, and :func:`updates` yields every new
-state before the run continues from it. On unit vectors the loop computes the matrices of a plan
+state before the run continues from it. :func:`pauses` stops at every evaluation instead of making it, for loops that
+call the network themselves (:mod:`scoresde.plan.paused`). On unit vectors the loop computes the matrices of a plan
 (:func:`unroll`); on a linear denoiser it computes exact moments (:mod:`scoresde.analysis.moments`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -70,6 +71,22 @@ class Update:
     mean: Tensor
     draws: Terms
     x: Tensor
+
+
+class Pause(NamedTuple):
+    """A run that waits for an evaluation of the network.
+
+    Arguments:
+        row: Index of the row.
+        t: Time of the state.
+        x: State to evaluate, (B, *event).
+        stored: Earlier states and denoised states that later rows use, by index: x_r at 2r and d_r at 2r + 1.
+    """
+
+    row: int
+    t: Weight
+    x: Tensor
+    stored: dict[int, Tensor]
 
 
 def run(
@@ -170,13 +187,40 @@ def updates(
     return cast("Generator[Update, None, Tensor]", _loop(plan, denoise, x, noise, ones, None, False, "updates"))
 
 
+def pauses(
+    plan: Plan,
+    x: Tensor,
+    noise: Noise | Normals | None = None,
+    *,
+    row: int = 0,
+    stored: Mapping[int, Tensor] | None = None,
+) -> Generator[Pause, Tensor, Tensor]:
+    """Run a plan from a row on; yield a :class:`Pause` at every evaluation, and receive the denoised state by ``send``.
+
+    Arguments:
+        plan: Plan to run.
+        x: State of the row, (B, *event).
+        noise: Source of the normals; required if the plan is stochastic.
+        row: Row to continue from, by default the start.
+        stored: Earlier states of the run, as in the :class:`Pause` of this row; none at the start.
+    """
+    _check_noise(plan, noise)
+    loop = _loop(plan, None, x, noise, None, None, False, None, row, stored)
+    return cast("Generator[Pause, Tensor, Tensor]", loop)
+
+
 def _check_noise(plan: Plan, noise: Noise | Normals | None) -> None:
     if plan.stochastic and noise is None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
 
 
-def _source(plan: Plan, noise: Noise | Normals | None) -> Normals | None:
-    """The normals of a plan: increments of Brownian paths, several draws in one call, or `noise` itself."""
+def normals_of(plan: Plan, noise: Noise | Normals | None) -> Normals | None:
+    """The normals of a plan: increments of Brownian paths, several draws in one call, or `noise` itself.
+
+    Arguments:
+        plan: Plan to run.
+        noise: Source of the normals.
+    """
     if plan.stochastic and isinstance(noise, Noise) and noise.path:
         return PathNoise(noise, plan.spans)
     if plan.stochastic and type(noise) is Noise:  # a subclass of Noise is evaluated draw by draw
@@ -186,16 +230,21 @@ def _source(plan: Plan, noise: Noise | Normals | None) -> Normals | None:
 
 def _loop(
     plan: Plan,
-    denoise: Denoise,
+    denoise: Denoise | None,
     x: Tensor,
     noise: Noise | Normals | None,
     ones: Tensor | None,
     hook: Hook | None,
     overwrite: bool,
     watch: str | None,
-) -> Generator[Step | Update, None, Tensor]:
-    source = _source(plan, noise)
+    first: int = 0,
+    stored: Mapping[int, Tensor] | None = None,
+) -> Generator[Step | Update | Pause, Tensor | None, Tensor]:
+    """The loop, from row `first` on; without `denoise` it pauses at every evaluation."""
+    source = normals_of(plan, noise)
     saved: list[Tensor] = [None] * (2 * len(plan.rows))  # type: ignore[list-item]  # x_r at 2r, d_r at 2r + 1
+    for k, value in (stored or {}).items():
+        saved[k] = value
     program = plan.program
     if ones is not None:
         program = with_ones(program, len(saved))
@@ -203,8 +252,8 @@ def _loop(
     overwrite = overwrite and not torch.is_grad_enabled()
     nodes, updated = watch == "nodes", watch == "updates"
     nfe, shape = 0, x.shape
-    for r, line in enumerate(program):
-        if r:
+    for r, line in enumerate(program[first:], first):
+        if r > first:
             if updated:
                 x = yield from _update(r, line, saved, source, x)
             else:
@@ -220,7 +269,12 @@ def _loop(
                 raise ValueError(f"`hook` must return a state of shape {tuple(shape)}, got {tuple(x.shape)}.")
         x0 = None
         if line.evaluates:
-            x0 = denoise(x, _moved(line.t, x) if isinstance(line.t, Tensor) else line.t)
+            t = _moved(line.t, x) if isinstance(line.t, Tensor) else line.t
+            if denoise is None:
+                pause = Pause(r, t, x, {k: v for k, v in enumerate(saved) if v is not None})
+                x0 = cast(Tensor, (yield pause))
+            else:
+                x0 = denoise(x, t)
             nfe += 1
             if line.keep_d:
                 saved[2 * r + 1] = x0

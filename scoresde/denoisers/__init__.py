@@ -4,7 +4,7 @@ from scoresde.denoisers.base import AbstractDenoiser, Counter, Given, Kind, Shar
 from scoresde.denoisers.diagnose import Diagnosis, check_denoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.mixture import Empirical, GaussianMixture
-from scoresde.denoisers.network import Denoiser, Preconditioning
+from scoresde.denoisers.network import Denoiser, Preconditioning, log_variance
 from scoresde.denoisers.reverse import Rescheduled, Reverse
 
 __all__ = [
@@ -24,4 +24,5 @@ __all__ = [
     "Wrapped",
     "check_denoiser",
     "expand_conditions",
+    "log_variance",
 ]

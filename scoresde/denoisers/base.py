@@ -47,11 +47,13 @@ class Kind:
         predicts: Prediction of the network; ``"x0"`` for exact models and for denoisers of one's own.
         sde: Process that the network was trained on.
         exact: Whether the denoiser is computed in closed form.
+        variance: Meaning of the variance that the network returns, see :class:`Denoiser`; None without one.
     """
 
     predicts: str
     sde: SDE
     exact: bool = False
+    variance: str | None = None
 
 
 class Counter:
@@ -424,11 +426,45 @@ class Wrapped(AbstractDenoiser):
     def conditions(self) -> dict[str, Condition]:
         return self.model.conditions
 
+    @property
+    def branch(self) -> AbstractDenoiser:
+        """The inner denoiser whose learned variance :meth:`x0_and_variance` returns: that with the condition."""
+        return self.model
+
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        """Data prediction of this denoiser, and the variance output of the first evaluation of :attr:`branch`.
+
+        Guidance changes the mean of a step and keeps the variance of the network with the condition, as in the samplers
+        of GLIDE, DiT and guided diffusion.
+        """
+        branch = self.branch
+        if branch.kind.variance is None:
+            return super().x0_and_variance(x, t, **cond)
+        memory = _Variance(branch)
+        x0 = self._twin(lambda inner: memory if inner is branch else inner, {}).x0(x, t, **cond)
+        if not memory.outputs:
+            raise ValueError(f"{type(self).__name__} does not evaluate its inner denoiser, so it has no variance.")
+        variance = memory.outputs[0][: len(x)]  # guidance in one forward pass has the condition in the first half
+        return x0, variance if x0.requires_grad else variance.detach()
+
     def counted(self, counter: Counter) -> AbstractDenoiser:
         return self._twin(lambda inner: inner.counted(counter), {})
 
     def extra_repr(self) -> str:
         return ""
+
+
+class _Variance(Wrapped):
+    """A denoiser that keeps the variance outputs of its evaluations; copies share the list."""
+
+    def __init__(self, model: AbstractDenoiser) -> None:
+        super().__init__(model)
+        self.outputs: list[Tensor] = []
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        x0, variance = self.model.x0_and_variance(x, t, **cond)
+        self.outputs.append(variance)
+        return x0
 
 
 class Given(Wrapped):

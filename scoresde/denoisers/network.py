@@ -20,6 +20,8 @@ from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
+VARIANCES = ("range", "log", "value")
+
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
 
 Clock = Callable[[Tensor], Tensor]
@@ -74,8 +76,10 @@ class Denoiser(AbstractDenoiser):
         time: Time input of the network: ``"t"``, ``"index"`` (label of a :class:`Discrete` process, fractional between
             labels), ``"nearest_index"``, ``"sigma"``, ``"log_sigma"``, or a function of a tensor of times. The default
             is ¼ log(σ/α) with `precondition`, otherwise the index for discrete processes, otherwise t.
-        learned_variance: Whether the network returns twice the channels, with a variance in the second half.
-            :meth:`x0_and_variance` returns that half.
+        learned_variance: Whether the network returns twice the channels, with the variance v of a step in the second
+            half, and its meaning: ``"range"`` or True for r in [−1, 1] between the small and the large variance,
+            ``"log"`` for log v, ``"value"`` for v. :meth:`x0_and_variance` returns that half, and
+            :func:`log_variance` converts it.
         check_finite: Whether to raise an error, with the time, at the first output that is not finite. The check
             waits for the GPU, so leave it off for speed.
 
@@ -94,13 +98,15 @@ class Denoiser(AbstractDenoiser):
         predicts: str,
         precondition: Preconditioning | None = None,
         time: str | Clock | None = None,
-        learned_variance: bool = False,
+        learned_variance: bool | str = False,
         check_finite: bool = False,
     ) -> None:
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
         super().__init__(sde)
         check.choice("predicts", predicts, PREDICTIONS)
+        if not isinstance(learned_variance, bool):
+            check.choice("learned_variance", learned_variance, VARIANCES)
         if not (precondition is None or isinstance(precondition, Preconditioning)):
             raise TypeError(
                 f"`precondition` must be Preconditioning(sigma_data) or None, got {type(precondition).__name__}."
@@ -136,7 +142,8 @@ class Denoiser(AbstractDenoiser):
 
     @property
     def kind(self) -> Kind:
-        return Kind(self.predicts, self.sde)
+        variance = "range" if self.learned_variance is True else self.learned_variance or None
+        return Kind(self.predicts, self.sde, variance=variance)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.predict("x0", x, t, **cond)
@@ -230,6 +237,28 @@ class Denoiser(AbstractDenoiser):
                 f"`time` must map times to labels of the same shape, got {tuple(labels.shape)} for {tuple(s.shape)}."
             )
         return labels
+
+
+def log_variance(kind: str, output: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    r"""Log-variance of a step from the variance output of a network.
+
+    .. math:: \log v = \tfrac{1+r}{2}\log v_{large} + \tfrac{1-r}{2}\log v_{small}
+
+    for ``"range"`` with output r; the output for ``"log"``; its logarithm for ``"value"``.
+
+    Arguments:
+        kind: Meaning of the output, ``model.kind.variance``.
+        output: Variance output of :meth:`Denoiser.x0_and_variance`, (B, *event).
+        small: Variance of q(x_s | x_t, x_0), broadcasting with `output`.
+        large: Variance of x_t given x_s, likewise.
+
+    References:
+        | Improved Denoising Diffusion Probabilistic Models (Nichol & Dhariwal, 2021), arXiv:2102.09672, eq. 15
+    """
+    if check.choice("kind", kind, VARIANCES) == "range":
+        share = (output + 1) / 2
+        return share * large.log() + (1 - share) * small.log()
+    return output if kind == "log" else output.log()
 
 
 def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | None) -> Clock:

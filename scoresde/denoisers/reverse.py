@@ -75,6 +75,14 @@ class Rescheduled(Wrapped):
     def extra_repr(self) -> str:
         return f"sde={self.sde!r}"
 
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        if self.kind.variance in ("log", "value"):
+            raise ValueError(
+                "Rescheduled has no learned variance, because the network returns the variance of a step of its own "
+                "process; use the model on its own process, or a network with `learned_variance`='range'."
+            )
+        return super().x0_and_variance(x, t, **cond)
+
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         old = self.model.sde
         s = check.time(t, self.sde.T)

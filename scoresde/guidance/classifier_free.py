@@ -128,6 +128,11 @@ class ClassifierFree(_Difference):
             strong, weak = self.model.x0(x, t, **cond), self.model.x0(x, t, **{**cond, **null})
         return self.rule(self.model, x, t, strong, weak, scale)
 
+    def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
+        if _is(self.scale_at(t, x), 0):  # x0 then evaluates no condition
+            return self.x0(x, t, **cond), self.model.x0_and_variance(x, t, **cond)[1]
+        return super().x0_and_variance(x, t, **cond)
+
     def _doubled(
         self, x: Tensor, t: float | Tensor, cond: dict[str, Condition], null: dict[str, Condition]
     ) -> tuple[Tensor, Tensor]:
@@ -220,6 +225,11 @@ class Compose(Wrapped):
 
     def extra_repr(self) -> str:
         return fields(weights=self.weights)
+
+    @property
+    def branch(self) -> AbstractDenoiser:
+        """The first expert, which has a condition; the base denoiser without experts."""
+        return next((e for e in self.experts if isinstance(e, AbstractDenoiser)), self.model)
 
     def row_attributes(self, index: Tensor) -> dict[str, object]:
         return {**super().row_attributes(index), "weights": [select(w, index) for w in self.weights]}

@@ -113,7 +113,8 @@ def from_diffusers(net: Net, config: Mapping[str, Any]) -> Denoiser:
     name = config.get("prediction_type", "epsilon")
     if name not in _PREDICTION:
         raise ValueError(f"`prediction_type` must be one of {', '.join(_PREDICTION)}, got {name!r}.")
-    learned = config.get("variance_type") in ("learned", "learned_range")
+    # DDPMScheduler takes the square root of a "learned" variance: the output is the variance, not its logarithm.
+    learned = {"learned": "value", "learned_range": "range"}.get(str(config.get("variance_type")), False)
     return Denoiser(unwrapped, sde, predicts=_PREDICTION[name], time="index", learned_variance=learned)
 
 

@@ -23,7 +23,7 @@ Net = Callable[..., Tensor]
 
 
 def from_ddpm(
-    net: Net, betas: Sequence[float] | Tensor, *, predicts: str = "eps", learned_variance: bool = False
+    net: Net, betas: Sequence[float] | Tensor, *, predicts: str = "eps", learned_variance: bool | str = False
 ) -> Denoiser:
     """Denoiser from a network of DDPM, improved or guided diffusion: ``net(x, index)`` on a β list, index 0 … N − 1.
 
@@ -31,7 +31,8 @@ def from_ddpm(
         net: Network.
         betas: List of β that it was trained on.
         predicts: Output of the network, ``"eps"`` in those code bases unless configured otherwise.
-        learned_variance: Whether the network returns twice the channels.
+        learned_variance: Whether the network returns twice the channels: ``"range"`` for their ``LEARNED_RANGE``,
+            ``"log"`` for ``LEARNED``.
 
     References:
         | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239

@@ -30,6 +30,7 @@ from scoresde import _checks as check
 from scoresde._numerics import legendre
 from scoresde.data import Standardize, bin_width
 from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
+from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
@@ -130,7 +131,7 @@ def elbo(
             steps, N … 1.
         monte_carlo: Number of times and repeats, as a :class:`MonteCarlo`.
         variance: Variance of the model's steps on a grid: ``"small"``, of the posterior given x_0; ``"large"``, of the
-            forward step; or ``"learned"``, the interpolation that a network with ``learned_variance`` predicts.
+            forward step; or ``"learned"``, that of a network with ``learned_variance``.
         bins: Bins for a bound on a probability, as a :class:`Bins`; None for a density. x must lie on the middles of
             the bins. The last step is the probability of the bin of x; the outermost bins extend to infinity.
         seed: Seed of times and noise: an integer, one for each sample, or a :class:`Noise`.
@@ -297,9 +298,9 @@ def _step_loss(
     if variance != "learned":
         v = small if variance == "small" else large
         return _square_error(model, x0, x_t, t, steps.s, control).mul(c_0**2 / (2 * v))
-    d, share = model.x0_and_variance(x_t, t)
+    d, output = model.x0_and_variance(x_t, t)
     lo, hi, c = (torch.as_tensor(check.expand(v, x0)).to(x0) for v in (small, large, c_0))
-    excess = (share + 1) / 2 * (hi / lo).log()  # log(model's variance / posterior variance)
+    excess = log_variance(model.kind.variance or "range", output, lo, hi) - lo.log()
     terms = (-excess).exp() * (1 + (c * (x0 - d)) ** 2 / lo) - 1 + excess
     return 0.5 * terms.flatten(1).sum(1)
 

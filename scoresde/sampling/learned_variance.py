@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.keyed import Noise
@@ -19,13 +20,16 @@ from scoresde.solvers.quadrature import Point
 
 @dataclass(frozen=True)
 class LearnedVariance(Method):
-    r"""DDPM with the variance that the network predicts, a geometric mean of the small and the large variance.
+    r"""DDPM with the variance that the network predicts, by default between the small and the large variance.
 
     .. math:: \log v = \tfrac{1+r}{2}\log\beta + \tfrac{1-r}{2}\log\frac{\beta\,\sigma_t^2}{\sigma_s^2}, \qquad
               \beta = \sigma_s^2\left(1 - e^{-2h}\right)
 
-    The denoiser is made with ``learned_variance=True``; its network returns a prediction and r in [−1, 1]. The variance
-    depends on the state, so no :class:`Plan` exists. With the same seed and times the start and the normals are those
+    The denoiser is made with ``learned_variance=True``; its network returns a prediction and r in [−1, 1]. Networks
+    that return log v or v have ``learned_variance="log"`` or ``"value"``; their v belongs to one step of training, so
+    use all the steps of training. Guidance changes the mean; the variance is that of the network with the condition.
+    The published sampler of classifier guidance instead shifts the mean by v ∇log p(c | x). The variance depends on the
+    state, so no :class:`Plan` exists. With the same seed and times the start and the normals are those
     of :class:`DDPM`.
 
     Example:
@@ -46,6 +50,7 @@ class LearnedVariance(Method):
             raise ValueError("`problem` must have `times`, the grid of the solve.")
         model, sde = problem.model, problem.model.sde
         grid, noise = check_grid(sde, problem.times), problem.steps
+        kind = model.kind.variance or "range"
         x = problem.draw(float(grid[0]))
         with torch.set_grad_enabled(problem.grad != "off"):
             for i, (s, t) in enumerate(pairwise(Point.of(sde, grid).unbind())):
@@ -53,9 +58,10 @@ class LearnedVariance(Method):
                 c_x, c_d, std = (float(w) for w in posterior_step(s, t, 1.0))
                 x = c_x * x + c_d * d
                 if std > 0:
-                    # The large variance is (σ_s/σ_t)² times the small one, so √v = std · (σ_s/σ_t)^((1 + r)/2).
-                    ratio = float(s.sigma / t.sigma)
-                    x = x + std * ratio ** ((1 + r) / 2) * noise.like(x, i)
+                    # The large variance is (σ_s/σ_t)² times the small one.
+                    small = torch.tensor(std**2, dtype=torch.float64)
+                    log_v = log_variance(kind, r, small, small * float(s.sigma / t.sigma) ** 2)
+                    x = x + (log_v / 2).exp() * noise.like(x, i)
         return problem.solution(x, grid.tolist())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Given
-from scoresde.denoisers.network import Denoiser
+from scoresde.denoisers.network import Denoiser, log_variance
 from scoresde.noise.keyed import Noise
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
@@ -287,9 +287,8 @@ class HybridVLB(DSM):
         _, of_x0, small = self.sde.posterior(s, t)
         small = torch.where(first, self.sde.posterior(torch.full_like(t, step), torch.full_like(t, 2 * step))[2], small)
         large = self.sde.transition(s, t)[1] ** 2
-        share = (variance + 1) / 2
         first, small, large, of_x0 = (c.reshape(-1, *[1] * (x.ndim - 1)) for c in (first, small, large, of_x0))
-        log_var = share * large.log() + (1 - share) * small.log()
+        log_var = log_variance(self.model.kind.variance or "range", variance, small, large)
         moved = (of_x0 * (x0 - x)) ** 2
         kl = 0.5 * (log_var - small.log() + (small + moved) / log_var.exp() - 1)
         nll = 0.5 * (math.log(2 * math.pi) + log_var + (x0 - x) ** 2 / log_var.exp())

@@ -167,3 +167,33 @@ def warn_unless_finite(x: Tensor) -> None:
     """Warn if samples on the CPU are not finite; a check on another device would synchronise."""
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) gives the time.", stacklevel=3)
+
+
+def writes(x: Tensor) -> int:
+    """Number of writes into the memory of `x`; −1 where torch does not count them: inference mode and compilation."""
+    return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def protected(x: Tensor) -> Tensor:
+    """A copy of a tensor whose writes are not counted, in inference mode; otherwise `x` itself."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
+def refuse_writes(x: Tensor, before: int, who: str, function: object, *, what: str = "state", copy: str = "x") -> None:
+    """Raise an error if a function wrote into `x`; the counter of the tensor tells, without a look at its values.
+
+    Arguments:
+        x: Tensor that the function received.
+        before: Result of :func:`writes` before the call.
+        who: Role of the function.
+        function: The function, or None.
+        what: Name of the tensor.
+        copy: The tensor in the words of the function.
+    """
+    if before < 0 or writes(x) == before:
+        return
+    name = who if function is None else f"{who} {getattr(function, '__name__', type(function).__name__)}"
+    raise RuntimeError(
+        f"{name} wrote into the {what} that it received, which changes the samples and the caller's own tensor; write "
+        f"into a copy, {copy}.clone(), or use operations that return new tensors, such as x * 2 for x.mul_(2)."
+    )

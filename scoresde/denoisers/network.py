@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresde import _checks as check
 from scoresde._printing import fields
@@ -169,7 +170,7 @@ class Denoiser(AbstractDenoiser):
             c_in = self.precondition.c_in(self.sde.alpha(t), self.sde.sigma(t))
             net_x = check.expand(c_in, x) * x
         dtype = _dtype_of(self.net)
-        out = self.net(net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), **cond)
+        out = self._evaluate(x, net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), cond)
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
@@ -191,6 +192,23 @@ class Denoiser(AbstractDenoiser):
             return out, None
         mean, variance = out.chunk(2, dim=1)
         return mean, variance
+
+    def _evaluate(self, x: Tensor, net_x: Tensor, time: Tensor, cond: dict[str, Condition]) -> Tensor:
+        """Output of the network; raise an error if the network writes into the state or into a condition."""
+        if torch.compiler.is_compiling():
+            return self.net(net_x, time, **cond)
+        if net_x is x:
+            net_x = check.protected(x)
+        if cond and any(leaf.is_inference() for leaf in _tensors(cond)):
+            cond = tree_map(lambda leaf: check.protected(leaf) if isinstance(leaf, Tensor) else leaf, cond)
+        before = check.writes(net_x)
+        received = [(name, leaf, check.writes(leaf)) for name, tree in cond.items() for leaf in _tensors(tree)]
+        out = self.net(net_x, time, **cond)
+        if net_x is x:
+            check.refuse_writes(x, before, "`net`", self.net)
+        for name, leaf, count in received:
+            check.refuse_writes(leaf, count, "`net`", self.net, what=f"condition `{name}`", copy=name)
+        return out
 
     def target(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
         """Training target: the network output that belongs to the state ``sde.perturb(x0, t, eps)``.
@@ -280,6 +298,11 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
     if time == "sigma":
         return sde.sigma
     return sde.log_sigma if time == "log_sigma" else (lambda t: t)
+
+
+def _tensors(tree: Condition) -> list[Tensor]:
+    """Tensors of a condition, which is a tensor or a tree."""
+    return [tree] if isinstance(tree, Tensor) else [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _dtype_of(net: object) -> torch.dtype | None:

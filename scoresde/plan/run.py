@@ -112,7 +112,8 @@ def run(
         hook: Function ``(node, t, x) -> x``, called at every node before the network is evaluated.
         callback: Function of a :class:`Step`, called at every node after the evaluation.
         overwrite: Whether to reuse the memory of a state that no later row uses, which saves allocations. `denoise`
-            must then return new memory, and no function may store a reference to its input.
+            must then return new memory, and may not store a reference to its input. States that the hook or the
+            callback receives are not overwritten, so both may store them.
     """
     _check_noise(plan, noise)
     loop = _loop(plan, denoise, x, noise, ones, hook, overwrite, None if callback is None else "nodes")
@@ -124,7 +125,9 @@ def run(
             result: Tensor = end.value
             return result
         assert callback is not None and isinstance(step, Step)
+        before = check.writes(step.x)
         callback(step)
+        check.refuse_writes(step.x, before, "`callback`", callback, copy="step.x")
         del step
 
 
@@ -251,6 +254,7 @@ def _loop(
         saved.append(ones.expand_as(x))
     overwrite = overwrite and not torch.is_grad_enabled()
     nodes, updated = watch == "nodes", watch == "updates"
+    kept = nodes or hook is not None  # callers may keep the states that they see
     nfe, shape = 0, x.shape
     for r, line in enumerate(program[first:], first):
         if r > first:
@@ -258,31 +262,46 @@ def _loop(
                 x = yield from _update(r, line, saved, source, x)
             else:
                 combine = _add_numbers if line.plain else _add_tensors
-                x = combine(line, saved, source, x, overwrite and line.reuse)
+                reuse = overwrite and line.reuse and not (kept and program[line.terms[0][0] // 2].shown)
+                x = combine(line, saved, source, x, reuse)
             for k in line.drop:
                 saved[k] = None  # type: ignore[call-overload]
         if hook is not None and line.node is not None:
-            x = hook(line.node, line.t, x)
-            if not isinstance(x, Tensor):
-                raise TypeError(f"`hook` must return a state, got {type(x).__name__}; end it with `return x`.")
-            if x.shape != shape:
-                raise ValueError(f"`hook` must return a state of shape {tuple(shape)}, got {tuple(x.shape)}.")
+            x = _hooked(hook, line.node, line.t, x, shape)
         x0 = None
         if line.evaluates:
             t = _moved(line.t, x) if isinstance(line.t, Tensor) else line.t
+            before = check.writes(x)
             if denoise is None:
                 pause = Pause(r, t, x, {k: v for k, v in enumerate(saved) if v is not None})
                 x0 = cast(Tensor, (yield pause))
+                check.refuse_writes(x, before, "the code of a pause", None)
             else:
                 x0 = denoise(x, t)
+                check.refuse_writes(x, before, "`denoise`", denoise)
             nfe += 1
             if line.keep_d:
                 saved[2 * r + 1] = x0
         if line.keep_x:
             saved[2 * r] = x
         if nodes and line.shown:
-            yield Step(-1 if line.node is None else line.node, line.t, x, x0, nfe)
+            before = check.writes(x)
+            yield Step(-1 if line.node is None else line.node, line.t, check.protected(x), x0, nfe)
+            check.refuse_writes(x, before, "the code between two steps", None, copy="step.x")
     return x
+
+
+def _hooked(hook: Hook, node: int, t: Weight, x: Tensor, shape: torch.Size) -> Tensor:
+    """The state that a hook returns, checked."""
+    given = check.protected(x)
+    before = check.writes(given)
+    out = hook(node, t, given)
+    check.refuse_writes(given, before, "`hook`", hook)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"`hook` must return a state, got {type(out).__name__}; end it with `return x`.")
+    if out.shape != shape:
+        raise ValueError(f"`hook` must return a state of shape {tuple(shape)}, got {tuple(out.shape)}.")
+    return out
 
 
 def _update(

@@ -204,7 +204,8 @@ class Tabulated(Method):
 
         def observe(step: Step) -> None:
             if save is not None and (not save or float(step.t) in save):
-                trajectory[float(step.t)] = step.x.to(watch.save_device)
+                belongs_to_caller = step.node == 0 or step.t == plan.rows[-1].t  # the given state or the result
+                trajectory[float(step.t)] = step.x.to(watch.save_device, copy=belongs_to_caller)
             if watch.callback is not None:
                 watch.callback(step)
             bar.to(step.nfe)

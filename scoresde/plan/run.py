@@ -275,7 +275,7 @@ def _loop(
             if denoise is None:
                 pause = Pause(r, t, x, {k: v for k, v in enumerate(saved) if v is not None})
                 x0 = cast(Tensor, (yield pause))
-                check.refuse_writes(x, before, "the code of a pause", None)
+                check.refuse_writes(x, before, "the code in a pause", None)
             else:
                 x0 = denoise(x, t)
                 check.refuse_writes(x, before, "`denoise`", denoise)

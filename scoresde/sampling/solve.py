@@ -204,8 +204,11 @@ class Tabulated(Method):
 
         def observe(step: Step) -> None:
             if save is not None and (not save or float(step.t) in save):
-                belongs_to_caller = step.node == 0 or step.t == plan.rows[-1].t  # the given state or the result
-                trajectory[float(step.t)] = step.x.to(watch.save_device, copy=belongs_to_caller)
+                ends = (
+                    plan.rows[0].t,
+                    plan.rows[-1].t,
+                )  # there the state is the caller's: the given one, or the result
+                trajectory[float(step.t)] = step.x.to(watch.save_device, copy=step.t in ends)
             if watch.callback is not None:
                 watch.callback(step)
             bar.to(step.nfe)

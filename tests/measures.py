@@ -20,7 +20,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
 SHOWN = 8  # entries of a list that are shown without --all
-OPEN = {"_checks", "_numerics", "_printing", "_progress"}  # private to the library, open to every module of it
+OPEN = {
+    "_checks",
+    "_files",
+    "_numerics",
+    "_printing",
+    "_progress",
+}  # private to the library, open to every module of it
 OF_TUPLES = {"_asdict", "_fields", "_make", "_replace"}  # public names of named tuples
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -11,6 +11,8 @@ Stages, history and correctors are rows like any other. :mod:`scoresde.solvers.t
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresde import _files as files
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Line, Row, Weight, as_number, compile_rows, last_uses, merge, nonzero, validate
 
@@ -217,39 +220,78 @@ class Plan:
         """
         if table.get("scoresde") != 1:
             raise ValueError(f"`table` must come from `to_dict`, in format 1, got format {table.get('scoresde')!r}.")
+        _refuse_unknown(table, _ENTRIES, "`table`")
+        for r, row in enumerate(table["rows"]):
+            _refuse_unknown(row, _FIELDS, f"row {r}")
         rows = [
             Row(
-                t=row["t"],
-                **{c: tuple((int(k), float(w)) for k, w in row.get(c, ())) for c in "xdz"},
-                evaluates=row.get("evaluates", False),
-                node=row.get("node"),
-                note=row.get("note", ""),
-                one=row.get("one", 0.0),
+                t=_number(row["t"]),
+                **{c: tuple((int(k), _number(w)) for k, w in row.get(c, ())) for c in "xdz"},
+                evaluates=bool(row.get("evaluates", False)),
+                node=None if row.get("node") is None else int(row["node"]),
+                note=str(row.get("note", "")),
+                one=_number(row.get("one", 0.0)),
             )
             for row in table["rows"]
         ]
         spans = tuple(span and Span(*span) for span in table.get("spans", ()))
         return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan to a JSON file.
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a JSON file with a checksum, atomically: an error leaves the old file.
 
         Arguments:
             path: Path of the file.
         """
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        table = json.loads(json.dumps(self.to_dict()))
+        text = json.dumps({**table, "sha256": _checksum(table)}, indent=1) + "\n"
+        files.write(path, text.encode())
 
     @classmethod
-    def load(cls, path: str | Path) -> Plan:
-        """Read a plan that :meth:`save` wrote; all numbers are exact.
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote; all numbers are exact. A file without a checksum gives a warning.
 
         Arguments:
             path: Path of the file.
         """
+        data = Path(path).read_bytes()
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"`path` {path} is not a plan that `save` wrote, or is incomplete: {error!r}.") from error
+            table = dict(json.loads(data.decode()))
+            given = table.pop("sha256", None)
+            if given not in (None, _checksum(table)):
+                raise ValueError("its contents do not match their checksum")
+            plan = cls.from_dict(table)
+        except Exception as error:  # a forged file can raise anything: RecursionError, OverflowError, TypeError
+            raise ValueError(
+                f"`path` {path} is not a plan that `save` wrote, or is damaged ({error!r}); copy it again from its "
+                f"source, or make the plan again."
+            ) from error
+        if given is None:
+            warnings.warn(
+                f"{path} has no checksum, so that damage would not be noticed; if the plan is right, save it again.",
+                stacklevel=2,
+            )
+        return plan
+
+
+_ENTRIES = {"scoresde", "name", "order", "sde", "rows", "spans", "meta"}
+
+_FIELDS = {"t", "x", "d", "z", "one", "evaluates", "node", "note"}
+
+
+def _checksum(table: Mapping[str, object]) -> str:
+    return files.digest(json.dumps(table, sort_keys=True))
+
+
+def _refuse_unknown(entries: Mapping[str, object], known: set[str], where: str) -> None:
+    if unknown := sorted(set(entries) - known):
+        raise ValueError(f"{where} has unknown entries {', '.join(unknown)}; allowed are {', '.join(sorted(known))}.")
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"a time or a weight must be a number, got {value!r}")
+    return float(value)
 
 
 def _cells(r: int, row: Row) -> list[str]:

@@ -124,6 +124,7 @@ class Trainer:
         self.order = DataOrder(size(self.loader.data), batch, check.integer("seed", seed))
         self.log_every = check.integer("log_every", log_every, at_least=1)
         self.step = self.skipped = self._skipped_in_a_row = 0
+        self.owns_folder = False
         self.history: list[Row] = []
 
         optimiser = _optimiser_of(loss, optimiser)
@@ -302,10 +303,13 @@ class Trainer:
         """Write a checkpoint and return its path; every process must call this method."""
         if self.checkpoints is None:
             raise ValueError("`folder` is None, so there are no checkpoints; give `folder` to save them.")
+        if not self.owns_folder:
+            self.checkpoints.check_free()
         state, path = self.state_dict(), self.checkpoints.path(self.step)
         if self.is_main:
-            self.checkpoints.save(self.step, state)
+            self.checkpoints.save(self.step, state, alone=not self.owns_folder)
         self.accelerator.wait_for_everyone()
+        self.owns_folder = True
         for hook in self._called:
             hook.on_save(self, path)
         return path
@@ -317,6 +321,7 @@ class Trainer:
         newest = self.checkpoints.latest()
         if newest is not None:
             self.load_state_dict(newest[1])
+            self.owns_folder = True
         return newest is not None
 
     def _identity(self) -> State:

@@ -226,6 +226,93 @@ def test_tables_of_other_kinds_are_refused() -> None:
     assert Plan.from_dict(ss.DDIM().plan(VP, times).to_dict()).rows == ss.DDIM().plan(VP, [1.0, 0.5]).rows
 
 
+# The file.
+
+
+def test_every_flipped_bit_of_a_file_is_noticed(tmp_path: Path) -> None:
+    plan = replace(SMALL, meta={"fitted": [1, 2.5, "λ"]})
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for byte in range(len(whole)):
+        path.write_bytes(whole[:byte] + bytes([whole[byte] ^ 1 << byte % 8]) + whole[byte + 1 :])
+        try:  # pytest turns the warning of a file without a checksum into an error
+            again = Plan.load(path)
+        except ValueError as error:
+            refused += f"{path} is not a plan that `save` wrote, or is damaged" in str(error)
+            continue
+        assert again == plan and again.meta == plan.meta, f"byte {byte} changed the plan"
+    assert refused > 0.7 * len(whole), "all but a few blanks"
+    path.write_bytes(whole)
+    again = Plan.load(path)
+    assert again == plan and again.meta == plan.meta
+    for cut in range(0, len(whole) - 2, 5):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"plan\.json is not a plan"):
+            Plan.load(path)
+
+
+def test_plans_saved_without_a_checksum_load_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(SMALL.to_dict(), indent=1) + "\n")  # as the first version wrote it
+    with pytest.warns(UserWarning, match=r"old\.json has no checksum.*save it again"):
+        assert Plan.load(path) == SMALL
+
+
+def test_a_failed_save_leaves_the_old_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    SMALL.save(path)
+
+    def full(file: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; nothing was written: .*plan\.json"):
+        replace(SMALL, name="new").save(path)
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        replace(SMALL, meta={"a": torch.zeros(1)}).save(path)
+    assert Plan.load(path) == SMALL and list(tmp_path.iterdir()) == [path]
+
+
+ROW = {"t": 1.0}
+FORGED: dict[str, bytes] = {
+    "deep": b"[" * 100_000 + b"]" * 100_000,
+    "deep meta": b'{"scoresde": 1, "meta": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,
+    "not UTF-8": b"\xff\xfe{",
+    "a list": b"[1]",
+    "a number": b"3",
+    "long number": b'{"scoresde": ' + b"9" * 5000 + b"}",
+    "no rows": json.dumps({"scoresde": 1}).encode(),
+    **{
+        name: json.dumps({"scoresde": 1, "name": "", "order": 1, "sde": "", "rows": rows}).encode()
+        for name, rows in {
+            "huge time": [{"t": 10**400}],
+            "infinite time": [{"t": 1e999}],
+            "text as time": [{"t": "1"}],
+            "truth as weight": [ROW, {"t": 0.5, "x": [[0, True]]}],
+            "text as weight": [ROW, {"t": 0.5, "x": [[0, "1.0"]]}],
+            "later row": [ROW, {"t": 0.5, "x": [[10**30, 1.0]]}],
+            "list as row": [[]],
+            "unknown entry": [{**ROW, "w": 1}],
+            "pairs of three": [ROW, {"t": 0.5, "x": [[0, 1.0, 2]]}],
+            "list as node": [{**ROW, "node": []}],
+            "number of rows": 7,
+        }.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_files_are_one_clear_error(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "forged.json").write_bytes(FORGED[kind])
+    with pytest.raises(
+        ValueError, match=r"forged\.json is not a plan that `save` wrote, or is damaged .*make the plan"
+    ):
+        Plan.load(tmp_path / "forged.json")
+
+
 # Joining.
 
 

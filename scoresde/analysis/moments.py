@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.plan.matrices import UnitNormals, Unrolled, unroll
+from scoresde.plan.matrices import UnitNormals, Unrolled, pull_back, unroll
 from scoresde.plan.rows import Weight, as_number
 from scoresde.plan.run import steps
 from scoresde.plan.table import Plan
@@ -78,6 +78,48 @@ def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start
     moments = exact_moments(plan, sde, mean=m, spectrum=c, start=start)
     alpha, sigma = sde.alpha(moments.t), sde.sigma(moments.t)
     return Response(c, moments.mean, moments.variance, alpha * m, alpha**2 * c + sigma**2)
+
+
+def gaussian_stds(plan: Plan, sde: SDE, stds: Sequence[float]) -> list[tuple[float, float]]:
+    """Standard deviation of a plan's result and its exact value, for Gaussian data of each given standard deviation.
+
+    The start is the marginal of the data. The numbers are those of :func:`response`, without tensors, in much less time
+    than one run: about 0.1 ms for 20 steps. Of a plan with a grid for each sample, the sample with the largest error
+    counts.
+
+    Arguments:
+        plan: Plan, deterministic or stochastic.
+        sde: Process of the plan.
+        stds: Standard deviations of the data.
+
+    Example:
+        >>> import scoresde as ss
+        >>> plan = ss.DDPM().plan(ss.VP(), ss.grids.quadratic_vp(ss.VP(), 10))
+        >>> [(found, exact)] = gaussian_stds(plan, ss.VP(), [0.5])
+        >>> round(found, 3), round(exact, 3)
+        (0.366, 0.5)
+    """
+    evaluated = [row.t for row in plan.rows if row.evaluates]
+    (a_0, s_0), *levels, (a_n, s_n) = _levels(sde, [plan.rows[0].t, *evaluated, plan.rows[-1].t])
+    results = []
+    for std in stds:
+        c = std**2
+        gains = [a * c / (a**2 * c + s**2) if std else 0.0 * a for a, s in levels]
+        of_start, of_draws = pull_back(plan, gains)
+        variance = of_start**2 * (a_0**2 * c + s_0**2) + sum(w**2 for w in of_draws.values())
+        squares = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (variance, a_n**2 * c + s_n**2))
+        found, exact = (v.sqrt().reshape(-1) for v in torch.broadcast_tensors(*squares))
+        worst = int((found - exact).abs().argmax())
+        results.append((float(found[worst]), float(exact[worst])))
+    return results
+
+
+def _levels(sde: SDE, times: list[Weight]) -> list[tuple[Weight, Weight]]:
+    """α and σ at times that are numbers, or tensors."""
+    if any(isinstance(t, Tensor) for t in times):
+        return [(sde.alpha(t), sde.sigma(t)) for t in times]
+    t = torch.tensor(times, dtype=torch.float64)
+    return list(zip(sde.alpha(t).tolist(), sde.sigma(t).tolist(), strict=True))
 
 
 def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> float:

@@ -20,6 +20,7 @@ from scoresde.integrators.method import GRADS, Method, Problem, Solution, Watch,
 from scoresde.noise.keyed import Noise
 from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
+from scoresde.sampling.few_steps import warn_of_few_steps
 from scoresde.sampling.transitions import transitions
 from scoresde.solvers.deterministic import DPMSolverPP, VelocityAB
 from scoresde.solvers.rule import Solver
@@ -140,6 +141,8 @@ def solve(
     plan = times = None
     if method.grid == "plan":
         plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)
+        if watch.hook is None:  # a hook may correct the states
+            warn_of_few_steps(plan, model.sde, as_start(start).data_std)
     elif method.grid == "times":
         times = _times_for(model, method, steps, nfe, grid, t_start, t_end)
     else:

@@ -45,7 +45,7 @@ from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.pndm import PNDM, NoiseCombination
 from scoresde.solvers.quadrature import Point
 from scoresde.solvers.reverse_sde import ExtendedReverse, ReverseSDE, SongPredictor
-from scoresde.solvers.rule import Solver
+from scoresde.solvers.rule import EtaWithin, Solver
 from scoresde.solvers.runge_kutta import (
     EULER,
     HEUN,
@@ -125,6 +125,7 @@ __all__ = [
     "DPMSolverV3",
     "EDMHeun",
     "EDMStochastic",
+    "EtaWithin",
     "Euler",
     "EulerAncestral",
     "EulerMaruyama",

@@ -29,7 +29,7 @@ from scoresde.processes.sde import SDE
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.naming import show
 from scoresde.solvers.quadrature import Point, noisy
-from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at
+from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, varies
 from scoresde.solvers.tape import Leg, Tape
 
 
@@ -78,10 +78,10 @@ class Posterior(Solver):
 
     @property
     def memoryless(self) -> bool:
-        return not callable(self.eta) and self.score_square is None
+        return not varies(self.eta) and self.score_square is None
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        eta, evaluates, node = eta_at(self.eta, leg.t), leg.evaluates, leg.node
+        eta, evaluates, node = eta_at(self.eta, leg.t, tape.sde), leg.evaluates, leg.node
         if tape.no_noise(leg.t) or (self.variance == "small" and not noisy(eta)):
             new = tape.move(leg.row, leg.t, leg.history[:1], evaluates=evaluates, node=node)
             return new, [new]
@@ -142,7 +142,7 @@ class Ancestral(Solver):
 
     @property
     def memoryless(self) -> bool:
-        return not callable(self.eta) and self.solver.memoryless
+        return not varies(self.eta) and self.solver.memoryless
 
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         solver, steps = self.solver.for_nfe(nfe, clean=clean)
@@ -154,7 +154,7 @@ class Ancestral(Solver):
         return super().plan(sde, times, up=up)
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        eta = eta_at(self.eta, leg.t)
+        eta = eta_at(self.eta, leg.t, tape.sde)
         if tape.no_noise(leg.t) or not noisy(eta):
             return self.solver.leg(tape, leg)
         s, t = tape.ends(leg)
@@ -327,10 +327,10 @@ class TwoStage(Solver):
 
     @property
     def memoryless(self) -> bool:
-        return not callable(self.eta)
+        return not varies(self.eta)
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        start, eta = tape.time(leg.row), eta_at(self.eta, leg.t)
+        start, eta = tape.time(leg.row), eta_at(self.eta, leg.t, tape.sde)
         if not tape.finite(start, leg.t):
             return Posterior(self.eta, s_noise=self.s_noise).leg(tape, leg)
         mid = tape.between(start, leg.t, self.r)
@@ -359,7 +359,7 @@ class TwoStage(Solver):
 
 def _span(tape: Tape, s: Weight, t: Weight, eta: Eta) -> Span:
     """Span of a step's noise on the Brownian path: that of the reverse SDE with this η; exact for η = 1."""
-    return tape.span(s, t, 1.0 if callable(eta) else eta**2)
+    return tape.span(s, t, eta**2 if isinstance(eta, int | float) else 1.0)
 
 
 def _uses_history(solver: Solver) -> bool:

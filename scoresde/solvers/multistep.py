@@ -94,7 +94,7 @@ class Multistep(Solver):
             single = SingleStep(self.nodes, prediction=self.prediction, variable=self.variable, eta=self.eta)
             new, _ = single.leg(tape, leg)
             return new, [new, *leg.history][: self.nodes]
-        eta = eta_at(self.eta, leg.t)
+        eta = eta_at(self.eta, leg.t, tape.sde)
         noise = [(tape.draw(), 1.0)] if noisy(eta) else None
         correct = self.corrector > 0 and leg.evaluates
 

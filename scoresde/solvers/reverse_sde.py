@@ -19,7 +19,7 @@ from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Weight
 from scoresde.processes.sde import SDE
 from scoresde.solvers.quadrature import Point, noisy
-from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at
+from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, varies
 from scoresde.solvers.tape import Leg, Tape
 
 
@@ -54,10 +54,10 @@ class ReverseSDE(Solver):
 
     @property
     def memoryless(self) -> bool:
-        return not callable(self.eta)
+        return not varies(self.eta)
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        eta, first, evaluates, node = eta_at(self.eta, leg.t), leg.history[0], leg.evaluates, leg.node
+        eta, first, evaluates, node = eta_at(self.eta, leg.t, tape.sde), leg.history[0], leg.evaluates, leg.node
         if tape.no_noise(leg.t) or tape.no_signal(tape.time(leg.row)):
             new = tape.move(leg.row, leg.t, [first], eta=eta, evaluates=evaluates, node=node, note="one stage")
             return new, [new]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -18,8 +18,52 @@ from scoresde.processes.sde import SDE
 from scoresde.solvers.naming import Call, name_of
 from scoresde.solvers.tape import Leg, Tape
 
-Eta = float | Callable[[Weight], Weight]
-"""Stochasticity η: a number, or a function of time. The time is a number, or a tensor if the grid is one."""
+
+@dataclass(frozen=True)
+class EtaWithin:
+    r"""Stochasticity of steps that end in an interval of σ/α; all other steps are deterministic.
+
+    A function of time belongs to one process. This is the same noise level on every process.
+
+    Arguments:
+        eta: Noise level η inside the interval.
+        low: Lowest σ/α at the end of a stochastic step.
+        high: Highest σ/α at the end of a stochastic step.
+
+    Example:
+        >>> import scoresde as ss
+        >>> noise = ss.solvers.EtaWithin(1.0, low=0.5, high=25.0)
+        >>> grid = ss.grids.karras(ss.EDM(), 20)
+        >>> ss.SDEDPMSolverPP(2, eta=noise).plan(ss.EDM(), grid).draws, int(((grid >= 0.5) & (grid <= 25)).sum())
+        (9, 9)
+    """
+
+    eta: float = 1.0
+    low: float = 0.5
+    high: float = 25.0
+
+    def __post_init__(self) -> None:
+        check.number("eta", self.eta, at_least=0)
+        check.number("low", self.low, at_least=0)
+        if not self.high > self.low:
+            raise ValueError(f"`high` must be above `low` = {self.low:g}, got {self.high}; both are values of σ/α.")
+
+    def at(self, sde: SDE, t: Weight) -> Weight:
+        """η of a step that ends at `t`: a number, or a tensor like `t`.
+
+        Arguments:
+            sde: Process.
+            t: Time at the end of the step.
+        """
+        if not isinstance(t, Tensor):
+            return self.eta if self.low * sde.alpha(t) <= sde.sigma(t) <= self.high * sde.alpha(t) else 0.0
+        alpha, sigma = sde.alpha(t.detach()), sde.sigma(t.detach())
+        return torch.where((self.low * alpha <= sigma) & (sigma <= self.high * alpha), self.eta, 0.0).double()
+
+
+Eta = float | EtaWithin | Callable[[Weight], Weight]
+"""Stochasticity η: a number, an :class:`EtaWithin`, or a function of time. The time is a number, or a tensor if the
+grid is one."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,13 +290,18 @@ def _span_of(span: Span | None, i: int) -> Span | None:
 
 
 def check_eta(name: str, eta: Eta) -> Eta:
-    """Return `eta` if it is a function or a number of at least 0, else raise an error."""
-    return eta if callable(eta) else check.number(name, eta, at_least=0)
+    """Return `eta` if it is a function, an :class:`EtaWithin` or a number of at least 0, else raise an error."""
+    return eta if varies(eta) else check.number(name, eta, at_least=0)
 
 
-def eta_at(eta: Eta, t: Weight) -> Weight:
+def varies(eta: Eta) -> TypeGuard[EtaWithin | Callable[[Weight], Weight]]:
+    """Whether η may differ between steps."""
+    return isinstance(eta, EtaWithin) or callable(eta)
+
+
+def eta_at(eta: Eta, t: Weight, sde: SDE) -> Weight:
     """Evaluate η for a step that ends at t. η is constant within a step, since any value preserves the marginals."""
-    value = eta(t) if callable(eta) else eta
+    value = eta.at(sde, t) if isinstance(eta, EtaWithin) else eta(t) if callable(eta) else eta
     if isinstance(value, Tensor) and (isinstance(t, Tensor) or value.requires_grad):
         return value
     return check.number("eta", float(value), at_least=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from scoresde import _checks as check
 from scoresde.solvers.interpolants import DATA, LAM, Prediction, Variable
-from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at
+from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, varies
 from scoresde.solvers.tape import Leg, Tape
 
 _FRACTIONS: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}
@@ -70,10 +70,10 @@ class SingleStep(Solver):
 
     @property
     def memoryless(self) -> bool:
-        return not callable(self.eta)
+        return not varies(self.eta)
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
-        s, eta = tape.time(leg.row), eta_at(self.eta, leg.t)
+        s, eta = tape.time(leg.row), eta_at(self.eta, leg.t, tape.sde)
         nodes = stages = leg.history[:1]
         if tape.finite(s, leg.t):
             for r in self.fractions:

@@ -16,7 +16,21 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.solvers import DATA, LAM, NOISE, RHO, TAU, VELOCITY, Leg, Prediction, Solver, Tape, V, deterministic
+from scoresde.solvers import (
+    DATA,
+    LAM,
+    NOISE,
+    RHO,
+    TAU,
+    VELOCITY,
+    EtaWithin,
+    Leg,
+    Prediction,
+    Solver,
+    Tape,
+    V,
+    deterministic,
+)
 from scoresde.solvers import edm_prediction as edm
 from scoresde.solvers import stochastic as stochastic_module
 from scoresde.solvers.naming import show
@@ -55,7 +69,7 @@ class Slope:
 
 
 ETAS: list[Any] = [0.0, 0.5, 0.5000001, 1.0, half, wave, line(0.5), line(0.6), lambda t: 0.5, lambda t: 0.6, Slope(1.0)]
-ETAS += [Slope(2.0), partial(pow, 0.5), partial(pow, 0.7)]
+ETAS += [Slope(2.0), partial(pow, 0.5), partial(pow, 0.7), EtaWithin(), EtaWithin(0.5), EtaWithin(high=5.0)]
 TABLEAUX = [ss.solvers.HEUN, ss.solvers.RK4, ss.solvers.Tableau(((0.4,),), (-0.25, 1.25), 2)]
 STATISTICS = [
     ss.solvers.Statistics(*TABLES),

@@ -66,11 +66,12 @@ RULES: list[Solver] = [
     ),
     *(ss.SDEDPMSolverPP(p, form) for p, form in ((1, "mid"), (2, "mid"), (2, "exact"), (3, "mid"), (3, "published"))),
     ss.SDEDPMSolverPP(3, "exact", eta=wave, start="self"),
-    *(ss.solvers.SASolver(p, c) for p, c in ((1, 0), (2, 0), (4, 0), (1, 2), (2, 2), (3, 4), (4, 4))),
-    ss.solvers.SASolver(3, 4, prediction=NOISE),
+    ss.solvers.SASolver(),
+    *(ss.solvers.SASolver(p, c, 1.0) for p, c in ((1, 0), (2, 0), (4, 0), (1, 2), (2, 2), (3, 4), (4, 4))),
+    ss.solvers.SASolver(3, 4, 1.0, NOISE),
     ss.solvers.SASolver(3, 4, wave),
-    ss.solvers.SASolver(3, 4, pece=True),
-    ss.solvers.SASolver(2, 2, form="end"),
+    ss.solvers.SASolver(3, 4, 1.0, pece=True),
+    ss.solvers.SASolver(2, 2, 1.0, form="end"),
     *(ss.solvers.SEEDS(p, prediction) for p in (1, 2, 3) for prediction in (NOISE, DATA)),
     ss.solvers.SEEDS(3, DATA, "exact", (0.25, 0.7), wave),
     *(ss.solvers.ERSDE(p) for p in (1, 2, 3)),
@@ -155,10 +156,10 @@ def pairs() -> Iterator[Pair]:
             yield ss.solvers.SASolver(p, c, 0.7, prediction), pub.sa_solver, o
     for p, c in ((1, 2), (3, 4)):
         o = {"predictor": p, "corrector": c, "mode": "PECE", **full}
-        yield ss.solvers.SASolver(p, c, pece=True), pub.sa_solver, o
+        yield ss.solvers.SASolver(p, c, 1.0, pece=True), pub.sa_solver, o
     yield ss.solvers.SASolver(3, 4, wave), pub.sa_solver, {"tau": wave, **full}
     yield (
-        ss.solvers.SASolver(2, 2, form="end"),
+        ss.solvers.SASolver(2, 2, 1.0, form="end"),
         pub.sa_solver,
         {"predictor": 2, "corrector": 2, "rescaled": True, **full},
     )

@@ -123,6 +123,11 @@ class AbstractDenoiser(nn.Module):
         """Conditions that are fixed by :meth:`given`, by name."""
         return {}
 
+    @property
+    def shared_conditions(self) -> tuple[str, ...]:
+        """Names of conditions without a batch axis, which :meth:`given` treats as `shared`."""
+        return ()
+
     def given(self, *, shared: Mapping[str, object] | None = None, **cond: Condition) -> Given:
         """Fix conditions of the network.
 
@@ -142,7 +147,7 @@ class AbstractDenoiser(nn.Module):
             >>> model.rows(torch.tensor([2])).x0(torch.ones(1, 2), 0.5)
             tensor([[2., 2.]])
         """
-        return Given(self, **cond, **{name: Shared(value) for name, value in (shared or {}).items()})
+        return Given(self, **share(cond, self.shared_conditions), **share(shared or {}, tuple(shared or ())))
 
     def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
         """Data prediction and the network's variance output, for networks that learn a variance."""
@@ -310,6 +315,11 @@ def check_conditions(cond: Mapping[str, Condition], rows: int) -> None:
                 )
 
 
+def share(cond: Mapping[str, Condition], names: tuple[str, ...]) -> dict[str, Condition]:
+    """Conditions, with those of the given names marked as :class:`Shared`."""
+    return {k: Shared(c) if k in names and not isinstance(c, Shared) else c for k, c in cond.items()}
+
+
 def expand_conditions(cond: Mapping[str, Condition], rows: int) -> dict[str, Condition]:
     """Conditions as a network receives them: single rows expanded to all rows, :class:`Shared` ones unpacked.
 
@@ -425,6 +435,10 @@ class Wrapped(AbstractDenoiser):
     @property
     def conditions(self) -> dict[str, Condition]:
         return self.model.conditions
+
+    @property
+    def shared_conditions(self) -> tuple[str, ...]:
+        return self.model.shared_conditions
 
     @property
     def branch(self) -> AbstractDenoiser:

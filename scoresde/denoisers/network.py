@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresde import _checks as check
 from scoresde._printing import fields
-from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions, share
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
@@ -81,6 +81,7 @@ class Denoiser(AbstractDenoiser):
             half, and its meaning: ``"range"`` or True for r in [−1, 1] between the small and the large variance,
             ``"log"`` for log v, ``"value"`` for v. :meth:`x0_and_variance` returns that half, and
             :func:`log_variance` converts it.
+        shared: Names of conditions without a batch axis, such as positions; the network receives them as they are.
         check_finite: Whether to raise an error, with the time, at the first output that is not finite. The check
             waits for the GPU, so leave it off for speed.
 
@@ -100,6 +101,7 @@ class Denoiser(AbstractDenoiser):
         precondition: Preconditioning | None = None,
         time: str | Clock | None = None,
         learned_variance: bool | str = False,
+        shared: tuple[str, ...] = (),
         check_finite: bool = False,
     ) -> None:
         if not callable(net):
@@ -134,17 +136,23 @@ class Denoiser(AbstractDenoiser):
         self.precondition = precondition
         self.time = time
         self.learned_variance = learned_variance
+        self.shared = shared
         self.check_finite = check_finite
         _clock(time, sde, precondition)
 
     def __repr__(self) -> str:
         names = ("net", "sde", "predicts", "precondition", "time", "learned_variance", "check_finite")
-        return f"{type(self).__name__}({fields(**{name: getattr(self, name) for name in names})})"
+        values = {name: getattr(self, name) for name in names}
+        return f"{type(self).__name__}({fields(**values, shared=self.shared or None)})"
 
     @property
     def kind(self) -> Kind:
         variance = "range" if self.learned_variance is True else self.learned_variance or None
         return Kind(self.predicts, self.sde, variance=variance)
+
+    @property
+    def shared_conditions(self) -> tuple[str, ...]:
+        return self.shared
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.predict("x0", x, t, **cond)
@@ -163,6 +171,7 @@ class Denoiser(AbstractDenoiser):
         if self.learned_variance and x.ndim == 1:
             raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
         if cond:
+            cond = share(cond, self.shared) if self.shared else cond
             check_conditions(cond, len(x))
             cond = expand_conditions(cond, len(x))
         net_x = x
@@ -306,7 +315,10 @@ def _tensors(tree: Condition) -> list[Tensor]:
 
 
 def _dtype_of(net: object) -> torch.dtype | None:
-    """Floating dtype of a network's first parameter, or None."""
+    """Floating dtype that a network declares as ``net.dtype``, or that of its first parameter, or None."""
+    declared = getattr(net, "dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared if declared.is_floating_point else None
     parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
     first = next(parameters, None)
     return first.dtype if first is not None and first.is_floating_point() else None

@@ -5,7 +5,7 @@ The functions load no weights and import none of those code bases: the caller pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from operator import mul, sub
 
@@ -15,11 +15,10 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
+from scoresde.interop.networks import Net
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import EDM, VE, VP, Flow, SubVP
 from scoresde.processes.sde import SDE
-
-Net = Callable[..., Tensor]
 
 
 def from_ddpm(

@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parents[1]
 SHOWN = 8  # entries of a list that are shown without --all
 OPEN = {
+    "_build",
     "_checks",
     "_files",
     "_numerics",

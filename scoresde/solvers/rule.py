@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -213,6 +213,29 @@ class Solver:
             history: Evaluated rows before the noise, newest first.
         """
         return [row]
+
+    def to_dict(self) -> dict[str, object]:
+        """The call that makes the solver, for JSON; :meth:`from_dict` restores an equal solver.
+
+        Example:
+            >>> import scoresde as ss
+            >>> ss.UniPC(3).to_dict()
+            {'solver': 'UniPC(order=3)'}
+        """
+        from scoresde.solvers.dictionary import to_dict
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(table: Mapping[str, object]) -> Solver:
+        """Make a solver from a dictionary.
+
+        Arguments:
+            table: Output of :meth:`to_dict`.
+        """
+        from scoresde.solvers.dictionary import from_dict
+
+        return from_dict(table)
 
     def _batched_steps(
         self, sde: SDE, grid: list[Weight], solved: list[bool]

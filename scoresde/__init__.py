@@ -30,6 +30,7 @@ from scoresde.denoisers import Denoiser, Gaussian, GaussianMixture, Precondition
 from scoresde.fitting import fit
 from scoresde.guidance import ClassifierFree
 from scoresde.integrators import Adaptive, SolverError
+from scoresde.interop import load
 from scoresde.likelihood import bits_per_dim, elbo, log_prob
 from scoresde.noise import Noise
 from scoresde.plan import Plan
@@ -90,6 +91,7 @@ __all__ = [
     "interop",
     "inverse",
     "likelihood",
+    "load",
     "log_prob",
     "metrics",
     "nn",

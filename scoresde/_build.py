@@ -79,6 +79,17 @@ def describe(net: nn.Module) -> dict[str, object] | None:
         return None
 
 
+def conditions(net: nn.Module) -> list[str]:
+    """Names of the arguments of a network's ``forward`` that it cannot do without, after the state and the time.
+
+    Arguments:
+        net: Network.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = [p for p in inspect.signature(net.forward).parameters.values() if p.kind in kinds]
+    return [p.name for p in named[2:] if p.default is inspect.Parameter.empty]
+
+
 def check_build(build: Build) -> dict[str, object]:
     """Return `build` as JSON holds it; raise an error if it is not of the form of :data:`Build`."""
     if not isinstance(build, Mapping) or set(build) != _KEYS or not isinstance(build["arguments"], Mapping):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from scoresde import _checks as check
 from scoresde._printing import short
 from scoresde.denoisers.predictions import Coefficient, Want, as_form, conversion, form_of
 from scoresde.processes.sde import SDE
+
+if TYPE_CHECKING:
+    from scoresde.denoisers.card import Card
 
 _MEMO = 4096  # largest number of entries in the cache of a denoiser
 
@@ -255,6 +260,30 @@ class AbstractDenoiser(nn.Module):
             counter: Counter of the evaluations.
         """
         return _Counted(self, counter)
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        card: Card | None = None,
+        build: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the denoiser to a folder for ``ss.load``; only a :class:`Denoiser`, a network, can be written.
+
+        Arguments:
+            folder: Path of the folder.
+            card: What a user of the weights must know beside them, a :class:`Card`.
+            build: Import path and arguments of the network's class.
+            overwrite: Whether to replace the files in a folder that is not empty.
+        """
+        inner = [name for name, module in self.named_children() if isinstance(module, AbstractDenoiser)]
+        way = (
+            f"save the inside, model.{inner[0]}.save(folder), and make the {type(self).__name__} again after ss.load"
+            if inner
+            else f"save the numbers that make the {type(self).__name__}, and its process with sde.to_dict()"
+        )
+        raise TypeError(f"{type(self).__name__} is not a network with a process, which alone can be saved; {way}.")
 
     @property
     def is_leaf(self) -> bool:

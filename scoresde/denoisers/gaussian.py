@@ -156,6 +156,12 @@ class Gaussian(AbstractDenoiser):
         return torch.cat([c, c.new_full((others,), self.rest)]).sort(descending=True).values
 
     @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor | list[Tensor] | None, float]:
+        """Arguments `mean`, `spectrum`, `axes` and `rest` that make this Gaussian, on any process."""
+        axes: list[Tensor] = [getattr(self, f"_axes{i}") for i in range(self._matrices)]
+        return self._mean, self._spectrum, axes[0] if self._flat else axes or None, self.rest
+
+    @property
     def kind(self) -> Kind:
         return Kind("x0", self.sde, exact=True)
 

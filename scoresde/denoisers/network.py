@@ -7,8 +7,10 @@ two linear equations convert any prediction into any other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from scoresde import _checks as check
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions, share
+from scoresde.denoisers.card import Card
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
@@ -138,6 +141,7 @@ class Denoiser(AbstractDenoiser):
         self.learned_variance = learned_variance
         self.shared = shared
         self.check_finite = check_finite
+        self.card: Card | None = None
         _clock(time, sde, precondition)
 
     def __repr__(self) -> str:
@@ -218,6 +222,34 @@ class Denoiser(AbstractDenoiser):
         for name, leaf, count in received:
             check.refuse_writes(leaf, count, "`net`", self.net, what=f"condition `{name}`", copy=name)
         return out
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        card: Card | None = None,
+        build: Mapping[str, object] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the weights, and all that is needed to use them, to a folder for ``ss.load``.
+
+        The folder holds JSON and safetensors; :mod:`scoresde.denoisers.saving` has the format. A process, or a network
+        time, that is a function cannot be written: the one who loads the folder gives it, and it is compared.
+
+        Arguments:
+            folder: Path of the folder.
+            card: What a user of the weights must know beside them; by default ``self.card``.
+            build: Import path and arguments of the network's class, ``{"class": "package.module:Class", "arguments":
+                {...}}``; by default as recorded, for networks of ``ss.nn`` and of diffusers. Without them, the one who
+                loads the folder gives the network.
+            overwrite: Whether to replace the files in a folder that is not empty.
+
+        Returns:
+            Path of the folder.
+        """
+        from scoresde.denoisers.saving import save_model
+
+        return save_model(self, folder, card=card, build=build, overwrite=overwrite)
 
     def target(self, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
         """Training target: the network output that belongs to the state ``sde.perturb(x0, t, eps)``.

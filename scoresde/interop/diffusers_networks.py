@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
 from scoresde.interop.networks import Adapted, Affine, Net
 
@@ -117,6 +118,7 @@ def doubles_channels(net: object) -> bool:
     return isinstance(inner, int) and isinstance(outer, int) and outer == 2 * inner
 
 
+@recorded
 class DiffusersNet(Adapted):
     """A network of diffusers: its time by keyword, its output from ``.sample`` or from the first entry of a tuple.
 

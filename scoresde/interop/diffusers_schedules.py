@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Clock, Preconditioning
 from scoresde.interop.networks import Adapted, Affine, Net
@@ -382,6 +383,7 @@ class _OfStates(Adapted):
         return None
 
 
+@recorded
 class Consistency(_OfStates):
     r"""Consistency network of diffusers: :math:`x_0 = c_{skip} x + c_{out} F(c_{in} x, 250\log\sigma)`.
 
@@ -405,6 +407,7 @@ class Consistency(_OfStates):
         return self.sigma_data**2 / (gap**2 + self.sigma_data**2) * x + gap * self.sigma_data / size * out.to(x.dtype)
 
 
+@recorded
 class OnUnitImages(_OfStates):
     """Score of images in [−1, 1] from a network for images in [0, 1], as in diffusers' pipeline of Karras's VE.
 
@@ -416,6 +419,7 @@ class OnUnitImages(_OfStates):
         return self.net((x + 1) / 2, t / 2, **cond).to(x.dtype) / 2
 
 
+@recorded
 class OnUnitData(_OfStates):
     """Velocity of data of deviation `scale` from a network for data of deviation 1.
 

@@ -29,6 +29,10 @@ class Affine:
     def __call__(self, t: Tensor) -> Tensor:
         return self.a + self.b * t
 
+    def to_dict(self) -> dict[str, object]:
+        """The two numbers by name, for files."""
+        return {"a": float(self.a), "b": float(self.b)}
+
     def then(self, other: Affine) -> Affine:
         """The labels `other` of the labels of this function."""
         return Affine(other.a + other.b * self.a, other.b * self.b)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.networks import Net
@@ -92,6 +93,7 @@ def from_flow(net: Net, *, data_at: float = 0.0) -> Denoiser:
     return Denoiser(_Negated(net), Flow(), predicts="velocity", time=partial(sub, 1))
 
 
+@recorded
 class _Negated(torch.nn.Module):
     """A network with the opposite sign."""
 

@@ -39,7 +39,14 @@ Contents = dict[str, Any]
 
 
 class LoadError(RuntimeError):
-    """The folder is missing, damaged or not a saved model; the message has its path and the fix."""
+    """The folder is missing, damaged or not a saved model; the message has its path and the fix.
+
+    Arguments:
+        message: Text of the error.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
 
 
 def load(

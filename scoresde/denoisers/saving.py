@@ -115,7 +115,7 @@ def contents(model: Denoiser, *, card: Card | None = None, build: _build.Build |
         "predicts": model.predicts,
         "precondition": model.precondition and {"sigma_data": float(model.precondition.sigma_data)},
         "time": _describe_clock(model),
-        "learned_variance": bool(model.learned_variance),
+        "learned_variance": model.learned_variance,
         "check_finite": bool(model.check_finite),
         "card": described,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},

@@ -81,6 +81,7 @@ CASES: dict[str, Callable[[], ss.Denoiser]] = {
         sde=ss.Discrete(ss.processes.betas("cosine", 50)), time="nearest_index", check_finite=True
     ),
     "learned variance": lambda: model(net=net(out_features=6), learned_variance=True),
+    "learned log-variance": lambda: model(net=net(out_features=6), learned_variance="log"),
     "float64": lambda: model(net=net().double()),
     "bfloat16": lambda: model(net=net().bfloat16()),
     "time of score_sde": lambda: ss.interop.from_score_sde(net(), "vp"),

@@ -20,6 +20,7 @@ import hashlib
 import json
 import operator
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scoresde import _build
+from scoresde import _build, _files
 from scoresde.denoisers.card import Card, Written
 from scoresde.denoisers.network import Denoiser
 from scoresde.plan.table import Plan
@@ -66,19 +67,18 @@ def save_model(
         )
     files = contents(model, card=card, build=build)
     if path.is_dir() and any(path.iterdir()):
+        _files.remove_torn(path)
         for name in set(FILES) - set(files):
             (path / name).unlink(missing_ok=True)
         for name in sorted(files, key=MANIFEST.__eq__):
-            temporary = path / f".{name}.{os.getpid()}.tmp"
-            _write(temporary, files[name])
-            os.replace(temporary, path / name)
+            _files.write(path / name, files[name])
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         fresh.mkdir()
         for name, data in files.items():
-            _write(fresh / name, data)
+            _files.write(fresh / name, data)
         os.replace(fresh, path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -107,7 +107,7 @@ def contents(model: Denoiser, *, card: Card | None = None, build: _build.Build |
     if extras:
         files[EXTRAS] = save(extras, {"format": "pt"})
     if plan is not None:
-        files[PLAN] = (json.dumps(plan, indent=1, allow_nan=False) + "\n").encode()
+        files[PLAN] = plan.encode()
     body: dict[str, object] = {
         "format": FORMAT,
         "network": _build.check_build(build) if build is not None else _build.describe(net) or _unknown(net),
@@ -132,7 +132,7 @@ def digest(body: Mapping[str, object]) -> str:
         body: Dictionary.
     """
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _files.digest(text)
 
 
 def probes(sde: SDE) -> list[float]:
@@ -198,12 +198,12 @@ def _describe_clock(model: Denoiser) -> object:
 
 def _describe_card(
     card: Card, model: Denoiser, net: nn.Module
-) -> tuple[dict[str, object], dict[str, Tensor], Mapping[str, object] | None]:
-    """The card as JSON, its tensors, and its plan."""
+) -> tuple[dict[str, object], dict[str, Tensor], str | None]:
+    """The card as JSON, its tensors, and the text of its plan."""
     if not isinstance(card, Card):
         raise TypeError(f"`card` must be a Card, got {type(card).__name__}.")
     tensors: dict[str, Tensor] = {}
-    plan = card.solver.to_dict() if isinstance(card.solver, Plan) else None
+    plan = card.solver.to_json() if isinstance(card.solver, Plan) else None
     if isinstance(card.solver, Plan) and card.solver.sde != repr(model.sde):
         raise ValueError(f"`card` has a plan for {card.solver.sde}, and the model is on {model.sde!r}.")
     scale = gaussian = None
@@ -230,10 +230,3 @@ def _describe_card(
         "notes": card.notes,
     }
     return described, {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, plan
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

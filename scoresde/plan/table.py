@@ -243,9 +243,12 @@ class Plan:
         Arguments:
             path: Path of the file.
         """
+        files.write(path, self.to_json().encode())
+
+    def to_json(self) -> str:
+        """The text of the file that :meth:`save` writes."""
         table = json.loads(json.dumps(self.to_dict()))
-        text = json.dumps({**table, "sha256": _checksum(table)}, indent=1) + "\n"
-        files.write(path, text.encode())
+        return json.dumps({**table, "sha256": _checksum(table)}, indent=1) + "\n"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

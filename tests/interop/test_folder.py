@@ -56,13 +56,8 @@ class Own(nn.Module):
 
 def same(a: ss.Denoiser, b: ss.Denoiser, event: tuple[int, ...] = (3,), **cond: Tensor) -> None:
     """Everything that a denoiser says, and its samples, agree to the last bit."""
-    assert (a.sde, a.predicts, a.precondition, a.learned_variance, a.check_finite) == (
-        b.sde,
-        b.predicts,
-        b.precondition,
-        b.learned_variance,
-        b.check_finite,
-    )
+    for name in ("sde", "predicts", "precondition", "learned_variance", "check_finite", "shared"):
+        assert getattr(a, name) == getattr(b, name), name
     assert a.net.state_dict().keys() == b.net.state_dict().keys()  # type: ignore[union-attr]
     for (name, p), q in zip(a.net.state_dict().items(), b.net.state_dict().values(), strict=True):  # type: ignore[union-attr]
         assert p.dtype == q.dtype and torch.equal(p, q), name
@@ -89,6 +84,7 @@ CASES: dict[str, Callable[[], ss.Denoiser]] = {
     "a scheduler's network": lambda: ss.interop.from_diffusers(
         net(), {"num_train_timesteps": 1000, "shift": 3.0, "_class_name": "FlowMatchEulerDiscreteScheduler"}
     ),
+    "shared names": lambda: model(shared=("ids",)),
     "shifted": lambda: model(sde=ss.processes.Shifted(ss.Flow(), 3.0), predicts="v"),
 }
 

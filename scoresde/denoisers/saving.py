@@ -117,6 +117,7 @@ def contents(model: Denoiser, *, card: Card | None = None, build: _build.Build |
         "time": _describe_clock(model),
         "learned_variance": model.learned_variance,
         "check_finite": bool(model.check_finite),
+        "shared": list(model.shared),
         "card": described,
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }

@@ -162,7 +162,10 @@ class Lock:
                 f"written. Only one process may write to a folder."
             )
         else:
-            os.utime(self.path)
+            try:
+                os.utime(self.path)
+            except OSError as error:  # whose text has no path
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             self._beat = time.monotonic()
 
     def beat(self) -> None:
@@ -173,7 +176,8 @@ class Lock:
     def release(self) -> None:
         """Give the lock back, if this object has it."""
         if self.held and _read(self.path) == self._text:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only keeps it; the lock of a dead process does not count
+                self.path.unlink()
         self._text = ""
 
     def _take(self, text: str) -> bool:

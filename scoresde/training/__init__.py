@@ -9,6 +9,7 @@ from scoresde.training.hooks import Hook, Preview, ProgressBar, Record, TensorBo
 from scoresde.training.losses import DSM, HybridVLB, LossByNoise, Terms, sliced_score_matching
 from scoresde.training.trainer import Trainer
 from scoresde.training.update import Update
+from scoresde.training.validation import Validation
 
 __all__ = [
     "DSM",
@@ -28,6 +29,7 @@ __all__ = [
     "Terms",
     "Trainer",
     "Update",
+    "Validation",
     "checkpoint",
     "drop_condition",
     "reconstruct",

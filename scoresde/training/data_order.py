@@ -9,16 +9,26 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, Dataset
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import Condition
+from scoresde.training import fingerprint
 from scoresde.training.describe import describe
 
 
@@ -30,7 +40,7 @@ class DataSet(Protocol):
     def __getitem__(self, index: int, /) -> object: ...
 
 
-Data = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...] | DataSet
+Data = Tensor | Mapping[str, Tensor] | tuple[Tensor, ...] | DataSet | DataLoader[Any]
 
 Unpack = Callable[[Any], tuple[Tensor, dict[str, Condition]]]
 
@@ -102,10 +112,12 @@ class Loader:
     """Data for the trainer, with options of loading.
 
     Arguments:
-        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, or a data set with
-            ``len`` and integer indices.
+        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, a data set with ``len``
+            and integer indices, or a torch DataLoader. Of a DataLoader, everything but the order is used: the data set,
+            the batch size, the function that collates, and the workers. The order is the trainer's, which is random,
+            so a sampler with weights or parts is refused.
         unpack: Function that converts a batch to data and conditions, ``(x, {name: condition})``; needed if a batch is
-            neither a tensor nor a dictionary with ``"x"``.
+            not a tensor, a tuple of one tensor, or a dictionary with ``"x"``.
         workers: Number of processes that load from a data set; :meth:`Trainer.resume` does not replay their random
             transforms.
 
@@ -121,12 +133,82 @@ class Loader:
     data: Data
     unpack: Unpack | None = None
     workers: int = 0
+    batch: int | None = field(default=None, init=False)
+    options: Mapping[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, DataLoader):
+            self._take(self.data)
         if not (self.unpack is None or callable(self.unpack)):
             raise TypeError(f"`unpack` must be a function of a batch, got {type(self.unpack).__name__}.")
         check.integer("workers", self.workers)
         size(self.data)
+        tensors = self.data.tensors if type(self.data) is TensorDataset else self.data
+        if self.unpack is None and isinstance(tensors, tuple) and len(tensors) > 1 and _tensors(tensors):
+            raise TypeError(
+                f"`data` has {len(tensors)} tensors; say what they are, as in `Loader(data, unpack=lambda batch: "
+                f"(batch[0], {{'label': batch[1]}}))`."
+            )
+
+    def _take(self, loader: DataLoader[object]) -> None:
+        """Take the data set and the options of a DataLoader."""
+        if self.workers:
+            raise ValueError(
+                f"`workers`={self.workers} and a DataLoader were given; give the workers to the DataLoader."
+            )
+        if isinstance(loader.dataset, IterableDataset):
+            size(iter(()))  # type: ignore[arg-type]
+        sampler = loader.sampler if type(loader.batch_sampler) is BatchSampler else loader.batch_sampler
+        if type(sampler) not in (RandomSampler, SequentialSampler):
+            raise ValueError(
+                f"`data` is a DataLoader with {type(sampler).__name__}, and the trainer orders the samples itself, so "
+                f"that a run can resume and be divided over processes; give DataLoader(data, batch_size, shuffle=True)."
+            )
+        if getattr(sampler, "replacement", False) or getattr(sampler, "_num_samples", None):
+            raise ValueError(
+                "`data` is a DataLoader that draws with replacement or a part of the data; give shuffle=True instead."
+            )
+        options = {"collate_fn": loader.collate_fn, "worker_init_fn": loader.worker_init_fn, "timeout": loader.timeout}
+        if loader.num_workers:
+            options |= {
+                "multiprocessing_context": loader.multiprocessing_context,
+                "prefetch_factor": loader.prefetch_factor,
+            }
+        for name, value in (
+            ("data", loader.dataset),
+            ("workers", loader.num_workers),
+            ("batch", loader.batch_size),
+            ("options", options),
+        ):
+            object.__setattr__(self, name, value)
+
+    def batch_size(self, given: int | None) -> int:
+        """Number of samples per step.
+
+        Arguments:
+            given: Number that the user gave, or None for that of the DataLoader, else 128.
+        """
+        if given is None:
+            return self.batch or 128
+        check.integer("batch", given, at_least=1)
+        if self.batch not in (None, given):
+            raise ValueError(f"`batch`={given}, and the DataLoader has batch_size={self.batch}; give one of them.")
+        return given
+
+    def fingerprint(self) -> str:
+        """Text that differs for other data of the same size, by its type and by what can be read quickly.
+
+        Of tensors, up to 64 MiB are read. Of a data set, three samples are read, if this process loads them and if they
+        are the same at every reading; a text ``_fingerprint`` of the data set, as in datasets, takes their place.
+        """
+        data = self.data.tensors if type(self.data) is TensorDataset else self.data
+        if _tensors(data):
+            paths = tree_flatten_with_path(data)[0]
+            return fingerprint.of_tensors({keystr(path): leaf for path, leaf in paths})
+        own = getattr(data, "_fingerprint", "")
+        if not own and not self.workers:  # with workers, files that a data set opens here could be broken by a fork
+            own = fingerprint.of_samples(data, size(self.data))
+        return f"{type(data).__name__} {own}".strip()
 
     def __repr__(self) -> str:
         unpack = "" if self.unpack is None else f", unpack={describe(self.unpack)}"
@@ -140,11 +222,18 @@ class Loader:
             device: Device of the tensors.
         """
         unpack = self.unpack or _unpack
-        for batch in batches(self.data, rows, workers=self.workers, pin=device.type == "cuda"):
+        for batch in batches(self.data, rows, workers=self.workers, pin=device.type == "cuda", options=self.options):
             yield unpack(tree_map(lambda leaf: _to(leaf, device), batch))
 
 
-def batches(data: Data, rows: Iterator[Tensor], *, workers: int = 0, pin: bool = False) -> Iterator[Any]:
+def batches(
+    data: Data,
+    rows: Iterator[Tensor],
+    *,
+    workers: int = 0,
+    pin: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Any]:
     """Yield batches of data.
 
     Arguments:
@@ -152,7 +241,11 @@ def batches(data: Data, rows: Iterator[Tensor], *, workers: int = 0, pin: bool =
         rows: Indices of each batch.
         workers: Number of processes that load from a data set.
         pin: Whether to put batches of a data set in page-locked memory, for a GPU.
+        options: More arguments of the DataLoader that loads a data set.
     """
+    options = dict(options or {})
+    if type(data) is TensorDataset and options.get("collate_fn", default_collate) is default_collate:
+        data = data.tensors
     if _tensors(data):
         for index in rows:
             yield tree_map(lambda leaf, index=index: leaf[index.to(leaf.device)], data)
@@ -161,7 +254,8 @@ def batches(data: Data, rows: Iterator[Tensor], *, workers: int = 0, pin: bool =
     sampler: Sequence[Any] = _IndexLists(rows)  # type: ignore[assignment]
     samples: Dataset[object] = data  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    yield from DataLoader(samples, batch_sampler=sampler, num_workers=workers, pin_memory=pin, generator=generator)
+    options |= {"num_workers": workers, "pin_memory": pin, "generator": generator}
+    yield from DataLoader(samples, batch_sampler=sampler, **options)
 
 
 def size(data: Data) -> int:
@@ -189,6 +283,8 @@ def _tensors(data: object) -> bool:
 
 
 def _unpack(batch: object) -> tuple[Tensor, dict[str, Condition]]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        (batch,) = batch
     if isinstance(batch, Tensor):
         return batch, {}
     if isinstance(batch, Mapping) and "x" in batch:

@@ -80,6 +80,11 @@ class EMA:
         finally:
             self._swaps -= 1
 
+    def restart(self) -> None:
+        """Begin the average again, at the current weights of the module."""
+        _refuse_swapped(self._swaps)
+        self.updates, self.weights = 0, _copy(self.module)
+
     def state_dict(self) -> State:
         """Averaged weights, number of updates, and settings."""
         return {
@@ -154,6 +159,11 @@ class PowerEMA:
             Snapshot(self.updates, gamma, {name: whole(w).detach().to("cpu", copy=True) for name, w in weights.items()})
             for gamma, weights in zip(self.gammas, self.weights, strict=True)
         ]
+
+    def restart(self) -> None:
+        """Begin the averages again, at the current weights of the module."""
+        _refuse_swapped(self._swaps)
+        self.updates, self.weights = 0, [_copy(self.module) for _ in self.stds]
 
     def state_dict(self) -> State:
         """Averaged weights, number of updates, and lengths."""

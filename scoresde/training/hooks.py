@@ -78,6 +78,14 @@ class Hook:
     def on_step(self, trainer: Trainer, record: Record) -> None:
         """Called after each step."""
 
+    def measure(self, trainer: Trainer, steps: int) -> Row:
+        """Called after each step, before ``on_log``: return numbers for ``trainer.history``, or an empty dictionary.
+
+        A step with numbers has a row in the history, whatever `log_every` is. With several processes, all must return
+        the same names at the same steps (`every_process`).
+        """
+        return {}
+
     def on_log(self, trainer: Trainer, row: Row, levels: Sequence[Row]) -> None:
         """Called with each new row of ``trainer.history``, and the mean errors by noise level since the last one."""
 
@@ -138,7 +146,8 @@ class TensorBoard(Hook):
         assert self._writer is not None
         for name, value in row.items():
             if name != "step":
-                self._writer.add_scalar(f"train/{name}", value, trainer.step)
+                tag = "validation/loss" if name == "validation" else f"train/{name}"
+                self._writer.add_scalar(tag, value, trainer.step)
         for level in levels:
             self._writer.add_scalar(f"error/lam {level['lam']:+.1f}", level["error"], trainer.step)
 

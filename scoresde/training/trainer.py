@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition
+from scoresde.training import fingerprint
 from scoresde.training.checkpoint import Checkpoints
 from scoresde.training.data_order import Data, DataOrder, Loader, parts, size, stream
 from scoresde.training.describe import describe
 from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
 from scoresde.training.hooks import Hook, ProgressBar, Record, Row
+from scoresde.training.identity import differences, identity, keep_own_options, loss_identity
 from scoresde.training.losses import DSM
 from scoresde.training.sharding import (
     State,
@@ -60,10 +61,10 @@ class Trainer:
 
     Arguments:
         loss: Loss, a :class:`DSM` or a module ``loss(x, noise, **cond)`` that returns a scalar.
-        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, a data set, or a
-            :class:`Loader` with options of loading.
+        data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, a data set, a torch
+            DataLoader, or a :class:`Loader` with options of loading.
         optimiser: Optimiser of ``loss.parameters()``; by default Adam with learning rate 2e-4.
-        batch: Number of samples per step, over all processes and parts.
+        batch: Number of samples per step, over all processes and parts; by default that of a DataLoader, else 128.
         ema: Average of the weights of ``loss.model``, or the decay of an :class:`EMA`; None for no average.
         update: Options of the update: warm-up and schedule of the learning rate, clipping, accumulation.
         precision: Precision of the network, ``"no"``, ``"bf16"`` or ``"fp16"``; the loss has the dtype of the data.
@@ -96,7 +97,7 @@ class Trainer:
         data: Data | Loader,
         optimiser: torch.optim.Optimizer | None = None,
         *,
-        batch: int = 128,
+        batch: int | None = None,
         ema: EMA | PowerEMA | float | None = 0.9999,
         update: Update | None = None,
         precision: str = "no",
@@ -115,12 +116,13 @@ class Trainer:
         self.hooks = _ordered(hooks, folder)
         self.checkpoints = next((hook for hook in self.hooks if isinstance(hook, Checkpoints)), None)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
-        if check.integer("batch", batch, at_least=1) % (self.world * self.update.accumulate):
+        self.loader = data if isinstance(data, Loader) else Loader(data)
+        batch = self.loader.batch_size(batch)
+        if batch % (self.world * self.update.accumulate):
             raise ValueError(
                 f"`batch`={batch} must be a multiple of {self.world} processes times `accumulate`="
                 f"{self.update.accumulate}."
             )
-        self.loader = data if isinstance(data, Loader) else Loader(data)
         self.order = DataOrder(size(self.loader.data), batch, check.integer("seed", seed))
         self.log_every = check.integer("log_every", log_every, at_least=1)
         self.step = self.skipped = self._skipped_in_a_row = 0
@@ -128,6 +130,7 @@ class Trainer:
         self.history: list[Row] = []
 
         optimiser = _optimiser_of(loss, optimiser)
+        self._loss_identity = loss_identity(loss)
         self.sharded = prepare_sharding(self.accelerator, loss)
         # One process alone cannot evaluate a sharded model, so hooks evaluate a whole copy.
         self._evaluated: nn.Module | None = self.model
@@ -176,10 +179,11 @@ class Trainer:
             while self.step < steps:
                 loss, norm = self._train_step(source)
                 total += loss
-                if self.step % self.log_every == 0 or self.step == steps:
+                measured = {name: value for hook in self._called for name, value in hook.measure(self, steps).items()}
+                if measured or self.step % self.log_every == 0 or self.step == steps:
                     n = self.step - first
                     mean = float(self.accelerator.reduce(total / n, "mean"))
-                    self._log(mean, norm, n * self.order.batch / (time.perf_counter() - since))
+                    self._log(mean, norm, n * self.order.batch / (time.perf_counter() - since), measured)
                     first, since, total = self.step, time.perf_counter(), torch.zeros_like(total)
                 record = Record(self.step, steps, loss, norm)
                 for hook in self._called:
@@ -235,13 +239,22 @@ class Trainer:
     def _levels(self) -> list[Row]:
         return self.loss.levels.read() if isinstance(self.loss, DSM) else []
 
-    def _log(self, loss: float, norm: float, speed: float) -> None:
+    def _log(self, loss: float, norm: float, speed: float, measured: Row) -> None:
         rate = float(self.optimiser.param_groups[0]["lr"])
         row = {"step": self.step, "loss": loss, "norm": norm, "rate": rate, "skipped": self.skipped, "speed": speed}
-        self.history.append(row)
+        self.history.append(row := {**row, **measured})
         levels = self._levels()
         for hook in self._called:
             hook.on_log(self, row, levels)
+
+    @property
+    def ema_model(self) -> nn.Module:
+        """Copy of the model with the averaged weights, in evaluation mode: the model to sample from after training.
+
+        Each access makes a new copy. With sharded weights, every process must access it, as :meth:`averaged`.
+        """
+        with self.averaged() as model:
+            return copy.deepcopy(model).requires_grad_(False)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -273,31 +286,46 @@ class Trainer:
 
         scaler = self.accelerator.scaler
         return {
-            "run": self._identity(),
+            "run": self.identity,
             "step": self.step,
             "skipped": self.skipped,
             "loss": whole(dict(self.loss.state_dict())),
             "ema": None if self.ema is None else whole(self.ema.state_dict()),
             "optimiser": whole(self.optimiser.state_dict()),
             "scaler": None if scaler is None else scaler.state_dict(),
-            "rng": gather_object([_rng_state()]),
+            "rng": gather_object([fingerprint.rng_state()]),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Load a :meth:`state_dict`; the state of another run raises an error."""
-        mine, theirs = self._identity(), dict(state["run"])
-        changed = [name for name in mine if mine[name] != theirs.get(name)]
-        if changed:
-            settings = ", ".join(f"{name} {theirs.get(name)} (here {mine[name]})" for name in changed)
-            raise ValueError(f"the checkpoint is of another run, with {settings}; give the trainer the same settings.")
-        self.loss.load_state_dict(shard_state(state["loss"], self.loss.state_dict()))
-        self.optimiser.load_state_dict(shard_optimiser(state["optimiser"], self.optimiser))
+    def load_state_dict(self, state: State, changes: Collection[str] = ()) -> None:
+        """Load a :meth:`state_dict`; the state of another run raises an error that names the settings that differ.
+
+        Arguments:
+            state: State of the run.
+            changes: Names of the settings that may differ, as in :meth:`resume`.
+        """
+        changed = differences(self.identity, dict(state["run"]), changes)
+        loss = shard_state(state["loss"], self.loss.state_dict())
+        missing, _ = self.loss.load_state_dict(loss, strict="loss" not in changed)
+        if missing := [name for name in missing if name.startswith("model.")]:
+            raise ValueError(
+                f"the checkpoint has no weights for {', '.join(missing)}; give the trainer the same network."
+            )
+        if "optimiser" not in changed:
+            own = [dict(group) for group in self.optimiser.param_groups]
+            self.optimiser.load_state_dict(shard_optimiser(state["optimiser"], self.optimiser))
+            keep_own_options(self.optimiser.param_groups, own, changed)
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.accelerator.scaler is not None:
+            if changed & {"average", "ema.stds"}:
+                self.ema.restart()
+            else:
+                own_ema = self.ema.state_dict()
+                kept = {name: own_ema[name] for name in ("decay", "warmup") if f"ema.{name}" in changed}
+                self.ema.load_state_dict({**state["ema"], **kept})
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
-        _set_rng_state(state["rng"][self.rank])
+        if self.rank < len(state["rng"]):
+            fingerprint.set_rng_state(state["rng"][self.rank])
 
     def save(self) -> Path:
         """Write a checkpoint and return its path; every process must call this method."""
@@ -314,28 +342,29 @@ class Trainer:
             hook.on_save(self, path)
         return path
 
-    def resume(self) -> bool:
-        """Load the newest intact checkpoint of the folder; return False if there is none."""
+    def resume(self, changes: Collection[str] = ()) -> bool:
+        """Load the newest intact checkpoint of the folder; return False if there is none.
+
+        The settings must be those of the checkpoint: seed, batch, data, network, loss, average, update, optimiser and
+        number of processes. Else an error names what differs.
+
+        Arguments:
+            changes: Names of the settings that may differ, such as ``["update.clip"]``, or ``["update"]`` for all of
+                that group. The run then goes on with the new ones. An average or an optimiser of another kind starts
+                anew, from the loaded weights.
+        """
         if self.checkpoints is None:
             raise ValueError("`folder` is None, so there are no checkpoints; give `folder` to resume.")
         newest = self.checkpoints.latest()
         if newest is not None:
-            self.load_state_dict(newest[1])
+            self.load_state_dict(newest[1], changes)
             self.owns_folder = True
         return newest is not None
 
-    def _identity(self) -> State:
-        """Settings that must be equal to resume a run."""
-        return {
-            "seed": self.order.seed,
-            "batch": self.order.batch,
-            "samples": self.order.n,
-            "processes": self.world,
-            "average": type(self.ema).__name__,
-            "precision": str(self.accelerator.mixed_precision),
-            "process": repr(getattr(self.model, "sde", None)),
-            "predicts": str(getattr(self.model, "predicts", None)),
-        }
+    @cached_property
+    def identity(self) -> State:
+        """Settings that must be equal to resume a run, by name."""
+        return identity(self, self._loss_identity)
 
 
 def _model_of(loss: nn.Module) -> nn.Module:
@@ -373,22 +402,3 @@ def _ordered(hooks: Sequence[Hook], folder: str | Path | None) -> tuple[Hook, ..
     if not any(isinstance(hook, ProgressBar) for hook in out):
         out.insert(0, ProgressBar())
     return tuple(sorted(out, key=lambda hook: isinstance(hook, Checkpoints)))
-
-
-def _rng_state() -> State:
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 (data transforms may use it)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
-        "python": random.getstate(),
-    }
-
-
-def _set_rng_state(state: State) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    random.setstate(state["python"])

@@ -16,7 +16,8 @@ class Update:
 
     Arguments:
         warmup: Number of steps over which the learning rate rises linearly to its value.
-        schedule: Function of the step that returns a factor of the learning rate.
+        schedule: Function of the step that returns a factor of the learning rate, finite and at least 0. It may depend
+            on nothing else, so that a resumed run has the same rates.
         clip: Largest norm of the gradient; None for no limit.
         accumulate: Number of parts of a process's rows, which are evaluated one after another to save memory.
         nonfinite: Action if the gradient is not finite: ``"raise"`` an error, or ``"skip"`` the step and count it.
@@ -52,7 +53,19 @@ class Update:
     def factor(self, step: int) -> float:
         """Factor of the learning rate in the step after `step` steps."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
-        return rise * (1.0 if self.schedule is None else self.schedule(step))
+        if self.schedule is None:
+            return rise
+        value: object = self.schedule(step)
+        try:
+            factor = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"`schedule` must return a number, got {value!r} at step {step}.") from error
+        if not (math.isfinite(factor) and factor >= 0):
+            raise ValueError(
+                f"`schedule` must return a factor of the learning rate, finite and at least 0, got {factor:g} at step "
+                f"{step}; the weights are unchanged."
+            )
+        return rise * factor
 
     @property
     def largest_norm(self) -> float:

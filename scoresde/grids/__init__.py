@@ -14,9 +14,10 @@ from scoresde.grids.spacings import (
     uniform_lam,
     uniform_t,
 )
-from scoresde.grids.zigzags import ancestral, churn, renoised, repaint, restart
+from scoresde.grids.zigzags import Zigzag, ancestral, churn, renoised, repaint, restart, zigzag
 
 __all__ = [
+    "Zigzag",
     "ancestral",
     "beta_quantile",
     "check_grid",
@@ -35,4 +36,5 @@ __all__ = [
     "uniform_lam",
     "uniform_t",
     "window",
+    "zigzag",
 ]

@@ -1,9 +1,15 @@
-"""Grids that go up as well as down in time: solved steps down, fresh noise up."""
+"""Grids that go up as well as down in time: solved steps down, fresh noise up.
+
+A grid that rises is a :class:`Zigzag`. The functions of this page return one, and :func:`zigzag` makes one from times.
+Solvers refuse rising times of any other type, because a typing error would otherwise make a sampler stochastic.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +19,33 @@ from scoresde.grids.grid import check_grid, times_of_lam
 from scoresde.processes.sde import SDE
 
 
-def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Tensor:
+class Zigzag(Tensor):
+    """A grid that may go up: a float64 tensor, and so are its parts; made by :func:`zigzag`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Zigzag:
+        return copy.deepcopy(self.as_subclass(Tensor), memo).as_subclass(Zigzag)
+
+
+def zigzag(times: Tensor | Sequence[float]) -> Zigzag:
+    r"""Mark times as a grid that goes up on purpose; each step up adds fresh noise, by the exact forward transition.
+
+    .. math:: x_t = \frac{\alpha_t}{\alpha_s} x_s + \sqrt{\sigma_t^2 - \frac{\alpha_t^2}{\alpha_s^2}\sigma_s^2}\, z
+              \qquad\text{for a step up from } s \text{ to } t
+
+    Arguments:
+        times: Times from noise to data, (N + 1,), or (N + 1, B) for one grid per sample; the first and the last step go
+            down.
+
+    Example:
+        >>> import scoresde as ss
+        >>> plan = ss.DDIM().plan(ss.VP(), zigzag([1.0, 0.5, 0.7, 0.2, 0.0]))
+        >>> plan.stochastic, plan.draws
+        (True, 1)
+    """
+    return torch.as_tensor(times, dtype=torch.float64).as_subclass(Zigzag)
+
+
+def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Zigzag:
     r"""Zigzag grid of ancestral solvers: each step goes below its target time, then fresh noise is added up to it.
 
     .. math:: \varrho_{down}^2 = \varrho_t^2\left(1 - \eta^2\left(1 - \varrho_t^2/\varrho_s^2\right)\right),
@@ -25,7 +57,7 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Te
     Arguments:
         sde: The process.
         times: A grid.
-        eta: Noise level η, at least 0; 0 returns the grid unchanged.
+        eta: Noise level η, at least 0; 0 returns the times unchanged.
 
     References:
         | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, eq. 16
@@ -39,12 +71,12 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Te
     out = [grid[:1]]
     for low, end in zip(below, grid[1:], strict=True):
         out.append(torch.stack([low, end]) if low < end else end[None])
-    return torch.cat(out)
+    return zigzag(torch.cat(out))
 
 
 def churn(
     sde: SDE, times: Tensor | Sequence[float], s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf
-) -> Tensor:
+) -> Zigzag:
     r"""Zigzag grid with churn: before each step but the first, fresh noise multiplies ρ = σ/α by 1 + γ.
 
     .. math:: \gamma = \min(s_{churn}/N, \sqrt2 - 1) \quad\text{where}\quad s_{tmin} \le \varrho \le s_{tmax}
@@ -70,10 +102,10 @@ def churn(
     for i in range(1, len(grid)):
         inside = i < len(grid) - 1 and s_tmin <= math.exp(-float(lam[i])) <= s_tmax and up[i] > grid[i]
         out.append(torch.stack([grid[i], up[i]]) if inside else grid[i : i + 1])
-    return torch.cat(out)
+    return zigzag(torch.cat(out))
 
 
-def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, repeats: int = 1) -> Tensor:
+def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, repeats: int = 1) -> Zigzag:
     """Zigzag grid with restarts: from time `low`, add noise up to `high` and solve down again, `repeats` times.
 
     Arguments:
@@ -96,10 +128,10 @@ def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, 
         raise ValueError(f"`high` must lie above `low` by at least one step of the grid, got {high:g} and {low:g}.")
     if b == len(grid) - 1:
         raise ValueError(f"`low` must lie above the end of the grid by at least one step, got {low:g}.")
-    return torch.cat([grid[: b + 1], grid[a : b + 1].repeat(repeats), grid[b + 1 :]])
+    return zigzag(torch.cat([grid[: b + 1], grid[a : b + 1].repeat(repeats), grid[b + 1 :]]))
 
 
-def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
+def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Zigzag:
     r"""Grid of DiffPIR: after each step, a fraction ζ of the noise variance is replaced by fresh noise.
 
     .. math:: x_s = \alpha_s D + \sigma_s(\sqrt{1 - \zeta}\,\varepsilon + \sqrt{\zeta}\,z)
@@ -115,7 +147,7 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
     grid = check_grid(sde, times)
     zeta = check.number("zeta", zeta, at_least=0, below=1)
     if zeta == 0:
-        return grid
+        return zigzag(grid)
     lam = sde.lam(grid) - 0.5 * math.log1p(-zeta)
     out = [grid[:1]]
     for i in range(1, len(grid)):
@@ -124,10 +156,10 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Tensor:
             low = sde.t_of_lam(lam[i].clamp_max(sde.lam(0.0)))
             below = torch.stack([low, grid[i]]) if low < grid[i] and i < len(grid) - 1 else below
         out.append(below)
-    return torch.cat(out)
+    return zigzag(torch.cat(out))
 
 
-def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Tensor:
+def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Zigzag:
     """Grid of RePaint: each block of `jump` steps is repeated `resample` times, with noise added back in between.
 
     With :class:`Replacement` as the hook and the solver ``ss.DDPM()``, this grid gives RePaint. The
@@ -151,4 +183,4 @@ def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample:
         down = grid[i + 1 : min(i + jump, last) + 1]
         back = 0 if i + jump >= last else resample - 1
         out += [down, *([grid[i : i + 1], down] * back)]
-    return torch.cat(out)
+    return zigzag(torch.cat(out))

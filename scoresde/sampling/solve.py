@@ -111,7 +111,8 @@ def solve(
         steps: Number of steps of the grid, by default 20. A solver with k stages costs about k evaluations a step.
         nfe: Budget of evaluations of the denoiser, instead of `steps`. The run never exceeds it.
         grid: Times from noise to data, or a function that makes them, such as ``ss.grids.karras``; by default
-            :func:`quadratic_vp`. Methods with error control choose their own times.
+            :func:`quadratic_vp`. Times that also rise are a ``ss.grids.zigzag``. Methods with error control choose
+            their own times.
         t_start: First time, by default T.
         t_end: Last time. Where σ = 0, as at the default of 0, the result is the denoised state.
         seed: Seed of the samples: an integer, one integer for each sample, a :class:`Noise`, or None for a fresh one,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.grids.zigzags import Zigzag
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
 from scoresde.plan.table import Plan
@@ -165,8 +166,9 @@ class Solver:
         Arguments:
             sde: Process.
             times: Grid from noise to data: a float64 tensor (N + 1,), which may require grad, or (N + 1, B) for one
-                grid per sample.
-            up: Steps that go up in time: ``"diffuse"`` adds exact forward noise, ``"solve"`` is the solver (inversion).
+                grid per sample. It decreases, unless it is a zigzag, as made by ``ss.grids.zigzag``.
+            up: Steps that go up in time: ``"diffuse"`` adds exact forward noise in a zigzag, ``"solve"`` is the solver
+                (inversion).
         """
         grid, solved = _check_times(sde, times, check.choice("up", up, ("diffuse", "solve")))
         plain = not isinstance(grid[0], Tensor)
@@ -260,6 +262,8 @@ class Solver:
 def _check_times(sde: SDE, times: Tensor | Sequence[float], up: str) -> tuple[list[Weight], list[bool]]:
     """Return the times, as numbers or tensors, and for each step whether the solver applies."""
     grid = times if isinstance(times, Tensor) else torch.as_tensor(times, dtype=torch.float64)
+    meant = isinstance(grid, Zigzag)
+    grid = grid.as_subclass(Tensor)
     if grid.dtype != torch.float64:
         raise TypeError(f"`times` must have dtype float64, got {str(grid.dtype)[6:]}; use `times.double()`.")
     if grid.ndim not in (1, 2) or len(grid) < 2:
@@ -279,6 +283,13 @@ def _check_times(sde: SDE, times: Tensor | Sequence[float], up: str) -> tuple[li
         raise ValueError(
             "`times` must decrease in its first and last steps. Use `times.flip(0)` if the grid goes from data to "
             "noise; use `encode` for inversion."
+        )
+    if not all(solved) and not meant:
+        i = solved.index(False) + 1
+        raise ValueError(
+            f"`times` rises at index {i}, from t = {plain[i - 1].tolist()} to {plain[i].tolist()}, but a grid goes "
+            f"down from noise to data. A step up adds fresh noise: if you mean it, give ss.grids.zigzag(times); otherwise "
+            f"correct the time."
         )
     return list(grid) if grid.ndim == 2 or grid.requires_grad else grid.tolist(), solved
 

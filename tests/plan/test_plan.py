@@ -443,7 +443,7 @@ def test_running_a_table_is_what_it_says_and_folding_changes_nothing(plan: Plan)
 
 
 def test_a_zigzag_costs_no_pass_over_the_state() -> None:
-    times = [1.0, 0.8, 0.9, 0.6, 0.7, 0.3, 0.0]
+    times = ss.grids.zigzag([1.0, 0.8, 0.9, 0.6, 0.7, 0.3, 0.0])
     for rule in (ss.DDIM(), ss.DPMSolverPP(2), Multistep(1, eta=1.0)):
         plan = rule.plan(VP, times)
         assert plan.nfe == 4, "one for each leg that is solved"

@@ -398,7 +398,7 @@ EXPONENTIAL = [
 def test_a_point_comes_out_exactly(solver: Solver) -> None:
     for i, sde in enumerate(FIVE.values()):
         assert point_mass_defect(solver.plan(sde, random_grid(sde, i, 0.0)), sde) < 1e-12, sde
-    zigzag = torch.tensor([1.0, 0.6, 0.8, 0.5, 0.2, 0.35, 0.1, 0.0], **F64)
+    zigzag = ss.grids.zigzag([1.0, 0.6, 0.8, 0.5, 0.2, 0.35, 0.1, 0.0])
     assert point_mass_defect(solver.plan(ss.VP(), zigzag), ss.VP()) < 1e-12
 
 

@@ -56,9 +56,9 @@ def zigzags(draw: st.DrawFn, *, ups: bool = True) -> list[float]:
     return grid
 
 
-def on(sde: ss.SDE, fractions: list[float]) -> list[float]:
-    """A grid of a process that crowds at data, as grids do."""
-    return [sde.T * f**2 for f in fractions]
+def on(sde: ss.SDE, fractions: list[float]) -> Tensor:
+    """A grid of a process that crowds at data, as grids do; it may go up."""
+    return ss.grids.zigzag([sde.T * f**2 for f in fractions])
 
 
 # Exactness. With data in one point x0 the denoiser is a constant, so data, noise along the flow, and velocity along the
@@ -363,7 +363,7 @@ def test_a_grid_may_come_back_to_its_own_times() -> None:
 
 
 def test_history_is_dropped_across_fresh_noise_unless_it_is_of_data() -> None:
-    grid = [1.0, 0.8, 0.6, 0.4, 0.5, 0.3, 0.2, 0.0]
+    grid = ss.grids.zigzag([1.0, 0.8, 0.6, 0.4, 0.5, 0.3, 0.2, 0.0])
     for prediction, n_nodes in ((DATA, 2), (NOISE, 1), (VELOCITY, 1)):
         plan = Multistep(2, prediction).plan(VP, grid)
         after = next(r for r, row in enumerate(plan.rows) if row.t == 0.5)
@@ -473,6 +473,7 @@ def test_gradients_in_the_times_equal_finite_differences(sde: ss.SDE, case: str)
 
     def result(inner: Tensor) -> Tensor:
         times = torch.cat([torch.tensor(grid[:1]).double(), inner, torch.tensor(grid[-1:], dtype=torch.float64)])
+        times = ss.grids.zigzag(times) if case == "zigzag" else times
         return run(rule.plan(sde, times), network, START, ss.Noise(1)).flatten()
 
     got = torch.autograd.functional.jacobian(result, inner)
@@ -524,10 +525,10 @@ def test_a_grid_for_each_sample_is_the_plan_of_each(rule: Solver, end: float | N
 
 
 def test_a_zigzag_for_each_sample_is_the_zigzag_of_each() -> None:
-    times = torch.tensor([[1.0, 0.9], [0.5, 0.4], [0.8, 0.45], [0.3, 0.2], [0.0, 0.0]], dtype=torch.float64)
+    times = ss.grids.zigzag([[1.0, 0.9], [0.5, 0.4], [0.8, 0.45], [0.3, 0.2], [0.0, 0.0]])
     plan = ss.DPMSolverPP(2).plan(VP, times)
     for b in range(2):
-        alone = ss.DPMSolverPP(2).plan(VP, times[:, b].tolist())
+        alone = ss.DPMSolverPP(2).plan(VP, times[:, b])
         got = run(plan, network, START[:2], ss.Noise(0))[b]
         assert torch.allclose(got, run(alone, network, START[b : b + 1], ss.Noise(0)[[b]])[0], rtol=1e-12)
 
@@ -545,7 +546,7 @@ def test_a_zigzag_for_each_sample_is_the_zigzag_of_each() -> None:
     ids=str,
 )
 def test_a_plan_made_of_numbers_holds_numbers(rule: Solver) -> None:
-    for grid in ([1.0, 0.6, 0.7, 0.3, 0.0], torch.tensor([1.0, 0.6, 0.7, 0.3, 0.0], dtype=torch.float64)):
+    for grid in ([1.0, 0.7, 0.6, 0.3, 0.0], ss.grids.zigzag([1.0, 0.6, 0.7, 0.3, 0.0])):
         for row in rule.plan(VP, grid).rows:
             assert type(row.t) is float
             assert all(type(w) is float for column in (row.x, row.d, row.z) for _, w in column)

@@ -286,10 +286,10 @@ def _check_times(sde: SDE, times: Tensor | Sequence[float], up: str) -> tuple[li
         )
     if not all(solved) and not meant:
         i = solved.index(False) + 1
+        low, high = plain[i - 1].tolist(), plain[i].tolist()
         raise ValueError(
-            f"`times` rises at index {i}, from t = {plain[i - 1].tolist()} to {plain[i].tolist()}, but a grid goes "
-            f"down from noise to data. A step up adds fresh noise: if you mean it, give ss.grids.zigzag(times); otherwise "
-            f"correct the time."
+            f"`times` rises at index {i}, from t = {low} to {high}; a grid goes down, from noise to data. A step up "
+            f"adds fresh noise: if you mean it, give ss.grids.zigzag(times); otherwise correct the time."
         )
     return list(grid) if grid.ndim == 2 or grid.requires_grad else grid.tolist(), solved
 

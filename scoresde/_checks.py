@@ -62,6 +62,17 @@ def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
     return str(value)
 
 
+def gradient_mode(grad: object, allowed: tuple[str, ...]) -> str:
+    """Return the gradient mode `grad`; raise an error if inference mode would drop the gradient."""
+    mode = choice("grad", grad, allowed)
+    if mode != "off" and torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"`grad`={mode!r} records a gradient, which torch.inference_mode() drops; leave this context, or give "
+            f"`grad`='off', which records nothing without it."
+        )
+    return mode
+
+
 def dtype(name: str, value: object) -> torch.dtype:
     """Return `value` if it is float32 or float64."""
     if value not in FLOATS:

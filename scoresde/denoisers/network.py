@@ -189,6 +189,11 @@ class Denoiser(AbstractDenoiser):
                 f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
                 f"`lambda x, t: net(x, t).sample`."
             )
+        if not out.is_floating_point():
+            raise TypeError(
+                f"`net` must return floating-point numbers, got {str(out.dtype)[6:]}: a prediction is no index, mask "
+                f"or complex number; return the values before they are rounded or compared."
+            )
         double = (len(x), 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else None
         expected = double if self.learned_variance else tuple(x.shape)
         if tuple(out.shape) != expected:

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._progress import Bar
-from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
@@ -160,7 +161,9 @@ def fit(
         >>> plan.nfe, errors["after"]["mean_log"] < 0.2 * errors["before"]["mean_log"]
         (4, True)
     """
-    check_model(model)
+    check_ready(model)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("a fit needs gradients, which torch.inference_mode() drops; leave this context.")
     check.integer("steps", steps, at_least=1)
     start, split, descent = as_start(start), split or Split(), descent or Descent()
     gaussian = start.gaussian and check_gaussian("start", start.gaussian, model.sde)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.analysis.moments import Numbers, as_directions, flow_gain, flow_gaps, solve_directions
-from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start
 from scoresde.fitting.table import Levels
 from scoresde.grids.grid import check_grid
@@ -181,7 +182,7 @@ def align_your_steps(model: AbstractDenoiser, data: Tensor, steps: int, *, fine:
     References:
         | Align Your Steps (Sabour et al., 2024), arXiv:2404.14507
     """
-    check_model(model)
+    check_ready(model)
     check.integer("steps", steps, at_least=2)
     sde, noise = model.sde, Noise(seed).fork(Stream.GRIDS)
     check.state("data", data)
@@ -213,7 +214,7 @@ def _pilot(
     model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int
 ) -> tuple[Tensor, Callable[[int, int], float]]:
     """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
-    check_model(model)
+    check_ready(model, stacklevel=4)
     sde = model.sde
     times = uniform_lam(sde, check.integer("fine", fine, at_least=2))
     x = Start().draw(model, shape_or_x, sde.T, Noise(seed).fork(Stream.GRIDS))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise
 from scoresde.solvers.statistics import Statistics, interpolate
 
@@ -48,7 +49,7 @@ def estimate_statistics(
         >>> ss.sample(model, (4, 2), ss.solvers.DPMSolverV3(statistics), steps=5, seed=0).shape
         torch.Size([4, 2])
     """
-    sde = check_model(model).sde
+    sde = check_ready(model).sde
     check.state("data", data)
     check.integer("n", n, at_least=2)
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T

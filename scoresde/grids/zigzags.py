@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from scoresde.processes.sde import SDE
 class Zigzag(Tensor):
     """A grid that may go up: a float64 tensor, and so are its parts; made by :func:`zigzag`."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Zigzag:
+    def __deepcopy__(self, memo: dict[int, object]) -> Zigzag:
         return copy.deepcopy(self.as_subclass(Tensor), memo).as_subclass(Zigzag)
 
 

@@ -14,6 +14,7 @@ from scoresde._printing import fields
 from scoresde.denoisers.base import (
     AbstractDenoiser,
     Condition,
+    Counter,
     Shared,
     Wrapped,
     check_conditions,
@@ -21,7 +22,7 @@ from scoresde.denoisers.base import (
     same_process,
     select,
 )
-from scoresde.guidance.rules import Rule, linear, rule_of_rows
+from scoresde.guidance.rules import Rule, fresh_rule, linear, rule_of_rows
 from scoresde.guidance.scale import Scale, check_scale, scale_at
 
 
@@ -38,6 +39,10 @@ class _Difference(Wrapped):
 
     def row_attributes(self, index: Tensor) -> dict[str, object]:
         return {**super().row_attributes(index), "rule": rule_of_rows(self.rule, index)}
+
+    def counted(self, counter: Counter) -> AbstractDenoiser:
+        """This denoiser for a new run: `counter` counts its evaluations, and its rule starts afresh."""
+        return self._twin(lambda inner: inner.counted(counter), {"rule": fresh_rule(self.rule)})
 
     def scale_at(self, t: float | Tensor, x: Tensor) -> float | Tensor:
         """Scale at time `t`, a number or (B, 1, …): 1 outside the interval."""

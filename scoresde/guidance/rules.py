@@ -1,7 +1,8 @@
 """Rules that combine a strong and a weak data prediction D_s and D_w into a guided one.
 
 A rule is one function of the denoiser, the state, its time, both predictions and the scale. A rule that holds values of
-samples, such as a running sum, also has a method ``rows(index)`` that returns the rule of some samples.
+samples, such as a running sum, also has a method ``rows(index)`` that returns the rule of some samples. A rule that
+changes from evaluation to evaluation has a method ``fresh()`` that returns the rule for a new run.
 
     >>> import torch, scoresde as ss
     >>> def limited(model, x, t, strong, weak, scale):
@@ -16,6 +17,7 @@ samples, such as a running sum, also has a method ``rows(index)`` that returns t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,16 @@ def rule_of_rows(rule: Rule, index: Tensor) -> Rule:
     """
     rows: Callable[[Tensor], Rule] | None = getattr(rule, "rows", None)
     return rule if rows is None else rows(index)
+
+
+def fresh_rule(rule: Rule) -> Rule:
+    """The rule for a new run: ``rule.fresh()`` where this method exists, otherwise `rule` itself.
+
+    Arguments:
+        rule: Rule of any run.
+    """
+    fresh: Callable[[], Rule] | None = getattr(rule, "fresh", None)
+    return rule if fresh is None else fresh()
 
 
 def linear(model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value) -> Tensor:
@@ -135,9 +147,11 @@ class Momentum:
     .. math:: \bar\Delta_n = D_s - D_w + \beta\,\bar\Delta_{n-1}, \qquad
               D = \mathrm{rule}(D_s,\, D_s - \bar\Delta_n,\, s)
 
-    The sum is stored in the object, so use one object for one run at a time. It restarts whenever the time does not
-    decrease: at the start of a run and after noise is added. Every evaluation updates it, also within a step; the paper
-    has one evaluation per step, as ``ss.DDIM()`` and multistep solvers have. One time per sample raises an error.
+    The sum belongs to the run: ``ss.solve`` and all other runs start with one of their own, so runs at the same time or
+    in several threads may share the object. If you call the guided denoiser yourself, use one object for each loop. The
+    sum restarts whenever the time does not decrease: at the start of a run and after noise is added. Every evaluation
+    updates it, also within a step; the paper has one evaluation per step, as ``ss.DDIM()`` and multistep solvers have.
+    One time per sample raises an error.
 
     Arguments:
         rule: Rule that uses the running sum as the difference, usually :class:`APG`.
@@ -153,7 +167,7 @@ class Momentum:
             raise TypeError(f"`rule` must be a rule such as APG(), got {type(rule).__name__}.")
         self.rule = rule
         self.beta = check.number("beta", beta, above=-1, below=1)
-        self._last: tuple[float, Tensor] | None = None
+        self._last: tuple[float, Tensor, int] | None = None  # time, sum, thread
 
     def __repr__(self) -> str:
         return f"Momentum({short(self.rule)}, {self.beta:g})"
@@ -166,8 +180,12 @@ class Momentum:
         """
         twin = Momentum(rule_of_rows(self.rule, index), self.beta)
         if self._last is not None:
-            twin._last = self._last[0], select(self._last[1], index)
+            twin._last = self._last[0], select(self._last[1], index), self._last[2]
         return twin
+
+    def fresh(self) -> Momentum:
+        """This rule for a new run, without a sum."""
+        return Momentum(fresh_rule(self.rule), self.beta)
 
     def __call__(
         self, model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: Tensor, scale: Value
@@ -180,9 +198,15 @@ class Momentum:
                 "use the rule without Momentum."
             )
         delta = strong - weak
+        thread = threading.get_ident()
         if self._last is not None and float(t) < self._last[0] and self._last[1].shape == delta.shape:
+            if self._last[2] != thread:
+                raise RuntimeError(
+                    "two threads call one Momentum, whose running sum would mix their samples; run them by `solve`, or "
+                    "give each thread its own Momentum."
+                )
             delta = delta + self.beta * self._last[1]
-        self._last = float(t), delta
+        self._last = float(t), delta, thread
         return self.rule(model, x, t, strong, strong - delta, scale)
 
 

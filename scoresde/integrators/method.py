@@ -18,6 +18,7 @@ from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 from scoresde.plan.run import Hook, Step
 from scoresde.plan.table import Plan
+from scoresde.processes.sde import SDE
 
 GRADS = ("off", "full", "checkpoint", "adjoint", "reversible")
 
@@ -97,6 +98,9 @@ class Solution:
         transitions: Gaussian transition of every step, see :class:`Watch`.
         companion: Second state of a reversible method, needed to run it back.
         log_prob: Log-densities of the samples, if the method computes them.
+
+    Attributes:
+        sde: Process of the model, or None if the solution was made by hand.
     """
 
     x: Tensor = field(repr=False)
@@ -111,6 +115,7 @@ class Solution:
     transitions: tuple[Any, ...] = field(default=(), repr=False)
     companion: Tensor | None = field(default=None, repr=False)
     log_prob: Any = field(default=None, repr=False)
+    sde: SDE | None = field(default=None, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,9 @@ class Problem:
         """A :class:`Solution` with its counts and seed; warns if `x` is not finite."""
         check.warn_unless_finite(x)
         nfe = -(-self.counter.states // max(1, len(x)))
-        return Solution(x, nfe, self.counter.calls, times, seed=self.noise.seed, **fields)
+        out = Solution(x, nfe, self.counter.calls, times, seed=self.noise.seed, **fields)
+        object.__setattr__(out, "sde", self.model.sde)
+        return out
 
 
 class Method:

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, trainable
+from scoresde.denoisers.base import AbstractDenoiser, Counter, trainable
+from scoresde.denoisers.modes import check_ready
 from scoresde.grids.grid import check_grid
 from scoresde.integrators.adaptive import slope
 from scoresde.integrators.embedded import Frame
@@ -106,8 +107,13 @@ class Reversible(Method):
         """
         if solution.companion is None:
             raise ValueError("`solution` has no `companion`, so it cannot be inverted; solve with Reversible().")
+        if solution.sde is not None and solution.sde != check_ready(model).sde:
+            raise ValueError(
+                f"`solution` is of a model on {solution.sde!r}, but `model` is on {model.sde!r}; give the model of the "
+                f"solve."
+            )
         counter = Counter()
-        counted = check_model(model).counted(counter)
+        counted = model.counted(counter)
         flow = self._flow(counted, solution.times if times is None else times)
         problem = Problem(counted, solution.x, noise=Noise(solution.seed), counter=counter)
         with torch.no_grad():

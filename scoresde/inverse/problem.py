@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
+from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.gaussian import Gaussian
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
@@ -39,7 +40,7 @@ def make_problem(
         start: Distribution, dtype and device of the initial state.
         seed: Seed of the noise, or a :class:`Noise`.
     """
-    sde = check_model(model).sde
+    sde = check_ready(model, stacklevel=4).sde
     check_measurement(measurement)
     times = quadratic_vp(sde, grid) if isinstance(grid, int) else check_grid(sde, grid)
     counter = Counter()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Mask
 from scoresde.noise.keyed import Noise
@@ -61,6 +62,19 @@ class Replacement:
             )
         noise = self.seed if isinstance(self.seed, Noise) else Noise(self.seed)
         object.__setattr__(self, "_noise", noise.fork(Stream.STEPS))
+
+    def bind(self, model: AbstractDenoiser) -> Replacement:
+        """This hook, if it is on the process of `model`; :func:`solve` calls this method.
+
+        Arguments:
+            model: Denoiser that is solved.
+        """
+        if self.sde != model.sde:
+            raise ValueError(
+                f"`hook` is a Replacement on {self.sde!r}, but the model is on {model.sde!r}: it would set entries to "
+                f"the wrong noise level; make it with Replacement(model.sde, ...)."
+            )
+        return self
 
     def __call__(self, node: int, t: float | Tensor, x: Tensor) -> Tensor:
         """Replace the known entries of the state."""

@@ -29,7 +29,8 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde._numerics import legendre
 from scoresde.data import Standardize, bin_width
-from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
+from scoresde.denoisers.base import AbstractDenoiser, Counter
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
 from scoresde.noise.keyed import Noise
@@ -148,9 +149,9 @@ def elbo(
         >>> bool((bound.value < mix.log_prob(x) + 3 * bound.standard_error).all())
         True
     """
-    check_model(model)
+    check_ready(model)
     check.state("x", x)
-    check.choice("grad", grad, ("off", "full"))
+    check.gradient_mode(grad, ("off", "full"))
     check.choice("variance", variance, VARIANCES)
     s = check.number("data_std", data_std, above=0)
     plan = MonteCarlo() if monte_carlo is None else monte_carlo

@@ -30,10 +30,11 @@ from scoresde import _checks as check
 from scoresde._numerics import legendre
 from scoresde._progress import Bar
 from scoresde.data import Standardize
-from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
+from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.gaussian import Gaussian, Marginal
 from scoresde.denoisers.mixture import GaussianMixture
+from scoresde.denoisers.modes import check_ready
 from scoresde.integrators.adaptive import progress
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import quartic
@@ -163,10 +164,10 @@ def log_prob(
           arXiv:2011.13456, section 4.3
         | FFJORD (Grathwohl et al., 2019), arXiv:1810.01367
     """
-    check_model(model)
+    check_ready(model)
     check.state("x", x)
     noise, counter = as_noise(seed), Counter()
-    with torch.set_grad_enabled(check.choice("grad", grad, ("off", "full")) == "full"):
+    with torch.set_grad_enabled(check.gradient_mode(grad, ("off", "full")) == "full"):
         z = x if scale is None else scale(x)
         gaussian = reference_for(z, model.sde, reference, data_std)
         t_min = _smallest(model.sde, t_min)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.modes import check_ready
 from scoresde.likelihood.elbo import Steps, squared_norm
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
@@ -116,6 +117,6 @@ def path_kl(
 
 
 def _same_process(a: AbstractDenoiser, b: AbstractDenoiser) -> SDE:
-    if check_model(a).sde != check_model(b, "other").sde:
+    if check_ready(a, stacklevel=4).sde != check_ready(check_model(b, "other"), stacklevel=4).sde:
         raise ValueError(f"the models have different processes, {a.sde!r} and {b.sde!r}; use Rescheduled for one.")
     return a.sde

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.base import AbstractDenoiser, check_model, same_process
+from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise, as_noise
 
 
@@ -43,6 +44,7 @@ def langevin(
         seed: Integer, :class:`Noise`, or None for a random seed.
     """
     noise = as_noise(seed)
+    check_ready(model)
     epsilon = check.expand(step, check.state("x", x), "step")
     for k in range(check.integer("n", n)):
         x = x + epsilon * model.score(x, t) + (2 * epsilon) ** 0.5 * noise.like(x, k)
@@ -105,7 +107,10 @@ class LangevinCorrector:
         Arguments:
             model: Denoiser that is solved.
         """
-        return self if self.model is not None else replace(self, model=model)
+        if self.model is None:
+            return replace(self, model=model)
+        same_process(model, self.model, "corrector.model")
+        return self
 
     def __call__(self, node: int, t: float | Tensor, x: Tensor) -> Tensor:
         """Run the corrector at one node and return the new state."""

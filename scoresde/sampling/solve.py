@@ -11,8 +11,9 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._progress import Bar
-from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model
+from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.gaussian import Gaussian
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
@@ -135,10 +136,10 @@ def solve(
         >>> solution.nfe, len(solution.trajectory)
         (10, 11)
     """
-    check_model(model)
+    check_ready(model)
     method = solver if isinstance(solver, Method) else Tabulated(solver)
     watch = as_watch(watch)
-    _check_support(method, watch, check.choice("grad", grad, GRADS))
+    _check_support(method, watch, check.gradient_mode(grad, GRADS))
     plan = times = None
     if method.grid == "plan":
         plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)

@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -141,3 +142,23 @@ def test_kept_states_are_neither_the_given_state_nor_the_result() -> None:
     first, *_, last = run.trajectory.values()
     assert torch.equal(first, x) and torch.equal(last, run.x)
     assert first.data_ptr() != x.data_ptr() and last.data_ptr() != run.x.data_ptr()
+
+
+@pytest.mark.parametrize("grad", ["full", "checkpoint"])
+def test_gradients_are_refused_in_inference_mode_which_would_drop_them(grad: str) -> None:
+    x = NOISE.normal((3, 2), 0)
+    with torch.inference_mode():
+        with pytest.raises(
+            RuntimeError, match=f"`grad`='{grad}' records a gradient, which torch.inference_mode.. drops"
+        ):
+            ss.solve(MODEL, x, steps=3, grad=grad)
+        assert bool(ss.solve(MODEL, x, steps=3).x.isfinite().all())
+        for use in (lambda: ss.log_prob(MODEL, x, grad="full"), lambda: ss.elbo(MODEL, x, grad="full")):
+            with pytest.raises(RuntimeError, match="inference_mode"):
+                use()
+        with pytest.raises(RuntimeError, match=r"a fit needs gradients, which torch.inference_mode\(\) drops"):
+            ss.fit(ss.DDIM().plan(VP, GRID), MODEL, (9, 2))
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        out = ss.solve(MODEL, leaf, steps=3, grad=grad).x
+    assert bool(torch.autograd.grad(out.sum(), leaf)[0].any()), "grad wins over no_grad, as documented"

@@ -1,0 +1,48 @@
+"""Networks in training mode: which modules then change the result of an evaluation."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from scoresde.denoisers.base import AbstractDenoiser, check_model
+
+
+def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
+    """Return `model`; raise an error unless it is a denoiser, and warn if training mode changes its evaluations.
+
+    Arguments:
+        model: Denoiser of a run.
+        stacklevel: Number of calls up to the one that the warning points at.
+    """
+    denoiser = check_model(model)
+    active = [(name, module) for name, module in denoiser.named_modules() if module.training and _is_active(module)]
+    if active:
+        name, module = active[0]
+        more = f" and {len(active) - 1} more" if len(active) > 1 else ""
+        warnings.warn(
+            f"the network is in training mode, which changes its predictions: `{name}` is {module!r:.60}{more}; call "
+            f"eval() on the network before the run, and train() after it.",
+            stacklevel=stacklevel,
+        )
+    return denoiser
+
+
+def _is_active(module: nn.Module) -> bool:
+    """Whether a module acts differently in training mode."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    if isinstance(module, _BatchNorm | _InstanceNorm):
+        return bool(module.track_running_stats)
+    if isinstance(module, nn.RNNBase):
+        return module.dropout > 0 and module.num_layers > 1
+    if isinstance(module, nn.MultiheadAttention):
+        return bool(module.dropout > 0)
+    if isinstance(module, nn.RReLU) or type(module).__name__ == "_SpectralNorm":
+        return True
+    rate = getattr(module, "drop_prob", None)  # stochastic depth, as in timm
+    return isinstance(rate, int | float) and rate > 0

@@ -1,4 +1,4 @@
-"""Networks in training mode: which modules then change the result of an evaluation."""
+"""What a run should know of its network: whether it is in training mode, and at which times it was not trained."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.network import Denoiser
 
 
 def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
@@ -30,6 +31,28 @@ def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
             stacklevel=stacklevel,
         )
     return denoiser
+
+
+def warn_untrained(model: AbstractDenoiser, t: float, *, stacklevel: int = 3) -> None:
+    """Warn if a run evaluates a network clearly below the times of its training, [t_min, T].
+
+    There the network extrapolates. Exact denoisers, such as mixtures, and others without a network are defined at all
+    positive times. Times within 10 % of t_min pass: some published grids end there.
+
+    Arguments:
+        model: Denoiser of the run.
+        t: Smallest positive time at which it is evaluated.
+        stacklevel: Number of calls up to the one that the warning points at.
+    """
+    t_min = model.sde.t_min
+    if not 0 < t < 0.9 * t_min or not any(isinstance(module, Denoiser) for module in model.modules()):
+        return
+    warnings.warn(
+        f"the network is evaluated at t = {t:.3g}, below t_min = {t_min:.3g}, and networks are trained on [t_min, T]: "
+        f"its predictions there are extrapolations; use a grid whose last positive time is at least t_min, such as "
+        f"ss.grids.quadratic_vp, or make the process with a smaller `t_min` if the network was trained there.",
+        stacklevel=stacklevel,
+    )
 
 
 def _is_active(module: nn.Module) -> bool:

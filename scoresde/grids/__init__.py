@@ -14,10 +14,9 @@ from scoresde.grids.spacings import (
     uniform_lam,
     uniform_t,
 )
-from scoresde.grids.zigzags import Zigzag, ancestral, churn, renoised, repaint, restart, zigzag
+from scoresde.grids.zigzags import ancestral, churn, renoised, repaint, restart, zigzag
 
 __all__ = [
-    "Zigzag",
     "ancestral",
     "beta_quantile",
     "check_grid",

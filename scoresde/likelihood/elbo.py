@@ -30,7 +30,7 @@ from scoresde import _checks as check
 from scoresde._numerics import legendre
 from scoresde.data import Standardize, bin_width
 from scoresde.denoisers.base import AbstractDenoiser, Counter
-from scoresde.denoisers.modes import check_ready
+from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
 from scoresde.noise.keyed import Noise
@@ -162,6 +162,7 @@ def elbo(
     z = x if scale is None else scale(x)
     control = (bins is None if plan.control is None else bool(plan.control)) and variance != "learned"
     steps = Steps.of(sde, grid, t_min, s)
+    warn_untrained(model, sde.t_min if t_min is None else t_min)
     if steps.times is None and variance != "small":
         raise ValueError(f"`variance`={variance!r} needs a grid: continuous time has only one variance; give `grid`.")
     with torch.set_grad_enabled(grad == "full"):

@@ -34,7 +34,7 @@ from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.gaussian import Gaussian, Marginal
 from scoresde.denoisers.mixture import GaussianMixture
-from scoresde.denoisers.modes import check_ready
+from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.integrators.adaptive import progress
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import quartic
@@ -171,6 +171,7 @@ def log_prob(
         z = x if scale is None else scale(x)
         gaussian = reference_for(z, model.sde, reference, data_std)
         t_min = _smallest(model.sde, t_min)
+        warn_untrained(model, t_min)
         flow = RelativeFlow.make(model.counted(counter), counter, gaussian, z, t_min, model.sde.T)
         solver = _Solver(flow, as_probes(probes).draw(z, noise.fork(Stream.PROBES)), tolerance or Tolerance(), to_zero)
         y = solver.at_data(z).whiten(z)
@@ -223,6 +224,8 @@ class FlowDensity(Method):
         std = None if start.data_std == 1 else start.data_std
         gaussian = reference_for(x, sde, reference, std)
         t_min = _smallest(sde, self.t_min) if to_zero else last
+        if to_zero:  # otherwise `solve` has warned
+            warn_untrained(problem.model, t_min, stacklevel=4)
         flow = RelativeFlow.make(problem.model, problem.counter, gaussian, x, t_min, first)
         probes = as_probes(self.probes).draw(x, noise.fork(Stream.PROBES))
         solver = _Solver(flow, probes, self.tolerance, to_zero)

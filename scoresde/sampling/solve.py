@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from scoresde import _checks as check
 from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.gaussian import Gaussian
-from scoresde.denoisers.modes import check_ready
+from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.denoisers.start import Start, as_start
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
@@ -153,6 +154,7 @@ def solve(
             raise TypeError(
                 f"`{name}` has no meaning with {type(method).__name__}, which chooses its own steps; drop it."
             )
+    warn_untrained(model, _lowest_time(plan, times, t_start, t_end))
     counter = Counter()
     problem = Problem(
         model if isinstance(method, Tabulated) else model.counted(counter),  # Tabulated counts by itself
@@ -326,6 +328,15 @@ def _times_for(
     times = torch.as_tensor(grid, dtype=torch.float64)
     rising = len(times) > 1 and bool(times[0] < times[-1])
     return check_grid(model.sde, times.flip(0)).flip(0) if rising else check_grid(model.sde, times)
+
+
+def _lowest_time(plan: Plan | None, times: Tensor | None, t_start: float | None, t_end: float) -> float:
+    """Smallest positive time at which a run evaluates the network, as far as it is given; infinity if it is not."""
+    if plan is not None:
+        given = [torch.as_tensor(row.t).detach().min().item() for row in plan.rows if row.evaluates]
+    else:
+        given = [t for t in (t_start, t_end) if t is not None] if times is None else times.detach().tolist()
+    return min((t for t in given if t > 0), default=math.inf)
 
 
 def _check_support(method: Method, watch: Watch, grad: str) -> None:

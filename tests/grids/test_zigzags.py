@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.grids import Zigzag
+from scoresde.grids.zigzags import Zigzag
 
 VP = ss.VP()
 MIX = ss.GaussianMixture(VP, [[-1.0], [1.0]], std=0.3)

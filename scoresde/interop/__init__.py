@@ -6,6 +6,7 @@ from scoresde.interop.hub import from_pretrained, push_to_hub
 from scoresde.interop.kdiffusion import kdiffusion_sampler
 from scoresde.interop.pretrained import from_ddpm, from_edm, from_flow, from_score_sde
 from scoresde.interop.readme import model_card
+from scoresde.interop.sbi import from_sbi, sbi_posterior
 from scoresde.interop.schedulers import to_diffusers
 
 __all__ = [
@@ -15,11 +16,13 @@ __all__ = [
     "from_edm",
     "from_flow",
     "from_pretrained",
+    "from_sbi",
     "from_score_sde",
     "kdiffusion_sampler",
     "load",
     "model_card",
     "push_to_hub",
+    "sbi_posterior",
     "sde_from_diffusers",
     "to_diffusers",
 ]

@@ -278,7 +278,10 @@ class TMPD(MMPS):
 
     .. math:: E[x_0 \mid x_t, y] \approx D + V A^T\, \frac{y - A D}{\mathrm{std}^2 + A V A^T \mathbf{1}}
 
-    The cost is two backward passes. Negative row sums are set to 0.
+    The cost is two backward passes. Negative row sums are set to 0. The result is exact for a Gaussian prior only if
+    A V Aᵀ is diagonal, as for a mask and independent data. Otherwise the row sums are an approximation, and its error
+    stays with any number of steps: for two numbers of correlation 0.85 that are both measured, the mean of the samples
+    is off by 0.3 of the posterior's standard deviation. There :class:`MMPS` is exact.
 
     Arguments:
         model: Denoiser of the prior.

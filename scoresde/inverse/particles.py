@@ -21,6 +21,7 @@ from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.problem import Grid, make_problem
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
+from scoresde.processes.sde import SDE
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,7 +32,8 @@ class Particles(Solution):
         x: Particles, (N, *event).
         log_weights: Normalised log-weights, (N,).
         ess: Effective sample size at every time of the grid, before resampling.
-        log_evidence: Estimate of log p(y) in nats; its exponential is unbiased for the discretised prior.
+        log_evidence: Estimate of log p(y) in nats; with ``variance="small"`` its exponential is unbiased for the
+            discretised prior.
     """
 
     log_weights: Tensor = field(repr=False)
@@ -53,19 +55,28 @@ def twisted_smc(
     *,
     data_std: float = 1.0,
     threshold: float = 0.5,
+    variance: str = "optimal",
     start: Start | Gaussian | None = None,
     seed: int | Noise | None = None,
 ) -> Particles:
     r"""Twisted diffusion sampler: sequential Monte Carlo with guided proposals.
 
-    With the DDPM step :math:`p(x_s \mid x_t) = N(m, v)` and the twist :math:`\tilde p(y \mid x_t) = N(y; A D,
-    \mathrm{std}^2 + r^2 A A^T)`,
+    With a Gaussian step :math:`p(x_s \mid x_t) = N(m, v)` of the prior and the twist
+    :math:`\tilde p(y \mid x_t) = N(y; A D, \mathrm{std}^2 + r^2 A A^T)`,
 
     .. math:: x_s \sim q = N\!\left(m + c_0\tfrac{\sigma^2}{\alpha}\nabla\log\tilde p(y \mid x_t),\, v\right), \qquad
               w \mathrel{*}= \frac{p(x_s \mid x_t)}{q(x_s \mid x_t)}\,\frac{\tilde p(y \mid x_s)}{\tilde p(y \mid x_t)}
 
-    and :math:`\tilde p = p(y \mid x_0)` at the last time. The result is exact for the discretised prior as N grows, for
-    any twist. All particles are samples of one posterior.
+    and :math:`\tilde p = p(y \mid x_0)` at the last time. As N grows the result is exact, for any twist, for the prior
+    that these steps sample. The mean m = E[x_s | x_t] is exact, so the variance decides how close that is to the prior:
+
+    .. math:: v = v_{DDPM} + c_0^2\,\mathrm{Var}[x_0 \mid x_t], \qquad \mathrm{Var}[x_0 \mid x_t] \approx
+              \tfrac{\sigma^2}{\alpha^2}\left(1 - \tfrac1D E|\varepsilon(x_t)|^2\right) \le r^2
+
+    is exact for isotropic Gaussian data; E is the mean over the particles. DDPM's own variance omits the second term:
+    on Gaussian data its steps lose 14 % of the variance with 40 steps, and 4 % with 160, and so do the particles, in
+    the directions that y does not see. Other data are not isotropic given x_t, so an error of the same order remains.
+    All particles are samples of one posterior.
 
     Arguments:
         model: Denoiser of the prior.
@@ -74,10 +85,13 @@ def twisted_smc(
         grid: Decreasing times, or a number of steps.
         data_std: Standard deviation s of the data in r², see :class:`PiGDM`.
         threshold: Fraction in [0, 1]; the particles are resampled when the effective sample size is below this × N.
+        variance: Variance v of the steps: ``"optimal"`` as above, or ``"small"`` for DDPM's, as in the paper. With
+            ``"optimal"`` v depends on the particles, and the evidence has a bias of order 1/N.
         start: Scale, dtype and device of the initial particles, as in ``ss.solve``.
         seed: Seed of the noise, or a :class:`Noise`.
 
     References:
+        | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1, for the variance
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
@@ -85,6 +99,7 @@ def twisted_smc(
     if len(measurement.y) != 1:
         raise ValueError(f"`y` must be one measurement, (1, *out), for all particles, got {len(measurement.y)} rows.")
     check.number("threshold", threshold, at_least=0, at_most=1)
+    check.choice("variance", variance, ("optimal", "small"))
     sde, steps, choices = model.sde, problem.steps, problem.noise.fork(Stream.CHOICES)
     x = problem.draw(times[0])
     twist = _Twist(problem.model, measurement, data_std, x)
@@ -99,6 +114,8 @@ def twisted_smc(
             log_w = torch.zeros_like(log_w)
         c_t, c_0, v = sde.posterior(s, t)
         mean = c_t * x + c_0 * x0
+        if v > 0 and variance == "optimal":
+            v = v + c_0**2 * _variance_of_data(sde, t, x, x0, log_w, data_std)
         if v == 0:  # a step to σ = 0 is deterministic, so p/q = 1
             x, log_pq = mean, torch.zeros_like(log_twist)
         else:
@@ -126,6 +143,16 @@ def twisted_smc(
         ess=ess,
         log_evidence=log_z,
     )
+
+
+def _variance_of_data(sde: SDE, t: float, x: Tensor, x0: Tensor, log_w: Tensor, data_std: float) -> float:
+    """Mean variance of x₀ given x_t over the weighted particles, at most that of data N(0, s² I)."""
+    largest, alpha, sigma = isotropic_variance(sde, t, data_std), sde.alpha(t), sde.sigma(t)
+    if alpha == 0:
+        return largest
+    eps = (x - alpha * x0) / sigma
+    square = float((log_w.double().softmax(0) * eps.double().square().flatten(1).mean(1)).sum())
+    return min(largest, max(0.0, sigma**2 / alpha**2 * (1 - square)))
 
 
 class _Twist:

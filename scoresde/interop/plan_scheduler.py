@@ -85,6 +85,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             scheduler_class=scheduler_class,
         )
         self.schedule = read_schedule(self._configuration())
+        if self.schedule.adapt is not None:
+            raise ValueError(
+                f"`scheduler` is a {scheduler_class}, which changes the output of the network in a way of its own; use "
+                f"ss.interop.from_diffusers(net, scheduler) and ss.sample."
+            )
         self.sde = self.schedule.sde
         self._form = AbstractDenoiser(self.sde)
         if self.plan is not None and self.plan.sde not in ("", repr(self.sde)):

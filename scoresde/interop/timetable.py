@@ -92,6 +92,11 @@ class Timetable:
                 f"a run cannot start at evaluation {first}, in the middle of a step; steps start at evaluations "
                 f"{', '.join(map(str, sorted(self.starts)))}."
             )
+        if any(j != i * self.stages for j, i in self.starts.items()):
+            raise ValueError(
+                f"{self.plan.name} has steps with different numbers of evaluations, and pipelines that start in the "
+                f"middle count on equal ones; use another solver there."
+            )
         i = self.starts[first]
         if self.solver is None:
             return _tail(self.plan, i)
@@ -174,9 +179,12 @@ def base_of(config: Mapping[str, object], library: ModuleType) -> Base:
     """
     flow = "shift" in config and "beta_schedule" not in config
     name = str(config.get("_class_name") or ("FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"))
+    if "Inverse" in name:
+        raise ValueError(f"`scheduler` is a {name}, which goes from data to noise; use `ss.encode` for inversion.")
     made = getattr(library, _ONE_STAGE.get(name, name))
     known = inspect.signature(made.__init__).parameters
-    base: Base = made(**{k: v for k, v in config.items() if k in known})
+    # The steps of PNDM's Runge–Kutta start have labels of their own.
+    base: Base = made(**{k: v for k, v in {**config, "skip_prk_steps": True}.items() if k in known})
     return base
 
 
@@ -193,13 +201,24 @@ def times_of_base(schedule: Schedule, base: Base, steps: int | None, options: Ma
     for name in options:
         if name not in accepted and "options" not in accepted:
             raise ValueError(f"`{name}` has no meaning with {type(base).__name__}, whose times are used; drop it.")
-    base.set_timesteps(**({} if steps is None else {"num_inference_steps": steps}), **options)
+    try:
+        base.set_timesteps(**({} if steps is None else {"num_inference_steps": steps}), **options)
+        times = _times_of_base(schedule, base, "sigmas" in options)
+    except AttributeError:  # no levels, or labels that its own pipeline makes from them
+        times = torch.zeros(0)
+    if len(times) < 2 or (steps is not None and abs(len(times) - 1 - steps) > 1):
+        raise ValueError(f"the times of {type(base).__name__} belong to its own pipeline; give `grid`, as in 'karras'.")
+    return times
+
+
+def _times_of_base(schedule: Schedule, base: Base, by_levels: bool) -> Tensor:
+    """Times of a scheduler whose steps are set."""
     config = base.config
     if isinstance(schedule.sde, Flow):
         times = base.sigmas[:-1].double()
         times = 1 - times if config.get("invert_sigmas") else times
         return torch.cat([times.cpu(), torch.zeros(1, dtype=torch.float64)])
-    in_levels = any(config.get(key) for key in _SPACED_IN_LEVELS) or "sigmas" in options
+    in_levels = any(config.get(key) for key in _SPACED_IN_LEVELS) or by_levels
     if isinstance(schedule.sde, Discrete) and not in_levels:
         labels = sorted({float(k) for k in base.timesteps if k >= 0}, reverse=True)
         times = times_of_labels(schedule, torch.tensor(labels, dtype=torch.float64))

@@ -81,8 +81,9 @@ class Stepper:
         t_end: float = 0.0,
         seed: int | Sequence[int] | Noise | None = None,
         start: Start | Gaussian | None = None,
+        predicts: str = "x0",
     ) -> Stepper:
-        """The stepper of what :func:`sample` runs with the same arguments; it receives denoised states.
+        """The stepper of what :func:`sample` runs with the same arguments.
 
         The model sets the process and the initial state. The caller evaluates it, or what replaces it.
 
@@ -97,11 +98,15 @@ class Stepper:
             t_end: Last time, by default 0.
             seed: Seed of the samples: an integer, one integer for each sample, or a :class:`Noise`.
             start: Distribution, dtype and device of the initial state.
+            predicts: Prediction that :meth:`tell` receives, by default the denoised state; ``model.kind.predicts`` is
+                that of the network.
         """
         plan = plan_for(check_model(model), solver, steps, nfe, grid, t_start, t_end)
         noise = as_noise(seed)
         x = as_start(start).draw(model, shape_or_x, plan.rows[0].t, noise)
-        return cls(plan, x, noise.fork(Stream.STEPS) if plan.stochastic else None, sde=model.sde)
+        steps_noise = noise.fork(Stream.STEPS) if plan.stochastic else None
+        scale = float(getattr(model, "data_scale", 1.0))
+        return cls(plan, x, steps_noise, predicts=predicts, sde=model.sde, sigma_data=scale)
 
     def __repr__(self) -> str:
         where = "done" if self.done else f"at t={self.t}" if not isinstance(self.t, Tensor) else "at times of samples"

@@ -125,6 +125,10 @@ def test_outputs_of_networks_are_converted(predicts: str, sde: ss.SDE) -> None:
         x, t = stepper.ask()
         stepper.tell(model.output(x, t)[0])
     assert torch.equal(stepper.x, run(plan, model.x0, START, NOISE))
+    stepper = ss.sampling.Stepper.of(model, (3, 5), ss.UniPC(2), steps=4, seed=1, predicts=model.kind.predicts)
+    while not stepper.done:
+        stepper.tell(model.output(*stepper.ask())[0])
+    assert torch.equal(stepper.x, ss.sample(model, (3, 5), ss.UniPC(2), steps=4, seed=1))
 
 
 def test_requests_at_different_steps_share_calls_of_the_network() -> None:

@@ -1,13 +1,14 @@
 """Checks of arguments: types, shapes, dtypes and ranges.
 
-Errors name the argument, the value, what is allowed and the fix. Values are checked only on the CPU: a check on another
-device would synchronise.
+Errors name the argument, the value, what is allowed and the fix. The values of arguments are checked only on the CPU: a
+check on another device would synchronise. Results are checked once, at the end of a run, on any device.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Real
@@ -174,12 +175,6 @@ def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
     return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def warn_unless_finite(x: Tensor) -> None:
-    """Warn if samples on the CPU are not finite; a check on another device would synchronise."""
-    if x.device.type == "cpu" and not bool(x.isfinite().all()):
-        warnings.warn("the samples are not all finite; Denoiser(..., check_finite=True) gives the time.", stacklevel=3)
-
-
 def writes(x: Tensor) -> int:
     """Number of writes into the memory of `x`; −1 where torch does not count them: inference mode and compilation."""
     return -1 if torch.compiler.is_compiling() or x.is_inference() else x._version
@@ -208,3 +203,71 @@ def refuse_writes(x: Tensor, before: int, who: str, function: object, *, what: s
         f"{name} wrote into the {what} that it received, which changes the samples and the caller's own tensor; write "
         f"into a copy, {copy}.clone(), or use operations that return new tensors, such as x * 2 for x.mul_(2)."
     )
+
+
+class Finite:
+    """Record of which samples have finite results, written without waiting for the device and read once, at the end.
+
+    Arguments:
+        what: Name of the results, such as "the samples".
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._bad: list[Tensor] = []
+        self._times: list[float | Tensor | None] = []
+
+    def add(self, values: Tensor, t: float | Tensor | None = None) -> None:
+        """Record results of all samples.
+
+        Arguments:
+            values: Results, (B, ...).
+            t: Time at which they were computed, a number, () or (B,); None if it is not known.
+        """
+        if values.device.type != "meta" and not torch.compiler.is_compiling():
+            bad = ~values.detach().isfinite()
+            self._bad.append(bad.reshape(len(bad), -1).any(1) if len(bad) else bad.reshape(0))
+            self._times.append(t)
+
+    def problem(self) -> str | None:
+        """Description of the first sample that is not finite, with the first time of that; None if all are finite."""
+        if not self._bad or (self._bad[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return None
+        bad = torch.stack(self._bad)
+        if not bool(bad.any()):
+            return None
+        row = int(bad.any(0).nonzero()[0, 0])
+        t = self._times[int(bad[:, row].nonzero()[0, 0])]
+        if isinstance(t, Tensor):
+            t = float(t[row] if t.ndim else t)
+        found = f"{self.what} are not all finite: {int(bad.any(0).sum())} of {bad.shape[1]}, the first is sample {row}"
+        if t is None:
+            return f"{found}; Denoiser(..., check_finite=True) or a callback gives the time."
+        return f"{found}, at t = {t:g}; evaluate the model there, and check its input and weights."
+
+    def warn(self) -> None:
+        """Warn, in the name of the caller outside this library, if a result is not finite."""
+        problem = self.problem()
+        if problem is not None:
+            level, frame = 1, sys._getframe()
+            while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "scoresde":
+                level, frame = level + 1, frame.f_back
+            warnings.warn(problem, stacklevel=level)
+
+    def require(self) -> None:
+        """Raise an error if a result is not finite."""
+        problem = self.problem()
+        if problem is not None:
+            raise ValueError(problem)
+
+
+def warn_unless_finite(x: Tensor, what: str = "the samples") -> None:
+    """Warn if results of samples are not finite.
+
+    Arguments:
+        x: Results, (B, ...).
+        what: Name of the results.
+    """
+    finite = Finite(what)
+    finite.add(x)
+    finite.warn()

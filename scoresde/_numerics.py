@@ -1,4 +1,4 @@
-r"""Numerical building blocks used in several folders: Gauss–Legendre nodes and Lagrange bases, in float64."""
+r"""Numerical building blocks used in several folders: Gauss–Legendre nodes, Lagrange bases, quantiles, in float64."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
                 value = value * (u - nodes[:, m, ..., None]) / (nodes[:, j] - nodes[:, m])[..., None]
         basis.append(value)
     return torch.stack(basis, dim=1)
+
+
+def student_quantile(probability: float, degrees: float) -> float:
+    """Quantile of Student's t distribution; of the normal one for infinitely many degrees of freedom.
+
+    Arguments:
+        probability: Probability in (0, 1).
+        degrees: Degrees of freedom; below 1 the quantile is NaN.
+    """
+    from scipy.special import ndtri, stdtrit  # here, because the import takes long
+
+    if degrees < 1:
+        return math.nan
+    return float(ndtri(probability) if math.isinf(degrees) else stdtrit(degrees, probability))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._numerics import student_quantile
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 
@@ -245,12 +246,14 @@ class Moments:
         mean_se: Standard errors of `mean`, (D,).
         cov: Covariance of y minus covariance of x, (D, D).
         cov_se: Standard errors of `cov`, (D, D).
+        degrees: Degrees of freedom of the standard errors: the number of samples of the smaller set minus 1.
     """
 
     mean: Tensor
     mean_se: Tensor
     cov: Tensor
     cov_se: Tensor
+    degrees: float = math.inf
 
     @property
     def mean_z(self) -> float:
@@ -269,13 +272,13 @@ class Moments:
 
     @property
     def z_floor(self) -> float:
-        """95 % quantile of `max_z` under equal distributions, for D + D(D + 1)/2 independent normals.
+        """95 % quantile of `max_z` under equal distributions, for D + D(D + 1)/2 independent Student t variables.
 
-        Dependence makes the true quantile smaller; few samples or heavy tails make it larger.
+        Dependence makes the true quantile smaller; heavy tails make it larger.
         """
         d = len(self.mean)
         each = 0.95 ** (1 / (d + d * (d + 1) // 2))
-        return float(torch.special.ndtri(torch.tensor((1 + each) / 2, dtype=torch.float64)))
+        return student_quantile((1 + each) / 2, self.degrees)
 
     def __str__(self) -> str:
         return (
@@ -319,6 +322,7 @@ def moments(x: Tensor, y: Tensor) -> Moments:
         mean_se=(mean_var_x + mean_var_y).sqrt(),
         cov=cov_y - cov_x,
         cov_se=(cov_var_x + cov_var_y).sqrt(),
+        degrees=min(len(x), len(y)) - 1,
     )
 
 

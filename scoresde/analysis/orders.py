@@ -96,6 +96,9 @@ def convergence_order(
         for N in steps:
             plan = solver.plan(sde, maker(sde, N, t_start=first, t_end=last))
             gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
+            finite = check.Finite(f"the errors of {N} steps")
+            finite.add(gap)
+            finite.require()
             errors.append(float(gap.median()))
     if 0.0 in errors:
         raise ValueError("`solver` has no error on this `model`, so its order cannot be measured; use another model.")
@@ -154,7 +157,9 @@ def exact_flow(model: AbstractDenoiser, steps: int = 800) -> Reference:
         grid = torch.cat([*ends[: near[0] != s], grid, *ends[1 : 1 + (near[1] != t)]])
         plan = RungeKutta(RK4, VELOCITY).plan(model.sde, grid, up="solve")
         with torch.no_grad():
-            return run(plan, model.x0, x)
+            out = run(plan, model.x0, x)
+        check.warn_unless_finite(out, "the states of the flow")
+        return out
 
     return flow
 

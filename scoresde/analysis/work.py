@@ -89,6 +89,7 @@ def work_precision(
                     continue
                 with torch.no_grad():
                     gap = (run(plan, model.x0, x) - truth).flatten(1).norm(dim=1)
+                check.warn_unless_finite(gap, f"the errors of {rule!r}")
                 rmse = float(gap.square().mean().sqrt())
                 rows.append(
                     Work(repr(solver), getattr(maker, "__name__", repr(maker)), plan.nfe, float(gap.median()), rmse)

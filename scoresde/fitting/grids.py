@@ -191,7 +191,7 @@ def align_your_steps(model: AbstractDenoiser, data: Tensor, steps: int, *, fine:
     lam = torch.where(lam.isfinite(), lam, lam[1] - (lam[2] - lam[1]))
     rho = (-lam).exp()
     denoised: list[Tensor] = []
-    u = data
+    u, finite = data, check.Finite("the predictions")
     with torch.no_grad():
         for k in range(len(lam) - 1, -1, -1):  # from data to noise, one path for each sample
             fresh = rho[k] ** 2 - (rho[k + 1] ** 2 if k + 1 < len(lam) else 0.0)
@@ -199,6 +199,8 @@ def align_your_steps(model: AbstractDenoiser, data: Tensor, steps: int, *, fine:
             t = float(times[k])
             x = sde.alpha(t) * u if sde.alpha(t) > 0 else sde.sigma(t) / float(rho[k]) * u
             denoised.append(model.x0(x, t).flatten(1))
+            finite.add(denoised[-1], t)
+    finite.require()
     denoised.reverse()
     weight = (2 * lam).exp() * lam.diff().mean()
     cost = torch.full((len(lam), len(lam)), math.inf, dtype=torch.float64)
@@ -222,6 +224,10 @@ def _pilot(
     plan = default_solver(fine, model).plan(sde, times)
     with torch.no_grad():
         run(plan, model.x0, x, callback=visited.append)
+    finite = check.Finite("the trajectories")
+    for step in visited:
+        finite.add(step.x if step.x0 is None else step.x0, float(step.t))
+    finite.require()
     variance = float(visited[-1].x.var(0).mean()) if len(x) > 1 else 1.0
     alpha, sigma = sde.alpha(times), sde.sigma(times)
 

@@ -54,13 +54,16 @@ def estimate_statistics(
     check.integer("n", n, at_least=2)
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
     lam = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
-    noise, slopes = Noise(seed), []
+    noise, slopes, finite = Noise(seed), [], check.Finite("the predictions or their derivatives")
     for i, t in enumerate(map(sde.t_of_lam, lam.tolist())):
         x = sde.perturb(data, t, noise.like(data, 2 * i)).requires_grad_()
         with torch.enable_grad():
             probe = noise.like(data, 2 * i + 1).sign()
-            (jd,) = torch.autograd.grad((model.x0(x, t) * probe).sum(), x)
+            x0 = model.x0(x, t)
+            (jd,) = torch.autograd.grad((x0 * probe).sum(), x)
+        finite.add(torch.stack([x0, jd], 1), t)
         slopes.append(1 - sde.alpha(t) * float((jd * probe).mean()))
+    finite.require()  # before the regression, whose sums would hide the sample
     curve = torch.tensor(slopes, dtype=torch.float64)
     fits = [_regress(model, data, lam, curve, i, noise.like(data, 2 * i)) for i in range(n)]
     s, b = zip(*fits, strict=True)

@@ -49,6 +49,7 @@ def expansion(model: AbstractDenoiser, x: Tensor, plan: Plan, *, size: float = 0
     delta = check.number("size", size, above=0) * x.square().mean().sqrt() * delta
     with torch.no_grad():
         up, down = (run(plan, model.x0, x + side * delta) for side in (1, -1))
+    check.warn_unless_finite(torch.stack([up, down], 1), "the results of `plan`")
     ratio: Tensor = (up - down).flatten(1).norm(dim=1) / (2 * delta).flatten(1).norm(dim=1)
     return ratio
 
@@ -162,8 +163,7 @@ def teacher_ends(
         raise ValueError(f"`teacher` must end where the plan ends, at {end:g}, got {float(teacher.rows[-1].t):g}.")
     with torch.no_grad():
         out = run(teacher, model.x0, x, noise if teacher.stochastic else None)
-    if not bool(out.isfinite().all()):
-        raise ValueError(
-            "the results of `teacher` are not all finite; Denoiser(..., check_finite=True) names the time."
-        )
+    finite = check.Finite("the results of `teacher`")
+    finite.add(out)
+    finite.require()
     return out.double(), f"{teacher.name}, {teacher.nfe} evaluations"

@@ -12,6 +12,7 @@ torchdiffeq takes one step for the whole batch; :class:`Adaptive` takes one for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -167,6 +168,7 @@ class FlowProblem(nn.Module):
         self._ends = self.u(start), self.u(stop)
         self._step: tuple[float, float] = (self._ends[0], 0.0)  # start and length of the current step
         self._state: Tensor | None = None
+        self._slope: Tensor | None = None  # of the last evaluation
 
     def u(self, t: float) -> float:
         """Clock at time t."""
@@ -205,10 +207,16 @@ class FlowProblem(nn.Module):
         if self.nfe >= self.max_nfe:
             raise self.failure(f"`max_nfe` = {self.max_nfe} evaluations were not enough.", None)
         self.nfe += 1
+        if not math.isfinite(float(u.detach())):  # a length of the first step from slopes that are not finite
+            self._state = self._slope
+            raise self.failure("The slope at the start is not finite.", None)
         clock = self._inside(float(u.detach()))
         if self.frame is None:
-            return self.model.velocity(y, self.time(clock))
-        return slope(self.model, self.frame, clock, y, self.time(clock))
+            out = self.model.velocity(y, self.time(clock))
+        else:
+            out = slope(self.model, self.frame, clock, y, self.time(clock))
+        self._slope = out.detach()
+        return out
 
     def _inside(self, u: float) -> float:
         """The nearest clock between the ends; torchdiffeq passes them by rounding, and when it sets the first step."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, trainable
 from scoresde.denoisers.predictions import Form
+from scoresde.integrators.loop import SolverError
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import BrownianPath, depth_for
 from scoresde.noise.keyed import Noise
@@ -115,7 +116,10 @@ class TorchSDE(Method):
             s = torch.tensor([0.0, float(self.steps)], dtype=torch.float64)
             # torchsde draws a normal to find out shapes
             with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
-                x = integrate(equation, y, s, **arguments)[-1].reshape(x.shape)
+                try:
+                    x = integrate(equation, y, s, **arguments)[-1].reshape(x.shape)
+                except AssertionError as error:
+                    raise equation.failure(str(error), problem.counter.calls) from None
             equation.forget()
             x = problem.denoise(x, equation.t_end) if clean else x
         return problem.solution(x, [equation.t_start, end])
@@ -228,6 +232,19 @@ class ReverseSDE(nn.Module):
             self._table.update(zip(at.tolist(), rows, strict=True))
             self._table[s] = self._table[s] if s in self._table else self._table[at.tolist()[math.floor(s)]]
         return self._table[s]
+
+    def failure(self, reason: str, nfe: int) -> SolverError:
+        """The error with its time and sample.
+
+        Arguments:
+            reason: Reason that torchsde gives.
+            nfe: Number of evaluations so far.
+        """
+        s, _, _, drift = self._last or (0.0, torch.zeros(1), False, torch.zeros(1))
+        bad = ~drift.isfinite().reshape(len(drift), -1).all(1)
+        here = self._coefficients(s)[0]
+        row, finite = int(bad.double().argmax()), not bool(bad.any())
+        return SolverError(f"torchsde gave up ({reason})", t=here, dt=0.0, nfe=nfe, worst_sample=row, finite=finite)
 
     def forget(self) -> None:
         """Delete the stored drift and its state."""

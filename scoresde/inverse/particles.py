@@ -105,6 +105,8 @@ def twisted_smc(
     twist = _Twist(problem.model, measurement, data_std, x)
     x0, log_twist, slope = twist.evaluate(x, times[0])
     log_w, log_z, ess = log_twist, 0.0, []
+    finite = check.Finite("the log-twists")  # one that is not finite changes the weights of all particles
+    finite.add(log_twist, times[0])
     for k, (t, s) in enumerate(pairwise(times)):
         ess.append(_effective(log_w))
         if ess[-1] < threshold * len(x):
@@ -128,10 +130,12 @@ def twisted_smc(
             new = measurement.log_prob(x)
         else:
             x0, new, slope = twist.evaluate(x, s)
+            finite.add(new, s)
         log_w = log_w + log_pq + new - log_twist
         log_twist = new
     ess.append(_effective(log_w))
     log_z += _log_mean(log_w)
+    finite.require()
     run = problem.solution(x, times)
     return Particles(
         x=x,

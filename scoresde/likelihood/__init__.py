@@ -1,6 +1,8 @@
 """Log-densities by the probability flow, evidence bounds, bits per dimension, divergences of paths."""
 
+from scoresde._numerics import student_quantile
 from scoresde.likelihood.bits import bits_per_dim, dequantized_bits
+from scoresde.likelihood.confidence import Uncertain
 from scoresde.likelihood.elbo import Bins, Elbo, MonteCarlo, elbo
 from scoresde.likelihood.flow import FlowDensity, LogProb, Tolerance, log_prob
 from scoresde.likelihood.path_kl import Estimate, denoiser_error, path_kl
@@ -16,6 +18,7 @@ __all__ = [
     "MonteCarlo",
     "Probes",
     "Tolerance",
+    "Uncertain",
     "bits_per_dim",
     "denoiser_error",
     "dequantized_bits",
@@ -23,4 +26,5 @@ __all__ = [
     "jacobian_products",
     "log_prob",
     "path_kl",
+    "student_quantile",
 ]

@@ -78,7 +78,8 @@ def dequantized_bits(
         dtype: Dtype of the points.
 
     Returns:
-        Bits per dimension, (B,), and their standard errors, (B,), nan for n = 1.
+        Bits per dimension, (B,), and their standard errors, (B,), nan for n = 1. The errors have n − 1
+        degrees of freedom: an interval needs the factor ``student_quantile(0.975, n - 1)``, and not 1.96.
 
     References:
         | Flow++ (Ho et al., 2019), arXiv:1902.00275
@@ -91,6 +92,7 @@ def dequantized_bits(
             for k in range(check.integer("n", n, at_least=1))
         ]
     )
+    check.warn_unless_finite(logs.T, "the log-densities")
     bits = bits_per_dim(logs.logsumexp(0) - math.log(n), dims, levels, interval)
     if n == 1:
         return bits, torch.full_like(bits, math.nan)

@@ -33,6 +33,7 @@ from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
+from scoresde.likelihood.confidence import Uncertain
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 from scoresde.processes.discrete import Discrete
@@ -84,16 +85,18 @@ class Bins:
 
 
 @dataclass(frozen=True)
-class Elbo:
+class Elbo(Uncertain):
     """A lower bound on log p(x) and its three terms: value = reconstruction − consistency − prior.
 
     Arguments:
         value: Bound in nats, in the scale of the given x, (B,).
-        standard_error: Standard error of `value`, from independent repeats, (B,).
+        standard_error: Standard error of `value`, from independent repeats, (B,). With few repeats it is uncertain
+            itself; use :meth:`interval`.
         reconstruction: Mean of log p(x_0 | x at the first time), (B,); it includes the log-determinant of `scale`.
         consistency: Sum of the KL divergences of the steps, (B,).
         prior: KL divergence between q(x_T | x_0) and the prior, (B,).
         nfe: Number of function evaluations for each sample.
+        degrees: Degrees of freedom of `standard_error`: the number of repeats minus 1.
     """
 
     value: Tensor
@@ -102,6 +105,7 @@ class Elbo:
     consistency: Tensor = field(repr=False)
     prior: Tensor = field(repr=False)
     nfe: int
+    degrees: float = math.nan
 
 
 def elbo(
@@ -167,19 +171,24 @@ def elbo(
         raise ValueError(f"`variance`={variance!r} needs a grid: continuous time has only one variance; give `grid`.")
     with torch.set_grad_enabled(grad == "full"):
         source = noise.fork(Stream.DIFFUSED)
-        sums = [z.new_zeros(len(z)) for _ in range(R)]
+        sums, finite = [z.new_zeros(len(z)) for _ in range(R)], check.Finite("the terms of the bound")
         for i, (r, t, weight, k) in enumerate(steps.draw(plan.n_times, R, noise.fork(Stream.TIMES), z)):
             x_t = sde.perturb(z, t, source.like(z, i))
-            sums[r] = sums[r] + weight * _step_loss(counted, z, x_t, t, k, steps, variance, control)
+            term = _step_loss(counted, z, x_t, t, k, steps, variance, control)
+            finite.add(term, t)
+            sums[r] = sums[r] + weight * term
         consistency = torch.stack(sums) + steps.known(z, variance, control)
         reconstruction = _reconstruction(counted, z, steps, bins, control, noise.fork(Stream.DECODER), R)
         prior = _prior_gap(sde, z, s)
+        finite.add(reconstruction.sum(0), steps.first)
+        finite.add(prior, sde.T)
+    finite.warn()
     if scale is not None and bins is None:
         reconstruction = reconstruction + scale.log_det(x)
     total = reconstruction - consistency - prior
     error = total.detach().std(0) / R**0.5 if R > 1 else torch.full_like(prior, math.nan)
     nfe = -(-counter.states // max(1, len(x)))
-    return Elbo(total.mean(0), error, reconstruction.mean(0), consistency.mean(0), prior, nfe)
+    return Elbo(total.mean(0), error, reconstruction.mean(0), consistency.mean(0), prior, nfe, R - 1)
 
 
 # (repeat, time, weight, step on the grid); all but the repeat are numbers or (B,); the step may be None.

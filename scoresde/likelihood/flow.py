@@ -41,6 +41,7 @@ from scoresde.integrators.dense import quartic
 from scoresde.integrators.embedded import DormandPrince, State, on_device, wide
 from scoresde.integrators.loop import Accepted, Equation, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
+from scoresde.likelihood.confidence import Uncertain
 from scoresde.likelihood.trace import Divergence, Probes, as_probes
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
@@ -59,7 +60,7 @@ class Tolerance:
         rtol: Relative tolerance of a step, by default 1e-5; y is of order 1 whatever the scale of the data.
         atol: Absolute tolerance of a step, by default 1e-5.
         steps: Number of equal steps in c for all samples, instead of tolerances: six evaluations each, and nothing is
-            read back from the device.
+            read back from the device before the end.
         max_nfe: Number of evaluations that a sample may use for the steps of its state, by default 10 000.
     """
 
@@ -94,12 +95,13 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class LogProb:
+class LogProb(Uncertain):
     """Log-densities, and how they were computed; counts are on the CPU.
 
     Arguments:
         value: log p(x) in nats, in the scale of the given x, (B,).
-        standard_error: Standard error of `value`, (B,): 0 for an exact trace, NaN for a single probe.
+        standard_error: Standard error of `value`, (B,): 0 for an exact trace, NaN for a single probe. With few probes
+            it is uncertain itself; use :meth:`interval`.
         nfe: Number of states that went through the network for each sample, those at the nodes of the trace included
             and products with the Jacobian not, (B,).
         products: Number of products with the Jacobian for each sample, (B,).
@@ -108,6 +110,7 @@ class LogProb:
         truncation: Contribution of the interval below `t_min`, (B,): where it is large, `t_min` is too large for this
             density.
         seed: Seed of the probes.
+        degrees: Degrees of freedom of `standard_error`, infinite for an exact trace.
     """
 
     value: Tensor
@@ -118,6 +121,7 @@ class LogProb:
     prior: Tensor = field(repr=False)
     truncation: Tensor = field(repr=False)
     seed: int | tuple[int, ...] | None
+    degrees: float = math.inf
 
 
 def log_prob(
@@ -176,7 +180,9 @@ def log_prob(
         solver = _Solver(flow, as_probes(probes).draw(z, noise.fork(Stream.PROBES)), tolerance or Tolerance(), to_zero)
         y = solver.at_data(z).whiten(z)
         end = solver.run(y, forward=True)
-        return solver.result(end, end.y, z, scale, noise.seed)
+        result = solver.result(end, end.y, z, scale, noise.seed)
+    check.warn_unless_finite(result.value, "the log-densities")
+    return result
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,9 @@ class FlowDensity(Method):
         z = solver.at_data(y).state(end.y)
         result = solver.result(end, y, z, self.scale, noise.seed)
         x = z if self.scale is None else self.scale.inverse(z)
+        # Where the state is not finite, `solution` warns.
+        known = z.isfinite().flatten(1).all(1)
+        check.warn_unless_finite(result.value.where(known, torch.zeros_like(result.value)), "the log-densities")
         stats = None if end.run is None else end.run.stats
         return problem.solution(x, [first, last], stats=stats, log_prob=result)
 
@@ -496,4 +505,5 @@ class _Solver:
             normal - latent.log_det(),
             end.below.mean(0),
             seed,
+            self.divergence.degrees,
         )

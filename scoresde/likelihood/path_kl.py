@@ -12,6 +12,7 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.modes import check_ready
+from scoresde.likelihood.confidence import Uncertain
 from scoresde.likelihood.elbo import Steps, squared_norm
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
@@ -19,18 +20,20 @@ from scoresde.processes.sde import SDE
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Uncertain):
     """A mean over samples and its standard error.
 
     Arguments:
         value: Mean over samples.
         standard_error: Standard error of `value`, from the scatter over samples.
         nfe: Number of evaluations of each model for each sample.
+        degrees: Degrees of freedom of `standard_error`: the number of samples minus 1.
     """
 
     value: Tensor
     standard_error: Tensor
     nfe: int
+    degrees: float = math.nan
 
 
 def denoiser_error(
@@ -58,15 +61,17 @@ def denoiser_error(
     check.choice("prediction", prediction, ("eps", "x0", "score", "v", "velocity"))
     _same_process(model, exact)
     noise = (seed if isinstance(seed, Noise) else Noise(seed)).fork(Stream.DIFFUSED)
-    means, errors = [], []
+    means, errors, finite = [], [], check.Finite("the differences of the predictions")
     with torch.no_grad():
         for i, t in enumerate(float(t) for t in ts):
             x_t = model.sde.perturb(data, t, noise.like(data, i))
             a, b = getattr(model, prediction)(x_t, t), getattr(exact, prediction)(x_t, t)
             each = squared_norm(a - b) / math.prod(data.shape[1:])
+            finite.add(each, t)
             means.append(each.mean())
             errors.append(each.std() / len(data) ** 0.5)
-    return Estimate(torch.stack(means), torch.stack(errors), len(means))
+    finite.warn()
+    return Estimate(torch.stack(means), torch.stack(errors), len(means), len(data) - 1)
 
 
 def path_kl(
@@ -107,13 +112,16 @@ def path_kl(
     noise = seed if isinstance(seed, Noise) else Noise(seed)
     source = noise.fork(Stream.DIFFUSED)
     steps = Steps.of(sde, "continuous", t_min, check.number("data_std", data_std, above=0))
-    total = data.new_zeros(len(data))
+    total, finite = data.new_zeros(len(data)), check.Finite("the differences of the predictions")
     with torch.no_grad():
         for i, (_, t, weight, _) in enumerate(steps.draw(n_times, 1, noise.fork(Stream.TIMES), data)):
             x_t = sde.perturb(data, t, source.like(data, i))
-            total = total + weight * squared_norm(model.x0(x_t, t) - other.x0(x_t, t))
+            gap = squared_norm(model.x0(x_t, t) - other.x0(x_t, t))
+            finite.add(gap, t)
+            total = total + weight * gap
+    finite.warn()
     total = (1 + eta**2) ** 2 / (4 * eta**2) * total
-    return Estimate(total.mean(), total.std() / len(data) ** 0.5, n_times)
+    return Estimate(total.mean(), total.std() / len(data) ** 0.5, n_times, len(data) - 1)
 
 
 def _same_process(a: AbstractDenoiser, b: AbstractDenoiser) -> SDE:

@@ -221,6 +221,12 @@ class Divergence:
         terms = _dot(basis, multiply(basis))
         return terms[: self.rank].sum(0) + self.population * terms[self.rank :]
 
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of :meth:`standard_error`; infinite if the trace is exact."""
+        exact = self.probes is None or self.population <= self.samples
+        return math.inf if exact else self.samples - 1
+
     def standard_error(self, estimates: Tensor) -> Tensor:
         """Standard error of the mean of estimates (K, B): 0 if it is exact, NaN for a single estimate."""
         K = len(estimates)

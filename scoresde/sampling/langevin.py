@@ -46,8 +46,11 @@ def langevin(
     noise = as_noise(seed)
     check_ready(model)
     epsilon = check.expand(step, check.state("x", x), "step")
+    finite = check.Finite("the states")
     for k in range(check.integer("n", n)):
         x = x + epsilon * model.score(x, t) + (2 * epsilon) ** 0.5 * noise.like(x, k)
+    finite.add(x, t)
+    finite.warn()
     return x
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
@@ -83,9 +84,12 @@ def mean_squared_score(
         | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1
     """
     noise, grid = Noise(seed), check_grid(model.sde, times)
-    values = []
+    values, finite = [], check.Finite("the scores")
     with torch.no_grad():
         for i, t in enumerate(grid[:-1].tolist()):
             x = model.sde.perturb(data, t, noise.like(data, i))
-            values.append(model.score(x, t).double().square().mean())
+            score = model.score(x, t)
+            finite.add(score, t)
+            values.append(score.double().square().mean())
+    finite.require()
     return torch.stack(values).cpu()

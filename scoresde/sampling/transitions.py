@@ -77,7 +77,8 @@ def transitions(
         raise ValueError(f"`states` must have one entry for each of {len(plan) - 1} transitions, got {len(states)}.")
     if (noise is None) == (states is None) and plan.stochastic:
         raise ValueError("give either `noise`, to sample states, or `states`, to reuse those of an earlier run.")
-    loop = updates(plan, model.x0, x, noise)
+    loop, finite = updates(plan, model.x0, x, noise), check.Finite("the means of the transitions")
+    at: Weight = plan.rows[0].t
     del x  # otherwise this reference holds the memory of the initial state
     for update in loop:
         if states is not None:
@@ -86,8 +87,11 @@ def transitions(
         weight = update.draws[0][1] if update.draws else 0.0
         std = weight.abs() if isinstance(weight, Tensor) else abs(weight)
         log_prob = _log_prob(update.x, update.mean, std) if update.draws else None
+        finite.add(update.mean, at)
+        at = update.t
         yield Transition(update.t, update.x, update.mean, std, log_prob)
         del update, log_prob
+    finite.warn()
 
 
 def _log_prob(x: Tensor, mean: Tensor, std: Weight) -> Tensor:

@@ -174,17 +174,21 @@ class Trainer:
             for hook in self._called:
                 stack.callback(hook.close)
                 hook.on_start(self, steps)
-            first, since = self.step, time.perf_counter()
+            first, since, applied, last = self.step, time.perf_counter(), 0, 0.0
             total = torch.zeros((), device=self.accelerator.device)
+            measured: Row = {}
             while self.step < steps:
                 loss, norm = self._train_step(source)
-                total += loss
-                measured = {name: value for hook in self._called for name, value in hook.measure(self, steps).items()}
+                if math.isfinite(norm):  # skipped steps have no loss that a mean could hold
+                    total, applied, last = total + loss, applied + 1, norm
+                for hook in self._called:
+                    measured = {**measured, **hook.measure(self, steps)}
                 if measured or self.step % self.log_every == 0 or self.step == steps:
-                    n = self.step - first
-                    mean = float(self.accelerator.reduce(total / n, "mean"))
-                    self._log(mean, norm, n * self.order.batch / (time.perf_counter() - since), measured)
-                    first, since, total = self.step, time.perf_counter(), torch.zeros_like(total)
+                    speed = (self.step - first) * self.order.batch / (time.perf_counter() - since)
+                    if applied:
+                        self._log(float(self.accelerator.reduce(total / applied, "mean")), last, speed, measured)
+                        first, since, applied, total = self.step, time.perf_counter(), 0, torch.zeros_like(total)
+                        measured = {}
                 record = Record(self.step, steps, loss, norm)
                 for hook in self._called:
                     hook.on_step(self, record)

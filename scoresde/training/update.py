@@ -20,7 +20,8 @@ class Update:
             on nothing else, so that a resumed run has the same rates.
         clip: Largest norm of the gradient; None for no limit.
         accumulate: Number of parts of a process's rows, which are evaluated one after another to save memory.
-        nonfinite: Action if the gradient is not finite: ``"raise"`` an error, or ``"skip"`` the step and count it.
+        nonfinite: Action if the gradient is not finite: ``"raise"`` an error, or ``"skip"`` the step and count it. The
+            history then has the means over the other steps; an interval without any has no row.
 
     Example:
         >>> update = Update(warmup=4, schedule=lambda step: 0.5 if step >= 100 else 1.0)

@@ -1,6 +1,7 @@
 """Grids: the times that a solver steps through, as float64 tensors."""
 
 from scoresde.grids.grid import check_grid, window
+from scoresde.grids.published import NoiseLevels, published
 from scoresde.grids.spacings import (
     beta_quantile,
     cosine,
@@ -17,6 +18,7 @@ from scoresde.grids.spacings import (
 from scoresde.grids.zigzags import ancestral, churn, renoised, repaint, restart, zigzag
 
 __all__ = [
+    "NoiseLevels",
     "ancestral",
     "beta_quantile",
     "check_grid",
@@ -27,6 +29,7 @@ __all__ = [
     "karras",
     "polyexponential",
     "power_t",
+    "published",
     "quadratic_vp",
     "renoised",
     "repaint",

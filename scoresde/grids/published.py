@@ -70,8 +70,9 @@ class NoiseLevels:
         table = torch.tensor(self.levels, dtype=torch.float64).log()
         first, last = self._first(sde) if t_start is None else check.number("t_start", t_start, above=0), t_end
         check.number("t_end", t_end, at_least=0, below=first)
-        ends = self._place(table, -sde.lam(first)), self._place(table, -sde.lam(last)) if sde.sigma(last) > 0 else 1.0
-        u = (len(table) - 1) * torch.linspace(*ends, N + 1, dtype=torch.float64)
+        a = 0.0 if t_start is None else self._place(table, -sde.lam(first))
+        b = self._place(table, -sde.lam(last)) if sde.sigma(last) > 0 else 1.0
+        u = (len(table) - 1) * torch.linspace(a, b, N + 1, dtype=torch.float64)
         k = u.floor().clamp(0, len(table) - 2).long()
         log_rho = torch.lerp(table[k], table[k + 1], u - k)
         grid = sde.inverse_lam(-log_rho).clamp(0.0, sde.T)

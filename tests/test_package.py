@@ -77,7 +77,7 @@ ORDER = (
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "_printing", "noise"},
-    "metrics": {"_checks", "_printing", "noise"},
+    "metrics": {"_checks", "_numerics", "_printing", "noise"},
     "nn": {"_build", "_checks", "_printing", "noise", "nn"},
 }
 

@@ -114,7 +114,9 @@ def gradient(fn: Callable[[Tensor], Tensor], x: Tensor, owner: torch.nn.Module) 
     """Gradient of the value of each row with respect to that row, (B, *event), also under ``torch.no_grad``."""
     differentiable = _recorded(x, owner)
     with _enabled():
-        leaf = x if differentiable and x.requires_grad else x.detach().requires_grad_()
+        leaf = x if differentiable and x.requires_grad else _leaf(x)
+        if leaf is None:
+            return torch.func.grad(lambda y: fn(y).sum())(x)  # type: ignore[no-any-return]
         values = fn(leaf)
         if not values.requires_grad:
             raise _no_gradient("`log_prob`")
@@ -136,8 +138,15 @@ class Graph:
 
     def __init__(self, model: AbstractDenoiser, x: Tensor, t: float | Tensor, cond: Mapping[str, Condition]) -> None:
         self._differentiable = _recorded(x, model)
+        self._vjp: Callable[[Tensor], tuple[Tensor]] | None = None
         with _enabled():
-            self._leaf = x if self._differentiable and x.requires_grad else x.detach().requires_grad_()
+            leaf = x if self._differentiable and x.requires_grad else _leaf(x)
+            if leaf is None:
+                self._differentiable = True  # by the transform
+                value, *pull = torch.func.vjp(lambda y: model.x0(y, t, **cond), x)
+                self.x0, self._vjp = value, pull[0]
+                return
+            self._leaf = leaf
             with _require_gradients(model):
                 self.x0 = model.x0(self._leaf, t, **cond)
         if not self.x0.requires_grad:
@@ -145,6 +154,9 @@ class Graph:
 
     def pull(self, v: Tensor) -> Tensor:
         """Product (∂x0/∂x)ᵀ v of each row, by one backward pass."""
+        if self._vjp is not None:
+            product: Tensor = self._vjp(v)[0]
+            return product
         with _enabled():
             out = torch.autograd.grad(
                 self.x0, self._leaf, v, retain_graph=True, create_graph=self._differentiable, allow_unused=True
@@ -156,6 +168,19 @@ class Graph:
     def release(self, result: Tensor) -> Tensor:
         """The result, detached unless autograd is recording."""
         return result if self._differentiable else result.detach()
+
+
+def _leaf(x: Tensor) -> Tensor | None:
+    """A leaf of a new graph with the values of `x`; None inside a function that torch.func transforms, such as jvp.
+
+    There torch allows no leaf, and one would lose the tangents of `x`; torch.func's own derivatives keep them.
+    """
+    try:
+        return x.detach().requires_grad_()
+    except RuntimeError as error:
+        if "being transformed" not in str(error):
+            raise
+        return None
 
 
 @contextmanager

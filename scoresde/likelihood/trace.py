@@ -63,7 +63,15 @@ def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chun
     def products(v: Tensor) -> Tensor:
         with warnings.catch_warnings():  # raised by torch's own code at the first forward-mode call
             warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
-            return torch.cat([one(v[k : k + step]) for k in range(0, len(v), step)])
+            try:
+                return torch.cat([one(v[k : k + step]) for k in range(0, len(v), step)])
+            except NotImplementedError as error:
+                if autodiff != "forward":
+                    raise
+                raise NotImplementedError(
+                    f"`autodiff`='forward' cannot differentiate this model, because torch has no forward mode of one "
+                    f"of its operations ({error}); use `autodiff`='reverse'."
+                ) from None
 
     return products
 
@@ -97,8 +105,9 @@ class Probes:
         n: Number of products of an estimated trace, by default 8.
         distribution: Distribution of Hutchinson's probes: ``"orthogonal"`` (default), ``"rademacher"`` or
             ``"gaussian"``.
-        autodiff: Mode of differentiation, as in :func:`jacobian_products`. ``"forward"`` does not support denoisers
-            that compute gradients themselves, such as :class:`MMPS`.
+        autodiff: Mode of differentiation, as in :func:`jacobian_products`. For denoisers that compute gradients
+            themselves, such as :class:`MMPS`, ``"forward"`` also needs the forward mode of the network's backward pass,
+            which torch lacks for SiLU and others; the error then says so.
         chunk: Number of products in one call; 0 chooses it from their size.
     """
 

@@ -133,9 +133,9 @@ class Trainer:
         self._loss_identity = loss_identity(loss)
         self.sharded = prepare_sharding(self.accelerator, loss)
         # One process alone cannot evaluate a sharded model, so hooks evaluate a whole copy.
-        self._evaluated: nn.Module | None = self.model
+        self.evaluated_loss: nn.Module | None = loss
         if self.sharded:
-            self._evaluated = copy.deepcopy(self.model) if any(hook.evaluates for hook in self.hooks) else None
+            self.evaluated_loss = copy.deepcopy(loss) if any(hook.evaluates for hook in self.hooks) else None
         self._wrapped: nn.Module
         self._wrapped, self.optimiser = self.accelerator.prepare(loss, optimiser)
         # Accelerate's optimiser searches the disk for packages at every step; without a scaler it has no other effect.
@@ -267,19 +267,20 @@ class Trainer:
         With sharded weights, every process must enter the context, and the model is a whole copy, which exists only if
         a hook has `evaluates`.
         """
-        if self._evaluated is None:
+        if self.evaluated_loss is None:
             raise RuntimeError(
                 "the weights are sharded, and the trainer has no whole copy of the model; call `averaged` from a hook "
                 "whose class has `evaluates` = True."
             )
         average: AbstractContextManager[object] = nullcontext() if self.ema is None else self.ema.swapped()
-        modes = [(module, module.training) for module in self._evaluated.modules()]
+        evaluated = _model_of(self.evaluated_loss)
+        modes = [(module, module.training) for module in evaluated.modules()]
         try:
             with average:
                 if self.sharded:
-                    weights = whole(self.model.state_dict())
-                    self._evaluated.to(self.accelerator.device).load_state_dict(weights)
-                yield self._evaluated.eval()
+                    weights = whole(dict(self.loss.state_dict()))
+                    self.evaluated_loss.to(self.accelerator.device).load_state_dict(weights)
+                yield evaluated.eval()
         finally:
             for module, training in modes:
                 module.training = training

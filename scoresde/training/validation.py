@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class Validation(Hook):
         accelerator, n = trainer.accelerator, size(self.data.data)
         rows = list(torch.arange(n).split(self.batch or trainer.order.batch))[trainer.rank :: trainer.world]
         total = torch.zeros((), device=accelerator.device)
-        with trainer.averaged() as model, _evaluated(trainer.loss, model) as loss, accelerator.autocast():
+        with trainer.averaged(), _evaluated(trainer.evaluated_loss) as loss, accelerator.autocast():
             for index, (x, cond) in zip(rows, self.data.batches(iter(rows), accelerator.device), strict=True):
                 value: Tensor = loss(x, Noise(self.seed, offset=int(index[0])), **cond)
                 total += value * (len(index) / n)
@@ -86,19 +85,18 @@ class Validation(Hook):
 
 
 @contextmanager
-def _evaluated(loss: nn.Module, model: nn.Module) -> Iterator[nn.Module]:
-    """A loss in evaluation mode with another model, which shares everything else; afterwards all is as before."""
+def _evaluated(loss: nn.Module | None) -> Iterator[nn.Module]:
+    """A loss in evaluation mode, with times from p; afterwards all is as before."""
+    assert loss is not None
     modes = [(module, module.training) for module in loss.modules()]
+    proposal = loss.proposal if isinstance(loss, DSM) else None
     try:
         loss.eval()
-        if loss is model or getattr(loss, "model", None) is None:
-            yield loss
-        else:
-            twin = copy.copy(loss)
-            twin._modules = {**loss._modules, "model": model}
-            if isinstance(twin, DSM):
-                twin.proposal = None  # it changes during the run
-            yield twin
+        if isinstance(loss, DSM):
+            loss.proposal = None  # it changes during the run
+        yield loss
     finally:
+        if isinstance(loss, DSM):
+            loss.proposal = proposal
         for module, training in modes:
             module.training = training

@@ -69,7 +69,7 @@ def load(
         sde: Process, for a folder whose process is defined by code; its α and σ are compared.
         time: Time input of the network, for a folder whose time is a function; its values are compared.
         allow: Packages, in addition to ``scoresde``, ``diffusers`` and ``torch.nn``, whose networks may be imported.
-        device: Device of the model.
+        device: Device of the model, and of its card's Gaussian.
 
     Example:
         >>> import tempfile, torch, scoresde as ss
@@ -104,6 +104,8 @@ def load(
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"there is no entry {error}" if isinstance(error, KeyError) else error
         raise LoadError(f"{path} cannot be loaded: {reason}") from error
+    if model.card.gaussian is not None and torch.device(device).type != "mps":  # which has no float64
+        model.card.gaussian.to(device)
     return model.eval().to(device)
 
 

@@ -218,6 +218,13 @@ def test_the_card_is_kept(kind: str, tmp_path: Path) -> None:
     assert repr(ss.load(again.save(tmp_path / "twice")).card) == repr(kept), "the card follows the model"
 
 
+def test_the_device_is_that_of_the_network_and_of_the_gaussian(tmp_path: Path) -> None:
+    folder = model().save(tmp_path / "m", card=Card(gaussian=gaussian("full", ss.VP())))
+    again = ss.load(folder, device="meta")
+    assert again.card is not None and again.card.gaussian is not None
+    assert {p.device.type for p in again.parameters()} == {again.card.gaussian.mean.device.type} == {"meta"}
+
+
 def test_a_fitted_plan_is_kept(tmp_path: Path) -> None:
     first = model()
     plan = ss.UniPC(2).plan(first.sde, [1.0, 0.6, 0.2, 0.0])

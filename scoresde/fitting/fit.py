@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +42,7 @@ from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
+from scoresde.fitting.clocks import hides_time
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
     CANDIDATES,
@@ -135,7 +137,8 @@ def fit(
             a Gaussian start, otherwise at the first time of the plan.
         grid: Times from noise to data, for a solver.
         what: Parts to fit, of ``"times"`` (of the states), ``"network_times"`` (of the evaluations) and ``"weights"``;
-            by default all; for stochastic plans the last two, and their noise is not changed.
+            by default all; for stochastic plans the last two, and their noise is not changed. If the network hides its
+            time from autograd, by rounded or detached labels, the default is the weights, with a warning.
         teacher: Fine plan from T (without a Gaussian start, from the first time of the plan), or its results,
             (B, *event); by default the default solver with 200 evaluations. The teacher of a stochastic plan must draw
             the same normals. A coarse plan cannot reproduce all of their effect, so its samples have slightly less
@@ -170,6 +173,10 @@ def fit(
     table = Table(solver, model.sde, grid, what, gaussian is not None)
     own = Noise(seed.seed) if isinstance(seed, Noise) else Noise(seed)
     x = draw_starts(shape_or_x, table, model, start, own)
+    if "weights" not in table.what or len(table.what) > 1:
+        table = _with_times_that_move(
+            table, model, x, what, lambda: Table(solver, model.sde, grid, ("weights",), gaussian is not None)
+        )
     if split.forks:
         if isinstance(shape_or_x, Tensor) or isinstance(teacher, Tensor) or table.plan.stochastic:
             raise ValueError(
@@ -207,6 +214,26 @@ def fit(
     on_path = "network_times" not in table.what
     plan = best.plan(table.plan, on_path=on_path)
     return replace(plan, name=f"{table.plan.name}, fitted", order=None, meta=meta)
+
+
+def _with_times_that_move(
+    table: Table, model: AbstractDenoiser, x: Tensor, what: Sequence[str] | None, weights: Callable[[], Table]
+) -> Table:
+    """The table, or that of the weights alone if the network hides its time from autograd."""
+    times = [float(t) for t in table.start.t[:-1]]
+    times = times if len(times) > 1 else [times[0], times[0] / 2]
+    if not hides_time(model, x, times):
+        return table
+    reason = (
+        "the network changes with its time, but autograd sees no derivative: its time labels are rounded or detached, "
+        "as with time='nearest_index' or float(time), so times cannot be fitted"
+    )
+    if what is not None:
+        raise ValueError(
+            f"{reason}; give `what`=('weights',), or make the labels differentiable, as time='index' does."
+        )
+    warnings.warn(f"{reason}, and only the weights are; time='index' gives labels between the steps.", stacklevel=4)
+    return weights()
 
 
 def _normals(plan: Plan, noise: Noise, x: Tensor) -> list[Tensor]:

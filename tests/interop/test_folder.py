@@ -24,6 +24,7 @@ from scoresde._build import conditions, construct, describe
 from scoresde.denoisers import Card
 from scoresde.denoisers.saving import EXTRAS, MANIFEST, PLAN, WEIGHTS, digest
 from scoresde.interop import LoadError
+from scoresde.interop.diffusers_schedules import Consistency
 
 
 def net(features: int = 3, **options: Any) -> ss.nn.MLP:
@@ -83,6 +84,9 @@ CASES: dict[str, Callable[[], ss.Denoiser]] = {
     "sign and time of flows": lambda: ss.interop.from_flow(net(), data_at=1),
     "a scheduler's network": lambda: ss.interop.from_diffusers(
         net(), {"num_train_timesteps": 1000, "shift": 3.0, "_class_name": "FlowMatchEulerDiscreteScheduler"}
+    ),
+    "a consistency network": lambda: model(
+        net=Consistency(net(), sigma_min=0.002, sigma_data=0.5).eval(), sde=ss.EDM(), predicts="x0", time="sigma"
     ),
     "shared names": lambda: model(shared=("ids",)),
     "shifted": lambda: model(sde=ss.processes.Shifted(ss.Flow(), 3.0), predicts="v"),

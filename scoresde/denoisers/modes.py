@@ -11,10 +11,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.network import Denoiser
+from scoresde.nn.embedding import Conditioning
 
 
 def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
-    """Return `model`; raise an error unless it is a denoiser, and warn if training mode changes its evaluations.
+    """Return `model`; raise an error unless it is a denoiser, and warn of what changes its predictions silently.
+
+    These are a network in training mode, and a class-conditional network of this library without a label.
 
     Arguments:
         model: Denoiser of a run.
@@ -28,6 +31,13 @@ def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
         warnings.warn(
             f"the network is in training mode, which changes its predictions: `{name}` is {module!r:.60}{more}; call "
             f"eval() on the network before the run, and train() after it.",
+            stacklevel=stacklevel,
+        )
+    if "label" not in denoiser.conditions and any(_takes_label(module) for module in denoiser.modules()):
+        warnings.warn(
+            "the network takes class labels and none is given, so it uses its index of no class, which only condition "
+            "dropout trains, as DSM(model, drop=0.1, null={'label': classes}); fix the classes by model.given(label=y), "
+            "or say that you mean no class by model.given(label=torch.tensor(classes)).",
             stacklevel=stacklevel,
         )
     return denoiser
@@ -53,6 +63,12 @@ def warn_untrained(model: AbstractDenoiser, t: float, *, stacklevel: int = 3) ->
         f"ss.grids.quadratic_vp, or make the process with a smaller `t_min` if the network was trained there.",
         stacklevel=stacklevel,
     )
+
+
+def _takes_label(module: nn.Module) -> bool:
+    """Whether a denoiser has a class-conditional network of this library."""
+    condition = getattr(module.net, "condition", None) if isinstance(module, Denoiser) else None
+    return isinstance(condition, Conditioning) and condition.classes is not None
 
 
 def _is_active(module: nn.Module) -> bool:

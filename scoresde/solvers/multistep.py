@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.plan.rows import Weight
+from scoresde.plan.table import Plan
+from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import DATA, LAM, Prediction, Variable
 from scoresde.solvers.quadrature import noisy
 from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at
@@ -34,7 +37,8 @@ class Multistep(Solver):
             end of a step. Predictor and corrector use the same noise.
         moments: Moments of rows with two nodes, see :func:`weights`; None is exact.
         start: Treatment of the first steps: ``"ramp"`` raises the order step by step, as published; ``"self"`` uses
-            single steps of full order.
+            single steps of full order. With fewer steps than `nodes`, the ramp ends at the order of that many nodes,
+            and the plan declares this order: ``UniPC(9)`` in 4 steps is ``UniPC(4)``.
     """
 
     nodes: int = 2
@@ -88,6 +92,11 @@ class Multistep(Solver):
                 return self, steps
         solver = replace(self, start="ramp") if self.start == "self" else self
         return solver, 1 + after // self.stages
+
+    def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
+        plan, steps = super().plan(sde, times, up=up), len(times) - 1
+        short = self.start == "ramp" and steps < self.nodes
+        return replace(plan, order=self.corrected(steps)) if short else plan
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
         if self.start == "self" and len(leg.history) < self.nodes and leg.evaluates:

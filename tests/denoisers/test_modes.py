@@ -122,3 +122,21 @@ def test_outputs_that_are_no_predictions_are_refused_on_every_path(kind: str) ->
         assert path
     with pytest.raises(TypeError, match=f"got {kind}"):
         ss.DSM(wrong)(X)
+
+
+def test_a_class_conditional_network_without_a_label_warns() -> None:
+    labelled = ss.Denoiser(ss.nn.MLP(2, hidden=8, depth=1, classes=3, seed=0), VP, predicts="x0")
+    for use in (
+        lambda: ss.sample(labelled, X, steps=2),
+        lambda: ss.elbo(labelled, X, seed=0),
+        lambda: ss.sample(ss.guidance.Clamp(labelled), X, steps=2),
+    ):
+        with pytest.warns(
+            UserWarning, match=r"takes class labels and none is given.*condition dropout.*given\(label=y\)"
+        ):
+            use()
+    for label in (torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor(3)):
+        ss.sample(labelled.given(label=label), X, steps=2)  # no warning
+    guided = ss.ClassifierFree(labelled, 2.0, null={"label": 3})
+    ss.sample(guided.given(label=torch.zeros(6, dtype=torch.long)), X, steps=2)
+    ss.sample(ss.Denoiser(ss.nn.MLP(2, hidden=8, depth=1, seed=0), VP, predicts="x0"), X, steps=2)

@@ -36,8 +36,8 @@ def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
     if "label" not in denoiser.conditions and any(_takes_label(module) for module in denoiser.modules()):
         warnings.warn(
             "the network takes class labels and none is given, so it uses its index of no class, which only condition "
-            "dropout trains, as DSM(model, drop=0.1, null={'label': classes}); fix the classes by model.given(label=y), "
-            "or say that you mean no class by model.given(label=torch.tensor(classes)).",
+            "dropout trains, as in DSM(model, drop=0.1, null={'label': classes}); fix the classes by "
+            "model.given(label=y), or say that you mean no class by model.given(label=torch.tensor(classes)).",
             stacklevel=stacklevel,
         )
     return denoiser

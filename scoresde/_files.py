@@ -50,15 +50,20 @@ class Owner:
         host = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:64] or "unknown"
         return cls(host, _space(), os.getpid(), _status(os.getpid())[1])
 
+    @property
+    def is_near(self) -> bool:
+        """Whether this process can see the other one: on the same machine and in the same namespace."""
+        mine = Owner.current()
+        return (self.host, self.space) == (mine.host, mine.space) and os.name == "posix"
+
     def is_dead(self, file: Path) -> bool:
         """Whether the process has ended.
 
         Arguments:
             file: File of the process, whose age decides about processes of other machines.
         """
-        mine = Owner.current()
-        if (self.host, self.space) != (mine.host, mine.space) or os.name != "posix":
-            return self != mine and _silence(file) > SILENT
+        if not self.is_near:
+            return self != Owner.current() and _silence(file) > SILENT
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
@@ -144,9 +149,15 @@ class Lock:
         while not self._take(text):
             found = _read(self.path)
             if found is not None and not self._discard_if_dead(found):
+                owner = _owner(found)
+                hint = (
+                    ""
+                    if owner is not None and owner.is_near
+                    else (f" If it has ended, wait {SILENT / 60:.0f} minutes or delete {self.path}.")
+                )
                 raise RuntimeError(
-                    f"{_owner(found) or 'another process'} is writing to {self.path.parent}; use another folder, or "
-                    f"stop that process. If it has ended, wait {SILENT / 60:.0f} minutes or delete {self.path}."
+                    f"{owner or 'another process'} is writing to {self.path.parent}; use another folder, or stop that "
+                    f"process.{hint}"
                 )
         self._text, self._pid, self._beat = text, os.getpid(), time.monotonic()
 

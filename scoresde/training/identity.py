@@ -37,19 +37,20 @@ def loss_identity(loss: nn.Module) -> State:
     }
 
 
-def identity(trainer: Trainer, loss: State) -> State:
+def identity(trainer: Trainer, loss: State, data: str) -> State:
     """Settings of a run by name: numbers, texts and lists of them.
 
     Arguments:
         trainer: Trainer of the run.
         loss: Output of :func:`loss_identity`.
+        data: Fingerprint of the data.
     """
     model, update, ema = trainer.model, trainer.update, trainer.ema
     return {
         "seed": trainer.order.seed,
         "batch": trainer.order.batch,
         "samples": trainer.order.n,
-        "data": trainer.loader.fingerprint(),
+        "data": data,
         "processes": trainer.world,
         "precision": str(trainer.accelerator.mixed_precision),
         "process": repr(getattr(model, "sde", None)),

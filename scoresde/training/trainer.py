@@ -366,10 +366,14 @@ class Trainer:
             self.owns_folder = True
         return newest is not None
 
-    @cached_property
+    @property
     def identity(self) -> State:
         """Settings that must be equal to resume a run, by name."""
-        return identity(self, self._loss_identity)
+        return identity(self, self._loss_identity, self._data_fingerprint)
+
+    @cached_property
+    def _data_fingerprint(self) -> str:
+        return self.loader.fingerprint()
 
 
 def _model_of(loss: nn.Module) -> nn.Module:

@@ -141,6 +141,15 @@ def test_a_new_loss_keeps_the_network(tmp_path: Path) -> None:
     other.fit(3)
 
 
+def test_settings_are_those_of_the_moment(tmp_path: Path) -> None:
+    first = make(folder=tmp_path)
+    first.fit(1)
+    first.rates = [1e-3]
+    first.fit(2)
+    with pytest.raises(ValueError, match=r"with optimiser\.lr 0\.001 \(here 0\.0002\); "):
+        make(folder=tmp_path).resume()
+
+
 def test_names_of_changes_are_checked(tmp_path: Path) -> None:
     make(folder=tmp_path).fit(2)
     with pytest.raises(ValueError, match=r"`changes` has 'clip'; the settings are .*update\.clip"):

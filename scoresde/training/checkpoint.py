@@ -147,8 +147,7 @@ class Checkpoints(Hook):
         if trainer.is_main:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-        if not trainer.owns_folder:
-            self.check_free()
+        self.check_free(trainer)
 
     def on_step(self, trainer: Trainer, record: Record) -> None:
         self._lock.beat()
@@ -166,9 +165,24 @@ class Checkpoints(Hook):
         )
         return sorted(int(match[1]) for match in names if match)
 
-    def check_free(self) -> None:
-        """Raise an error if the folder has checkpoints, unless they are to be overwritten."""
-        if not self.overwrite and (steps := self.steps()):
+    def newest(self) -> tuple[int, int] | None:
+        """Step of the newest file, and the time when it was written, in nanoseconds; None if there is no file."""
+        steps = self.steps()
+        return (steps[-1], self.path(steps[-1]).stat().st_mtime_ns) if steps else None
+
+    def check_free(self, trainer: Trainer) -> None:
+        """Raise an error if the folder has checkpoints of another run, unless they are to be overwritten.
+
+        Arguments:
+            trainer: Trainer that will save here.
+        """
+        if trainer.newest is not None:
+            if trainer.is_main and self.newest() not in (None, trainer.newest):
+                raise FileExistsError(
+                    f"another run wrote to {self.folder} after this one; use another folder, or continue that run "
+                    f"with trainer.resume()."
+                )
+        elif not self.overwrite and (steps := self.steps()):
             raise FileExistsError(
                 f"{self.folder} has the checkpoints of a run, up to step {steps[-1]}; continue it with "
                 f"trainer.resume(), use another folder, or replace the run with "

@@ -126,8 +126,9 @@ class Trainer:
         self.order = DataOrder(size(self.loader.data), batch, check.integer("seed", seed))
         self.log_every = check.integer("log_every", log_every, at_least=1)
         self.step = self.skipped = self._skipped_in_a_row = 0
-        self.owns_folder = False
+        self.newest: tuple[int, int] | None = None  # the newest checkpoint of the folder, if it is of this run
         self.history: list[Row] = []
+        self._fitting = False
 
         optimiser = _optimiser_of(loss, optimiser)
         self._loss_identity = loss_identity(loss)
@@ -174,6 +175,8 @@ class Trainer:
             for hook in self._called:
                 stack.callback(hook.close)
                 hook.on_start(self, steps)
+            self._fitting = True
+            stack.callback(setattr, self, "_fitting", False)
             first, since, applied, last = self.step, time.perf_counter(), 0, 0.0
             total = torch.zeros((), device=self.accelerator.device)
             measured: Row = {}
@@ -336,13 +339,13 @@ class Trainer:
         """Write a checkpoint and return its path; every process must call this method."""
         if self.checkpoints is None:
             raise ValueError("`folder` is None, so there are no checkpoints; give `folder` to save them.")
-        if not self.owns_folder:
-            self.checkpoints.check_free()
+        if not self._fitting:
+            self.checkpoints.check_free(self)
         state, path = self.state_dict(), self.checkpoints.path(self.step)
         if self.is_main:
-            self.checkpoints.save(self.step, state, alone=not self.owns_folder)
+            self.checkpoints.save(self.step, state, alone=self.newest is None)
         self.accelerator.wait_for_everyone()
-        self.owns_folder = True
+        self.newest = self.checkpoints.newest() or (self.step, 0)
         for hook in self._called:
             hook.on_save(self, path)
         return path
@@ -363,7 +366,7 @@ class Trainer:
         newest = self.checkpoints.latest()
         if newest is not None:
             self.load_state_dict(newest[1], changes)
-            self.owns_folder = True
+            self.newest = self.checkpoints.newest() or (self.step, 0)
         return newest is not None
 
     @property

@@ -83,6 +83,25 @@ def test_overwriting_deletes_the_other_run_at_the_first_save(by_hand: bool, tmp_
     assert "overwrite=True" in repr(hook) and "overwrite" not in repr(Checkpoints(tmp_path))
 
 
+def test_a_trainer_whose_folder_has_a_new_run_is_refused(tmp_path: Path) -> None:
+    first = make(0, folder=tmp_path)
+    first.fit(4)
+    make(1, hooks=[Checkpoints(tmp_path, overwrite=True)]).fit(2)
+    for act in (lambda: first.fit(6), first.save):
+        with pytest.raises(FileExistsError, match=r"another run wrote to .* after this one.*trainer\.resume\(\)"):
+            act()
+    assert contents(tmp_path) == [2] and first.step == 4
+    assert first.resume() and first.step == 2
+    first.fit(3)
+    first.save()
+    (tmp_path / "step-000000002.safetensors").unlink()
+    first.fit(4)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    first.fit(5)
+    assert contents(tmp_path) == [5]
+
+
 def test_two_trainers_at_once_are_refused(tmp_path: Path) -> None:
     first = make(0, hooks=[Checkpoints(tmp_path, every=2)])
     first.checkpoints.on_start(first, 4)  # as if it were in `fit`

@@ -353,9 +353,9 @@ def _tensors(tree: Condition) -> list[Tensor]:
 
 def _dtype_of(net: object) -> torch.dtype | None:
     """Floating dtype that a network declares as ``net.dtype``, or that of its first parameter, or None."""
-    declared = getattr(net, "dtype", None)
-    if isinstance(declared, torch.dtype):
-        return declared if declared.is_floating_point else None
+    declared = getattr(net, "dtype", torch.dtype)
+    if declared is None or isinstance(declared, torch.dtype):  # None: the network casts for itself
+        return declared if declared is not None and declared.is_floating_point else None
     parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
     first = next(parameters, None)
     return first.dtype if first is not None and first.is_floating_point() else None

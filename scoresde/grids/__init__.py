@@ -1,5 +1,6 @@
 """Grids: the times that a solver steps through, as float64 tensors."""
 
+from scoresde.grids.foreign import from_scheduler, from_sigmas
 from scoresde.grids.grid import check_grid, window
 from scoresde.grids.published import NoiseLevels, published
 from scoresde.grids.spacings import (
@@ -25,6 +26,8 @@ __all__ = [
     "churn",
     "cosine",
     "exponential",
+    "from_scheduler",
+    "from_sigmas",
     "index_grid",
     "karras",
     "polyexponential",

@@ -119,6 +119,7 @@ def doubles_channels(net: object) -> bool:
 
 
 @recorded
+@recorded
 class DiffusersNet(Adapted):
     """A network of diffusers: its time by keyword, its output from ``.sample`` or from the first entry of a tuple.
 

@@ -384,6 +384,7 @@ class _OfStates(Adapted):
 
 
 @recorded
+@recorded
 class Consistency(_OfStates):
     r"""Consistency network of diffusers: :math:`x_0 = c_{skip} x + c_{out} F(c_{in} x, 250\log\sigma)`.
 
@@ -408,6 +409,7 @@ class Consistency(_OfStates):
 
 
 @recorded
+@recorded
 class OnUnitImages(_OfStates):
     """Score of images in [−1, 1] from a network for images in [0, 1], as in diffusers' pipeline of Karras's VE.
 
@@ -419,6 +421,7 @@ class OnUnitImages(_OfStates):
         return self.net((x + 1) / 2, t / 2, **cond).to(x.dtype) / 2
 
 
+@recorded
 @recorded
 class OnUnitData(_OfStates):
     """Velocity of data of deviation `scale` from a network for data of deviation 1.

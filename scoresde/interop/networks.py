@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
 
 Net = Callable[..., Tensor]
@@ -38,6 +39,7 @@ class Affine:
         return Affine(other.a + other.b * self.a, other.b * self.b)
 
 
+@recorded
 class Adapted(nn.Module):
     """Base of the adapters: casts conditions to the network's dtype, calls the network, and returns its tensor.
 
@@ -78,9 +80,9 @@ class Adapted(nn.Module):
 
 def dtype_of(net: object) -> torch.dtype | None:
     """Dtype that a network declares, as diffusers' models do, or that of its first floating parameter."""
-    declared = getattr(net, "dtype", None)
-    if isinstance(declared, torch.dtype):
-        return declared if declared.is_floating_point else None
+    declared = getattr(net, "dtype", torch.dtype)
+    if declared is None or isinstance(declared, torch.dtype):
+        return declared if declared is not None and declared.is_floating_point else None
     parameters: Iterator[Tensor] = net.parameters() if isinstance(net, nn.Module) else iter(())
     return next((p.dtype for p in parameters if p.is_floating_point()), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -649,3 +650,112 @@ def test_x0_is_that_of_the_pipeline(name: str) -> None:
     one = model.rows(torch.tensor([1])).x0(x[1:], t)
     if name not in ("QwenImage", "ZImage", "HiDream"):  # whose conditions are lists over the batch
         assert torch.allclose(one, got[1:], rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+# Pipelines, half precision, compilation, guidance and other devices.
+
+FEW = ["UNet2DCondition", "DiT", "PixArt", "SD3", "Flux", "LTX", "Sana", "AuraFlow", "Wan", "Lumina2"]
+
+
+@pytest.mark.parametrize("name", FEW)
+@torch.no_grad()
+def test_half_precision_casts_what_the_network_needs(name: str) -> None:
+    case, net = CASES[name], network_of(name)
+    model = interop.from_diffusers(net, scheduler_of(case)).given(**case.cond)
+    x, t = some(*case.shape, seed=0), middle(model.sde)
+    want = model.x0(x, t)
+    model.to(torch.bfloat16)
+    got = model.x0(x, t)
+    assert got.dtype == torch.float32
+    # bfloat16 has 8 bits; the data is recovered from the noise with 1/α.
+    assert float((got - want).norm() / want.norm()) < 0.05 / model.sde.alpha(t)
+
+
+@pytest.mark.parametrize("name", ["UNet2DCondition", "DiT", "Flux", "Lumina2"])
+@torch.no_grad()
+def test_compiled_networks_keep_their_conventions(name: str) -> None:
+    case, net = CASES[name], network_of(name)
+    scheduler = scheduler_of(case)
+    x = some(*case.shape, seed=0)
+    plain_model = interop.from_diffusers(net, scheduler)
+    t = middle(plain_model.sde)
+    compiled = interop.from_diffusers(torch.compile(net, backend="eager"), scheduler)
+    assert compiled.kind == plain_model.kind
+    want = plain_model.given(**case.cond).x0(x, t)
+    assert torch.allclose(compiled.given(**case.cond).x0(x, t), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("one_forward", [False, True])
+@pytest.mark.parametrize("name", ["UNet2DCondition", "SD3", "Flux"])
+@torch.no_grad()
+def test_guidance_with_null_embeddings(name: str, one_forward: bool) -> None:
+    case, net = CASES[name], network_of(name)
+    model = interop.from_diffusers(net, scheduler_of(case))
+    x, t = some(*case.shape, seed=0), middle(model.sde)
+    null = torch.zeros(1, *case.cond["encoder_hidden_states"].shape[1:])
+    guided = ss.ClassifierFree(model, 3.0, null={"encoder_hidden_states": null}, one_forward=one_forward)
+    strong = model.given(**case.cond).x0(x, t)
+    weak = model.given(**{**case.cond, "encoder_hidden_states": null}).x0(x, t)
+    want = weak + 3 * (strong - weak)
+    assert torch.allclose(guided.given(**case.cond).x0(x, t), want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_denoiser_moves_to_another_device_and_dtype() -> None:
+    case, net = CASES["UNet2DCondition"], network_of("UNet2DCondition")
+    model = interop.from_diffusers(net, scheduler_of(case)).to("meta")
+    cond = {name: value.to("meta") for name, value in case.cond.items()}
+    out = model.given(**cond).x0(torch.empty(B, *case.shape, device="meta"), 400.0)
+    assert out.device.type == "meta" and out.shape == (B, *case.shape)
+
+
+def test_a_pipeline_brings_its_network_and_its_scheduler() -> None:
+    net = network_of("UNet2D")
+    pipe = diffusers.DDPMPipeline(unet=net, scheduler=diffusers.DDPMScheduler(prediction_type="v_prediction"))
+    model = interop.from_diffusers(pipe)
+    assert model.predicts == "v" and any(p is next(net.parameters()) for p in model.parameters())
+    other = interop.from_diffusers(pipe, diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    assert other.predicts == "eps" and other.sde == ss.Discrete(ss.processes.betas("cosine", 1000))
+    with pytest.raises(TypeError, match="without a unet, transformer, prior or decoder"):
+        interop.from_diffusers(SimpleNamespace(scheduler=pipe.scheduler))
+    two = SimpleNamespace(scheduler=pipe.scheduler, transformer=net, transformer_2=net)
+    with pytest.raises(ValueError, match="two networks for two ranges of noise"):
+        interop.from_diffusers(two)
+
+
+def test_variances_of_networks_with_twice_the_channels() -> None:
+    for kind, scheduler in (
+        ("range", diffusers.DDIMScheduler()),  # DiT's, which says nothing
+        ("range", diffusers.DDPMScheduler(variance_type="fixed_small")),
+        ("value", diffusers.DDPMScheduler(variance_type="learned")),
+        ("range", diffusers.DDPMScheduler(variance_type="learned_range")),
+    ):
+        assert interop.from_diffusers(network_of("DiT"), scheduler).kind.variance == kind
+    assert (
+        interop.from_diffusers(network_of("LuminaNext"), diffusers.FlowMatchEulerDiscreteScheduler()).kind.variance
+        is None
+    )
+
+
+class LTX2VideoTransformer3DModel(nn.Module):
+    pass
+
+
+def test_networks_of_two_states_are_refused_with_the_reason() -> None:
+    with pytest.raises(
+        ValueError, match="LTX2VideoTransformer3DModel, which has no denoiser here: its state is a pair"
+    ):
+        interop.from_diffusers(LTX2VideoTransformer3DModel(), diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+@torch.no_grad()
+def test_a_whole_run_is_that_of_the_scheduler() -> None:
+    """Euler's scheduler of flows, with its shift, and our DDIM on its grid, through a transformer."""
+    case, net = CASES["SD3"], network_of("SD3")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model = interop.from_diffusers(net, scheduler).given(**case.cond)
+    x = start = some(*case.shape, seed=0)
+    ours = ss.sample(model, start, ss.DDIM(), grid=ss.grids.from_scheduler(model, 6, scheduler))
+    scheduler.set_timesteps(6)
+    for t in scheduler.timesteps:
+        x = scheduler.step(plain(net, x, t.expand(B), case.cond), t, x).prev_sample
+    assert torch.allclose(ours, x, rtol=1e-3, atol=1e-3)

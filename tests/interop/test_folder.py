@@ -181,8 +181,8 @@ def test_a_record_is_of_the_class_itself_and_of_the_network_inside() -> None:
     flow = ss.interop.from_flow(net(), data_at=1)
     inner = {"features": 3, "hidden": 16, "depth": 1, "seed": 0}
     assert describe(flow.net) == {  # type: ignore[arg-type]
-        "class": "scoresde.interop.pretrained:_Negated",
-        "arguments": {"net": {"class": "scoresde.nn:MLP", "arguments": inner}},
+        "class": "scoresde.interop.flow_matching:FlowNet",
+        "arguments": {"net": {"class": "scoresde.nn:MLP", "arguments": inner}, "sign": -1, "time_first": None},
     }
     flow.net.net = nn.Linear(3, 3)  # type: ignore[union-attr]
     assert describe(flow.net) is None, "a network that was exchanged is not described as the old one"  # type: ignore[arg-type]

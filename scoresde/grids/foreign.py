@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from scoresde.grids.grid import check_grid, times_of_lam
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import EDM, VP, Cosine, Trig
 from scoresde.processes.sde import SDE
+
+
+class _Scheduler(Protocol):
+    """What is read of a scheduler; its levels `sigmas` are optional."""
+
+    config: Mapping[str, object]
+    timesteps: Tensor
+
 
 _ROUNDING = 1e-3  # largest relative error of a level in float32: 1 − ᾱ cancels near the data
 
@@ -82,15 +90,15 @@ def from_scheduler(sde: SDE | object, steps: int | None, scheduler: object, *, m
         raise TypeError(f"`sde` must be an SDE or a denoiser, got {type(sde).__name__}.")
     if not hasattr(scheduler, "set_timesteps") or not isinstance(getattr(scheduler, "config", None), Mapping):
         raise TypeError(f"`scheduler` must be a scheduler of diffusers, got {type(scheduler).__name__}.")
-    made: Any = copy.deepcopy(scheduler)
+    made = copy.deepcopy(scheduler)
     if steps is not None:
         made.set_timesteps(check.integer("steps", steps, at_least=1), **({} if mu is None else {"mu": mu}))
         if hasattr(made, "set_sigmas"):  # that of score_sde has its levels apart
             made.set_sigmas(steps)
-    return check_grid(sde, _times(sde, made))
+    return check_grid(sde, _times(sde, cast(_Scheduler, made)))
 
 
-def _times(sde: SDE, made: Any) -> Tensor:
+def _times(sde: SDE, made: _Scheduler) -> Tensor:
     name, config = type(made).__name__, made.config
     if "Inverse" in name or name in ("RePaintScheduler", "KarrasVeScheduler"):
         reason = {
@@ -113,14 +121,14 @@ def _times(sde: SDE, made: Any) -> Tensor:
     if isinstance(sde, Discrete):
         whole = labels[(labels >= 0) & (labels == labels.round())]
         if name == "PNDMScheduler":  # its labels with those of stages
-            whole = torch.as_tensor(made._timesteps).double()
+            whole = torch.as_tensor(vars(made)["_timesteps"]).double()
         last = 1.0 if config.get("set_alpha_to_one") is False else 0.0
         times = whole.unique().flip(0) + 1
         return times if times[-1] == last else _ending(times, last)
     return _of_continuous_labels(sde, labels, config)
 
 
-def _of_labels_and_levels(sde: Discrete, made: Any, levels: Tensor) -> Tensor:
+def _of_labels_and_levels(sde: Discrete, made: _Scheduler, levels: Tensor) -> Tensor:
     """Times of a scheduler on a β list that has labels and levels."""
     labels = made.timesteps.detach().cpu().double()
     paired = len(labels) + 1 == len(levels) and len(levels.unique()) == len(levels)
@@ -142,12 +150,12 @@ def _of_labels_and_levels(sde: Discrete, made: Any, levels: Tensor) -> Tensor:
     return _distinct(torch.where(times < 1e-9, torch.zeros_like(times), times))
 
 
-def _of_continuous_labels(sde: SDE, labels: Tensor, config: Mapping[str, Any]) -> Tensor:
+def _of_continuous_labels(sde: SDE, labels: Tensor, config: Mapping[str, object]) -> Tensor:
     """Times of a scheduler whose labels are a continuous time."""
     if isinstance(sde, VP):
         return labels.clamp(max=sde.T)
     if isinstance(sde, Cosine):
-        k = config.get("scaler", 1.0)
+        k = float(cast(float, config.get("scaler", 1.0)))
         times = 1 - (1 - labels) ** k if k > 1 else labels**k
         return _distinct(times.clamp(max=sde.T))
     if isinstance(sde, Trig):

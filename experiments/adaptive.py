@@ -2,6 +2,7 @@
 
     python experiments/adaptive.py            # minutes
     python experiments/adaptive.py --quick    # seconds, for CI
+    python experiments/adaptive.py --sde      # minutes: error of the standard deviation under AdaptiveSDE instead
 
 The denoisers are exact (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D), under VP, VE and Flow. All
 runs start from the same states and end at ``sde.t_min``, where each is compared with a solve at a tolerance of 1e-9.
@@ -54,6 +55,7 @@ class Options:
     points: int = 64
     seed: int = 0
     quick: bool = False
+    sde: bool = False
 
 
 def problems(sde: ss.SDE) -> dict[str, ss.GaussianMixture]:
@@ -96,6 +98,40 @@ def at_error(errors: list[float], cost: list[float], goal: float) -> float:
     return c0 * (goal / e0) ** slope
 
 
+SDES: dict[str, ss.SDE] = {cls.__name__: cls() for cls in (ss.VP, ss.SubVP, ss.VE, ss.Cosine, ss.EDM, ss.Flow, ss.Trig)}
+
+
+def bias(options: Options) -> None:
+    """Relative error of the standard deviation of Gaussian data in 64 dimensions, and evaluations per sample."""
+    rules = {"default": integrators.AdaptiveSDE(), "longest 0.5": integrators.AdaptiveSDE(1.0, 0.05, 0.05, longest=0.5)}
+    n = 2 * options.points
+    print(f"standard error {1 / math.sqrt(2 * 64 * n):.3f}")
+    for process, sde in SDES.items():
+        for std in (1.0, 0.6, 0.1):
+            model = ss.GaussianMixture(sde, torch.zeros(1, 64, dtype=torch.float64), std=std)
+            start = ss.Start(data_std=std, dtype=torch.float64)
+            cells = []
+            for name, rule in rules.items():
+                run = ss.solve(model, (n, 64), rule, seed=options.seed, start=start)
+                error = float(run.x.square().mean().sqrt()) / std - 1
+                cells.append(f"{name}: {error:+.3f} with {float(run.stats.nfe.double().mean()):.0f}")
+            print(f"{process:7s} std {std:3.1f}   {'   '.join(cells)}", flush=True)
+    print("steps of one length, exact (negative: too narrow), std 0.6:")
+    for process, sde in SDES.items():
+        print(f"{process:7s} " + "   ".join(f"h = {h}: {equal_steps(sde, h, 0.6):+.4f}" for h in (0.5, 0.2, 0.15)))
+
+
+def equal_steps(sde: ss.SDE, h: float, std: float) -> float:
+    """Exact error of the standard deviation if all steps of AdaptiveSDE have the length h in λ."""
+    start = sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
+    first, last = sde.lam(start), sde.lam(sde.t_min)
+    lam = torch.linspace(first, last, math.ceil((last - first) / h) + 1, dtype=torch.float64)
+    grid = torch.cat([torch.tensor([start], dtype=torch.float64), sde.t_of_lam(lam[1:]), torch.zeros(1)])
+    plan = ss.solvers.SASolver(1, 2, 1.0).plan(sde, grid)  # the same step
+    [(found, exact)] = ss.analysis.gaussian_stds(plan, sde, [std])
+    return found / exact - 1
+
+
 def main(options: Options) -> None:
     sdes: dict[str, ss.SDE] = {"VP": ss.VP(), "VE": ss.VE(), "Flow": ss.Flow()}
     tols = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -136,5 +172,7 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, default=Options.points)
     parser.add_argument("--seed", type=int, default=Options.seed)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--sde", action="store_true")
     with torch.no_grad():
-        main(Options(**vars(parser.parse_args())))
+        options = Options(**vars(parser.parse_args()))
+        (bias if options.sde else main)(options)

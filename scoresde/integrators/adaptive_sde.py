@@ -47,8 +47,15 @@ class AdaptiveSDE(Method):
     .. math:: \mathrm{error} = \mathrm{rms}\,\frac{x^{(2)} - x^{(1)}}{\mathrm{atol} + \mathrm{rtol}
               \max(|x_s|, |x^{(2)}|)} \le \sqrt h
 
-    Errors of steps add up like noise, so a share of √h each keeps their sum at the tolerance. The remaining bias is
-    that of the steps, proportional to the tolerance. Sample i takes the same steps in any batch.
+    Errors of steps add up like noise, so a share of √h each keeps their sum at the tolerance. Sample i takes the same
+    steps in any batch.
+
+    The steps make the samples too narrow. On Gaussian data, steps of the length `longest` reduce the standard deviation
+    by 1.4 % at 0.15, 2.5 % at 0.2 and 12 % at 0.5, on every process: the bias is that of the step, of order h². The
+    tolerance does not limit it where the standard deviation is small beside `atol`, so `longest` does.
+    ``python experiments/adaptive.py --sde`` measures both. By default the standard deviation of data of 1, 0.6 and 0.1
+    is too small by 0.1, 0.4 and 1.7 % at most, with 60 to 115 evaluations. With ``AdaptiveSDE(rtol=0.05, atol=0.05,
+    longest=0.5)`` it is too small by 3 to 4, 6 to 9 and 12 %, with 21 to 39.
 
     A run starts by default at T, or just before T where α(T) = 0. Where σ(t_end) = 0, it stops at ``sde.t_min`` and
     returns E[x_0 | x] there, with one more evaluation; otherwise it returns the state at t_end.
@@ -58,7 +65,8 @@ class AdaptiveSDE(Method):
         rtol: Relative tolerance of a step.
         atol: Absolute tolerance of a step, in units of the state.
         first_step: First step, in λ.
-        longest: Longest step, in λ; in a much longer step, D may change and change back without effect on the error.
+        longest: Longest step, in λ, which bounds the bias; in a much longer step, D may also change and change back
+            without effect on the error.
         max_steps: Number of attempted steps, accepted or rejected, that a sample may take.
 
     Example:
@@ -73,10 +81,10 @@ class AdaptiveSDE(Method):
     watches = ("progress",)
 
     eta: float = 1.0
-    rtol: float = 0.05
-    atol: float = 0.05
+    rtol: float = 0.02
+    atol: float = 0.02
     first_step: float = 0.1
-    longest: float = 0.5
+    longest: float = 0.15
     max_steps: int = 10_000
 
     def __post_init__(self) -> None:

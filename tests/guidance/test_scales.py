@@ -35,7 +35,7 @@ METHODS: dict[str, Any] = {
     "Heun": ss.EDMHeun(),
     "SDE": ss.SDEDPMSolverPP(2),
     "Adaptive": ss.Adaptive(),
-    "AdaptiveSDE": ss.integrators.AdaptiveSDE(rtol=0.3, atol=0.3),
+    "AdaptiveSDE": ss.integrators.AdaptiveSDE(rtol=0.3, atol=0.3, longest=0.5),
     "Parallel": ss.sampling.Parallel(ss.DDIM(), tol=0.0),
     "torchdiffeq": ss.integrators.TorchDiffEq(),
     "torchsde": ss.integrators.TorchSDE(),

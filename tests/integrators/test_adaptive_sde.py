@@ -15,6 +15,7 @@ from scoresde.integrators import AdaptiveSDE
 from scoresde.noise.keyed import Noise
 
 F64 = torch.float64
+LOOSE = AdaptiveSDE(rtol=0.05, atol=0.05, longest=0.5)
 
 
 def gotta_go_fast(
@@ -63,11 +64,39 @@ def test_unbiased_where_redrawn_noise_is_biased() -> None:
     assert theirs[1] > theirs[0] - 2 * se, "and no better at a tighter one"
     ours = []
     for tol in (0.05, 0.02):
-        run = ss.solve(model, x, AdaptiveSDE(rtol=tol, atol=tol), seed=1, t_end=end)
+        run = ss.solve(model, x, AdaptiveSDE(rtol=tol, atol=tol, longest=0.5), seed=1, t_end=end)
         ours.append(float(run.x.std()) / std - 1)
         assert run.stats is not None and float(run.stats.rejected.double().mean()) > 1
         assert abs(float(run.x.mean())) < 4 * std / n**0.5
     assert abs(ours[1]) < 3 * se and abs(ours[1]) < abs(ours[0]) / 2, ours
+
+
+PROCESSES = [ss.VP(), ss.SubVP(), ss.VE(), ss.Cosine(), ss.EDM(), ss.Flow(), ss.Trig()]
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_the_longest_step_of_the_default_makes_gaussian_data_two_percent_too_narrow_at_most(sde: ss.SDE) -> None:
+    """A run without rejection is SA-Solver's predictor with one node and corrector with two, on equal steps in λ."""
+    start = sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
+    first, last = sde.lam(start), sde.lam(sde.t_min)
+    found = {}
+    for h in (AdaptiveSDE().longest, 0.5):
+        lam = torch.linspace(first, last, math.ceil((last - first) / h) + 1, dtype=F64)
+        grid = torch.cat([torch.tensor([start], dtype=F64), sde.t_of_lam(lam[1:]), torch.zeros(1, dtype=F64)])
+        plan = ss.solvers.SASolver(1, 2, 1.0).plan(sde, grid)
+        found[h] = [std / exact - 1 for std, exact in ss.analysis.gaussian_stds(plan, sde, [1.0, 0.6, 0.3, 0.1])]
+    assert all(-0.02 < error < 0 for error in found[AdaptiveSDE().longest]), found
+    assert all(-0.14 < error < -0.11 for error in found[0.5]), found
+
+
+@pytest.mark.parametrize("std", [1.0, 0.1])
+@pytest.mark.parametrize("sde", [ss.VP(), ss.Flow()], ids=lambda sde: type(sde).__name__)
+def test_the_default_keeps_the_standard_deviation_of_gaussian_data(sde: ss.SDE, std: float) -> None:
+    model = ss.GaussianMixture(sde, torch.zeros(1, 64, dtype=F64), std=std)
+    n = 50
+    x = ss.sample(model, (n, 64), AdaptiveSDE(), seed=0, start=ss.Start(data_std=std, dtype=F64))
+    se = 1 / math.sqrt(2 * 64 * n)
+    assert abs(float(x.square().mean().sqrt()) / std - 1) < 0.02 + 3 * se
 
 
 DOUBLE = ss.Start(dtype=F64)
@@ -76,7 +105,7 @@ MIX = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
 
 def test_the_error_on_the_path_is_proportional_to_the_tolerance() -> None:
     def go(tol: float) -> Tensor:
-        return ss.sample(MIX, (24, 2), AdaptiveSDE(rtol=tol, atol=tol), seed=0, start=DOUBLE, t_end=0.05)
+        return ss.sample(MIX, (24, 2), AdaptiveSDE(rtol=tol, atol=tol, longest=0.5), seed=0, start=DOUBLE, t_end=0.05)
 
     truth = go(0.004)
     errors = [float((go(tol) - truth).norm(dim=1).median()) for tol in (0.05, 0.0125)]
@@ -97,7 +126,7 @@ def test_moments_of_a_gaussian(sde: ss.SDE, eta: float) -> None:
 
 def test_each_sample_by_itself() -> None:
     def go(n: int, offset: int) -> Any:
-        return ss.solve(MIX, (n, 2), AdaptiveSDE(), seed=Noise(3, offset=offset), start=DOUBLE)
+        return ss.solve(MIX, (n, 2), LOOSE, seed=Noise(3, offset=offset), start=DOUBLE)
 
     whole = go(64, 0)
     assert len(set(whole.stats.nfe.tolist())) > 3, "steps differ between samples"
@@ -109,7 +138,7 @@ def test_each_sample_by_itself() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_data_of_each_sample_follow_it(name: str) -> None:
-    rule = AdaptiveSDE(rtol=0.1, atol=0.1)
+    rule = AdaptiveSDE(rtol=0.1, atol=0.1, longest=0.5)
     whole = ss.solve(MODELS[name](slice(None)), X, rule, seed=3)
     assert whole.stats is not None and len(set(whole.stats.nfe.tolist())) > 1
     for i in range(len(X)):
@@ -148,13 +177,13 @@ def test_counts_are_those_of_the_network() -> None:
             assert len(cond["label"]) == len(x)
             return MIX.x0(x, t)
 
-    run = ss.solve(Noted(MIX.sde).given(label=torch.arange(16)), (16, 2), AdaptiveSDE(), seed=0)
+    run = ss.solve(Noted(MIX.sde).given(label=torch.arange(16)), (16, 2), LOOSE, seed=0)
     assert run.stats is not None
     assert run.calls == len(sizes) and int(run.stats.nfe.sum()) == sum(sizes) and run.nfe == math.ceil(sum(sizes) / 16)
     assert torch.equal(run.stats.nfe, 2 + run.stats.steps + run.stats.rejected)
     assert sizes[-2] < 16, "samples that are done leave"
     before = torch.get_rng_state()
-    again = ss.solve(MIX, (16, 2), AdaptiveSDE(), seed=0)
+    again = ss.solve(MIX, (16, 2), LOOSE, seed=0)
     assert torch.equal(again.x, run.x) and torch.equal(torch.get_rng_state(), before)
 
 

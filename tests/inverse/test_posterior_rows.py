@@ -215,7 +215,7 @@ def test_error_control_gives_each_sample_its_own_run(method: str, name: str) -> 
 def test_adaptive_sde_gives_each_sample_its_own_run(method: str) -> None:
     model = METHODS[method](network("x0"), MEASUREMENTS["mask of each sample"])
     x = rand(B, D, seed=2)
-    rule = ss.integrators.AdaptiveSDE(rtol=0.1, atol=0.1)
+    rule = ss.integrators.AdaptiveSDE(rtol=0.1, atol=0.1, longest=0.5)
     whole = ss.solve(model, x, rule, seed=0)
     single, _ = alone(model, x, rule)
     torch.testing.assert_close(whole.x, single, rtol=1e-9, atol=1e-9)

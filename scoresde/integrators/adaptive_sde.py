@@ -54,8 +54,8 @@ class AdaptiveSDE(Method):
     by 1.4 % at 0.15, 2.5 % at 0.2 and 12 % at 0.5, on every process: the bias is that of the step, of order h². The
     tolerance does not limit it where the standard deviation is small beside `atol`, so `longest` does.
     ``python experiments/adaptive.py --sde`` measures both. By default the standard deviation of data of 1, 0.6 and 0.1
-    is too small by 0.1, 0.4 and 1.7 % at most, with 60 to 115 evaluations. With ``AdaptiveSDE(rtol=0.05, atol=0.05,
-    longest=0.5)`` it is too small by 3 to 4, 6 to 9 and 12 %, with 21 to 39.
+    is too small by 0.2, 0.5 and 1.7 % at most, with 60 to 115 evaluations. With ``AdaptiveSDE(rtol=0.05, atol=0.05,
+    longest=0.5)`` it is too small by 3 to 5, 6 to 10 and 12 %, with 21 to 39.
 
     A run starts by default at T, or just before T where α(T) = 0. Where σ(t_end) = 0, it stops at ``sde.t_min`` and
     returns E[x_0 | x] there, with one more evaluation; otherwise it returns the state at t_end.

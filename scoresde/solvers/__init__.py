@@ -1,4 +1,10 @@
-"""Solvers: each writes a plan for a process and a grid."""
+"""Solvers: each writes a plan for a process and a grid.
+
+Published solvers by name are in ``deterministic`` and ``stochastic``; each is a setting of a class in ``multistep``
+(UniPC and its corrector, DPM-Solver(++), DEIS, SA-Solver), ``single_step``, ``runge_kutta``, ``exponential``,
+``ancestral`` or ``reverse_sde``. All weights of exponential solvers, also those of correctors, are computed in
+``quadrature``.
+"""
 
 from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, Restart, TwoStage
 from scoresde.solvers.deterministic import (

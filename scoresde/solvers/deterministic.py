@@ -202,7 +202,9 @@ def UniPC(
 
     Rows with two nodes use :math:`B(h) = e^h - 1` (``"bh2"``, ∫K · h/2) or :math:`B(h) = h` (``"bh1"``, K(λ_t) h²/2).
     Rows with more nodes are exact for any B. Therefore ``"exact"``, which equals ``vary_coeff`` with all of its rows,
-    differs only in the rows with two nodes.
+    differs only in the rows with two nodes. :class:`Multistep` chooses the nodes, and
+    :func:`scoresde.solvers.quadrature.weights` computes the weights of predictor and corrector; ``print(plan)`` shows
+    them in the rows "predict" and "correct".
 
     Arguments:
         order: Number of nodes of the predictor; the corrector raises the order by one.

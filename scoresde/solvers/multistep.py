@@ -1,4 +1,10 @@
-"""Multistep solvers: each step interpolates the evaluations of the current and of earlier steps."""
+"""Multistep solvers: each step interpolates the evaluations of the current and of earlier steps.
+
+DPM-Solver(++) 2M and 3M, UniPC, DEIS, SA-Solver and velocity Adams–Bashforth are settings of :class:`Multistep`. It
+chooses the nodes of the predictor and of the corrector. :func:`scoresde.solvers.quadrature.weights` computes the
+weights of both, among them those of UniPC's corrector (UniC), whose first node is the new evaluation; `moments`
+selects UniPC's B(h). A printed plan shows the weights in the rows "predict" and "correct".
+"""
 
 from __future__ import annotations
 

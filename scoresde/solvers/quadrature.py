@@ -1,4 +1,4 @@
-r"""Weights of exponential solvers: integrals of Lagrange polynomials times a kernel.
+r"""Weights of exponential solvers, predictors and correctors (UniPC's too): Lagrange polynomials times a kernel.
 
 In λ = log(α/σ) the reverse family is :math:`dx = [\tfrac{d\log\alpha}{d\lambda} x - (1+\eta^2)(x - \alpha d)]\,d\lambda
 + \sqrt2\,\eta\,\sigma\,dW` with d = E[x_0 | x]. Interpolate a linear prediction :math:`f = p\,x + q\,d` through earlier

@@ -266,7 +266,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> PlanSchedulerOutput | tuple[Tensor, ...]:
-        """Continue the run with the output of the network; see :func:`scoresde.plan.tell`.
+        """Continue the run with the output of the network; see :func:`scoresde.plan.paused.tell`.
 
         Arguments:
             model_output: Output of the network at `sample`; of twice the channels, the first half is used.

@@ -12,6 +12,7 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde import solvers
 from scoresde._progress import Bar
+from scoresde.interop.normals import Drawn
 from scoresde.interop.timetable import step_starts
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
@@ -165,36 +166,3 @@ def _normals(plan: Plan, sampler: NoiseSampler | None, scale: float, seed: objec
     if sampler is None:
         return Drawn(plan, lambda x, draw, s, t: torch.randn_like(x), scale)
     return Drawn(plan, lambda x, draw, s, t: sampler(x.new_tensor(s), x.new_tensor(t)).to(x.dtype), scale)
-
-
-class Drawn:
-    """The normals of a plan from a function of the interval that they belong to.
-
-    Arguments:
-        plan: Plan of the run.
-        draw: Function of a state, the number of the draw, and the levels from and to which its step leads.
-        scale: Factor on the normals.
-    """
-
-    def __init__(self, plan: Plan, draw: Callable[[Tensor, int, float, float], Tensor], scale: float) -> None:
-        self._draw, self._scale = draw, scale
-        self._spans: dict[int, tuple[float, float]] = {}
-        self._kept: dict[int, Tensor] = {}
-        start = as_number(plan.rows[0].t)
-        self._uses = [0] * plan.draws
-        for row in plan.rows[1:]:
-            for k, _ in row.z:
-                self._spans.setdefault(k, (start, as_number(row.t)))
-                self._uses[k] += 1
-            if row.node is not None:
-                start = as_number(row.t)
-
-    def like(self, x: Tensor, draw: int) -> Tensor:
-        """Return the normals of a draw, with the shape, dtype and device of `x`."""
-        z = self._kept.pop(draw, None)
-        if z is None:
-            z = self._scale * self._draw(x, draw, *self._spans[draw])
-        self._uses[draw] -= 1
-        if self._uses[draw] > 0:
-            self._kept[draw] = z
-        return z

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import diffusers
 import torch
@@ -16,8 +17,17 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.interop.diffusers_schedules import read_schedule
+from scoresde.interop.normals import Drawn
 from scoresde.interop.schedulers import GridMaker, grid_of, solver_of
-from scoresde.interop.timetable import Timetable, base_of, labels_of, times_of_base, times_of_labels, timetable_of
+from scoresde.interop.timetable import (
+    Timetable,
+    base_of,
+    labels_of,
+    times_of_base,
+    times_of_labels,
+    times_of_levels,
+    timetable_of,
+)
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 from scoresde.plan.paused import Paused, begin, tell
@@ -99,6 +109,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._run: Paused | None = None
         self._position = 0
+        self._generator: torch.Generator | list[torch.Generator] | None = None
 
     @classmethod
     def from_config(  # type: ignore[override]
@@ -144,33 +155,40 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         Arguments:
             num_inference_steps: Number of steps of the grid; a plan checks it against its own.
             device: Device of `timesteps`.
-            timesteps: Labels of the network, instead of a number of steps.
-            sigmas: Noise levels as in the pipeline's own scheduler, instead of a number of steps.
+            timesteps: Labels of the network, instead of a number of steps; the last step leads to σ = 0.
+            sigmas: Noise levels instead of a number of steps: σ/α of discrete processes, for other processes those that
+                the pipeline's own scheduler takes.
             mu: Shift of a flow for the resolution.
         """
-        given = next((v for v in (timesteps, sigmas) if v is not None), None)
-        count = num_inference_steps if given is None else len(given)
+        given = next((v for v in (sigmas, timesteps) if v is not None), None)
+        count = num_inference_steps if given is None else sum(float(v) > 0 or given is timesteps for v in given)
         if self.plan is not None:
             self._table = timetable_of(self.sde, self.plan, count)
         else:
             assert self.solver is not None
             if count is None:
                 raise ValueError("`num_inference_steps` must be given, or `timesteps`, or `sigmas`.")
-            if self.grid_maker is not None:
-                times = self.grid_maker(self.sde, count)
-            elif timesteps is not None and isinstance(self.sde, Discrete):
-                levels = times_of_labels(self.schedule, torch.as_tensor(timesteps, dtype=torch.float64))
-                times = torch.cat([levels, levels.new_zeros(1)])
-            else:
-                base = base_of(self._configuration(), diffusers)
-                options = {"timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-                chosen = {k: v for k, v in options.items() if v is not None}
-                times = times_of_base(self.schedule, base, count if given is None else None, chosen)
-            self._table = timetable_of(self.sde, self.solver, times)
+            self._table = timetable_of(self.sde, self.solver, self._times(count, timesteps, sigmas, mu))
         self.num_inference_steps = count if count is not None else self._table.steps
         self.timesteps = labels_of(self.schedule, self._table.evaluated).to(device or "cpu")
         self._begin_index = self._run = None
         self._position = 0
+
+    def _times(
+        self, steps: int, labels: Sequence[float] | None, levels: Sequence[float] | None, mu: float | None
+    ) -> Tensor:
+        """Times of the steps and of the end: of the grid, of what the caller gave, or of the replaced scheduler."""
+        if self.grid_maker is not None:
+            return self.grid_maker(self.sde, steps)
+        end = torch.zeros(1, dtype=torch.float64)
+        if labels is not None and levels is None and isinstance(self.sde, Discrete | Flow):
+            return torch.cat([times_of_labels(self.schedule, torch.as_tensor(labels, dtype=torch.float64)), end])
+        if levels is not None and isinstance(self.sde, Discrete):
+            return torch.cat([times_of_levels(self.sde, torch.as_tensor(levels, dtype=torch.float64)), end])
+        options = {"timesteps": labels, "sigmas": levels, "mu": mu}
+        chosen = {k: v for k, v in options.items() if v is not None}
+        count = steps if labels is None and levels is None else None
+        return times_of_base(self.schedule, base_of(self._configuration(), diffusers), count, chosen)
 
     @property
     def table(self) -> Timetable:
@@ -282,14 +300,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`eta` belongs to the solver: use to_diffusers(ss.DDIM(eta={eta:g}), ...), got eta={eta:g}."
             )
+        self._generator = generator
         if self._run is None:
-            self._start(timestep, sample, generator)
+            self._start(timestep, sample)
         else:
             self._follow(sample)
         run = self._run
         assert run is not None
-        if isinstance(source := run.source, FromGenerator):
-            source.generator = generator
         out = model_output.to(run.x.dtype)
         if out.ndim > 1 and out.shape[1] == 2 * run.x.shape[1]:
             out = out.chunk(2, dim=1)[0]
@@ -306,13 +323,17 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _first(self, timestep: float | Tensor) -> int:
         return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
-    def _start(self, timestep: float | Tensor, sample: Tensor, generator: object) -> None:
+    def _start(self, timestep: float | Tensor, sample: Tensor) -> None:
         first = self._first(timestep)
         plan = self.table.plan_from(first)
-        noise: Noise | Normals | None = self.noise
-        if plan.stochastic and noise is None:
-            noise = FromGenerator(plan, sample.dtype)
-        self._run, self._position = _begin(plan, sample, noise, generator), first
+        keyed = self.noise is not None or not plan.stochastic
+        noise = self.noise if keyed else Drawn(plan, partial(self._draw, sample.dtype))
+        self._run, self._position = _begin(plan, sample, noise), first
+
+    def _draw(self, dtype: torch.dtype, x: Tensor, number: int, s: float, t: float) -> Tensor:
+        """Normals from the generator of the current step, drawn in the precision of the pipeline."""
+        z: Tensor = randn_tensor(x.shape, generator=self._generator, device=x.device, dtype=dtype)
+        return z.to(x.dtype)
 
     def _follow(self, sample: Tensor) -> None:
         """Continue from the state of the caller, who may have changed it, without the rounding to its precision."""
@@ -366,35 +387,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return alpha, sigma
 
 
-class FromGenerator:
-    """The normals of a plan from torch's generators, as pipelines give them; a draw is kept for all rows that use it.
-
-    Arguments:
-        plan: Plan of the run.
-        dtype: Dtype in which the numbers are drawn, that of the pipeline's states.
-    """
-
-    def __init__(self, plan: Plan, dtype: torch.dtype) -> None:
-        self.generator: torch.Generator | list[torch.Generator] | None = None
-        self.dtype = dtype
-        self._uses = [0] * plan.draws
-        for row in plan.rows:
-            for k, _ in row.z:
-                self._uses[k] += 1
-        self._kept: dict[int, Tensor] = {}
-
-    def like(self, x: Tensor, draw: int) -> Tensor:
-        """Return normals with the shape, dtype and device of `x`."""
-        z = self._kept.pop(draw, None)
-        if z is None:
-            z = randn_tensor(x.shape, generator=self.generator, device=x.device, dtype=self.dtype).to(x.dtype)
-        self._uses[draw] -= 1
-        if self._uses[draw] > 0:
-            self._kept[draw] = z
-        return z
-
-
-def _begin(plan: Plan, sample: Tensor, noise: Noise | Normals | None, generator: object) -> Paused:
+def _begin(plan: Plan, sample: Tensor, noise: Noise | Normals | None) -> Paused:
     """Start a run at the state that the network was evaluated at."""
     if not plan.rows[0].evaluates:
         raise ValueError(

@@ -203,7 +203,7 @@ def times_of_base(schedule: Schedule, base: Base, steps: int | None, options: Ma
             raise ValueError(f"`{name}` has no meaning with {type(base).__name__}, whose times are used; drop it.")
     try:
         base.set_timesteps(**({} if steps is None else {"num_inference_steps": steps}), **options)
-        times = _times_of_base(schedule, base, "sigmas" in options)
+        times = _times_of_base(schedule, base)
     except AttributeError:  # no levels, or labels that its own pipeline makes from them
         times = torch.zeros(0)
     if len(times) < 2 or (steps is not None and abs(len(times) - 1 - steps) > 1):
@@ -211,25 +211,34 @@ def times_of_base(schedule: Schedule, base: Base, steps: int | None, options: Ma
     return times
 
 
-def _times_of_base(schedule: Schedule, base: Base, by_levels: bool) -> Tensor:
+def _times_of_base(schedule: Schedule, base: Base) -> Tensor:
     """Times of a scheduler whose steps are set."""
     config = base.config
     if isinstance(schedule.sde, Flow):
         times = base.sigmas[:-1].double()
         times = 1 - times if config.get("invert_sigmas") else times
         return torch.cat([times.cpu(), torch.zeros(1, dtype=torch.float64)])
-    in_levels = any(config.get(key) for key in _SPACED_IN_LEVELS) or by_levels
+    in_levels = any(config.get(key) for key in _SPACED_IN_LEVELS)
     if isinstance(schedule.sde, Discrete) and not in_levels:
         labels = sorted({float(k) for k in base.timesteps if k >= 0}, reverse=True)
         times = times_of_labels(schedule, torch.tensor(labels, dtype=torch.float64))
     else:
         levels = base.sigmas.double().cpu()
-        levels = levels[levels > 0] if float(levels[-1]) == 0 else levels[:-1]
-        lam = (-levels.log()).clamp_min(schedule.sde.lam(schedule.sde.T))  # theirs are rounded to float32
-        times = schedule.sde.t_of_lam(lam)
+        times = times_of_levels(schedule.sde, levels if float(levels[-1]) == 0 else levels[:-1])
     stays = config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False
     end = schedule.sde.t_min if stays else 0.0
     return torch.cat([times[times > end], torch.tensor([end], dtype=torch.float64)])
+
+
+def times_of_levels(sde: SDE, levels: Tensor) -> Tensor:
+    """Times of the positive ones of noise levels σ/α, float64.
+
+    Arguments:
+        sde: Process.
+        levels: Levels, (n,) float64.
+    """
+    lam = -levels[levels > 0].log()
+    return sde.t_of_lam(lam.clamp_min(sde.lam(sde.T)))  # theirs are rounded to float32
 
 
 def labels_of(schedule: Schedule, times: Sequence[float]) -> Tensor:

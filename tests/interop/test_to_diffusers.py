@@ -3,6 +3,7 @@ schedulers where those are right, and those of our own loop around the same netw
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable
@@ -493,6 +494,21 @@ def test_a_scheduler_is_kept_with_its_pipeline(tmp_path: Path) -> None:
     assert other.solver == ss.EDMHeun()
 
 
+def test_a_scheduler_is_copied_in_the_middle_of_a_run() -> None:
+    made = to_diffusers(ss.SDEDPMSolverPP(2), DDIM)
+    made.set_timesteps(4)
+    results = []
+    x = embeds(2, 3)
+    for i, t in enumerate(made.timesteps):
+        if i == 2:
+            other, y = copy.deepcopy(made), x.clone()
+            for s in other.timesteps[2:]:
+                y = other.step(0.1 * y, s, y, generator=torch.Generator().manual_seed(int(s))).prev_sample
+            results.append(y)
+        x = made.step(0.1 * x, t, x, generator=torch.Generator().manual_seed(int(t))).prev_sample
+    assert torch.equal(x, results[0])
+
+
 def test_to_diffusers_of_its_own_result_replaces_the_solver() -> None:
     first = to_diffusers(ss.UniPC(3), DDIM)
     second = to_diffusers(ss.EDMHeun(), first)
@@ -598,6 +614,21 @@ def test_zero_terminal_snr_and_velocities(config: dict[str, Any]) -> None:
     ours = to_diffusers(ss.DDIM(), theirs)
     expected = pictures(stable_diffusion(), theirs, **options)
     torch.testing.assert_close(pictures(stable_diffusion(), ours, **options), expected, rtol=0, atol=5e-6)
+
+
+def test_levels_and_labels_that_the_caller_gives() -> None:
+    given = [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0]  # as pipelines pass them
+    ours = to_diffusers(ss.DPMSolverPP(2), discrete("DPMSolverMultistep"))
+    ours.set_timesteps(sigmas=given)
+    assert len(ours.timesteps) == ours.num_inference_steps == 10
+    torch.testing.assert_close(ours.sigmas[1:], torch.tensor(given[1:]), rtol=1e-6, atol=0)
+    assert ours.table.times[0] == 1000, "the first level is that of T, rounded up"
+    ours.set_timesteps(timesteps=[999, 400, 20])
+    assert ours.timesteps.tolist() == [999, 400, 20] and ours.table.end == 0
+    flow = to_diffusers(ss.DPMSolverPP(2), FLOW(shift=3.0))
+    flow.set_timesteps(timesteps=[1000.0, 400.0, 20.0])
+    assert flow.timesteps.tolist() == [1000.0, 400.0, 20.0]
+    torch.testing.assert_close(flow.sigmas, torch.tensor([1.0, 0.4, 0.02, 0.0]))
 
 
 def test_plms_is_that_of_the_first_stable_diffusion() -> None:

@@ -20,6 +20,7 @@ from scoresde.plan.rows import Weight
 from scoresde.plan.run import Normals
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
+from scoresde.sampling.few_steps import warn_of_few_steps
 from scoresde.sampling.solve import plan_for
 from scoresde.solvers.rule import Solver
 
@@ -102,6 +103,7 @@ class Stepper:
                 that of the network.
         """
         plan = plan_for(check_model(model), solver, steps, nfe, grid, t_start, t_end)
+        warn_of_few_steps(plan, model.sde, as_start(start).data_std)
         noise = as_noise(seed)
         x = as_start(start).draw(model, shape_or_x, plan.rows[0].t, noise)
         steps_noise = noise.fork(Stream.STEPS) if plan.stochastic else None

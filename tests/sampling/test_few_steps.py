@@ -147,6 +147,8 @@ def test_solve_and_sample_warn_with_the_number_and_show_the_line_of_the_user() -
         assert all_[0].filename == __file__
     with pytest.warns(UserWarning, match="few steps"):
         ss.solve(model, (2, 2), ss.sampling.Parallel(ss.solvers.SASolver(3, 4, 1.0)), steps=10, seed=0)
+    with pytest.warns(UserWarning, match="few steps"):
+        ss.sampling.Stepper.of(model, (2, 2), ss.solvers.SASolver(3, 4, 1.0), steps=10, seed=0)
 
 
 def test_solve_does_not_warn_of_rules_that_bear_their_steps() -> None:

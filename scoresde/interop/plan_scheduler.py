@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.grids.foreign import from_sigmas
 from scoresde.interop.diffusers_schedules import read_schedule
 from scoresde.interop.normals import Drawn
 from scoresde.interop.schedulers import GridMaker, grid_of, solver_of
@@ -25,7 +26,6 @@ from scoresde.interop.timetable import (
     labels_of,
     times_of_base,
     times_of_labels,
-    times_of_levels,
     timetable_of,
 )
 from scoresde.noise.keyed import Noise
@@ -184,11 +184,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if labels is not None and levels is None and isinstance(self.sde, Discrete | Flow):
             return torch.cat([times_of_labels(self.schedule, torch.as_tensor(labels, dtype=torch.float64)), end])
         if levels is not None and isinstance(self.sde, Discrete):
-            return torch.cat([times_of_levels(self.sde, torch.as_tensor(levels, dtype=torch.float64)), end])
-        options = {"timesteps": labels, "sigmas": levels, "mu": mu}
-        chosen = {k: v for k, v in options.items() if v is not None}
-        count = steps if labels is None and levels is None else None
-        return times_of_base(self.schedule, base_of(self._configuration(), diffusers), count, chosen)
+            return from_sigmas(self.sde, [*(float(v) for v in levels if v > 0), 0.0])
+        options = {k: v for k, v in (("timesteps", labels), ("sigmas", levels)) if v is not None}
+        return times_of_base(self.schedule, base_of(self._configuration(), diffusers), steps, mu, options)
 
     @property
     def table(self) -> Timetable:

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from scoresde.grids.foreign import from_scheduler
 from scoresde.interop.diffusers_schedules import Schedule
 from scoresde.plan.rows import as_number
 from scoresde.plan.table import Plan
@@ -19,27 +20,12 @@ from scoresde.processes.named import Flow
 from scoresde.processes.sde import SDE
 from scoresde.solvers.rule import Solver
 
-# Schedulers whose labels and levels hold their stages: the times of a step are those of the one-stage relative.
-_ONE_STAGE = {
-    "HeunDiscreteScheduler": "EulerDiscreteScheduler",
-    "KDPM2DiscreteScheduler": "EulerDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler": "EulerDiscreteScheduler",
-    "DPMSolverSDEScheduler": "EulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler": "FlowMatchEulerDiscreteScheduler",
-}
-
-_SPACED_IN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-
 
 class Base(Protocol):
-    """A scheduler of diffusers, as far as its times are read."""
-
-    config: Mapping[str, object]
-    timesteps: Tensor
-    sigmas: Tensor
+    """A scheduler of diffusers whose times are used."""
 
     def set_timesteps(self, **options: object) -> None:
-        """Compute `timesteps` and `sigmas`."""
+        """Compute its labels and levels."""
 
 
 @dataclass(frozen=True)
@@ -179,66 +165,32 @@ def base_of(config: Mapping[str, object], library: ModuleType) -> Base:
     """
     flow = "shift" in config and "beta_schedule" not in config
     name = str(config.get("_class_name") or ("FlowMatchEulerDiscreteScheduler" if flow else "DDIMScheduler"))
-    if "Inverse" in name:
-        raise ValueError(f"`scheduler` is a {name}, which goes from data to noise; use `ss.encode` for inversion.")
-    made = getattr(library, _ONE_STAGE.get(name, name))
+    made = getattr(library, name)
     known = inspect.signature(made.__init__).parameters
-    # The steps of PNDM's Runge–Kutta start have labels of their own.
-    base: Base = made(**{k: v for k, v in {**config, "skip_prk_steps": True}.items() if k in known})
+    base: Base = made(**{k: v for k, v in config.items() if k in known})
     return base
 
 
-def times_of_base(schedule: Schedule, base: Base, steps: int | None, options: Mapping[str, object]) -> Tensor:
-    """Times of a scheduler of diffusers, and of its end.
+def times_of_base(
+    schedule: Schedule, base: Base, steps: int | None, mu: float | None, options: Mapping[str, object]
+) -> Tensor:
+    """Times of a scheduler of diffusers, and of its end; see :func:`scoresde.grids.foreign.from_scheduler`.
 
     Arguments:
         schedule: Process and labels.
         base: The scheduler.
         steps: Number of steps, or None if `options` determine it.
-        options: Options of its ``set_timesteps``.
+        mu: Shift of a flow for the resolution.
+        options: Options of its ``set_timesteps``, instead of a number of steps.
     """
     accepted = inspect.signature(base.set_timesteps).parameters
-    for name in options:
-        if name not in accepted and "options" not in accepted:
+    given = options if mu is None else {**options, "mu": mu}
+    for name in given:
+        if name not in accepted:
             raise ValueError(f"`{name}` has no meaning with {type(base).__name__}, whose times are used; drop it.")
-    try:
-        base.set_timesteps(**({} if steps is None else {"num_inference_steps": steps}), **options)
-        times = _times_of_base(schedule, base)
-    except AttributeError:  # no levels, or labels that its own pipeline makes from them
-        times = torch.zeros(0)
-    if len(times) < 2 or (steps is not None and abs(len(times) - 1 - steps) > 1):
-        raise ValueError(f"the times of {type(base).__name__} belong to its own pipeline; give `grid`, as in 'karras'.")
-    return times
-
-
-def _times_of_base(schedule: Schedule, base: Base) -> Tensor:
-    """Times of a scheduler whose steps are set."""
-    config = base.config
-    if isinstance(schedule.sde, Flow):
-        times = base.sigmas[:-1].double()
-        times = 1 - times if config.get("invert_sigmas") else times
-        return torch.cat([times.cpu(), torch.zeros(1, dtype=torch.float64)])
-    in_levels = any(config.get(key) for key in _SPACED_IN_LEVELS)
-    if isinstance(schedule.sde, Discrete) and not in_levels:
-        labels = sorted({float(k) for k in base.timesteps if k >= 0}, reverse=True)
-        times = times_of_labels(schedule, torch.tensor(labels, dtype=torch.float64))
-    else:
-        levels = base.sigmas.double().cpu()
-        times = times_of_levels(schedule.sde, levels if float(levels[-1]) == 0 else levels[:-1])
-    stays = config.get("final_sigmas_type") == "sigma_min" or config.get("set_alpha_to_one") is False
-    end = schedule.sde.t_min if stays else 0.0
-    return torch.cat([times[times > end], torch.tensor([end], dtype=torch.float64)])
-
-
-def times_of_levels(sde: SDE, levels: Tensor) -> Tensor:
-    """Times of the positive ones of noise levels σ/α, float64.
-
-    Arguments:
-        sde: Process.
-        levels: Levels, (n,) float64.
-    """
-    lam = -levels[levels > 0].log()
-    return sde.t_of_lam(lam.clamp_min(sde.lam(sde.T)))  # theirs are rounded to float32
+    if options:
+        base.set_timesteps(**given)
+    return from_scheduler(schedule.sde, None if options else steps, base, mu=mu)
 
 
 def labels_of(schedule: Schedule, times: Sequence[float]) -> Tensor:

@@ -7,12 +7,14 @@ check on another device would synchronise. Results are checked once, at the end 
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def number(
 ) -> float:
     """Return `value` as a finite float inside (above, below) and [at_least, at_most]."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number, got {type(value).__name__}.")
+        got = f"{value!r} ({type(value).__name__})" if isinstance(value, str | bool) else type(value).__name__
+        raise TypeError(f"`{name}` must be a number, got {got}.")
     out = float(value)
     bounds = {"above": above, "below": below, "at least": at_least, "at most": at_most}
     if not (math.isfinite(out) and above < out < below and at_least <= out <= at_most):
@@ -41,14 +44,23 @@ def number(
     return out
 
 
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer of Python, of NumPy, or a tensor with one; a bool is none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, type):
+        return False
+    if isinstance(value, Tensor):
+        return not (value.ndim or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return not (isinstance(value, np.ndarray) and value.ndim)
+
+
 def integer(name: str, value: object, *, at_least: int = 0) -> int:
     """Return `value` as an int of at least `at_least`; reject floats and booleans."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
+        if isinstance(value, Tensor):
+            kind = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
+            raise TypeError(f"`{name}` must be an integer, got a {kind}; pass a single int.")
         raise TypeError(f"`{name}` must be an integer, got {value!r} ({type(value).__name__}).")
-    if isinstance(value, Tensor) and (value.ndim or value.is_floating_point() or value.dtype == torch.bool):
-        kind = f"{str(value.dtype)[6:]} tensor of shape {tuple(value.shape)}"
-        raise TypeError(f"`{name}` must be an integer, got a {kind}; pass a single int.")
-    out = int(value.__index__())
+    out = int(value.__index__())  # type: ignore[attr-defined]
     if out < at_least:
         raise ValueError(f"`{name}` must be at least {at_least}, got {out}.")
     return out
@@ -76,10 +88,27 @@ def gradient_mode(grad: object, allowed: tuple[str, ...]) -> str:
 
 def dtype(name: str, value: object) -> torch.dtype:
     """Return `value` if it is float32 or float64."""
-    if value not in FLOATS:
+    if not isinstance(value, torch.dtype) or value not in FLOATS:
         hint = f"write torch.{value}" if isinstance(value, str) else "draw, then cast"
         raise TypeError(f"`{name}` must be torch.float32 or torch.float64, got {value!r}; {hint}.")
     return value
+
+
+def device(name: str, value: object) -> torch.device:
+    """Return a device, from a device or its name."""
+    if isinstance(value, torch.device):
+        return value
+    try:
+        return torch.device(value)  # type: ignore[call-overload, no-any-return]
+    except (RuntimeError, TypeError):
+        got = f"{value!r} ({type(value).__name__})" if isinstance(value, str | Real) else type(value).__name__
+        raise ValueError(f"`{name}` must be a device such as 'cpu' or 'cuda:0', got {got}.") from None
+
+
+def timelike(name: str, value: object) -> None:
+    """Raise an error unless `value` is a number or a tensor; for the loop, where :func:`time` is called later."""
+    if not isinstance(value, float | Tensor | Real):
+        raise TypeError(f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}.")
 
 
 def shape(name: str, value: object) -> tuple[int, ...]:
@@ -152,6 +181,13 @@ def time(t: object, T: float, name: str = "t") -> Tensor:
     return out.clamp(0.0, T)
 
 
+def window(T: float, t_start: object, t_end: object) -> None:
+    """Raise an error unless both ends of a run are numbers in [0, T], or None."""
+    for name, value in (("t_start", t_start), ("t_end", t_end)):
+        if value is not None and not isinstance(value, Tensor):
+            number(name, value, at_least=0, at_most=T * (1 + OUTSIDE))
+
+
 def _outside(name: str, bad: float, T: float) -> ValueError:
     return ValueError(
         f"`{name}` must lie in [0, {T:g}] (0 is data, {T:g} is noise), got {bad:g}; "
@@ -173,6 +209,15 @@ def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
     if c.device != x.device:
         raise ValueError(f"`{name}` is on {c.device} and the state on {x.device}; move `{name}` with .to(x.device).")
     return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def levels_to_user() -> int:
+    """Number of calls from the caller of this function to the first one outside the package, for warnings."""
+    frame, level = inspect.currentframe(), 0
+    package = __name__.partition(".")[0]
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return max(level, 1)
 
 
 def writes(x: Tensor) -> int:

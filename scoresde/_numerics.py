@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from scoresde._doors import checked
+
 
 @cache
 @torch.inference_mode(False)  # cached tensors must be usable by autograd
@@ -47,6 +49,7 @@ def lagrange(u: Tensor, nodes: Tensor) -> Tensor:
     return torch.stack(basis, dim=1)
 
 
+@checked
 def student_quantile(probability: float, degrees: float) -> float:
     """Quantile of Student's t distribution; of the normal one for infinitely many degrees of freedom.
 

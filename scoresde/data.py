@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Standardize:
     r"""An affine map of data to mean 0 and standard deviation `target`.
@@ -60,6 +62,7 @@ class Standardize:
         return f"Standardize({fields(mean=self.mean, std=self.std, target=self.target)})"
 
     @classmethod
+    @checked
     def fit(cls, data: Tensor, per: str = "scalar", target: float = 1.0) -> Standardize:
         """Compute the mean and the standard deviation of a data set.
 
@@ -86,6 +89,7 @@ class Standardize:
         mean, std = self._like(x)
         return (x - mean) * (self.target / std)
 
+    @checked
     def inverse(self, z: Tensor) -> Tensor:
         """Map `z`, (B, *event), back to the scale of the data."""
         mean, std = self._like(z)
@@ -110,6 +114,7 @@ class Standardize:
         return self.mean.to(x), self.std.to(x)
 
 
+@checked
 def suggest_sigma_max(data: Tensor, *, max_samples: int = 2000, seed: int = 0) -> float:
     """Compute the largest distance between two samples, a noise level at which all samples overlap.
 
@@ -131,6 +136,7 @@ def suggest_sigma_max(data: Tensor, *, max_samples: int = 2000, seed: int = 0) -
     return float(torch.cdist(x, x).max())
 
 
+@checked
 def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
     """Compute the standard deviation of `data`; warn if it is not within a factor 2 of `sigma_data`.
 
@@ -146,7 +152,7 @@ def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
         warnings.warn(
             f"`data` has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: the noise levels are "
             f"wrong by that ratio; use Standardize.fit(data, target={sigma_data:g}) or set sigma_data={std:.3g}.",
-            stacklevel=2,
+            stacklevel=check.levels_to_user(),
         )
     return std
 
@@ -160,6 +166,7 @@ def _finite(data: Tensor) -> Tensor:
     return wide
 
 
+@checked
 def bin_width(levels: int, interval: tuple[float, float]) -> float:
     """Width of one of `levels` equal bins of `interval`."""
     low, high = (check.number("interval", edge) for edge in interval)
@@ -168,6 +175,7 @@ def bin_width(levels: int, interval: tuple[float, float]) -> float:
     return (high - low) / check.integer("levels", levels, at_least=2)
 
 
+@checked
 def dequantize(
     images: Tensor,
     levels: int,

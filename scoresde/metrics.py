@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import student_quantile
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
@@ -32,6 +33,7 @@ _CHUNK = 1 << 20  # numbers in a block of distances or projections, to bound the
 _OCTAVES, _PER_OCTAVE = 48, 1024  # bins of the median distance: from 2⁻⁴⁸ of the largest distance, 0.07 % wide
 
 
+@checked
 def w2_1d(x: Tensor, y: Tensor) -> float:
     r"""Wasserstein-2 distance between two sets of numbers, by exact transport.
 
@@ -61,6 +63,7 @@ def w2_1d(x: Tensor, y: Tensor) -> float:
     return math.sqrt(float(_transport(x.T, y.T)))
 
 
+@checked
 def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> float:
     r"""Sliced Wasserstein-2 distance: exact transport along random directions.
 
@@ -89,6 +92,7 @@ def sliced_w2(x: Tensor, y: Tensor, n_projections: int = 256, seed: int = 0) -> 
     return math.sqrt(total / n_projections)
 
 
+@checked
 def energy_distance(x: Tensor, y: Tensor) -> float:
     r"""Energy distance, which needs no bandwidth and no direction.
 
@@ -116,6 +120,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(_energy(torch.cat([x, y]), _first(x, y)))
 
 
+@checked
 def mmd_rbf(x: Tensor, y: Tensor, bandwidth: float | Sequence[float] | None = None) -> float:
     r"""Squared maximum mean discrepancy with a Gaussian kernel, unbiased.
 
@@ -138,6 +143,7 @@ def mmd_rbf(x: Tensor, y: Tensor, bandwidth: float | Sequence[float] | None = No
     return float(_mmd(torch.cat([x, y]), _first(x, y), bandwidth))
 
 
+@checked
 def frechet(x: Tensor, y: Tensor) -> float:
     r"""Fréchet distance between the Gaussians of two sets of features; with features of Inception it is the FID.
 
@@ -174,6 +180,7 @@ def _gaussian(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.qr((x - mean) / math.sqrt(len(x) - 1), mode="r").R
 
 
+@checked
 def c2st(
     x: Tensor,
     y: Tensor,
@@ -287,6 +294,7 @@ class Moments:
         )
 
 
+@checked
 def moments(x: Tensor, y: Tensor) -> Moments:
     r"""Compare means and covariances: "equal within k standard errors" is ``moments(x, y).max_z < k``.
 
@@ -346,6 +354,7 @@ class Comparison:
         return f"{self.value:.4g} (floor {self.floor:.4g}, 95 % below {self.floor_high:.4g}; p = {self.p_value:.3g})"
 
 
+@checked
 def compare(
     metric: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, n_permutations: int = 100, seed: int = 0
 ) -> Comparison:

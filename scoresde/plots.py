@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.analysis import moments
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["response", "stability"]
 
 
+@checked
 def response(plans: Sequence[Plan], sde: SDE, spectrum: moments.Numbers | None = None, ax: Axes | None = None) -> Axes:
     """Plot the gain against the standard deviation of the data, a curve for each plan; return the axes.
 
@@ -46,6 +48,7 @@ def response(plans: Sequence[Plan], sde: SDE, spectrum: moments.Numbers | None =
     return ax
 
 
+@checked
 def stability(plans: Sequence[Plan], sde: SDE, variance: float = 1.0, ax: Axes | None = None) -> Axes:
     """Plot the sensitivity of the result to each evaluation, a curve for each plan; return the axes.
 

@@ -23,6 +23,7 @@ SHOWN = 8  # entries of a list that are shown without --all
 OPEN = {
     "_build",
     "_checks",
+    "_doors",
     "_files",
     "_numerics",
     "_printing",

@@ -202,7 +202,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "constant data": (lambda: Standardize.fit(torch.ones(5, 3)), ValueError, "`std` must be positive"),
     "negative std": (lambda: Standardize(torch.zeros(3), -torch.ones(3)), ValueError, "`std` must be positive"),
     "nan mean": (lambda: Standardize(torch.full((3,), math.nan), torch.ones(3)), ValueError, "`mean`.*finite"),
-    "number as mean": (lambda: Standardize(0.0, torch.ones(3)), ValueError, "`mean` must be a finite float tensor"),  # type: ignore[arg-type]
+    "number as mean": (lambda: Standardize(0.0, torch.ones(3)), TypeError, "`mean` must be a torch.Tensor, got 0.0"),  # type: ignore[arg-type]
     "other events": (lambda: Standardize.fit(ok, "entry")(torch.zeros(2, 4)), ValueError, r"shape \(4,\).*\(3,\)"),
     "wider events": (lambda: Standardize.fit(ok, "entry")(torch.zeros(2, 1)), ValueError, r"shape \(1,\).*\(3,\)"),
     "other events back": (lambda: Standardize.fit(ok, "entry").inverse(torch.zeros(2, 4)), ValueError, r"\(4,\)"),

@@ -72,13 +72,13 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks _build _files _numerics _printing _progress noise data metrics nn processes plan grids denoisers solvers "
-    "guidance training analysis integrators sampling likelihood fitting inverse interop plots"
+    "_checks _doors _build _files _numerics _printing _progress noise data metrics nn processes plan grids denoisers "
+    "solvers guidance training analysis integrators sampling likelihood fitting inverse interop plots"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
-    "data": {"_checks", "_printing", "noise"},
-    "metrics": {"_checks", "_numerics", "_printing", "noise"},
-    "nn": {"_build", "_checks", "_printing", "noise", "nn"},
+    "data": {"_checks", "_doors", "_printing", "noise"},
+    "metrics": {"_checks", "_doors", "_numerics", "_printing", "noise"},
+    "nn": {"_build", "_checks", "_doors", "_printing", "noise", "nn"},
 }
 
 

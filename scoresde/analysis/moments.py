@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.matrices import UnitNormals, Unrolled, pull_back, unroll
 from scoresde.plan.rows import Weight, as_number
 from scoresde.plan.run import steps
@@ -58,6 +59,7 @@ class Response:
         return (self.variance / self.true_variance).sqrt()
 
 
+@checked
 def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> Response:
     """Exact mean and variance of a plan's result on Gaussian data.
 
@@ -80,6 +82,7 @@ def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start
     return Response(c, moments.mean, moments.variance, alpha * m, alpha**2 * c + sigma**2)
 
 
+@checked
 def gaussian_stds(plan: Plan, sde: SDE, stds: Sequence[float]) -> list[tuple[float, float]]:
     """Standard deviation of a plan's result and its exact value, for Gaussian data of each given standard deviation.
 
@@ -122,6 +125,7 @@ def _levels(sde: SDE, times: list[Weight]) -> list[tuple[Weight, Weight]]:
     return list(zip(sde.alpha(t).tolist(), sde.sigma(t).tolist(), strict=True))
 
 
+@checked
 def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start: str = "marginal") -> float:
     r"""Root-mean-square 2-Wasserstein distance over the directions, exact for stochastic plans too.
 
@@ -137,6 +141,7 @@ def weak_error(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, sta
     return float(response(plan, sde, spectrum, mean, start).distance.square().mean().sqrt())
 
 
+@checked
 def flow_error(plan: Plan, sde: SDE, spectrum: Numbers) -> float:
     r"""Root-mean-square distance of a deterministic plan from the probability flow, over the directions.
 
@@ -170,6 +175,7 @@ class Stability:
         return self.sensitivity.square().sum(1).sqrt()
 
 
+@checked
 def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
     """Amplification of errors of the start and of the network by a plan.
 
@@ -252,6 +258,7 @@ def flow_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
     return (solve_directions(u, sde, c)[0] - flow_gain(sde, s, t[None], c)[:, 0]) * start
 
 
+@checked
 def point_mass_defect(plan: Plan, sde: SDE, *, x0: float = 0.7) -> float:
     r"""Error of a plan on data that is one point, so that D is constant.
 
@@ -298,6 +305,7 @@ class ExactMoments:
     path: tuple[tuple[int, float, Tensor, Tensor], ...]
 
 
+@checked
 def exact_moments(
     plan: Plan, sde: SDE, *, mean: Numbers = 0.0, spectrum: Numbers = 1.0, start: str = "marginal"
 ) -> ExactMoments:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde.analysis.moments import exact_moments
 from scoresde.denoisers.base import AbstractDenoiser
@@ -51,6 +52,7 @@ class Order:
         return f"order {self.slope:.2f} (declared {self.declared}); error by steps {errors}"
 
 
+@checked
 def convergence_order(
     solver: Solver,
     model: AbstractDenoiser,
@@ -79,6 +81,8 @@ def convergence_order(
         seed: Seed of the initial states.
     """
     sde = model.sde
+    check.window(sde.T, t_start, t_end)
+    check.integer("n", n, at_least=1)
     if len(set(steps)) < 2:
         raise ValueError(f"`steps` must hold at least two different numbers, to fit a slope, got {tuple(steps)}.")
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else sde.t_of_lam(-4.0)
@@ -135,6 +139,7 @@ def uneven_lam(sde: SDE, steps: int, *, t_start: float, t_end: float) -> Tensor:
     return times
 
 
+@checked
 def exact_flow(model: AbstractDenoiser, steps: int = 800) -> Reference:
     """The probability flow of a model: in closed form for one Gaussian, otherwise by many steps of RK4.
 
@@ -147,6 +152,8 @@ def exact_flow(model: AbstractDenoiser, steps: int = 800) -> Reference:
     """
     if isinstance(model, GaussianMixture) and len(model.means) == 1:
         return model.flow
+
+    check.integer("steps", steps, at_least=1)
 
     def flow(x: Tensor, s: float, t: float) -> Tensor:
         if model.sde.sigma(t) == 0 or model.sde.sigma(s) == 0:
@@ -169,6 +176,7 @@ def _with_signal(sde: SDE, t: float, other: float) -> float:
     return t if math.isfinite(sde.lam(t)) else max(t * (1 - 1e-3), (t + other) / 2)
 
 
+@checked
 def weak_order(
     solver: Solver,
     sde: SDE,
@@ -201,6 +209,7 @@ def weak_order(
         eta: Stochasticity η of the solver, for ``"drift"``.
     """
     check.choice("of", of, ("law", "drift"))
+    check.window(sde.T, t_start, t_end)
     first = sde.t_of_lam(-2.5) if t_start is None else t_start
     last = sde.t_of_lam(2.0) if t_end is None else t_end
     m, c = (torch.tensor(v, dtype=torch.float64) for v in (mean, spectrum))
@@ -221,6 +230,7 @@ def weak_order(
     return Order(_slope(steps, errors), declared, tuple(steps), tuple(errors))
 
 
+@checked
 def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
     r"""Residuals of the order conditions: the error of each step for D = (λ − λ_s)ⁿ/n!, n = 0 … degree.
 
@@ -238,6 +248,7 @@ def order_residuals(plan: Plan, sde: SDE, degree: int = 3) -> Tensor:
     """
     if plan.stochastic:
         raise ValueError("`plan` draws noise; order conditions are for deterministic plans, such as those of DDIM.")
+    check.integer("degree", degree)
     lam = sde.lam(torch.tensor([as_number(row.t) for row in plan.rows], dtype=torch.float64))
     nodes = [r for r, row in enumerate(plan.rows) if row.node is not None]
     starts = torch.tensor(nodes[:-1])

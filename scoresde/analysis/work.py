@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.analysis.orders import event_of, exact_flow
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.start import Start
@@ -37,6 +38,7 @@ class Work:
     rmse: float
 
 
+@checked
 def work_precision(
     solvers: Sequence[Solver],
     model: AbstractDenoiser,
@@ -68,6 +70,7 @@ def work_precision(
         t_min: Last positive time of grids that end at 0, by default that of each function in `grids`.
     """
     sde = model.sde
+    check.window(sde.T, t_start, t_end)
     limits = {"t_start": t_start, "t_end": t_end or None, "t_min": t_min}
     options = {name: t for name, t in limits.items() if t is not None}
     check.integer("n", n, at_least=1)

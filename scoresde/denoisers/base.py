@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from scoresde import _checks as check
+from scoresde._doors import checked, words
 from scoresde._printing import short
 from scoresde.denoisers.predictions import Coefficient, Want, as_form, conversion, form_of
 from scoresde.processes.sde import SDE
@@ -26,6 +27,14 @@ _MEMO = 4096  # largest number of entries in the cache of a denoiser
 
 
 T = TypeVar("T")
+
+# Hints for the names that other libraries give to conditions.
+CONDITIONS = words("""
+label labels class_label class_labels classes y cond condition conditions context: conditions belong to the model, \
+as in model.given(label=y)
+encoder_hidden_states prompt prompt_embeds text: conditions belong to the model, as in model.given(text=...)
+guidance_scale cfg_scale cfg guidance w: guidance is a denoiser, ss.ClassifierFree(model, scale, null={"label": ...})
+""")
 
 Condition = Any  # a tensor (B, ...), a tree of tensors, or any value that the network accepts
 
@@ -133,6 +142,7 @@ class AbstractDenoiser(nn.Module):
         """Names of conditions without a batch axis, which :meth:`given` treats as `shared`."""
         return ()
 
+    @checked
     def given(self, *, shared: Mapping[str, object] | None = None, **cond: Condition) -> Given:
         """Fix conditions of the network.
 
@@ -235,6 +245,7 @@ class AbstractDenoiser(nn.Module):
             memo[key] = compute()
         return memo[key]  # type: ignore[no-any-return]
 
+    @checked
     def rows(self, index: Tensor) -> AbstractDenoiser:
         """This denoiser for some samples of the batch; every attribute in `per_sample` is selected.
 
@@ -510,6 +521,7 @@ class _Variance(Wrapped):
         return x0
 
 
+@checked
 class Given(Wrapped):
     """A denoiser with fixed conditions; made by :meth:`AbstractDenoiser.given`.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.data import Standardize
 from scoresde.denoisers.gaussian import Gaussian
@@ -21,6 +22,7 @@ class Written(Protocol):
         """The dictionary."""
 
 
+@checked
 @dataclass(frozen=True, eq=False, repr=False)
 class Card:
     """What is saved with a model beside its weights; every entry may be left out.

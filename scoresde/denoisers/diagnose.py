@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import Condition, Given
 from scoresde.denoisers.network import Denoiser
 from scoresde.denoisers.predictions import PREDICTIONS, conversion, form_of
@@ -82,6 +83,7 @@ class Diagnosis:
         return self.message
 
 
+@checked
 def check_denoiser(model: Denoiser | Given, x: Tensor, *, seed: int = 0, margin: float = 0.5) -> Diagnosis:
     r"""Detect a wrong ``predicts``, sign, time input or data scale of a denoiser, or an untrained network.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_model
 from scoresde.denoisers.predictions import Coefficient
 from scoresde.noise.keyed import Noise, as_noise
@@ -29,6 +30,7 @@ KINDS = ("full", "diagonal", "separable", "low rank")
 _FULL = 1024  # largest event size D for which the full covariance is the default
 
 
+@checked
 class Gaussian(AbstractDenoiser):
     r"""Gaussian data N(m, C): its exact denoiser, flow and samples.
 
@@ -96,12 +98,14 @@ class Gaussian(AbstractDenoiser):
         self._matrices = len(matrices)
 
     @classmethod
+    @checked
     def of(cls, sde: SDE, mean: Tensor, cov: Tensor) -> Gaussian:
         """Gaussian with a mean of shape event and a covariance (D, D)."""
         c, axes = torch.linalg.eigh(torch.as_tensor(cov, dtype=torch.float64))
         return cls(sde, mean, c.clamp_min(0), axes)
 
     @classmethod
+    @checked
     def estimate(cls, sde: SDE, data: Tensor, kind: str | None = None, *, rank: int = 64) -> Gaussian:
         """Gaussian with the sample mean and an estimate of the covariance of the data.
 
@@ -130,7 +134,7 @@ class Gaussian(AbstractDenoiser):
         if kind == "low rank":
             _, s, v = torch.linalg.svd(x.flatten(1), full_matrices=False)
             variance = s**2 / (N - 1)
-            r = min(rank, D, N - 1)
+            r = min(check.integer("rank", rank, at_least=1), D, N - 1)
             rest = float(variance[r:].sum()) / (D - r) if r < D else 0.0
             return cls(sde, mean, variance[:r], v[:r].mT.contiguous(), rest)
         axes = None
@@ -178,6 +182,9 @@ class Gaussian(AbstractDenoiser):
             s: Initial time, a number, () or (B,).
             t: Target time, a number, () or (B,).
         """
+        check.state("x", x)
+        if not isinstance(s, Tensor):
+            check.number("s", s, at_least=0)
         (a, b), (e, f) = self._scales(s, x), self._scales(t, x)
         return self.affine(x, a, lambda c: ((e**2 * c + f**2) / _positive(a**2 * c + b**2)).sqrt(), e)
 
@@ -186,9 +193,11 @@ class Gaussian(AbstractDenoiser):
 
         The states of one `z` at different times lie on one trajectory of the flow.
         """
+        check.state("z", z)
         alpha, sigma = self._scales(t, z)
         return self.affine(z, 0.0, lambda c: (alpha**2 * c + sigma**2).sqrt(), alpha)
 
+    @checked
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
     ) -> Tensor:
@@ -200,9 +209,11 @@ class Gaussian(AbstractDenoiser):
             seed: Seed, a :class:`Noise`, or None for a random seed.
             dtype: Dtype of the samples, float32 or float64.
         """
+        check.integer("n", n)
         noise = as_noise(seed).fork(Stream.GAUSSIAN)
         return self.carry(noise.normal((n, *self.event), 0, dtype=dtype, device=self._mean.device), t)
 
+    @checked
     def skip_errors(
         self,
         model: AbstractDenoiser,
@@ -251,6 +262,7 @@ class Gaussian(AbstractDenoiser):
                     break
         return torch.tensor(times, dtype=torch.float64), torch.tensor(errors, dtype=torch.float64)
 
+    @checked
     def start_time(
         self, model: AbstractDenoiser, tol: float = 1e-2, *, points: int = 48, n: int = 64, seed: int = 0
     ) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, undefined_prediction
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.predictions import Coefficient, Want, as_form
@@ -84,6 +85,7 @@ class _Exact(AbstractDenoiser):
         return _column(self.sde.alpha(s)), _column(self.sde.sigma(s))
 
 
+@checked
 class GaussianMixture(_Exact):
     r"""Exact denoiser of data from a mixture of Gaussians.
 
@@ -159,6 +161,7 @@ class GaussianMixture(_Exact):
         """Weights w_k, (K,)."""
         return self._weights.exp()
 
+    @checked
     def under(self, sde: SDE) -> GaussianMixture:
         """The same data under another process."""
         copy = GaussianMixture.__new__(GaussianMixture)
@@ -170,6 +173,7 @@ class GaussianMixture(_Exact):
             copy.register_buffer("axes", None)
         return copy
 
+    @checked
     def component(self, k: int = 0) -> Gaussian:
         """Component k as a :class:`Gaussian`."""
         c, axes = self.isotropic[k] + self.spectrum[k], self.axes
@@ -203,6 +207,7 @@ class GaussianMixture(_Exact):
         """Posterior probability of each component, (B, *event) to (B, K)."""
         return self._log_joint(x, t).softmax(1).to(x.dtype)
 
+    @checked
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
     ) -> Tensor:
@@ -235,6 +240,7 @@ class GaussianMixture(_Exact):
         r"""Score, :math:`\nabla_x\log p_t(x)`, also at t = 0 if the data has a density."""
         return self._blend(x, *self._scales(t, len(check.state("x", x))), 0.0, -1.0)
 
+    @checked
     def flow(self, x: Tensor, s: float, t: float) -> Tensor:
         r"""Exact probability flow of a mixture with one component, from time s to t.
 
@@ -251,6 +257,7 @@ class GaussianMixture(_Exact):
                 f"`flow` has a closed form only for 1 component, this mixture has {len(self._points)}; integrate the "
                 f"probability-flow ODE on a fine grid instead."
             )
+        check.number("s", s, at_least=0)
         (a, b), (c, d) = ((self.sde.alpha(r), self.sde.sigma(r)) for r in (s, t))
         iso, total = self.isotropic, self.isotropic + self.spectrum[0]
         centred = self._rows(x) - a * self._points
@@ -359,6 +366,7 @@ class GaussianMixture(_Exact):
         return out.reshape(x.shape).to(x.dtype)
 
 
+@checked
 class Empirical(_Exact):
     r"""Optimal denoiser of a finite data set, the output of a network that has memorised the data.
 
@@ -389,6 +397,7 @@ class Empirical(_Exact):
         """The data, (N, *event)."""
         return self._points.reshape(-1, *self.event)
 
+    @checked
     def under(self, sde: SDE) -> Empirical:
         """The same data under another process."""
         return Empirical(sde, self.data).to(self._points)
@@ -415,6 +424,7 @@ class Empirical(_Exact):
         variance = sigma**2 if isinstance(sigma, Tensor) else rows.new_tensor(sigma**2)
         return (-excess / (2 * variance.clamp_min(torch.finfo(rows.dtype).tiny))).softmax(1).to(x.dtype)
 
+    @checked
     def sample(
         self, n: int, t: float = 0.0, *, seed: int | Noise | None = None, dtype: torch.dtype = torch.float64
     ) -> Tensor:

@@ -9,19 +9,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.network import Denoiser
 from scoresde.nn.embedding import Conditioning
 
 
-def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
+def check_ready(model: object) -> AbstractDenoiser:
     """Return `model`; raise an error unless it is a denoiser, and warn of what changes its predictions silently.
 
     These are a network in training mode, and a class-conditional network of this library without a label.
 
     Arguments:
         model: Denoiser of a run.
-        stacklevel: Number of calls up to the one that the warning points at.
     """
     denoiser = check_model(model)
     active = [(name, module) for name, module in denoiser.named_modules() if module.training and _is_active(module)]
@@ -31,19 +31,19 @@ def check_ready(model: object, *, stacklevel: int = 3) -> AbstractDenoiser:
         warnings.warn(
             f"the network is in training mode, which changes its predictions: `{name}` is {module!r:.60}{more}; call "
             f"eval() on the network before the run, and train() after it.",
-            stacklevel=stacklevel,
+            stacklevel=check.levels_to_user(),
         )
     if "label" not in denoiser.conditions and any(_takes_label(module) for module in denoiser.modules()):
         warnings.warn(
             "the network takes class labels and none is given, so it uses its index of no class, which only condition "
             "dropout trains, as in DSM(model, drop=0.1, null={'label': classes}); fix the classes by "
             "model.given(label=y), or say that you mean no class by model.given(label=torch.tensor(classes)).",
-            stacklevel=stacklevel,
+            stacklevel=check.levels_to_user(),
         )
     return denoiser
 
 
-def warn_untrained(model: AbstractDenoiser, t: float, *, stacklevel: int = 3) -> None:
+def warn_untrained(model: AbstractDenoiser, t: float) -> None:
     """Warn if a run evaluates a network clearly below the times of its training, [t_min, T].
 
     There the network extrapolates. Exact denoisers, such as mixtures, and others without a network are defined at all
@@ -52,7 +52,6 @@ def warn_untrained(model: AbstractDenoiser, t: float, *, stacklevel: int = 3) ->
     Arguments:
         model: Denoiser of the run.
         t: Smallest positive time at which it is evaluated.
-        stacklevel: Number of calls up to the one that the warning points at.
     """
     t_min = model.sde.t_min
     if not 0 < t < 0.9 * t_min or not any(isinstance(module, Denoiser) for module in model.modules()):
@@ -61,7 +60,7 @@ def warn_untrained(model: AbstractDenoiser, t: float, *, stacklevel: int = 3) ->
         f"the network is evaluated at t = {t:.3g}, below t_min = {t_min:.3g}, and networks are trained on [t_min, T]: "
         f"its predictions there are extrapolations; use a grid whose last positive time is at least t_min, such as "
         f"ss.grids.quadratic_vp, or make the process with a smaller `t_min` if the network was trained there.",
-        stacklevel=stacklevel,
+        stacklevel=check.levels_to_user(),
     )
 
 

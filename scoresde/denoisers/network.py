@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresde import _checks as check
+from scoresde._doors import checked, checked_with, words
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions, share
 from scoresde.denoisers.card import Card
@@ -25,12 +26,29 @@ from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
 VARIANCES = ("range", "log", "value")
+# Hints for the keywords of other libraries.
+WORDS = words("""
+prediction_type parameterization parametrization objective prediction predict target mean_type: use `predicts`
+model network unet score_fn score_model denoiser eps_model: use `net`
+scheduler schedule noise_schedule noise_scheduler process diffusion: use `sde`, as in ss.VP()
+sigma_data: use `precondition`, as in precondition=ss.Preconditioning(sigma_data)
+preconditioning precond: use `precondition`
+betas alphas_cumprod num_timesteps timesteps num_train_timesteps T: the process has it, as in ss.Discrete(betas)
+scale_timesteps time_scale t_scale time_embedding: use `time`, a function of the times
+learn_sigma learned_sigma var_type: use `learned_variance`
+clip_denoised clip thresholding: thresholds are denoisers, as in ss.guidance.Clamp(model)
+guidance_scale cfg_scale: guidance is a denoiser, ss.ClassifierFree(model, scale, null={"label": ...})
+label class_labels y cond: conditions belong to a denoiser, as in Denoiser(...).given(label=y)
+device dtype: a denoiser is a module; use Denoiser(...).to(device)
+eps eps_min t_min: the process has it, as in ss.VP(t_min=1e-5)
+""")
 
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
 
 Clock = Callable[[Tensor], Tensor]
 
 
+@checked
 @dataclass(frozen=True)
 class Preconditioning:
     r"""EDM's scaling of a network's input, output and time, at any (α, σ).
@@ -61,6 +79,7 @@ class Preconditioning:
         return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
 
+@checked_with(WORDS)
 class Denoiser(AbstractDenoiser):
     r"""A network with its process and its prediction type; the methods return every other prediction.
 
@@ -172,6 +191,7 @@ class Denoiser(AbstractDenoiser):
     def output(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor | None]:
         """Output of the network in the dtype of `x`, and its variance part or None."""
         check.state("x", x)
+        check.timelike("t", t)
         if self.learned_variance and x.ndim == 1:
             raise ValueError("`learned_variance` needs channels, the second axis of `x`; `x` has shape (B,).")
         if cond:
@@ -228,6 +248,7 @@ class Denoiser(AbstractDenoiser):
             check.refuse_writes(leaf, count, "`net`", self.net, what=f"condition `{name}`", copy=name)
         return out
 
+    @checked
     def save(
         self,
         folder: str | os.PathLike[str],
@@ -303,6 +324,7 @@ class Denoiser(AbstractDenoiser):
         return labels
 
 
+@checked
 def log_variance(kind: str, output: Tensor, small: Tensor, large: Tensor) -> Tensor:
     r"""Log-variance of a step from the variance output of a network.
 

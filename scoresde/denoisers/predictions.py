@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from scoresde import _checks as check
 from scoresde.processes.sde import SDE
 
 PREDICTIONS = ("eps", "score", "x0", "v", "velocity", "F")
@@ -37,6 +38,8 @@ def form_of(
         return Form(-sigma, alpha)
     if kind == "velocity":
         return Form(sde.alpha_dot(t), sde.sigma_dot(t))
+    if kind != "F":
+        check.choice("want", kind, PREDICTIONS)
     root = (alpha**2 * sigma_data**2 + sigma**2) ** 0.5
     return Form(sigma / (sigma_data * root), -alpha * sigma_data / root)
 
@@ -55,4 +58,8 @@ Want = str | Callable[[SDE, Coefficient, Coefficient, Coefficient], Form]
 
 def as_form(want: Want, sde: SDE, t: Coefficient, alpha: Coefficient, sigma: Coefficient) -> Form:
     """Form of a prediction that is given by name or by a function."""
-    return form_of(want, sde, t, alpha, sigma) if isinstance(want, str) else want(sde, t, alpha, sigma)
+    if isinstance(want, str):
+        return form_of(want, sde, t, alpha, sigma)
+    if not callable(want):
+        raise TypeError(f"`want` must be one of {', '.join(map(repr, PREDICTIONS))} or a function, got {want!r}.")
+    return want(sde, t, alpha, sigma)

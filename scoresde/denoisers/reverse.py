@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, check_model, check_sde
 from scoresde.denoisers.predictions import Coefficient, Form, form_of
 from scoresde.processes.sde import SDE
 
 
+@checked
 @dataclass(frozen=True)
 class Reverse:
     r"""Reverse-time process of a denoiser; for every η it has the marginals of the forward SDE.
@@ -53,6 +55,7 @@ class Reverse:
         return self.eta * self.denoiser.sde.g(t)
 
 
+@checked
 class Rescheduled(Wrapped):
     r"""A denoiser on another process than the one it was trained on.
 
@@ -84,6 +87,7 @@ class Rescheduled(Wrapped):
         return super().x0_and_variance(x, t, **cond)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        check.state("x", x)
         old = self.model.sde
         s = check.time(t, self.sde.T)
         lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 
 
+@checked
 @dataclass(frozen=True)
 class Start:
     """Initial state of a run.

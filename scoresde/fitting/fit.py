@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
@@ -64,6 +65,7 @@ _ROUND = 25  # iterations between two evaluations of the held-out errors
 _PATIENCE = 3  # rounds without improvement before the fit stops
 
 
+@checked
 @dataclass(frozen=True)
 class Split:
     """Division of the trajectories of a fit.
@@ -90,6 +92,7 @@ class Split:
         return range(held, n), range(held)
 
 
+@checked
 @dataclass(frozen=True)
 class Descent:
     """Loss and memory of a fit.
@@ -112,6 +115,7 @@ class Descent:
             check.integer("batch", self.batch, at_least=1)
 
 
+@checked
 def fit(
     solver: Plan | Solver,
     model: AbstractDenoiser,
@@ -232,7 +236,10 @@ def _with_times_that_move(
         raise ValueError(
             f"{reason}; give `what`=('weights',), or make the labels differentiable, as time='index' does."
         )
-    warnings.warn(f"{reason}, and only the weights are; time='index' gives labels between the steps.", stacklevel=4)
+    warnings.warn(
+        f"{reason}, and only the weights are; time='index' gives labels between the steps.",
+        stacklevel=check.levels_to_user(),
+    )
     return weights()
 
 

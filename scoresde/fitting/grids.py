@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde.analysis.moments import Numbers, as_directions, flow_gain, flow_gaps, solve_directions
 from scoresde.denoisers.base import AbstractDenoiser
@@ -33,6 +34,7 @@ from scoresde.sampling.solve import default_solver
 from scoresde.solvers.rule import Solver
 
 
+@checked
 def gaussian_grid(
     sde: SDE,
     steps: int,
@@ -103,6 +105,7 @@ def _law_gaps(u: Unrolled, sde: SDE, c: Tensor) -> Tensor:
     return deviation - start * flow_gain(sde, s, t[None], c)[:, 0]
 
 
+@checked
 def gits(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -131,6 +134,7 @@ def gits(
     return times[_cheapest(cost, steps)]
 
 
+@checked
 def equal_error(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -164,6 +168,7 @@ def equal_error(
     return check_grid(model.sde, torch.cat([times[:1], inner, times[-2:]]))
 
 
+@checked
 def align_your_steps(
     model: AbstractDenoiser, data: Tensor, steps: int, *, fine: int = 64, t_min: float | None = None, seed: int = 0
 ) -> Tensor:
@@ -247,7 +252,7 @@ def _pilot(
     model: AbstractDenoiser, shape_or_x: Any, fine: int, seed: int
 ) -> tuple[Tensor, Callable[[int, int], float]]:
     """Times of fine trajectories, and the error of a DDIM step from time i to time j, propagated to the data."""
-    check_ready(model, stacklevel=4)
+    check_ready(model)
     sde = model.sde
     times = uniform_lam(sde, check.integer("fine", fine, at_least=2))
     x = Start().draw(model, shape_or_x, sde.T, Noise(seed).fork(Stream.GRIDS))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise
@@ -16,6 +17,7 @@ _RIDGE = 1e-3  # relative to the variance of the data
 _STEP = 1e-2  # step in λ of the difference quotient
 
 
+@checked
 def estimate_statistics(
     model: AbstractDenoiser,
     data: Tensor,
@@ -52,6 +54,7 @@ def estimate_statistics(
     sde = check_ready(model).sde
     check.state("data", data)
     check.integer("n", n, at_least=2)
+    check.window(sde.T, t_start, t_end)
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
     lam = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
     noise, slopes, finite = Noise(seed), [], check.Finite("the predictions or their derivatives")

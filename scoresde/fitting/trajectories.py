@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.start import Start
@@ -27,6 +28,7 @@ CANDIDATES = 10  # candidates for each initial state near a fork
 _PILOT = 30  # evaluations of the plan that locates the forks
 
 
+@checked
 def expansion(model: AbstractDenoiser, x: Tensor, plan: Plan, *, size: float = 0.02, seed: int = 0) -> Tensor:
     r"""Expansion of the flow around each initial state, (B,).
 

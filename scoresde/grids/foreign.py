@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.grid import check_grid, times_of_lam
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import EDM, VP, Cosine, Trig
@@ -29,6 +30,7 @@ _ROUNDING = 1e-3  # largest relative error of a level in float32: 1 − ᾱ canc
 _REMAPPED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
+@checked
 def from_sigmas(sde: SDE, sigmas: Tensor | Sequence[float]) -> Tensor:
     r"""Grid at given noise levels :math:`\sigma/\alpha`, which k-diffusion, EDM and ComfyUI call σ.
 
@@ -64,6 +66,7 @@ def _times_of_levels(sde: SDE, levels: Tensor) -> Tensor:
     return torch.where(levels == 0, torch.zeros_like(times), times)
 
 
+@checked
 def from_scheduler(sde: SDE | object, steps: int | None, scheduler: object, *, mu: float | None = None) -> Tensor:
     r"""Grid of a scheduler of diffusers: the times between which it steps, in the time of this library.
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.processes.sde import SDE
 
 
+@checked
 def check_grid(sde: SDE, times: Tensor | Sequence[float]) -> Tensor:
     """Check that a user's grid has at least two times in [0, T] and is strictly decreasing.
 
@@ -122,6 +124,7 @@ def times_of_lam(sde: SDE, lam: Tensor) -> Tensor:
     return sde.inverse_lam(lam.clamp(sde.lam(sde.T), sde.lam(0.0))).clamp(0.0, sde.T)
 
 
+@checked
 def window(
     sde: SDE, times: Tensor | Sequence[float], t_start: float | None = None, t_end: float | None = None
 ) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.grid import check_grid
 from scoresde.processes.sde import SDE
 
@@ -25,6 +26,7 @@ _PUBLISHED = {
 _SLACK = 0.01  # largest difference of log σ/α between the first level and T: the published levels are rounded
 
 
+@checked
 @dataclass(frozen=True)
 class NoiseLevels:
     r"""Grid maker from a table of noise levels ϱ = σ/α, interpolated linearly in log ϱ to any number of steps.
@@ -97,6 +99,7 @@ class NoiseLevels:
         return (k + min(max(part, 0.0), 1.0)) / (len(table) - 1)
 
 
+@checked
 def published(name: str) -> NoiseLevels:
     """Grid maker from noise levels that were published for a model.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.grid import check_grid, inner_times, lam_ends, make_grid, times_of_lam
 from scoresde.processes.derived import Shifted
 from scoresde.processes.discrete import Discrete
@@ -22,6 +23,7 @@ from scoresde.processes.named import VP
 from scoresde.processes.sde import SDE
 
 
+@checked
 def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
     """Grid with equal steps in t.
 
@@ -39,6 +41,7 @@ def uniform_t(sde: SDE, steps: int, *, t_start: float | None = None, t_end: floa
     return make_grid(sde, steps, t_start, t_end, inner_times, reaches_zero=True)
 
 
+@checked
 def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
     r"""Equal steps in :math:`t^{1/\mathrm{exponent}}`: 2 is the quadratic grid of DDIM, 1 is :func:`uniform_t`.
 
@@ -57,6 +60,7 @@ def power_t(sde: SDE, steps: int, exponent: float = 2.0, *, t_start: float | Non
     return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
+@checked
 def uniform_lam(
     sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
 ) -> Tensor:
@@ -78,6 +82,7 @@ def uniform_lam(
     return polyexponential(sde, steps, 1.0, t_start=t_start, t_end=t_end, t_min=t_min)
 
 
+@checked
 def polyexponential(
     sde: SDE,
     steps: int,
@@ -113,6 +118,7 @@ def polyexponential(
 exponential = uniform_lam
 
 
+@checked
 def karras(
     sde: SDE,
     steps: int,
@@ -150,6 +156,7 @@ def karras(
     return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 
+@checked
 def quadratic_vp(
     sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0, t_min: float | None = None
 ) -> Tensor:
@@ -179,6 +186,7 @@ def quadratic_vp(
     return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 
+@checked
 def beta_quantile(
     sde: SDE, steps: int, a: float = 0.6, b: float = 0.6, *, t_start: float | None = None, t_end: float = 0.0
 ) -> Tensor:
@@ -201,6 +209,7 @@ def beta_quantile(
     return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
+@checked
 def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
     r"""Equal steps of an angle: :math:`t = t_{end} + (t_{start} - t_{end})\cos^2(\pi u/2)`, quantiles of Beta(½, ½).
 
@@ -214,6 +223,7 @@ def cosine(sde: SDE, steps: int, *, t_start: float | None = None, t_end: float =
     return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
+@checked
 def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None, t_end: float = 0.0) -> Tensor:
     r"""Times of `sde` at equal steps in the time of ``Shifted(sde, shift)``.
 
@@ -241,6 +251,7 @@ def shifted(sde: SDE, steps: int, shift: float, *, t_start: float | None = None,
     return make_grid(sde, steps, t_start, t_end, spacing, reaches_zero=True)
 
 
+@checked
 def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
     """Times of a subset of the indices of a discrete process, then 0.
 

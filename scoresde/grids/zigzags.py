@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.grid import check_grid, times_of_lam
 from scoresde.processes.sde import SDE
 
@@ -25,6 +26,7 @@ class Zigzag(Tensor):
         return copy.deepcopy(self.as_subclass(Tensor), memo).as_subclass(Zigzag)
 
 
+@checked
 def zigzag(times: Tensor | Sequence[float]) -> Zigzag:
     r"""Mark times as a grid that goes up on purpose; each step up adds fresh noise, by the exact forward transition.
 
@@ -44,6 +46,7 @@ def zigzag(times: Tensor | Sequence[float]) -> Zigzag:
     return torch.as_tensor(times, dtype=torch.float64).as_subclass(Zigzag)
 
 
+@checked
 def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Zigzag:
     r"""Zigzag grid of ancestral solvers: each step goes below its target time, then fresh noise is added up to it.
 
@@ -73,6 +76,7 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Zi
     return zigzag(torch.cat(out))
 
 
+@checked
 def churn(
     sde: SDE, times: Tensor | Sequence[float], s_churn: float, s_tmin: float = 0.0, s_tmax: float = math.inf
 ) -> Zigzag:
@@ -104,6 +108,7 @@ def churn(
     return zigzag(torch.cat(out))
 
 
+@checked
 def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, repeats: int = 1) -> Zigzag:
     """Zigzag grid with restarts: from time `low`, add noise up to `high` and solve down again, `repeats` times.
 
@@ -130,6 +135,7 @@ def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, 
     return zigzag(torch.cat([grid[: b + 1], grid[a : b + 1].repeat(repeats), grid[b + 1 :]]))
 
 
+@checked
 def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Zigzag:
     r"""Grid of DiffPIR: after each step, a fraction ζ of the noise variance is replaced by fresh noise.
 
@@ -158,6 +164,7 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Zigzag:
     return zigzag(torch.cat(out))
 
 
+@checked
 def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample: int = 10) -> Zigzag:
     """Grid of RePaint: each block of `jump` steps is repeated `resample` times, with noise added back in between.
 

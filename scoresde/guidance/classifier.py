@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, expand_conditions, select
 from scoresde.denoisers.network import Denoiser
@@ -19,6 +20,7 @@ from scoresde.processes.sde import SDE
 _MIN_RATIO = 1e-3  # smallest α/σ at which a derivative with respect to x_t is computed
 
 
+@checked
 class ClassifierGuidance(Wrapped):
     r"""Guidance by the gradient of a log-likelihood with respect to the noisy state.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.denoisers.base import (
     AbstractDenoiser,
@@ -56,6 +57,7 @@ class _Difference(Wrapped):
         return torch.where(inside.bool(), scale, 1.0).to(x.dtype)
 
 
+@checked
 class ClassifierFree(_Difference):
     r"""Classifier-free guidance: extrapolation from the unconditional to the conditional prediction.
 
@@ -163,6 +165,7 @@ class ClassifierFree(_Difference):
             )
 
 
+@checked
 class AutoGuidance(_Difference):
     r"""Guidance by a weaker version of the model: smaller, less trained, or otherwise degraded.
 
@@ -202,6 +205,7 @@ class AutoGuidance(_Difference):
         return self.rule(self.model, x, t, self.model.x0(x, t, **cond), self.weak.x0(x, t, **cond), scale)
 
 
+@checked
 class Compose(Wrapped):
     r"""Product of experts: several conditions at once; a negative weight excludes a condition.
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import short
 from scoresde.denoisers.base import AbstractDenoiser, select
 from scoresde.denoisers.predictions import PREDICTIONS
@@ -71,6 +72,7 @@ def linear(model: AbstractDenoiser, x: Tensor, t: Value, strong: Tensor, weak: T
     return torch.lerp(weak, strong, scale)
 
 
+@checked
 @dataclass(frozen=True)
 class Rescale:
     r"""Guidance rescaled towards the standard deviation of the strong prediction, per sample.
@@ -102,6 +104,7 @@ class Rescale:
         return model.convert(self.of, guided * (1 + self.phi * (ratio - 1)), "x0", x, t)
 
 
+@checked
 @dataclass(frozen=True)
 class APG:
     r"""Adaptive projected guidance: it reduces the difference parallel to the prediction, which causes saturation.
@@ -141,6 +144,7 @@ class APG:
         return strong + push
 
 
+@checked
 class Momentum:
     r"""Guidance with momentum: a running sum of the differences of the predictions, as in adaptive projected guidance.
 
@@ -210,6 +214,7 @@ class Momentum:
         return self.rule(model, x, t, strong, strong - delta, scale)
 
 
+@checked
 @dataclass(frozen=True)
 class ZeroStar:
     r"""CFG-Zero*: guidance with the weak velocity rescaled to fit the strong one, per sample.
@@ -242,6 +247,7 @@ class ZeroStar:
         return model.convert("velocity", v, "x0", x, t)
 
 
+@checked
 def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callable[[Value], Value]:
     r"""Scale, as a function of t, for which :class:`ClassifierFree` with DDIM on this grid is CFG++.
 

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 
 
+@checked
 class Clamp(Wrapped):
     r"""Clipping to the range of the data: :math:`D = \mathrm{clip}(D, low, high)`.
 
@@ -33,6 +35,7 @@ class Clamp(Wrapped):
         return self.model.x0(x, t, **cond).clamp(self.low, self.high)
 
 
+@checked
 class DynamicThreshold(Wrapped):
     r"""Dynamic thresholding: each sample is clipped at its own quantile and scaled back to the range of the data.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import refuse_ddp
@@ -25,6 +26,7 @@ from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.processes.sde import SDE
 
 
+@checked
 @dataclass(frozen=True)
 class Adaptive(Method):
     """The probability flow with error control for each sample; a method of ``ss.solve``, ``ss.encode``, ``ss.decode``.
@@ -146,6 +148,7 @@ class Adaptive(Method):
         return start, end
 
 
+@checked
 def flow(model: AbstractDenoiser, x: Tensor, s: float, t: float, rule: Adaptive | None = None) -> Solution:
     """Follow the probability flow from time s to time t, in either direction, with error control for each sample.
 

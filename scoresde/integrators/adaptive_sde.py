@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._progress import Bar
 from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.adaptive import check_tolerances, clean_stop, progress
@@ -40,6 +41,7 @@ from scoresde.processes.sde import SDE
 LATTICE = 2.0**22  # number of possible ends of steps in a unit of λ
 
 
+@checked
 @dataclass(frozen=True)
 class AdaptiveSDE(Method):
     r"""The reverse SDE with error control for each sample; a method of ``ss.solve``.

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde import _checks as check
+from scoresde._doors import checked
 
+
+@checked
 @dataclass(frozen=True)
 class Control:
     """Tolerances, and the rule for the length of the next step.
@@ -50,6 +54,15 @@ class Control:
     max_nfe: int = 1000
     limit: str | None = ""
     steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "lattice"):
+            check.number(name, getattr(self, name), at_least=0)
+        check.number("safety", self.safety, above=0)
+        if self.first_step is not None:
+            check.number("first_step", self.first_step, above=0)
+        check.integer("max_nfe", self.max_nfe, at_least=1)
+        check.integer("steps", self.steps)
 
     def land(self, s: Tensor, h: Tensor, end: Tensor) -> Tensor:
         """End of a step of length about h.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import lagrange, legendre
 from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import LAM, NOISE, VELOCITY, Prediction
@@ -209,6 +210,7 @@ class Past:
     count: Tensor
 
 
+@checked
 @dataclass(frozen=True)
 class Adams(Pair):
     r"""Variable-step Adams (predict, evaluate, correct): one evaluation per attempt, accepted or rejected.
@@ -272,6 +274,7 @@ class Adams(Pair):
         return Attempt(advance(y, corrector, slopes), f, gap, k.double() + 1)
 
 
+@checked
 @dataclass(frozen=True)
 class EmbeddedRungeKutta(Pair):
     """An explicit Runge–Kutta pair in the prediction's clock; the last stage is the result.
@@ -290,6 +293,7 @@ class EmbeddedRungeKutta(Pair):
     middle: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        check.integer("of_order", self.of_order)
         if [len(row) for row in self.a] != list(range(1, len(self.error))):
             raise ValueError(
                 f"`a` must have rows of 1 … {len(self.error) - 1} entries, because `error` has {len(self.error)}; "
@@ -317,6 +321,7 @@ class EmbeddedRungeKutta(Pair):
         return Attempt(stage, slopes[-1], error, float(self.of_order), slopes)
 
 
+@checked
 def BogackiShampine(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     """Bogacki–Shampine 3(2), with three evaluations per step.
 
@@ -327,6 +332,7 @@ def BogackiShampine(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     return EmbeddedRungeKutta(((1 / 2,), (0.0, 3 / 4), b), (-5 / 72, 1 / 12, 1 / 9, -1 / 8), 3, prediction=prediction)
 
 
+@checked
 def DormandPrince(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     """Dormand–Prince 5(4), with six evaluations per step.
 
@@ -360,6 +366,7 @@ def DormandPrince(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
     return EmbeddedRungeKutta(a, error, 5, middle, prediction=prediction)
 
 
+@checked
 @dataclass(frozen=True)
 class DPMPair(Pair):
     r"""Embedded pairs of DPM-Solver in λ: order 2 with an estimate of order 1, or order 3 with one of order 2.
@@ -413,6 +420,7 @@ class DPMPair(Pair):
         return Attempt(advance(y, high, slopes), None, error, float(self.of_order))
 
 
+@checked
 def DPM12(prediction: Prediction = NOISE) -> Pair:
     """The pair DPM-Solver-12, of order 2.
 
@@ -422,6 +430,7 @@ def DPM12(prediction: Prediction = NOISE) -> Pair:
     return DPMPair(2, prediction=prediction)
 
 
+@checked
 def DPM23(prediction: Prediction = NOISE) -> Pair:
     """The pair DPM-Solver-23, of order 3.
 

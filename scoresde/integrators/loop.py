@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import Record
 from scoresde.integrators.embedded import Attempt, Past, Scheme, State, advance, on_device, polynomial, wide
@@ -178,6 +179,7 @@ class Run:
     record: Record | None
 
 
+@checked
 def integrate(
     equation: Equation | Function,
     y: Tensor | State,

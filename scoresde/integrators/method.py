@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.start import Start
 from scoresde.integrators.dense import Path
@@ -23,6 +24,7 @@ from scoresde.processes.sde import SDE
 GRADS = ("off", "full", "checkpoint", "adjoint", "reversible")
 
 
+@checked
 @dataclass(frozen=True)
 class Watch:
     """What to observe in a run, and what to change on the way.

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Counter, trainable
 from scoresde.denoisers.modes import check_ready
 from scoresde.grids.grid import check_grid
@@ -40,6 +41,7 @@ from scoresde.noise.keyed import Noise
 from scoresde.solvers.runge_kutta import MIDPOINT, Tableau
 
 
+@checked
 @dataclass(frozen=True)
 class Reversible(Method):
     """Reversible solver of the probability flow along a grid with σ > 0, decreasing or increasing.
@@ -92,6 +94,7 @@ class Reversible(Method):
             x, companion = flow.outputs(end, -1)
         return problem.solution(x, flow.times, companion=companion)
 
+    @checked
     def invert(
         self, model: AbstractDenoiser, solution: Solution, times: Tensor | Sequence[float] | None = None
     ) -> Solution:

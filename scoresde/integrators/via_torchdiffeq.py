@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, trainable
 from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.adaptive import slope
@@ -35,6 +36,7 @@ CLOCKS = ("tau", "t", "rho", "lam")
 Event = Callable[[float, Tensor], Tensor]
 
 
+@checked
 @dataclass(frozen=True)
 class TorchDiffEq(Method):
     """Solve the probability flow with torchdiffeq (``pip install torchdiffeq``), in either direction.

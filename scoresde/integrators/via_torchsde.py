@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, trainable
 from scoresde.denoisers.predictions import Form
 from scoresde.integrators.loop import SolverError
@@ -38,6 +39,7 @@ _AHEAD = 1 << 15  # numbers that one call draws
 _SHORTEST = 1e-4  # shortest adaptive step, in units of torchsde's time
 
 
+@checked
 @dataclass(frozen=True)
 class TorchSDE(Method):
     """Solve the reverse SDE with torchsde (``pip install torchsde``).
@@ -124,6 +126,7 @@ class TorchSDE(Method):
             x = problem.denoise(x, equation.t_end) if clean else x
         return problem.solution(x, [equation.t_start, end])
 
+    @checked
     def equation(self, model: AbstractDenoiser, t_start: float | None = None, t_end: float | None = None) -> ReverseSDE:
         """The equation that this method solves.
 
@@ -137,6 +140,7 @@ class TorchSDE(Method):
         )
 
 
+@checked
 class ReverseSDE(nn.Module):
     """The equation in the form of torchsde: ``f`` and ``g_prod`` of torchsde's time and of flat states.
 
@@ -162,8 +166,10 @@ class ReverseSDE(nn.Module):
         method: str = "srk",
     ) -> None:
         super().__init__()
+        check.integer("steps", steps, at_least=1)
         check.number("eta", eta, above=0)
         check.choice("variable", variable, ("t", "lam"))
+        check.choice("method", method, ITO + STRATONOVICH)
         self.model = model
         sde = model.sde
         self.t_start = sde.T if t_start is None else check.number("t_start", t_start, above=0, at_most=sde.T)

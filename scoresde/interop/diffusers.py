@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from scoresde._doors import checked
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.diffusers_networks import SHARED, DiffusersNet, call_of, doubles_channels, label_of
 from scoresde.interop.diffusers_schedules import Config, config_of, read_schedule
@@ -13,6 +14,7 @@ from scoresde.processes.named import Flow
 from scoresde.processes.sde import SDE
 
 
+@checked
 def sde_from_diffusers(scheduler: object) -> SDE:
     r"""Process of a scheduler of diffusers.
 
@@ -36,6 +38,7 @@ def sde_from_diffusers(scheduler: object) -> SDE:
     return read_schedule(config_of(scheduler)).sde
 
 
+@checked
 def from_diffusers(net: object, scheduler: object = None) -> Denoiser:
     """Denoiser from a network of diffusers and its scheduler, or from a whole pipeline.
 

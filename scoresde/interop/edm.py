@@ -7,12 +7,14 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from scoresde._build import recorded
+from scoresde._doors import checked
 from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.networks import Adapted, Net
 from scoresde.processes.named import EDM
 
 
+@checked
 def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> Denoiser:
     """Denoiser from a preconditioned network of EDM or EDM2: ``net(x, σ, class_labels)`` returns the denoised state.
 
@@ -35,6 +37,7 @@ def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> 
     return Denoiser(EDMNet(net), EDM(T=high, t_min=low), predicts="x0", time="sigma")
 
 
+@checked
 def from_kdiffusion(model: Net, *, sigma_max: float | None = None, sigma_min: float | None = None) -> Denoiser:
     """Denoiser from a wrapped model of k-diffusion: ``model(x, sigma, **extra_args)`` returns the denoised state.
 

@@ -7,6 +7,7 @@ import inspect
 from torch import Tensor
 
 from scoresde._build import recorded
+from scoresde._doors import checked
 from scoresde.denoisers.base import Condition
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.networks import Adapted, Affine, Net
@@ -14,6 +15,7 @@ from scoresde.processes.named import Flow
 from scoresde.processes.sde import SDE
 
 
+@checked
 def from_flow(net: Net, *, data_at: float = 0.0, sde: SDE | None = None, time_first: bool | None = None) -> Denoiser:
     """Denoiser from a flow-matching network, which returns dx/dt along straight lines or along another process.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _build
+from scoresde._doors import checked
 from scoresde._printing import short
 from scoresde.data import Standardize
 from scoresde.denoisers.base import check_sde
@@ -38,6 +39,7 @@ _SHOWN = 4  # names of tensors that an error lists
 Contents = dict[str, Any]
 
 
+@checked
 class LoadError(RuntimeError):
     """The folder is missing, damaged or not a saved model; the message has its path and the fix.
 
@@ -49,6 +51,7 @@ class LoadError(RuntimeError):
         super().__init__(message)
 
 
+@checked
 def load(
     folder: str | os.PathLike[str],
     *,

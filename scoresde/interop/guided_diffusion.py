@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.network import Denoiser
 from scoresde.grids.grid import check_grid
 from scoresde.interop.networks import Adapted, Net
@@ -16,6 +17,7 @@ from scoresde.processes.discrete import Discrete
 from scoresde.processes.discrete import betas as make_betas
 
 
+@checked
 def from_ddpm(
     net: Net, betas: Sequence[float] | Tensor, *, predicts: str = "eps", learned_variance: bool | str = False
 ) -> Denoiser:
@@ -34,6 +36,7 @@ def from_ddpm(
     return Denoiser(Adapted(net), Discrete(betas), predicts=predicts, time="index", learned_variance=learned_variance)
 
 
+@checked
 def from_guided_diffusion(
     net: Net,
     noise_schedule: str | Sequence[float] | Tensor = "linear",
@@ -83,6 +86,7 @@ class _Rescaled:
         return (t - 1).clamp_min(0) * (1000 / self.N)
 
 
+@checked
 class Classifier(torch.nn.Module):
     r"""Log-likelihood of a noisy classifier of guided diffusion, for :class:`scoresde.guidance.ClassifierGuidance`.
 
@@ -122,6 +126,7 @@ class Classifier(torch.nn.Module):
         return chosen[:, 0]
 
 
+@checked
 def respaced(sde: Discrete, timestep_respacing: str | Sequence[int]) -> Tensor:
     """Grid of a ``timestep_respacing`` of guided diffusion, then t = 0.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde._build import Build
+from scoresde._doors import checked
 from scoresde.denoisers.card import Card
 from scoresde.denoisers.network import Clock, Denoiser
 from scoresde.denoisers.saving import FILES, contents
@@ -19,6 +20,7 @@ from scoresde.interop.readme import model_card
 from scoresde.processes.sde import SDE
 
 
+@checked
 def push_to_hub(
     model: Denoiser,
     repo_id: str,
@@ -66,6 +68,7 @@ def push_to_hub(
     return str(info.commit_url)
 
 
+@checked
 def from_pretrained(
     name: str | os.PathLike[str],
     *,

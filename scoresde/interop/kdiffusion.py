@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import solvers
+from scoresde._doors import checked
 from scoresde._progress import Bar
 from scoresde.interop.normals import Drawn
 from scoresde.interop.timetable import step_starts
@@ -104,6 +105,7 @@ class KDiffusionSampler:
         return run.x.to(x.dtype)
 
 
+@checked
 def kdiffusion_sampler(solver: Solver) -> KDiffusionSampler:
     """A sampler in the form of k-diffusion, ``sample(model, x, sigmas, extra_args, callback, disable)``.
 

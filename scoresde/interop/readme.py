@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+from scoresde._doors import checked
 from scoresde._printing import short
 from scoresde.denoisers.card import Card
 from scoresde.denoisers.network import Denoiser
 from scoresde.plan.table import Plan
 
 
+@checked
 def model_card(model: Denoiser, name: str, card: Card | None = None) -> str:
     """Text of a README, in Markdown with the Hub's header.
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from scoresde._doors import checked
 from scoresde.data import Standardize
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.card import Card
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from scoresde.interop.sbi_sampling import SolverPosterior
 
 
+@checked
 def from_sbi(estimator: nn.Module, x_o: Tensor | Sequence[float] | None = None) -> AbstractDenoiser:
     """Denoiser of θ from an estimator of sbi's NPSE or FMPE.
 
@@ -74,6 +76,7 @@ def from_sbi(estimator: nn.Module, x_o: Tensor | Sequence[float] | None = None) 
     return model if x_o is None else model.given(shared={"x_o": observation(own, x_o)})
 
 
+@checked
 def sbi_posterior(
     estimator: nn.Module,
     prior: torch.distributions.Distribution | None = None,

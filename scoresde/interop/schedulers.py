@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import grids, solvers
+from scoresde._doors import checked
 from scoresde.plan.table import Plan
 from scoresde.solvers.rule import Solver
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 GridMaker = Callable[..., Tensor]
 
 
+@checked
 def to_diffusers(
     solver: Solver | Plan,
     scheduler: Mapping[str, object] | object,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.networks import Adapted, Affine, Net
 from scoresde.processes.discrete import Discrete
@@ -16,6 +17,7 @@ from scoresde.processes.named import VE, VP, SubVP
 from scoresde.processes.sde import SDE
 
 
+@checked
 def from_score_sde(net: Net, kind: str, *, discrete: int | None = None, **parameters: float) -> Denoiser:
     """Denoiser from a network of score_sde, NCSN++ or DDPM++.
 

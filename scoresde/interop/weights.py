@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from scoresde._doors import checked
+
 Weights = Mapping[str, Tensor]
 Convert = Callable[[Weights], Weights]
 
@@ -21,6 +23,7 @@ _ENTRIES = ("state_dict", "model_state_dict", "model", "net", "params", "params_
 _SHOWN = 4
 
 
+@checked
 @dataclass(frozen=True)
 class LoadReport:
     """Result of :func:`load_weights`; it prints what did not fit.
@@ -59,6 +62,7 @@ class LoadReport:
         return "; ".join(lines) + "."
 
 
+@checked
 def load_weights(
     net: nn.Module,
     weights: Weights | str | os.PathLike[str],
@@ -116,6 +120,7 @@ def load_weights(
     return report
 
 
+@checked
 def without_prefix(prefix: str) -> Convert:
     """Converter that keeps the names that begin with a prefix, and drops the prefix.
 
@@ -125,6 +130,7 @@ def without_prefix(prefix: str) -> Convert:
     return lambda weights: {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
 
 
+@checked
 def with_prefix(prefix: str) -> Convert:
     """Converter that puts a prefix before every name, such as ``"model."`` for a network inside EDM's preconditioning.
 
@@ -134,6 +140,7 @@ def with_prefix(prefix: str) -> Convert:
     return lambda weights: {prefix + k: v for k, v in weights.items()}
 
 
+@checked
 def renamed(names: Mapping[str, str]) -> Convert:
     """Converter that replaces parts of names: whole components between dots, the longest first.
 

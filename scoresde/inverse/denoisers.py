@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import fields, short
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 from scoresde.grids.grid import check_grid
@@ -98,6 +99,7 @@ class LinearPosteriorDenoiser(PosteriorDenoiser):
         return self.measurement.linear
 
 
+@checked
 class DPS(PosteriorDenoiser):
     r"""Diffusion posterior sampling: p(x₀ | x_t) is approximated by a point mass at D.
 
@@ -136,6 +138,7 @@ class DPS(PosteriorDenoiser):
         return fields(scale=self.scale, norm=self.norm)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        check.state("x", x)
         gain = scale_at(self.scale, t, x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
@@ -149,6 +152,7 @@ class DPS(PosteriorDenoiser):
         return graph.release(graph.x0 + gain * slope)
 
 
+@checked
 def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable[[float | Tensor], float]:
     r"""Scale for :class:`DPS` with ``norm=True``: each DDPM step then moves by ζ times the gradient.
 
@@ -178,6 +182,7 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
     return scale
 
 
+@checked
 class PiGDM(LinearPosteriorDenoiser):
     r"""Pseudo-inverse guidance: p(x₀ | x_t) is approximated by the isotropic Gaussian N(D, r² I).
 
@@ -209,6 +214,7 @@ class PiGDM(LinearPosteriorDenoiser):
         return f"data_std={short(self.data_std)}, through_net={self.through_net}"
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        check.state("x", x)
         variance = isotropic_variance(self.sde, t, self.data_std)
         if not self.through_net:
             x0 = self.model.x0(x, t, **cond)
@@ -225,6 +231,7 @@ class PiGDM(LinearPosteriorDenoiser):
         return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.std**2))
 
 
+@checked
 class MMPS(LinearPosteriorDenoiser):
     r"""Moment matching: p(x₀ | x_t) is approximated by a Gaussian with the covariance V from the denoiser's Jacobian.
 
@@ -255,6 +262,7 @@ class MMPS(LinearPosteriorDenoiser):
         return fields(iterations=self.iterations)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        check.state("x", x)
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
         gain = tweedie_gain(self.sde, t, x)
@@ -273,6 +281,7 @@ class MMPS(LinearPosteriorDenoiser):
         return minimal_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
 
 
+@checked
 class TMPD(MMPS):
     r"""Tweedie moment projection: as :class:`MMPS`, with A V Aᵀ replaced by the diagonal of its row sums.
 
@@ -320,6 +329,7 @@ class DDNM(LinearPosteriorDenoiser):
         return x0 + self.A.pinv(self.measurement.residual(x0))
 
 
+@checked
 class DiffPIR(LinearPosteriorDenoiser):
     r"""Plug-and-play restoration: the proximal point of the data prediction under the measurement's likelihood.
 

@@ -15,10 +15,12 @@ import math
 import torch
 from torch import Tensor
 
+from scoresde._doors import checked
 from scoresde.denoisers.mixture import GaussianMixture
 from scoresde.inverse.measurements import Measurement
 
 
+@checked
 def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMixture:
     r"""Exact posterior p(x₀ | y) as a mixture on the same process; it is the reference for the approximate methods.
 
@@ -60,6 +62,7 @@ def posterior(mixture: GaussianMixture, measurement: Measurement) -> GaussianMix
     )
 
 
+@checked
 def log_evidence(mixture: GaussianMixture, measurement: Measurement) -> Tensor:
     """Log-evidence log p(y) in nats, one for each row of y, (B,).
 

@@ -8,11 +8,13 @@ from typing import ClassVar, TypeVar
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.inverse.operators import Linear, Operator, module_rows
 
 _Measurement = TypeVar("_Measurement", bound="Measurement")
 
 
+@checked
 class Measurement(nn.Module):
     r"""Measurement with Gaussian noise, :math:`y = A(x_0) + \mathrm{std}\cdot n`, where n is standard normal.
 
@@ -50,6 +52,7 @@ class Measurement(nn.Module):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
+    @checked
     def rows(self: _Measurement, index: Tensor) -> _Measurement:
         """This measurement for some samples of the batch.
 
@@ -70,10 +73,12 @@ class Measurement(nn.Module):
 
     def residual(self, x0: Tensor) -> Tensor:
         """y − A x0, (B, *out)."""
+        check.state("x0", x0)
         return self.data(x0) - self.operator(x0)
 
     def data(self, x: Tensor) -> Tensor:
         """y with the dtype and device of `x`, (1, *out) or (B, *out); checks the number of rows."""
+        check.state("x", x)
         if len(self.y) not in (1, len(x)):
             raise ValueError(
                 f"`y` has {len(self.y)} rows and the state has {len(x)}; give one measurement for all samples or one "
@@ -101,6 +106,7 @@ class Measurement(nn.Module):
         return self.std
 
 
+@checked
 class Counts(Measurement):
     r"""Measurement with Poisson noise, :math:`y \sim \mathrm{Poisson}(A(x_0))`, such as photon counts.
 
@@ -135,6 +141,7 @@ class Counts(Measurement):
 
     def log_prob(self, x0: Tensor) -> Tensor:
         """log Poisson(y; A(x0)) in nats, (B, *event) to (B,)."""
+        check.state("x0", x0)
         y, mu = self.data(x0), self.operator(x0)
         inside = mu.clamp_min(self.floor)
         log_mu = inside.log() + (mu - inside) / self.floor

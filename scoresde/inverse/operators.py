@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._printing import short
 from scoresde.denoisers.base import select
 from scoresde.inverse.krylov import conjugate_gradients
@@ -44,6 +45,7 @@ def module_rows(module: _Module, names: Sequence[str], index: Tensor) -> _Module
     return twin
 
 
+@checked
 class Operator(nn.Module):
     """Any differentiable function of a state, linear or not.
 
@@ -149,6 +151,7 @@ class Spectrum(NamedTuple):
     of_data: Callable[[Tensor], Tensor]
 
 
+@checked
 class Linear(Operator):
     """Linear operator given by a function; the adjoint uses automatic differentiation.
 
@@ -267,6 +270,7 @@ class ScaledIsometry(Linear):
         return self.as_output(y) / (a * self.gram + b)
 
 
+@checked
 class Mask(ScaledIsometry):
     """Inpainting: the m entries of a state where the mask is True, (B, m).
 
@@ -358,6 +362,7 @@ def check_mask(mask: Tensor, known: str) -> None:
         raise TypeError(f"`mask` must be a bool tensor, True where {known} is known, got {got}; use mask > 0.5.")
 
 
+@checked
 class Downsample(ScaledIsometry):
     """Super-resolution: means over blocks of size k along the last axes.
 
@@ -391,6 +396,7 @@ class Downsample(ScaledIsometry):
         return y * self.gram
 
 
+@checked
 class Grey(ScaledIsometry):
     """Colourisation: a weighted sum of the channels, the first axis of an event.
 
@@ -425,6 +431,7 @@ class Grey(ScaledIsometry):
         return self.weights.to(x).reshape(1, -1, *[1] * (x.ndim - 2))
 
 
+@checked
 class Blur(Linear):
     """Periodic convolution with a kernel along the last axes.
 
@@ -477,6 +484,7 @@ class Blur(Linear):
         return out
 
 
+@checked
 class FourierMask(Linear):
     """Some frequencies of a state, as in magnetic resonance imaging: orthonormal FFT, (B, ..., m, 2) as (real, imag).
 
@@ -513,6 +521,7 @@ class FourierMask(Linear):
         return out
 
 
+@checked
 class Matrix(Linear):
     """Dense matrix that multiplies the flattened state.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.start import Start
@@ -46,6 +47,7 @@ class Particles(Solution):
         return self.x[systematic(self.log_weights, noise.fork(Stream.FINAL), 0)]
 
 
+@checked
 @torch.no_grad()
 def twisted_smc(
     model: AbstractDenoiser,
@@ -102,6 +104,8 @@ def twisted_smc(
     check.choice("variance", variance, ("optimal", "small"))
     sde, steps, choices = model.sde, problem.steps, problem.noise.fork(Stream.CHOICES)
     x = problem.draw(times[0])
+    if data_std != math.inf:
+        check.number("data_std", data_std, above=0)
     twist = _Twist(problem.model, measurement, data_std, x)
     x0, log_twist, slope = twist.evaluate(x, times[0])
     log_w, log_z, ess = log_twist, 0.0, []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready
@@ -40,9 +41,10 @@ def make_problem(
         start: Distribution, dtype and device of the initial state.
         seed: Seed of the noise, or a :class:`Noise`.
     """
-    sde = check_ready(model, stacklevel=4).sde
+    sde = check_ready(model).sde
     check_measurement(measurement)
-    times = quadratic_vp(sde, grid) if isinstance(grid, int) else check_grid(sde, grid)
+    count = 1 if isinstance(grid, Tensor | Sequence) else check.integer("grid", grid, at_least=1)
+    times = check_grid(sde, grid) if isinstance(grid, Tensor | Sequence) else quadratic_vp(sde, count)
     counter = Counter()
     problem = Problem(
         model.counted(counter),

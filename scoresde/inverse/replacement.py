@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Mask
@@ -17,6 +18,7 @@ from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Replacement:
     r"""Inpainting by replacement: a hook that sets the known entries to a noised measurement at every node.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.start import Start
@@ -29,6 +30,7 @@ from scoresde.solvers.deterministic import DPMSolverPP
 from scoresde.solvers.rule import Solver
 
 
+@checked
 @torch.no_grad()
 def ddrm(
     model: AbstractDenoiser,
@@ -95,6 +97,7 @@ def ddrm(
     return problem.solution(x, times)
 
 
+@checked
 @torch.no_grad()
 def daps(
     model: AbstractDenoiser,
@@ -133,6 +136,8 @@ def daps(
           arXiv:2407.01521, algorithm 1
     """
     problem, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    if data_std != math.inf:
+        check.number("data_std", data_std, above=0)
     std, A, sde = measurement.require_noise("daps"), measurement.linear, model.sde
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = problem.steps
@@ -151,6 +156,7 @@ def daps(
     return problem.solution(x, times)
 
 
+@checked
 def red_diff(
     model: AbstractDenoiser,
     measurement: Measurement,
@@ -193,6 +199,7 @@ def red_diff(
         mu = torch.zeros(check.shape("shape_or_x", shape_or_x), dtype=dtype, device=device)
         if isinstance(measurement.operator, Linear):
             mu = mu + measurement.operator.pinv(measurement.data(mu))
+    check.number("lr", lr, above=0)
     adam = torch.optim.Adam([mu.requires_grad_()], lr=lr, betas=(0.9, 0.99))
     for k, t in enumerate(t for t in times if sde.sigma(t) > 0):
         with torch.no_grad():

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.data import bin_width, dequantize
 from scoresde.noise.keyed import Noise
 
 
+@checked
 def bits_per_dim(
     nats: Tensor,
     dims: int,
@@ -51,6 +53,7 @@ def bits_per_dim(
     return -(nats / dims + math.log(bin_width(levels, interval))) / math.log(2)
 
 
+@checked
 def dequantized_bits(
     log_density: Callable[[Tensor], Tensor],
     images: Tensor,

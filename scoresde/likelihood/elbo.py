@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde.data import Standardize, bin_width
 from scoresde.denoisers.base import AbstractDenoiser, Counter
@@ -42,6 +43,7 @@ from scoresde.processes.sde import SDE
 VARIANCES = ("small", "large", "learned")
 
 
+@checked
 @dataclass(frozen=True)
 class MonteCarlo:
     """Number and kind of the draws of a bound.
@@ -63,6 +65,7 @@ class MonteCarlo:
         check.integer("repeats", self.repeats, at_least=1)
 
 
+@checked
 @dataclass(frozen=True)
 class Bins:
     """Bins of discrete data: `levels` bins that divide an interval.
@@ -108,6 +111,7 @@ class Elbo(Uncertain):
     degrees: float = math.nan
 
 
+@checked
 def elbo(
     model: AbstractDenoiser,
     x: Tensor,

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked, checked_with, words
 from scoresde._numerics import legendre
 from scoresde._progress import Bar
 from scoresde.data import Standardize
-from scoresde.denoisers.base import AbstractDenoiser, Counter
+from scoresde.denoisers.base import CONDITIONS, AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import unwrap_ddp
 from scoresde.denoisers.gaussian import Gaussian, Marginal
 from scoresde.denoisers.mixture import GaussianMixture
@@ -52,6 +53,7 @@ PAIR = DormandPrince()
 NODES = 3  # Gauss–Legendre nodes of the trace on each step
 
 
+@checked
 @dataclass(frozen=True)
 class Tolerance:
     """Steps of the state.
@@ -124,6 +126,18 @@ class LogProb(Uncertain):
     degrees: float = math.inf
 
 
+# Hints for the keywords of other libraries.
+WORDS = CONDITIONS | words("""
+rtol atol tol: use `tolerance`, as in tolerance=Tolerance(rtol=1e-5)
+steps num_steps n_steps max_nfe: use `tolerance`, as in tolerance=Tolerance(steps=100)
+method solver: the solver is Dormand-Prince; use `tolerance` for its accuracy
+trace divergence hutchinson exact n_probes noise_type: use `probes`, as in probes=Probes("hutchinson", n=4)
+generator rng: use `seed`, an integer or a Noise
+eps epsilon t_end: use `t_min`
+""")
+
+
+@checked_with(WORDS)
 def log_prob(
     model: AbstractDenoiser,
     x: Tensor,
@@ -185,6 +199,7 @@ def log_prob(
     return result
 
 
+@checked
 @dataclass(frozen=True)
 class FlowDensity(Method):
     """Samples of the probability flow with their log-densities, in one pass from noise to data.
@@ -217,6 +232,11 @@ class FlowDensity(Method):
     t_min: float | None = None
     scale: Standardize | None = None
 
+    def __post_init__(self) -> None:
+        as_probes(self.probes)
+        if self.t_min is not None:
+            check.number("t_min", self.t_min, above=0)
+
     def run(self, problem: Problem) -> Solution:
         sde, start, noise = problem.model.sde, problem.start, problem.noise
         first = sde.T if problem.t_start is None else check.number("t_start", problem.t_start, above=0, at_most=sde.T)
@@ -231,7 +251,7 @@ class FlowDensity(Method):
         gaussian = reference_for(x, sde, reference, std)
         t_min = _smallest(sde, self.t_min) if to_zero else last
         if to_zero:  # otherwise `solve` has warned
-            warn_untrained(problem.model, t_min, stacklevel=4)
+            warn_untrained(problem.model, t_min)
         flow = RelativeFlow.make(problem.model, problem.counter, gaussian, x, t_min, first)
         probes = as_probes(self.probes).draw(x, noise.fork(Stream.PROBES))
         solver = _Solver(flow, probes, self.tolerance, to_zero)

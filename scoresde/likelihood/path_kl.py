@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.modes import check_ready
 from scoresde.likelihood.confidence import Uncertain
@@ -36,6 +37,7 @@ class Estimate(Uncertain):
     degrees: float = math.nan
 
 
+@checked
 def denoiser_error(
     model: AbstractDenoiser,
     exact: AbstractDenoiser,
@@ -74,6 +76,7 @@ def denoiser_error(
     return Estimate(torch.stack(means), torch.stack(errors), len(means), len(data) - 1)
 
 
+@checked
 def path_kl(
     model: AbstractDenoiser,
     other: AbstractDenoiser,
@@ -125,6 +128,6 @@ def path_kl(
 
 
 def _same_process(a: AbstractDenoiser, b: AbstractDenoiser) -> SDE:
-    if check_ready(a, stacklevel=4).sde != check_ready(check_model(b, "other"), stacklevel=4).sde:
+    if check_ready(a).sde != check_ready(check_model(b, "other")).sde:
         raise ValueError(f"the models have different processes, {a.sde!r} and {b.sde!r}; use Rescheduled for one.")
     return a.sde

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 
 KINDS = ("exact", "hutchinson", "hutch++")
@@ -37,6 +38,7 @@ _MAX_ENTRIES = 1 << 22  # largest number of entries of the vectors of one call
 Function = Callable[[Tensor], Tensor]
 
 
+@checked
 def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chunk: int = 0) -> Function:
     """Return a function that multiplies the Jacobian of each row by vectors.
 
@@ -52,6 +54,8 @@ def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chun
         Function of vectors (K, B, *event) to the same shape.
     """
     step = chunk or max(1, _MAX_ENTRIES // max(1, x.numel()))
+    check.choice("autodiff", autodiff, AUTODIFF)
+    check.integer("chunk", chunk)
     if autodiff == "loop":
         return _one_by_one(f, x)
     if autodiff == "reverse":
@@ -95,6 +99,7 @@ def _one_by_one(f: Function, x: Tensor) -> Function:
     return products
 
 
+@checked
 @dataclass(frozen=True)
 class Probes:
     """How the trace of a Jacobian is computed.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 
 Label = int | Tensor | None
 """Class of the samples: None, a number, or a tensor, () or (B,)."""
@@ -48,6 +49,7 @@ def _even(features: int) -> int:
     return features
 
 
+@checked
 class Sinusoidal(nn.Module):
     r"""Sinusoidal embedding of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, with geometric ω from 1/8 to 16.
 
@@ -66,6 +68,7 @@ class Sinusoidal(nn.Module):
         return _waves(time, torch.exp2(torch.linspace(_LOWEST, _HIGHEST, self.features // 2, device=time.device)))
 
 
+@checked
 class Fourier(nn.Module):
     r"""Random Fourier features of time: :math:`(\sin\omega_k w, \cos\omega_k w)`, ω drawn once from N(0, scale²).
 
@@ -93,6 +96,7 @@ class Fourier(nn.Module):
         return _waves(time, self.omega.float())
 
 
+@checked
 class Conditioning(nn.Module):
     """Embedding of time, class and context in one vector (B, width), which modulates every block of a network.
 
@@ -109,6 +113,7 @@ class Conditioning(nn.Module):
     def __init__(self, time: Sinusoidal | Fourier, width: int, *, classes: int | None = None, context: int = 0) -> None:
         super().__init__()
         self.time = time
+        check.integer("width", width, at_least=1)
         self.classes = None if classes is None else check.integer("classes", classes, at_least=1)
         self.hidden = nn.Linear(time.features, width)
         self.label = None if classes is None else nn.Embedding(classes + 1, width)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde._build import recorded
+from scoresde._doors import checked
 from scoresde.nn.blocks import dtype_of, initialise
 from scoresde.nn.embedding import Conditioning, Fourier, Label
 
@@ -28,6 +29,7 @@ class _Block(nn.Module):
         return out
 
 
+@checked
 @recorded
 class MLP(nn.Module):
     r"""Residual SiLU blocks, modulated by Fourier features of the time; the output is 0 at initialisation.

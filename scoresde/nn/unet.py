@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde._build import recorded
+from scoresde._doors import checked
 from scoresde.nn.blocks import Attention, GroupNorm, Residual, Upsample, conv, dtype_of, initialise
 from scoresde.nn.embedding import Conditioning, Label, Sinusoidal
 
@@ -26,6 +27,7 @@ class _Stage(nn.Module):
         return out if self.attention is None else self.attention(out)
 
 
+@checked
 @recorded
 class UNet(nn.Module):
     r"""The DDPM++ network: residual blocks on a pyramid of resolutions, with skip connections.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.nn.blocks import GroupNorm, Residual, Upsample, conv, dtype_of, initialise
 from scoresde.noise.keyed import Noise, as_noise
 
@@ -71,6 +72,7 @@ class Bound(NamedTuple):
     kl: Tensor
 
 
+@checked
 class VAE(nn.Module):
     r"""Gaussian encoder and decoder, :math:`q(z|x) = N(\mu(x), \sigma^2(x))` and :math:`p(x|z) = N(m(z), s^2)`.
 
@@ -137,6 +139,7 @@ class VAE(nn.Module):
         ends = [self.encoder[-1], self.decoder[-1]]
         initialise(self, [*ends, *(m.last for m in self.modules() if isinstance(m, Residual))], seed)
 
+    @checked
     def latent_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the latents of data of this `shape`, (B, C, *space)."""
         rows, channels, *space = shape
@@ -182,6 +185,7 @@ class VAE(nn.Module):
         reconstruction, kl = self.likelihood(q.sample(eps)).log_prob(x), q.kl()
         return Bound(reconstruction - kl, reconstruction, kl)
 
+    @checked
     def importance_bound(self, x: Tensor, samples: int = 64, noise: Noise | None = None) -> Tensor:
         r"""A tighter bound, :math:`\log\tfrac1K\sum_k p(x, z_k) / q(z_k | x)`, in nats, (B,).
 
@@ -200,6 +204,7 @@ class VAE(nn.Module):
             logs.append(self.likelihood(z).log_prob(x) + prior.log_prob(z) - q.log_prob(z))
         return torch.stack(logs).logsumexp(0) - math.log(samples)
 
+    @checked
     def sample(self, shape: Sequence[int], *, seed: int | Noise | None = None, noisy: bool = False) -> Tensor:
         """Generate data: the decoder's mean at latents from N(0, I).
 

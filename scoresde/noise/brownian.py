@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 
@@ -48,6 +49,7 @@ _DEVICE_AT_ONCE = 1 << 24  # numbers drawn in one call on other devices, where t
 _CACHED = 6  # levels whose normals are cached, because the next value is likely to share them
 
 
+@checked
 @dataclass(frozen=True)
 class Span:
     """The interval of a Brownian path whose normalised increment is one draw of a plan.
@@ -82,6 +84,7 @@ class _Place(NamedTuple):
         return inside * self.sign.long()
 
 
+@checked
 class BrownianPath:
     r"""A Brownian path for each sample and each number of a state, on (−∞, ∞) with W(0) = 0.
 
@@ -130,6 +133,8 @@ class BrownianPath:
 
     def normal(self, s: float | Tensor, t: float | Tensor) -> Tensor:
         """Compute the normalised increment (W(t) − W(s))/√|t − s|, standard normal."""
+        check.timelike("s", s)
+        check.timelike("t", t)
         if isinstance(s, Tensor) or isinstance(t, Tensor):
             s, t = (torch.as_tensor(v, dtype=torch.float64).detach().cpu().expand(self.shape[0]) for v in (s, t))
             return self.between(s, t, self.unit(s), self.unit(t))
@@ -147,6 +152,7 @@ class BrownianPath:
         of_s, of_t = (check.expand((v / length).abs().sqrt().to(unit_s), unit_s) for v in (s, t))
         return of_t * unit_t - of_s * unit_s
 
+    @checked
     def unit(self, t: float | Tensor, rows: Sequence[int] | None = None) -> Tensor:
         r"""Compute W(t)/√\|t\|, standard normal; 0 at t = 0.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 
 _MASK = 0xFFFFFFFF
 
@@ -61,6 +62,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return even, odd.bitwise_and_(_MASK)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Noise:
     """A source of normal and uniform numbers keyed by (seed, sample index, draw).
@@ -123,6 +125,7 @@ class Noise:
         parts += [f"indices=<{len(self.indices)}>"] if self.indices is not None else []
         return f"Noise({', '.join(parts + ['path=True'] * self.path)})"
 
+    @checked
     def fork(self, stream: int) -> Noise:
         """Return an independent source with the same rows, for probes, data or paths.
 
@@ -190,7 +193,12 @@ class Noise:
             dtype: Dtype of the result, float32 or float64.
             device: Device of the result.
         """
-        rows, n = shape[0], math.prod(shape[1:])
+        check.dtype("dtype", dtype)
+        device = check.device("device", device)
+        if not isinstance(draws, Tensor) or draws.is_floating_point() or draws.is_complex() or draws.ndim not in (1, 2):
+            raise TypeError("`draws` must be an integer tensor (L,) or (L, B), as torch.arange(L).")
+        rows, *event = check.shape("shape", shape)
+        n = math.prod(event)
         k0, k1, i0, i1 = (w[None] for w in self._keys(rows, torch.device(device)))
         block = torch.arange(-(-n // 4), device=device)[None, None]
         draw = draws.to(device).reshape(len(draws), rows if draws.shape[1:] == (rows,) else 1, 1)
@@ -211,6 +219,8 @@ class Noise:
     def like(self, x: Tensor, draw: int) -> Tensor:
         """Draw standard normal numbers with the shape, dtype and device of `x`."""
         check.state("x", x)
+        if isinstance(draw, Tensor) and draw.is_floating_point():
+            raise TypeError(f"`draw` must be an integer, got a {str(draw.dtype)[6:]} tensor.")
         return self.normal(x.shape, draw, dtype=x.dtype, device=x.device)
 
     def _fill(
@@ -222,6 +232,7 @@ class Noise:
         device: torch.device | str,
     ) -> Tensor:
         check.dtype("dtype", dtype)
+        device = check.device("device", device)
         if not isinstance(draw, Tensor):
             _word("draw", draw, 32, "; use `fork` for more streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:

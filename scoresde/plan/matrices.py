@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from scoresde._doors import checked
 from scoresde.plan.rows import Row, Weight
 from scoresde.plan.run import run
 from scoresde.plan.table import Plan
@@ -94,6 +95,7 @@ class Unrolled:
         return replace(like, rows=tuple(rows))
 
 
+@checked
 def pull_back(plan: Plan, gains: Sequence[Weight]) -> tuple[Weight, dict[int, Weight]]:
     r"""Derivatives of the result by the start and by each normal, if every evaluation is linear: :math:`d_r = g_r x_r`.
 
@@ -138,6 +140,7 @@ class UnitNormals:
         return z
 
 
+@checked
 def unroll(plan: Plan) -> Unrolled:
     """Eliminate the states of a plan; differentiable in weights that are float64 tensors ().
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 from scoresde.plan.rows import Weight
 from scoresde.plan.run import Normals, normals_of, pauses
@@ -22,6 +23,7 @@ from scoresde.plan.table import Plan
 _MASK = 0xFFFFFFFF
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Paused:
     """A run of a plan that waits for an evaluation of the network, or that is done.
@@ -63,6 +65,7 @@ class Paused:
         return {name: value.detach().contiguous() for name, value in tensors.items()}
 
 
+@checked
 def begin(plan: Plan, x: Tensor, noise: Noise | Normals | None = None) -> Paused:
     """Start a run and stop at its first evaluation.
 
@@ -91,6 +94,7 @@ def begin(plan: Plan, x: Tensor, noise: Noise | Normals | None = None) -> Paused
     return Paused(plan, pause.x, pause.row, False, 0, pause.stored, noise, source)
 
 
+@checked
 def tell(run: Paused, x0: Tensor) -> Paused:
     """Continue a run to its next evaluation, or to its end.
 
@@ -110,6 +114,7 @@ def tell(run: Paused, x0: Tensor) -> Paused:
     return replace(run, x=pause.x, row=pause.row, nfe=run.nfe + 1, stored=pause.stored)
 
 
+@checked
 def resume(plan: Plan, state: Mapping[str, Tensor], noise: Noise | Normals | None = None) -> Paused:
     """Restore a run from its tensors.
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Ahead, Noise
 from scoresde.plan.rows import Line, Terms, Weight, nonzero, with_ones
@@ -89,6 +90,7 @@ class Pause(NamedTuple):
     stored: dict[int, Tensor]
 
 
+@checked
 def run(
     plan: Plan,
     denoise: Denoise,
@@ -131,6 +133,7 @@ def run(
         del step
 
 
+@checked
 def steps(
     plan: Plan,
     denoise: Denoise,
@@ -164,6 +167,7 @@ def steps(
     return cast("Generator[Step, None, Tensor]", _loop(plan, denoise, x, noise, ones, hook, overwrite, "nodes"))
 
 
+@checked
 def updates(
     plan: Plan, denoise: Denoise, x: Tensor, noise: Noise | Normals | None = None, *, ones: Tensor | None = None
 ) -> Generator[Update, None, Tensor]:
@@ -190,6 +194,7 @@ def updates(
     return cast("Generator[Update, None, Tensor]", _loop(plan, denoise, x, noise, ones, None, False, "updates"))
 
 
+@checked
 def pauses(
     plan: Plan,
     x: Tensor,

@@ -22,7 +22,9 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresde import _checks as check
 from scoresde import _files as files
+from scoresde._doors import checked
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Line, Row, Weight, as_number, compile_rows, last_uses, merge, nonzero, validate
 
@@ -31,6 +33,7 @@ _COLUMNS = ("x", "d", "z")
 _FOLDED = 20  # largest number of rows that a notebook shows unfolded
 
 
+@checked
 @dataclass(frozen=True)
 class Plan:
     """A table of rows: row 0 is the start, the last row is the result.
@@ -111,6 +114,7 @@ class Plan:
             return f"<details><summary>{title}</summary><table>{table}</table>{origin}</details>"
         return f"<div>{title}<table>{table}</table>{origin}</div>"
 
+    @checked
     def join(self, other: Plan) -> Plan:
         """Append another plan, whose row 0 merges with the last row of this plan.
 
@@ -212,6 +216,7 @@ class Plan:
         }
 
     @classmethod
+    @checked
     def from_dict(cls, table: Mapping[str, Any]) -> Plan:
         """Make a plan from a table.
 
@@ -237,6 +242,7 @@ class Plan:
         spans = tuple(span and Span(*span) for span in table.get("spans", ()))
         return cls(tuple(rows), table["name"], table["order"], table["sde"], spans, meta=table.get("meta", {}))
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a JSON file with a checksum, atomically: an error leaves the old file.
 
@@ -251,6 +257,7 @@ class Plan:
         return json.dumps({**table, "sha256": _checksum(table)}, indent=1) + "\n"
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote; all numbers are exact. A file without a checksum gives a warning.
 
@@ -272,7 +279,7 @@ class Plan:
         if given is None:
             warnings.warn(
                 f"{path} has no checksum, so that damage would not be noticed; if the plan is right, save it again.",
-                stacklevel=2,
+                stacklevel=check.levels_to_user(),
             )
         return plan
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde._printing import short
 from scoresde.processes.sde import SDE, TimeT
 
 
+@checked
 @dataclass(frozen=True)
 class FromFunctions(SDE):
     """A process given by α(t) and σ(t), the result of :meth:`SDE.from_functions`.
@@ -61,6 +63,7 @@ class FromFunctions(SDE):
         return self.sigma_fn(t)
 
 
+@checked
 @dataclass(frozen=True)
 class FromDrift(SDE):
     """A process given by f(t) and g(t), the result of :meth:`SDE.from_drift`.
@@ -104,6 +107,7 @@ class FromDrift(SDE):
         return self.g_fn(t) ** 2
 
 
+@checked
 @dataclass(frozen=True)
 class Shifted(SDE):
     r"""The base process at a shifted time u(t): λ is lower by log `shift`.

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.processes.sde import SDE, TimeT
 
 
+@checked
 def betas(
     kind: str,
     N: int = 1000,
@@ -55,16 +57,17 @@ def betas(
     """
     check.choice("kind", kind, ("linear", "quadratic", "scaled_linear", "sigmoid", "cosine"))
     check.integer("N", N, at_least=1)
+    check.number("s", s, above=0)
+    check.number("max_beta", max_beta, above=0, at_most=1)
     if kind == "cosine":
         if beta_start is not None or beta_end is not None:
             raise ValueError("`beta_start` and `beta_end` have no meaning for kind='cosine'; drop them, and use `s`.")
-        check.number("s", s, above=0)
         rate = math.pi / 2 / (1 + s)
         i = torch.arange(1, N + 1, dtype=torch.float64)
         # 1 − cos²a/cos²b = sin(a − b) sin(a + b) / cos²b avoids cancellation.
         a, b = rate * (i / N + s), rate * ((i - 1) / N + s)
         beta = (rate * torch.ones_like(i) / N).sin() * (a + b).sin() / b.cos() ** 2
-        return beta.clamp_max(check.number("max_beta", max_beta, above=0, at_most=1))
+        return beta.clamp_max(max_beta)
     ends = (0.00085, 0.012) if kind == "scaled_linear" else (1e-4, 0.02)
     first = check.number("beta_start", ends[0] if beta_start is None else beta_start, above=0, at_most=1)
     last = check.number("beta_end", ends[1] if beta_end is None else beta_end, above=0, at_most=1)
@@ -75,6 +78,7 @@ def betas(
     return torch.linspace(first**0.5, last**0.5, N, dtype=torch.float64) ** 2
 
 
+@checked
 def zero_terminal_snr(betas: Sequence[float] | Tensor) -> Tensor:
     r"""Rescale a β list to zero terminal signal: ᾱ_N = 0, and ᾱ_1 is unchanged.
 
@@ -116,6 +120,7 @@ def _beta_tensor(betas: Sequence[float] | Tensor) -> Tensor:
     return beta
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Discrete(SDE):
     r"""The process of a β list, extended to continuous time t ∈ [0, N].

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.processes.sde import SDE, TimeT
 
 
+@checked
 @dataclass(frozen=True)
 class VP(SDE):
     r"""Variance preserving, with β(t) linear in t.
@@ -76,6 +78,7 @@ class VP(SDE):
         return self._t_of_integral(-torch.log1p(-(sigma**2)))
 
 
+@checked
 @dataclass(frozen=True)
 class SubVP(VP):
     r"""Sub-VP: the drift of :class:`VP` with a smaller σ.
@@ -101,6 +104,7 @@ class SubVP(VP):
         return self._t_of_integral(-torch.log1p(-sigma))
 
 
+@checked
 @dataclass(frozen=True)
 class VE(SDE):
     r"""Variance exploding, with geometric g.
@@ -154,6 +158,7 @@ class VE(SDE):
         return torch.log1p((sigma / self.sigma_min) ** 2) / (2 * self._log_r)
 
 
+@checked
 @dataclass(frozen=True)
 class Cosine(SDE):
     r"""Cosine schedule, with the offset s.
@@ -204,6 +209,7 @@ class Cosine(SDE):
         return torch.atan2(cos0**2 * noise / (sin * cos0 + cos * sin0), cos * cos0 + sin * sin0) / self._rate
 
 
+@checked
 @dataclass(frozen=True)
 class EDM(SDE):
     r"""α = 1 and σ = t: time is the noise level.
@@ -238,6 +244,7 @@ class EDM(SDE):
         return sigma.clone()
 
 
+@checked
 @dataclass(frozen=True)
 class Polynomial(SDE):
     r"""Polynomial interpolant between data and noise; n = 1 is :class:`Flow`.
@@ -283,6 +290,7 @@ class Polynomial(SDE):
         return -torch.expm1(torch.nn.functional.logsigmoid(lam) / self.n)
 
 
+@checked
 @dataclass(frozen=True)
 class Flow(SDE):
     r"""Linear interpolation of data and noise (rectified flow, flow matching with a Gaussian source).
@@ -319,6 +327,7 @@ class Flow(SDE):
         return sigma.clone()
 
 
+@checked
 @dataclass(frozen=True)
 class Trig(SDE):
     r"""Variance-preserving trigonometric schedule: (α, σ) moves along a quarter circle at constant speed.

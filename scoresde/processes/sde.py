@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 
 TimeT = TypeVar("TimeT", float, Tensor, float | Tensor)
@@ -53,6 +54,7 @@ class Prior:
     std: float
     snr: float
 
+    @checked
     def sample(
         self,
         shape: tuple[int, ...],
@@ -330,6 +332,7 @@ class SDE:
         alpha, sigma = (check.expand(fn(t), x0) for fn in (self.alpha, self.sigma))
         return alpha * x0 + sigma * eps
 
+    @checked
     def prior(self, t: float | None = None, *, mean: float = 0.0, std: float = 1.0) -> Prior:
         r"""The Gaussian that a sampler starts from at time `t`, for data of mean m and standard deviation s.
 
@@ -350,7 +353,7 @@ class SDE:
             warnings.warn(
                 f"at t = {t:g} the signal-to-noise ratio is {snr:.2g}, too high for a Gaussian prior; "
                 f"start at a later time, or from `perturb(x0, t)` of real data.",
-                stacklevel=2,
+                stacklevel=check.levels_to_user(),
             )
         return Prior(alpha * mean, math.hypot(alpha * std, sigma), snr)
 
@@ -385,6 +388,7 @@ class SDE:
         return from_dict(table)
 
     @staticmethod
+    @checked
     def from_functions(
         alpha: Callable[[Tensor], Tensor], sigma: Callable[[Tensor], Tensor], *, T: float = 1.0, t_min: float = 0.0
     ) -> SDE:
@@ -406,6 +410,7 @@ class SDE:
         return FromFunctions(alpha, sigma, T=T, t_min=t_min)
 
     @staticmethod
+    @checked
     def from_drift(
         f: Callable[[Tensor], Tensor], g: Callable[[Tensor], Tensor], *, T: float = 1.0, t_min: float = 0.0
     ) -> SDE:

@@ -8,19 +8,30 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked_with, words
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
 from scoresde.integrators.method import Method, Watch
 from scoresde.plan.run import Step
+from scoresde.sampling.solve import WORDS as SAMPLING
 from scoresde.sampling.solve import GridMaker, solve
 from scoresde.solvers.deterministic import DPMSolverPP
 from scoresde.solvers.rule import Solver
 
 DEFAULT_STEPS = 50
 
+_SAMPLES_ONLY = (
+    "batch_size num_samples n_samples num_images n shape size x x_T x_t x0 noise latents init image z device dtype"
+).split()
+WORDS = {name: hint for name, hint in SAMPLING.items() if name not in _SAMPLES_ONLY} | words("""
+seed generator rng random_state manual_seed: the solver must be deterministic, so there is nothing to draw
+nfe: use `steps`
+""")
 
+
+@checked_with(WORDS, own=["solver"])
 def encode(
     model: AbstractDenoiser,
     x: Tensor,
@@ -54,6 +65,7 @@ def encode(
     """
     check_model(model)
     check.state("x", x)
+    check.window(model.sde.T, t_start, t_end)
     clean, noisy = _ends(model, t_start, t_end)
     if isinstance(solver, Method) and not solver.grid:
         _refuse_grid(solver, steps, grid)
@@ -70,6 +82,7 @@ def encode(
     return z if start is None else check_gaussian("start", start, model.sde).flow(z, last, model.sde.T)
 
 
+@checked_with(WORDS, own=["solver"])
 def decode(
     model: AbstractDenoiser,
     z: Tensor,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 
+from scoresde import _checks as check
 from scoresde.analysis.moments import gaussian_stds
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -40,14 +40,5 @@ def warn_of_few_steps(plan: Plan, sde: SDE, data_std: float = 1.0) -> None:
             f"{plan.name or 'the plan'} cannot bear so few steps: after these {plan.nfe} evaluations, the standard "
             f"deviation is {found:.3g} instead of {exact:.3g} on Gaussian data of {s:g}. Take more steps, a lower "
             f"order or a solver without noise; `analysis.gaussian_stds` computes this for any plan.",
-            stacklevel=_levels_to_user(),
+            stacklevel=check.levels_to_user(),
         )
-
-
-def _levels_to_user() -> int:
-    """Number of calls from the caller of this function to the first one outside the package."""
-    frame, level = inspect.currentframe(), 0
-    package = __name__.partition(".")[0]
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    return max(level, 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.integrators.method import Method
 from scoresde.sampling.encode import decode, encode
@@ -15,6 +16,7 @@ from scoresde.sampling.solve import GridMaker
 from scoresde.solvers.rule import Solver
 
 
+@checked
 def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
     r"""Spherical linear interpolation; for Gaussian codes it preserves the typical norm, which a linear mean reduces.
 
@@ -41,6 +43,7 @@ def slerp(a: Tensor, b: Tensor, w: float | Tensor) -> Tensor:
     return check.expand(left, a) * a + check.expand(right, b) * b
 
 
+@checked
 def interpolate(
     model: AbstractDenoiser,
     x_a: Tensor,
@@ -78,6 +81,7 @@ def interpolate(
     """
     check.integer("n", n, at_least=2)
     check.match("x_b", x_b, "x_a", check.state("x_a", x_a))
+    check.window(model.sde.T, t_start, t_end)
     z_a, z_b = (encode(model, x, solver, steps=steps, grid=grid, t_start=t_start, t_end=t_end) for x in (x_a, x_b))
     codes = [slerp(z_a, z_b, w) for w in torch.linspace(0, 1, n, dtype=torch.float64).tolist()]
     return torch.stack([decode(model, z, solver, steps=steps, grid=grid, t_start=t_start, t_end=t_end) for z in codes])

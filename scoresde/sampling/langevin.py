@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, check_model, same_process
 from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise, as_noise
 
 
+@checked
 def langevin(
     model: AbstractDenoiser,
     x: Tensor,
@@ -54,6 +56,7 @@ def langevin(
     return x
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class LangevinCorrector:
     r"""Langevin corrector: a hook of :func:`solve` that runs Langevin steps at every node.

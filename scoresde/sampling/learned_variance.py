@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.network import log_variance
 from scoresde.grids.grid import check_grid
@@ -19,6 +20,7 @@ from scoresde.solvers.ancestral import posterior_step
 from scoresde.solvers.quadrature import Point
 
 
+@checked
 @dataclass(frozen=True)
 class LearnedVariance(Method):
     r"""DDPM with the variance that the network predicts, by default between the small and the large variance.
@@ -66,6 +68,7 @@ class LearnedVariance(Method):
         return problem.solution(x, grid.tolist())
 
 
+@checked
 def mean_squared_score(
     model: AbstractDenoiser, data: Tensor, times: Tensor | Sequence[float], *, seed: int = 0
 ) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import PathNoise
@@ -31,6 +32,7 @@ from scoresde.plan.table import Plan
 from scoresde.solvers.rule import Solver
 
 
+@checked
 @dataclass(frozen=True)
 class Parallel(Method):
     """Run a plan by Picard iteration; the result equals that of a run row by row, up to the tolerance.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked, checked_with, words
 from scoresde._progress import Bar
-from scoresde.denoisers.base import AbstractDenoiser, Counter
+from scoresde.denoisers.base import CONDITIONS, AbstractDenoiser, Counter
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.denoisers.start import Start, as_start
@@ -27,10 +28,34 @@ from scoresde.sampling.transitions import transitions
 from scoresde.solvers.deterministic import DPMSolverPP, VelocityAB
 from scoresde.solvers.rule import Solver
 
+# Hints for the keywords of other libraries.
+WORDS = CONDITIONS | words("""
+num_steps n_steps num_inference_steps num_timesteps timesteps N: use `steps`, a number, or `grid`, a list of times
+sigmas: use `grid`, a list of times, as sde.t_of_sigma(sigmas) gives
+sigma_min sigma_max rho: use `grid`, as in grid=ss.grids.karras(sde, steps, rho)
+generator rng random_state manual_seed: use `seed`, an integer or a Noise
+sampler method scheduler algorithm: use `solver`, as in ss.UniPC(3)
+eta s_churn s_noise order: it belongs to the solver, as in ss.DDIM(eta=1.0)
+rtol atol tol: error control is a solver, as in ss.Adaptive(rtol=1e-3)
+batch_size num_samples n_samples num_images n: the first number of `shape_or_x` is the number of samples
+shape size x x_T x_t x0 noise latents init image z: use `shape_or_x`, a shape (B, *event) or a state
+eps epsilon t_min: use `t_end`, the last time
+T t_max: use `t_start`, the first time
+device dtype: use `start`, as in start=ss.Start(device=..., dtype=...)
+temperature: use `start`, as in start=ss.Start(data_std=...)
+callback callbacks hook: use `watch`, as in watch=ss.Watch(callback=...)
+progress progress_bar verbose disable tqdm: use `watch`, as in watch=True
+trajectory return_trajectory save_intermediates save_at: use `watch` of ss.solve, as in watch=ss.Watch(save_at="all")
+no_grad requires_grad: use `grad`, as in grad="full"
+clip_denoised clamp: thresholds are denoisers, as in ss.guidance.Clamp(model)
+corrector n_corrector snr: use `watch`, as in watch=ss.Watch(hook=ss.sampling.LangevinCorrector(snr))
+""")
+
 GridMaker = Callable[..., Tensor]
 DEFAULT_STEPS = 20
 
 
+@checked_with(WORDS, own=["shape_or_x"])
 def sample(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -88,6 +113,7 @@ def sample(
     ).x
 
 
+@checked_with(WORDS, own=["shape_or_x"])
 def solve(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
@@ -230,6 +256,7 @@ class Tabulated(Method):
         return problem.solution(x, plan.times, plan=plan, trajectory=trajectory)
 
 
+@checked
 def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
     """The solver of :func:`solve` when none is given.
 
@@ -241,11 +268,13 @@ def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
         nfe: Number of evaluations.
         model: Denoiser.
     """
+    check.integer("nfe", nfe, at_least=1)
     if model is not None and model.kind.predicts in ("eps", "score"):
         return DPMSolverPP(order=1 if nfe < 3 else 2)
     return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 7 else 3 if nfe < 12 else 4)
 
 
+@checked
 def plan_for(
     model: AbstractDenoiser,
     solver: Solver | Plan | None = None,
@@ -270,7 +299,10 @@ def plan_for(
         if steps is not None or nfe is not None or grid is not None or t_start is not None or t_end != 0.0:
             raise ValueError("a plan has its own grid; drop `steps`, `nfe`, `grid`, `t_start` and `t_end`.")
         if solver.sde and solver.sde != repr(model.sde):
-            warnings.warn(f"the plan was written for {solver.sde}, the model is on {model.sde!r}.", stacklevel=4)
+            warnings.warn(
+                f"the plan was written for {solver.sde}, the model is on {model.sde!r}.",
+                stacklevel=check.levels_to_user(),
+            )
         return solver
     if solver is not None and not isinstance(solver, Solver):
         raise _not_a_solver(solver)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.predictions import PREDICTIONS
@@ -25,6 +26,7 @@ from scoresde.sampling.solve import plan_for
 from scoresde.solvers.rule import Solver
 
 
+@checked
 class Stepper:
     """A run of a plan that the caller drives: it gives states to evaluate, and is told what the network returned.
 
@@ -167,6 +169,7 @@ class Stepper:
         self.run = resume(self.run.plan, state, own)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Gathered:
     """The states of several steppers as one batch for the network; made by :func:`gather`.
@@ -195,6 +198,7 @@ class Gathered:
             stepper.tell(part)
 
 
+@checked
 def gather(steppers: Sequence[Stepper]) -> Gathered | None:
     """Collect the states of several steppers for one call of the network; None if all are done.
 

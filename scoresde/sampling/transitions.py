@@ -19,6 +19,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.noise.keyed import Noise
 from scoresde.plan.rows import Weight
@@ -44,6 +45,7 @@ class Transition(NamedTuple):
     log_prob: Tensor | None
 
 
+@checked
 def transitions(
     plan: Plan,
     model: AbstractDenoiser,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import grids
+from scoresde._doors import checked
 from scoresde.grids.grid import times_of_lam
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Weight
@@ -43,6 +44,7 @@ def posterior_step(s: Point, t: Point, eta: Weight) -> tuple[Tensor, Tensor, Ten
     return of_x, of_d, t.sigma * fresh.clamp(max=1.0).sqrt()
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Posterior(Solver):
     r"""DDIM(η), and DDPM with a choice of variance: one evaluation and one Gaussian increment per step.
@@ -108,6 +110,7 @@ class Posterior(Solver):
         return given[node - 1]
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Ancestral(Solver):
     """Ancestral version of any solver: each step solves past its end and adds noise; see :func:`zigzags.ancestral`.
@@ -144,10 +147,12 @@ class Ancestral(Solver):
     def memoryless(self) -> bool:
         return not varies(self.eta) and self.solver.memoryless
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         solver, steps = self.solver.for_nfe(nfe, clean=clean)
         return replace(self, solver=solver), steps
 
+    @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         if self.eta == 0:
             return replace(self.solver.plan(sde, times, up=up), name=self.name)
@@ -167,6 +172,7 @@ class Ancestral(Solver):
         return new, self.solver.after_noise(tape, new, history) if leg.evaluates else history
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Churn(Solver):
     r"""Any solver with churn: noise multiplies ρ = σ/α of each state but the first by 1 + γ before its evaluation.
@@ -194,6 +200,8 @@ class Churn(Solver):
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
             check.number(name, getattr(self, name), at_least=0)
+        if self.steps is not None:
+            check.integer("steps", self.steps, at_least=1)
         if not self.s_tmax >= self.s_tmin:
             raise ValueError(f"`s_tmax` must be at least `s_tmin` = {self.s_tmin:g}, got {self.s_tmax}.")
 
@@ -211,10 +219,12 @@ class Churn(Solver):
     def stages(self) -> int:
         return self.solver.stages
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         solver, steps = self.solver.for_nfe(nfe, clean=clean)
         return replace(self, solver=solver), steps
 
+    @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         if self.s_churn == 0:
             return replace(self.solver.plan(sde, times, up=up), name=self.name)
@@ -239,6 +249,7 @@ class Churn(Solver):
         return tape.number(torch.where((rho >= self.s_tmin) & (rho <= self.s_tmax), higher, at.t))
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Restart(Solver):
     """Any solver with restarts: noise from time `low` up to `high`, then down again; see :func:`restart`.
@@ -258,6 +269,11 @@ class Restart(Solver):
     high: float
     repeats: int = 1
 
+    def __post_init__(self) -> None:
+        check.number("low", self.low, at_least=0)
+        check.number("high", self.high, above=self.low)
+        check.integer("repeats", self.repeats)
+
     @property
     def order(self) -> int:
         """Order of the inner solver."""
@@ -271,12 +287,14 @@ class Restart(Solver):
         """Raise an error: the number of repeated steps depends on the grid."""
         raise ValueError(f"`nfe` = {nfe} cannot be used with {self!r}, which repeats steps of its grid; give `steps`.")
 
+    @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         """Build the plan for a decreasing grid; the steps between `high` and `low` are repeated."""
         plan = self.solver.plan(sde, grids.restart(sde, times, self.low, self.high, self.repeats), up=up)
         return replace(plan, name=self.name)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Consistency(Solver):
     """Multistep consistency sampling: each step predicts the data and adds noise, x_t = α_t d_s + σ_t z.
@@ -295,6 +313,7 @@ class Consistency(Solver):
         return new, [new]
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class TwoStage(Solver):
     """DPM-Solver++ SDE: the stage and the end of each step get fresh noise from one Brownian path.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.ancestral import Posterior
@@ -136,6 +137,7 @@ def _lambda_solver(prediction: Prediction, order: int, kind: str, form: str, r: 
     """DPM-Solver or DPM-Solver++, by the prediction."""
     check.choice("kind", kind, ("single", "multi", "fast"))
     check.choice("form", form, ("published", "mid", "exact"))
+    check.choice("start", start, ("ramp", "self"))
     if kind == "fast":
         return Mixed((), prediction)
     if kind == "single":
@@ -367,6 +369,7 @@ def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
     return NoiseCombination(((1.0,), (gamma, 1 - gamma)), order=1)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PublishedThree(Multistep):
     """Multistep DPM-Solver of order 3 as in public code: its second-derivative term is halved, so its order is 2."""
@@ -379,6 +382,7 @@ class PublishedThree(Multistep):
         return ("exact", "exact", 0.5) if nodes == 3 else self.moments if nodes == 2 else None
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Mixed(Solver):
     """Single steps, each with its own order: the published "fast" mixture for a given number of evaluations.
@@ -399,6 +403,7 @@ class Mixed(Solver):
         """
         return min(max(self.orders), min(self.orders) + 1) if self.orders else 2
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return the published mixture: steps of order 3, then (2, 1), (1) or (2), for exactly `nfe` evaluations.
 
@@ -409,6 +414,7 @@ class Mixed(Solver):
         orders = (*[3] * (threes - 1 if nfe % 3 == 0 else threes), *tail)
         return replace(self, orders=orders), len(orders)
 
+    @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         """Build the plan; the grid must have one step per entry of `orders`."""
         if not self.orders or len(times) != len(self.orders) + 1:

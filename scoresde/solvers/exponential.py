@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde.solvers.naming import constructor
 from scoresde.solvers.quadrature import Point
@@ -33,6 +34,7 @@ def phi(k: int, z: Tensor) -> Tensor:
     return ((1 - node) * z[..., None]).exp().mul(node ** (k - 1) / math.factorial(k - 1)) @ weight
 
 
+@checked
 @dataclass(frozen=True)
 class ExponentialTableau:
     """Tableau of an exponential Runge–Kutta method; its coefficients are sums of φ_k(−c h).
@@ -95,6 +97,7 @@ KROGSTAD4 = ExponentialTableau(
 )
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class ExponentialRungeKutta(Solver):
     """An exponential Runge–Kutta method on the data prediction; a step with infinite λ at one end has no stages.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.solvers.naming import show
 
 
@@ -16,6 +18,7 @@ def _constant(name: str) -> str:
     return name.upper() if name.isidentifier() else name
 
 
+@checked
 @dataclass(frozen=True)
 class Prediction:
     r"""A linear prediction f = p x + q d to interpolate.
@@ -92,9 +95,10 @@ V = Prediction(
 """(α ε − σ d)/√(α² + σ²), the velocity in the angle atan(σ/α)."""
 
 
+@checked
 def edm_prediction(sigma_data: float) -> Prediction:
     """Make a prediction of EDM's network output F, with `sigma_data` as in :class:`Preconditioning`."""
-    s = sigma_data
+    s = check.number("sigma_data", sigma_data, above=0)
 
     def root(alpha: Tensor, sigma: Tensor) -> Tensor:
         return (sigma**2 + s**2 * alpha**2).sqrt()
@@ -110,6 +114,7 @@ def edm_prediction(sigma_data: float) -> Prediction:
     )
 
 
+@checked
 @dataclass(frozen=True)
 class Variable:
     """A variable u in which predictions are interpolated.

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.rows import Weight
 from scoresde.solvers.rule import Solver
 from scoresde.solvers.tape import Leg, Tape
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class AnnealedLangevin(Solver):
     r"""Annealed Langevin dynamics (NCSN): `n` Langevin steps at each noise level of the grid.
@@ -46,6 +48,7 @@ class AnnealedLangevin(Solver):
         """Number of evaluations at each level."""
         return self.n
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return the solver and its number of steps: each of N levels before σ = 0, or of N + 1, costs n evaluations.
 

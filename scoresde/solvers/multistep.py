@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.rows import Weight
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -27,6 +28,7 @@ from scoresde.solvers.tape import Leg, Tape
 Moments = tuple[str | float, ...] | None
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class Multistep(Solver):
     r"""Exponential Adams method: a predictor with the last `nodes` evaluations, and an optional corrector.
@@ -85,6 +87,7 @@ class Multistep(Solver):
         """Order with the corrector, if the predictor has order `order`."""
         return min(order + 1, self.corrector) if self.corrector else order
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return a solver and its number of steps, see :meth:`Solver.for_nfe`.
 

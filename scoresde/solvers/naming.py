@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ParamSpec
 
 from torch import Tensor
 
+from scoresde._doors import checked
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -38,12 +40,13 @@ class Call:
 
 
 def published(function: Callable[Options, Solver]) -> Callable[Options, Solver]:
-    """Decorate a function that returns a solver: the solver prints as the call of the function."""
+    """Decorate a function that returns a solver: its arguments are checked, and the solver prints as the call."""
     parameters = inspect.signature(function)
+    door = checked(function)
 
     @wraps(function)
     def make(*args: Options.args, **kwargs: Options.kwargs) -> Solver:
-        solver = function(*args, **kwargs)
+        solver = door(*args, **kwargs)
         if solver.made_by is not None and solver.made_by.solver == replace(solver, made_by=None):
             return solver  # another function of the catalogue made it
         given = parameters.bind(*args, **kwargs).arguments

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.rows import Weight
 from scoresde.solvers.rule import Solver
 from scoresde.solvers.tape import Leg, Tape
@@ -25,6 +26,7 @@ ADAMS: tuple[tuple[float, ...], ...] = (
 """Adams–Bashforth coefficients for equal steps: orders 1 to 4, newest prediction first."""
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class NoiseCombination(Solver):
     """DDIM with a fixed combination of the last noise predictions.
@@ -46,6 +48,7 @@ class NoiseCombination(Solver):
             if abs(sum(row) - 1) > 1e-12:
                 raise ValueError(f"`coefficients` must have rows that sum to 1, got {row}.")
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return a solver and its number of steps; with `improved` the first step costs two evaluations."""
         if not self.improved:
@@ -87,6 +90,7 @@ def stage_of(leg: Leg, t: Weight) -> Leg:
     return replace(leg, t=t, evaluates=True, node=None)
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PNDM(Solver):
     r"""PNDM: three pseudo Runge–Kutta steps, then Adams–Bashforth steps on the noise.
@@ -100,6 +104,7 @@ class PNDM(Solver):
 
     order: ClassVar[int] = 2
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return PNDM and its number of steps, or PLMS with an improved Euler start if `nfe` is at most 12."""
         check.integer("nfe", nfe, at_least=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde._numerics import legendre
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Weight
@@ -23,6 +24,7 @@ from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, varies
 from scoresde.solvers.tape import Leg, Tape
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class ReverseSDE(Solver):
     """Euler–Maruyama, or Heun with the same noise in both stages, on the reverse SDE in t or in λ.
@@ -85,6 +87,7 @@ class ReverseSDE(Solver):
         return dt * (sde.f(at.t) + pull), -dt * pull * at.alpha, -dt * g2
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class SongPredictor(Solver):
     """Song's reverse-diffusion predictor; a step into σ = 0 returns the denoised state."""
@@ -105,6 +108,7 @@ class SongPredictor(Solver):
         return new, [new]
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class ExtendedReverse(Solver):
     r"""ER-SDE: a noise scale φ(ρ) with ρ = σ/α defines the transfer of x, and D is interpolated in ρ.

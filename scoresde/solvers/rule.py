@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.zigzags import Zigzag
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
@@ -20,6 +21,7 @@ from scoresde.solvers.naming import Call, name_of
 from scoresde.solvers.tape import Leg, Tape
 
 
+@checked
 @dataclass(frozen=True)
 class EtaWithin:
     r"""Stochasticity of steps that end in an interval of σ/α; all other steps are deterministic.
@@ -150,6 +152,7 @@ class Solver:
         """Order of convergence in distribution; without noise it equals `order`."""
         return self.order
 
+    @checked
     def for_nfe(self, nfe: int, *, clean: bool = True) -> tuple[Solver, int]:
         """Return a solver and the largest number of steps (at least 1) that `nfe` evaluations allow.
 
@@ -160,6 +163,7 @@ class Solver:
         check.integer("nfe", nfe, at_least=1)
         return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
 
+    @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
         """Build the plan for a grid.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.plan.rows import Terms, Weight
 from scoresde.solvers.interpolants import DATA, NOISE, Prediction
 from scoresde.solvers.naming import constructor
@@ -18,6 +19,7 @@ from scoresde.solvers.rule import Solver
 from scoresde.solvers.tape import Leg, Tape
 
 
+@checked
 @dataclass(frozen=True)
 class Tableau:
     """An explicit Butcher tableau: the coefficients of a Runge–Kutta method.
@@ -90,6 +92,7 @@ def second_order(alpha: float) -> Tableau:
     return Tableau(((alpha,),), (1 - 1 / (2 * alpha), 1 / (2 * alpha)), 2, f"second-order({alpha:g})")
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class RungeKutta(Solver):
     r"""A Runge–Kutta method on the probability flow.

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.solvers.interpolants import DATA, LAM, Prediction, Variable
 from scoresde.solvers.rule import Eta, Solver, check_eta, eta_at, varies
 from scoresde.solvers.tape import Leg, Tape
@@ -14,6 +15,7 @@ _FRACTIONS: dict[int, tuple[float, ...]] = {1: (), 2: (0.5,), 3: (1 / 3, 2 / 3)}
 _READS = {1: (0,), 2: (0, 1), 3: (0, 2)}
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class SingleStep(Solver):
     r"""Exponential Runge–Kutta in λ, of order 1, 2 or 3, with the nodes of DPM-Solver.

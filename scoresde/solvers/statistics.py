@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scoresde._doors import checked
 from scoresde.solvers.interpolants import Prediction
 from scoresde.solvers.naming import constructor
 
 
+@checked
 @dataclass(frozen=True)
 class Statistics:
     """Tables of l, s and b over λ: piecewise linear, and constant outside the table.

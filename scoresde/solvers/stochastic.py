@@ -298,9 +298,10 @@ def SASolver(
         | SA-Solver (Xue et al., 2023), arXiv:2309.05019, eqs. 14 to 18, algorithm 1
     """
     check.choice("form", form, ("exact", "end"))
-    order_of(predictor, 1, 2, 3, 4)
-    if corrector:
-        order_of(corrector, 1, 2, 3, 4)
+    for name, nodes in (("predictor", predictor), ("corrector", corrector)):
+        check.integer(name, nodes, at_least=1 if name == "predictor" else 0)
+        if nodes > 4:
+            raise ValueError(f"`{name}` must be at most 4, got {nodes}.")
     return Multistep(
         predictor,
         prediction,

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.grids.grid import times_of_lam
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
@@ -70,6 +72,7 @@ class _Increment:
     lap: int
 
 
+@checked
 class Tape:
     """The rows of a plan under construction.
 
@@ -89,6 +92,8 @@ class Tape:
     """
 
     def __init__(self, sde: SDE, t: Weight, *, evaluates: bool = True, grid: Sequence[Weight] = ()) -> None:
+        if not isinstance(t, Tensor):
+            check.number("t", t, at_least=0)
         self.sde = sde
         self._rows: list[Row] = [Row(t, evaluates=evaluates, node=0, note="start")]
         self._moves: list[_Move] = []
@@ -108,6 +113,7 @@ class Tape:
         """Whether the times are numbers, so that the plan will hold numbers."""
         return not isinstance(self._rows[0].t, Tensor)
 
+    @checked
     def time(self, row: int) -> Weight:
         """Time of a row."""
         return self._rows[row].t
@@ -178,6 +184,7 @@ class Tape:
 
     # Normals.
 
+    @checked
     def draw(self, span: Span | None = None) -> int:
         """Return the index of a new normal; it may be the increment of a Brownian path over `span`."""
         if span is not None:
@@ -221,6 +228,7 @@ class Tape:
 
     # Rows.
 
+    @checked
     def move(
         self,
         source: int,
@@ -269,6 +277,7 @@ class Tape:
             nodes, prediction, eta, noise, through, random = nodes[:1], DATA, 0.0, (), (), False
         if (prediction.needs_signal or random) and self.no_signal(self._rows[source].t, every=True):
             prediction = DATA
+        self._check_source(source)
         if random and noise is None:
             noise = [*((self._drawn[k], 1.0) for k in through), (self.draw(), 1.0)]
         row = self.append(t, evaluates=evaluates, node=node, note=note)
@@ -290,6 +299,10 @@ class Tape:
         )
         return row
 
+    def _check_source(self, source: int) -> None:
+        if not 0 <= source < len(self._rows):
+            raise ValueError(f"`source` must be the number of a row, 0 … {len(self._rows) - 1}, got {source}.")
+
     def _record(
         self, noise: Sequence[tuple[int, float]], source: int, row: int, prediction: Prediction, eta: Weight
     ) -> None:
@@ -301,6 +314,7 @@ class Tape:
                 kappa = eta**2 if prediction is DATA else -1.0
                 self._increments[draw] = _Increment(source, row, kappa, self._laps)
 
+    @checked
     def diffuse(
         self,
         source: int,
@@ -315,11 +329,13 @@ class Tape:
 
         With a `span` the noise is the increment of the path over it; without one, a new lap of the path begins.
         """
+        self._check_source(source)
         self._laps += span is None
         scale, std = self.sde.transition(self._rows[source].t, t)
         z = [(self.draw(span), factor * std)]
         return self.append(t, x=[(source, scale)], z=z, evaluates=evaluates, node=node, note="forward noise")
 
+    @checked
     def append(
         self,
         t: Weight,
@@ -332,6 +348,8 @@ class Tape:
         note: str = "",
     ) -> int:
         """Add a row with the given terms: any affine combination of earlier rows and normals."""
+        if not isinstance(t, Tensor):
+            check.number("t", t, at_least=0)
         row = len(self._rows)
         self._rows.append(Row(t, tuple(x), tuple(d), tuple(z), evaluates, node, note))
         if x or d or z:
@@ -354,6 +372,7 @@ class Tape:
 
     # Plans.
 
+    @checked
     def plan(self, name: str = "", order: int | None = None) -> Plan:
         """Compute all weights and return the folded plan."""
         points = self._points_of([row.t for row in self._rows])

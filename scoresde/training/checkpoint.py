@@ -35,6 +35,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import _files as files
+from scoresde._doors import checked
 from scoresde.training.hooks import Hook, Record
 from scoresde.training.sharding import State
 
@@ -67,6 +68,7 @@ def save(path: str | os.PathLike[str], state: object) -> None:
     files.write(path, serialise(tensors, {"format": FORMAT, "tree": tree, "sha256": _digest(tree, tensors)}))
 
 
+@checked
 def load(path: str | os.PathLike[str]) -> Any:
     """Read a state onto the CPU; a missing, damaged or foreign file raises a :class:`CheckpointError`.
 
@@ -113,6 +115,7 @@ def load(path: str | os.PathLike[str]) -> Any:
     return state
 
 
+@checked
 @dataclass(frozen=True)
 class Checkpoints(Hook):
     """The newest checkpoints of a run, in one folder; a hook that writes them at intervals and at the end of `fit`.
@@ -221,7 +224,7 @@ class Checkpoints(Hook):
             try:
                 return step, load(self.path(step))
             except CheckpointError as error:
-                warnings.warn(f"skipped a checkpoint: {error}", stacklevel=2)
+                warnings.warn(f"skipped a checkpoint: {error}", stacklevel=check.levels_to_user())
         return None
 
 

@@ -27,6 +27,7 @@ from torch.utils.data import (
 )
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import Condition
 from scoresde.training import fingerprint
 from scoresde.training.describe import describe
@@ -107,6 +108,7 @@ def parts(order: DataOrder, step: int, part: int, of: int, count: int) -> Iterat
             yield rows[first : first + n]
 
 
+@checked
 @dataclass(frozen=True, eq=False)
 class Loader:
     """Data for the trainer, with options of loading.

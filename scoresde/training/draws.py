@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.base import Condition, Shared
 from scoresde.noise.keyed import Noise
 
@@ -29,6 +30,7 @@ class Source(Protocol):
     def normal(self, shape: Sequence[int], draw: int, *, dtype: torch.dtype, device: torch.device | str) -> Tensor: ...
 
 
+@checked
 @dataclass(frozen=True)
 class Draws:
     """Random numbers from a torch generator, for a whole batch or for the rows of one process.
@@ -51,6 +53,7 @@ class Draws:
         if self.total is not None:
             check.integer("total", self.total, at_least=1)
 
+    @checked
     def uniform(
         self, shape: Sequence[int], draw: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
@@ -58,6 +61,7 @@ class Draws:
         whole, rows = self._rows(shape)
         return torch.rand(whole, generator=self.generator, dtype=dtype, device=device)[rows]
 
+    @checked
     def normal(
         self, shape: Sequence[int], draw: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Tensor:
@@ -109,6 +113,7 @@ def place(noise: Source, n: int, total: int | None = None) -> tuple[float, int, 
     return 0, total or n, noise
 
 
+@checked
 def drop_condition(
     cond: Mapping[str, Condition],
     p: float,

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.training.sharding import State, local, shard, whole
 
 Weights = dict[str, Tensor]
 
 
+@checked
 class EMA:
     r"""Exponential moving average of a module's weights.
 
@@ -94,6 +96,7 @@ class EMA:
             "warmup": self.warmup,
         }
 
+    @checked
     def load_state_dict(self, state: State) -> None:
         """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "decay", "warmup"))
@@ -101,6 +104,7 @@ class EMA:
         self.updates, self.decay, self.warmup = int(state["updates"]), float(state["decay"]), bool(state["warmup"])
 
 
+@checked
 class PowerEMA:
     r"""Power-function averages, from which :func:`reconstruct` makes an average of any length after the run.
 
@@ -169,6 +173,7 @@ class PowerEMA:
         """Averaged weights, number of updates, and lengths."""
         return {"weights": [dict(w) for w in self.weights], "updates": self.updates, "stds": list(self.stds)}
 
+    @checked
     def load_state_dict(self, state: State) -> None:
         """Load a :meth:`state_dict`; missing or unknown entries raise an error."""
         _only(state, ("weights", "updates", "stds"))
@@ -216,6 +221,7 @@ def std_of_gamma(gamma: float) -> float:
     return float((gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5)
 
 
+@checked
 def reconstruct(snapshots: Sequence[Snapshot], std: float, t: int | None = None) -> Weights:
     r"""Power-function average of any length, as the least-squares combination of snapshots.
 

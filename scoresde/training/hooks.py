@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.training.describe import describe
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Hook:
         """Called when :meth:`Trainer.fit` ends, also after an error."""
 
 
+@checked
 @dataclass(frozen=True)
 class Preview(Hook):
     """A function of the model with the averaged weights, called at intervals: to draw samples, or to measure errors.
@@ -126,6 +128,7 @@ class Preview(Hook):
                     self.function(model, record.step)
 
 
+@checked
 @dataclass
 class TensorBoard(Hook):
     """Logs for TensorBoard: every row of ``trainer.history``, and the mean errors by noise level.
@@ -157,6 +160,7 @@ class TensorBoard(Hook):
             self._writer = None
 
 
+@checked
 @dataclass
 class ProgressBar(Hook):
     """A progress bar with the loss and the speed; a trainer without one adds ``ProgressBar()``.

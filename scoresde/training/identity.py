@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from scoresde import _checks as check
 from scoresde.training import fingerprint
 from scoresde.training.describe import describe
 from scoresde.training.ema import EMA, PowerEMA
@@ -104,7 +105,7 @@ def differences(mine: State, theirs: State, changes: Collection[str] = ()) -> se
         warnings.warn(
             f"the checkpoint is of an earlier version, which did not store {', '.join(unchecked)}; make sure that they "
             f"are as before.",
-            stacklevel=4,
+            stacklevel=check.levels_to_user(),
         )
     # Versions of torch add options to optimisers.
     both = [name for name in names if not name.startswith("optimiser.") or (name in mine and name in theirs)]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked, checked_with
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Given
 from scoresde.denoisers.network import Denoiser, log_variance
 from scoresde.noise.keyed import Noise
@@ -47,6 +48,7 @@ class Terms:
     loss: Tensor
 
 
+@checked_with({}, own=["weighting"])
 class DSM(nn.Module):
     r"""Denoising score matching: ``loss = DSM(model)(x)`` is one line in any training loop.
 
@@ -184,6 +186,7 @@ class DSM(nn.Module):
                 self.proposal.observe(self.sde, t, loss * self.proposal.density(self.sde, t))
         return terms
 
+    @checked
     def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Condition) -> Terms:
         """Loss of each sample at given times and noise.
 
@@ -219,6 +222,7 @@ class DSM(nn.Module):
         return Terms(t, error.detach(), weight, loss)
 
 
+@checked
 class HybridVLB(DSM):
     r"""DSM for the mean, plus the variational bound for a learned variance.
 
@@ -260,6 +264,7 @@ class HybridVLB(DSM):
     def _options(self) -> dict[str, object]:
         return {"vlb": self.vlb, **super()._options()}
 
+    @checked
     def at(self, x: Tensor, t: Tensor, eps: Tensor, **cond: Condition) -> Terms:
         assert isinstance(self.model, Denoiser)
         with _no_autocast(x):
@@ -295,6 +300,7 @@ class HybridVLB(DSM):
         return _per_sample(torch.where(first, nll, kl))
 
 
+@checked
 def sliced_score_matching(
     score: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -329,6 +335,7 @@ def sliced_score_matching(
         return (0.5 * (s**2).reshape(len(x), -1).sum(1) + curvature).mean()
 
 
+@checked
 class LossByNoise(nn.Module):
     """Mean error per noise level; the sums stay on the device until :meth:`read`.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 from scoresde.processes.sde import SDE
 from scoresde.training.draws import TIMES, Source, place, source_of
@@ -34,6 +35,7 @@ class Times:
         """Density p(t), (B,); it integrates to 1 over [t_min, T]."""
         raise NotImplementedError(f"{type(self).__name__} must define `density(sde, t)`.")
 
+    @checked
     def sample(
         self,
         sde: SDE,
@@ -89,6 +91,7 @@ class _RelativeTime(Times):
         return ((t - sde.t_min) / (sde.T - sde.t_min)).clamp(0.0, 1.0)
 
 
+@checked
 @dataclass(frozen=True)
 class Uniform(_RelativeTime):
     """The uniform density on [t_min, T]."""
@@ -103,6 +106,7 @@ class Uniform(_RelativeTime):
         return torch.ones_like(tau)
 
 
+@checked
 @dataclass(frozen=True)
 class Steps(Times):
     """The uniform distribution on the N times T/N, 2T/N, …, T: the steps of a discrete process.
@@ -116,18 +120,22 @@ class Steps(Times):
     def __post_init__(self) -> None:
         check.integer("N", self.N, at_least=1)
 
+    @checked
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         """Quantile: the end of the step that contains u T."""
         return ((u * self.N).floor() + 1).clamp_max(self.N) * (sde.T / self.N)
 
+    @checked
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         return (t * (self.N / sde.T)).round() / self.N
 
+    @checked
     def density(self, sde: SDE, t: Tensor) -> Tensor:
         """N/T times the probability of a step; only its ratio to a density on the same steps has a meaning."""
         return torch.full_like(t, 1 / sde.T)
 
 
+@checked
 @dataclass(frozen=True)
 class LogitNormal(_RelativeTime):
     r"""Logit-normal density of τ: by default it favours the middle of the process over its ends.
@@ -161,6 +169,7 @@ class LogitNormal(_RelativeTime):
         return _normal_pdf(z) / (self.std * inside * (1 - inside))
 
 
+@checked
 @dataclass(frozen=True)
 class Mode(_RelativeTime):
     r"""Density that favours the middle (scale > 0) or the ends (scale < 0), and is positive everywhere.
@@ -194,6 +203,7 @@ class Mode(_RelativeTime):
         return 1 / (1 + self.scale - self.scale * (math.pi / 2) * (math.pi * self._cdf(tau)).sin())
 
 
+@checked
 @dataclass(frozen=True)
 class CosineTimes(_RelativeTime):
     r"""Times at which :class:`Flow` has the signal-to-noise ratios of a cosine schedule.
@@ -216,6 +226,7 @@ class CosineTimes(_RelativeTime):
         return 2 / (math.pi * (1 - 2 * tau + 2 * tau**2))
 
 
+@checked
 @dataclass(frozen=True)
 class LogNormalSigma(Times):
     r"""EDM's density for any process: log(σ/α) is normal, truncated to the times in [t_min, T].
@@ -239,16 +250,19 @@ class LogNormalSigma(Times):
         check.number("P_mean", self.P_mean)
         check.number("P_std", self.P_std, above=0)
 
+    @checked
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         low, high = self._ends(sde)
         share = low + u * (high - low)
         lam = -(self.P_mean + self.P_std * _ndtri(share))
         return _times_of_lam(sde, lam)
 
+    @checked
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         low, high = self._ends(sde)
         return (_ndtr(self._z(sde, t)) - low) / (high - low)
 
+    @checked
     def density(self, sde: SDE, t: Tensor) -> Tensor:
         low, high = self._ends(sde)
         p = _normal_pdf(self._z(sde, t)) / self.P_std * _speed(sde, t) / (high - low)
@@ -268,6 +282,7 @@ class LogNormalSigma(Times):
         return ends
 
 
+@checked
 @dataclass(frozen=True)
 class LikelihoodImportance(Times):
     r"""Proposal for the likelihood weighting: proportional to the loss on Gaussian data, for low variance.
@@ -293,6 +308,7 @@ class LikelihoodImportance(Times):
 
     # With Λ = 2(λ + log s): p dt ∝ sigmoid(Λ) dΛ, whose integral is softplus.
 
+    @checked
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         low, high = self._ends(sde)
         area = high - u * (high - low)
@@ -302,10 +318,12 @@ class LikelihoodImportance(Times):
             lam = (area + torch.log(-torch.expm1(-area))) / 2 - math.log(self.data_std)
         return _times_of_lam(sde, lam)
 
+    @checked
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         low, high = self._ends(sde)
         return (high - self._area(sde.lam(t))) / (high - low)
 
+    @checked
     def density(self, sde: SDE, t: Tensor) -> Tensor:
         low, high = self._ends(sde)
         if self.data_std == math.inf:
@@ -331,6 +349,7 @@ class LikelihoodImportance(Times):
         return low, high
 
 
+@checked
 class LossAware(nn.Module, Times):
     r"""Learned `proposal`: times with large losses are drawn more often, for a smaller variance of the loss.
 
@@ -377,6 +396,7 @@ class LossAware(nn.Module, Times):
         ready = (self.count >= self.warmup).all() & (root.sum() > 0)
         return torch.where(ready, learned, equal)
 
+    @checked
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         share = self._shares(u)
         edge = share.cumsum(0)
@@ -384,12 +404,14 @@ class LossAware(nn.Module, Times):
         inside = ((u - (edge[k] - share[k])) / share[k]).clamp(0, 1)
         return self.base.icdf(sde, (k + inside) / len(share))
 
+    @checked
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         share = self._shares(t)
         at = self.base.cdf(sde, t) * len(share)
         k = at.long().clamp_max(len(share) - 1)
         return (share.cumsum(0) - share)[k] + (at - k) * share[k]
 
+    @checked
     def density(self, sde: SDE, t: Tensor) -> Tensor:
         return self.base.density(sde, t) * len(self.moment) * self._shares(t)[self._bin(sde, t)]
 
@@ -415,6 +437,7 @@ class LossAware(nn.Module, Times):
         return (self.base.cdf(sde, t) * K).long().clamp(0, K - 1)
 
 
+@checked
 @dataclass(frozen=True)
 class Stratified(Times):
     r"""Stratified times: one draw in each of N equal shares of a density, for less variance without bias.
@@ -435,12 +458,19 @@ class Stratified(Times):
     base: Times = field(default_factory=Uniform)
     total: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.total is not None:
+            check.integer("total", self.total, at_least=1)
+
+    @checked
     def icdf(self, sde: SDE, u: Tensor) -> Tensor:
         return self.base.icdf(sde, u)
 
+    @checked
     def cdf(self, sde: SDE, t: Tensor) -> Tensor:
         return self.base.cdf(sde, t)
 
+    @checked
     def density(self, sde: SDE, t: Tensor) -> Tensor:
         return self.base.density(sde, t)
 

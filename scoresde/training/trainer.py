@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked, checked_with, words
 from scoresde.denoisers.base import AbstractDenoiser, Condition
 from scoresde.training import fingerprint
 from scoresde.training.checkpoint import Checkpoints
@@ -41,6 +42,39 @@ if TYPE_CHECKING:
 _PATIENCE = 100  # largest number of consecutive skipped steps
 
 
+# Hints for the keywords of other libraries.
+WORDS = words("""
+batch_size train_batch_size bs: use `batch`
+optimizer optim: use `optimiser`, an optimiser of torch.optim
+lr learning_rate weight_decay betas: use `optimiser`, as in torch.optim.Adam(loss.parameters(), lr=...)
+scheduler lr_scheduler: use `update`, as in update=ss.training.Update(schedule=...)
+warmup warmup_steps: use `update`, as in update=ss.training.Update(warmup=...)
+grad_clip clip gradient_clip_val max_grad_norm: use `update`, as in update=ss.training.Update(clip=...)
+accumulate gradient_accumulate_every gradient_accumulation_steps accumulate_grad_batches: use `update`, as in \
+update=ss.training.Update(accumulate=...)
+logger loggers log_dir tensorboard: use `hooks`, as in hooks=[ss.training.TensorBoard(folder)]
+callback callbacks hook: use `hooks`, a list of ss.training.Hook
+epochs num_epochs max_epochs n_epochs steps num_steps max_steps train_num_steps: the length of a run belongs to \
+Trainer.fit(steps)
+dataset dataloader train_dataloader train_dataset loader: use `data`
+model net network: use `loss`, as in ss.DSM(model)
+ema_decay: use `ema`
+amp fp16 mixed_precision: use `precision`
+device devices gpus strategy: use `accelerator`, an accelerate.Accelerator
+checkpoint_dir output_dir save_dir ckpt_dir results_folder default_root_dir: use `folder`
+save_every checkpoint_every: use `hooks`, as in hooks=[ss.training.Checkpoints(folder, every=...)]
+num_workers workers: use `data`, as in data=ss.training.Loader(data, workers=...)
+log_every_n_steps log_interval: use `log_every`
+generator random_state: use `seed`
+""")
+LENGTHS = words("""
+epochs num_epochs max_epochs n_epochs: use `steps`, the step at which to stop
+num_steps n_steps max_steps iterations n_iters: use `steps`
+""")
+METHODS = {"train": "fit(steps)", "run": "fit(steps)", "step": "fit(steps)", "load": "resume()", "restore": "resume()"}
+
+
+@checked_with(WORDS, own=["hooks"])
 class Trainer:
     """Train a loss on data; an interrupted run can be resumed exactly.
 
@@ -161,6 +195,13 @@ class Trainer:
         """Whether this is the first process."""
         return bool(self.accelerator.is_main_process)
 
+    if not TYPE_CHECKING:  # a type checker shall see that there is no such attribute
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = f"; use {METHODS[name]}" if name in METHODS else ""
+            raise AttributeError(f"'Trainer' object has no attribute {name!r}{hint}.")
+
+    @checked_with(LENGTHS)
     def fit(self, steps: int) -> list[Row]:
         """Train up to step `steps` of the run, and return the history.
 
@@ -304,6 +345,7 @@ class Trainer:
             "rng": gather_object([fingerprint.rng_state()]),
         }
 
+    @checked
     def load_state_dict(self, state: State, changes: Collection[str] = ()) -> None:
         """Load a :meth:`state_dict`; the state of another run raises an error that names the settings that differ.
 
@@ -350,6 +392,7 @@ class Trainer:
             hook.on_save(self, path)
         return path
 
+    @checked
     def resume(self, changes: Collection[str] = ()) -> bool:
         """Load the newest intact checkpoint of the folder; return False if there is none.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.noise.keyed import Noise
 from scoresde.training.data_order import Data, Loader, size
 from scoresde.training.hooks import Hook, Row
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from scoresde.training.trainer import Trainer
 
 
+@checked
 @dataclass(frozen=True)
 class Validation(Hook):
     """Loss of the averaged weights on validation data, in ``trainer.history`` as ``"validation"``, and in TensorBoard.

@@ -35,13 +35,17 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde._doors import checked
 from scoresde.denoisers.predictions import PREDICTIONS, form_of
 from scoresde.processes.sde import SDE
 from scoresde.training.describe import describe
 
 Weighting = Callable[[SDE, Tensor], Tensor]
 
+NAMES = ("simple", "eps", "x0", "v", "velocity", "edm", "likelihood", "min_snr", "soft_min_snr", "p2", "sigmoid")
 
+
+@checked
 def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -> Tensor:
     r"""Ratio of a prediction's squared error to that of x0, :math:`((a\sigma - b\alpha)/(\sigma c))^2`.
 
@@ -51,12 +55,15 @@ def sensitivity(prediction: str, sde: SDE, t: Tensor, sigma_data: float = 1.0) -
         t: Times, (B,), positive.
         sigma_data: Standard deviation s of the data, for ``"F"``.
     """
+    check.choice("prediction", prediction, PREDICTIONS)
+    check.number("sigma_data", sigma_data, above=0)
     alpha, sigma = sde.alpha(t), sde.sigma(t)
     form = form_of(prediction, sde, t, alpha, sigma, sigma_data)
     out: Tensor = ((form.a - form.b * (alpha / sigma)) / form.scale) ** 2
     return out if isinstance(out, Tensor) else torch.full_like(t, out)
 
 
+@checked
 @dataclass(frozen=True)
 class On:
     """Weight 1 on the squared error of one prediction, which need not be the network's output.
@@ -83,6 +90,7 @@ class On:
         return sensitivity(self.prediction, sde, t, self.sigma_data)
 
 
+@checked
 def likelihood(sde: SDE, t: Tensor) -> Tensor:
     r"""Weight g² on the squared error of the score.
 
@@ -102,6 +110,7 @@ def likelihood(sde: SDE, t: Tensor) -> Tensor:
     return 2 * (alpha / sigma) * (sde.sigma_dot(t) * (alpha / sigma) - sde.alpha_dot(t)) / sigma
 
 
+@checked
 @dataclass(frozen=True)
 class MinSNR:
     """The weighting min(SNR, γ).
@@ -122,6 +131,7 @@ class MinSNR:
         return _snr(sde, t).clamp_max(self.gamma)
 
 
+@checked
 @dataclass(frozen=True)
 class SoftMinSNR:
     r"""A smooth minimum, :math:`\gamma\,\mathrm{SNR}/(\gamma + \mathrm{SNR}) = 1/(\rho^2 + 1/\gamma)`.
@@ -144,6 +154,7 @@ class SoftMinSNR:
         return self.gamma * alpha2 / (self.gamma * sigma2 + alpha2)
 
 
+@checked
 @dataclass(frozen=True)
 class P2:
     r"""Perception-prioritised weighting: weight :math:`(k + \mathrm{SNR})^{-\gamma}` on ε.
@@ -168,6 +179,7 @@ class P2:
         return snr * (self.k + snr) ** -self.gamma
 
 
+@checked
 @dataclass(frozen=True)
 class Sigmoid:
     r"""Weight sigmoid(b − log SNR) on ε; b = log γ gives :class:`SoftMinSNR`.
@@ -190,6 +202,7 @@ class Sigmoid:
         return SoftMinSNR(math.exp(self.b))(sde, t)
 
 
+@checked
 class Uncertainty(nn.Module):
     r"""Learned balance of the noise levels: the loss at t is divided by a learned estimate of its mean.
 
@@ -211,7 +224,7 @@ class Uncertainty(nn.Module):
 
     def __init__(self, base: str | Weighting = "edm", features: int = 64) -> None:
         super().__init__()
-        self.base = base
+        self.base = check.choice("base", base, NAMES) if isinstance(base, str) else base
         check.integer("features", features, at_least=2)
         self.register_buffer("frequencies", torch.linspace(0, 2, features // 2).exp2() - 1)
         self.linear = nn.Linear(2 * (features // 2) + 1, 1)
@@ -221,6 +234,7 @@ class Uncertainty(nn.Module):
     def __repr__(self) -> str:
         return f"Uncertainty({describe(self.base)}, features={len(self.frequencies) * 2})"
 
+    @checked
     def log_loss(self, sde: SDE, t: Tensor) -> Tensor:
         """Logarithm u(t) of the estimated loss, (B,)."""
         lam = (sde.lam(t) / 4).clamp(-5, 5).to(self.frequencies)[:, None]
@@ -229,12 +243,14 @@ class Uncertainty(nn.Module):
         # Under autocast, self.linear(features) would compute u in half precision.
         return (features * self.linear.weight).sum(1) + self.linear.bias
 
+    @checked
     def forward(self, loss: Tensor, sde: SDE, t: Tensor) -> Tensor:
         """Balanced loss of each sample, (B,), from the weighted loss, (B,)."""
         u = self.log_loss(sde, t).to(loss)
         return loss * (-u).exp() + u
 
 
+@checked
 def named(name: str, sigma_data: float = 1.0) -> Weighting:
     """Return the weighting with a given name and default parameters.
 
@@ -252,7 +268,7 @@ def named(name: str, sigma_data: float = 1.0) -> Weighting:
         "p2": P2(),
         "sigmoid": Sigmoid(),
     }
-    return known[check.choice("weighting", name, tuple(known))]
+    return known[check.choice("weighting", name, NAMES)]
 
 
 def _snr(sde: SDE, t: Tensor) -> Tensor:

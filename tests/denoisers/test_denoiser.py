@@ -739,7 +739,7 @@ BAD = {
         r"`precondition` must be Preconditioning\(sigma_data\)",
     ),
     "sigma_data not positive": (lambda: ss.Preconditioning(0.0), ValueError, "`sigma_data`.*above 0"),
-    "network not callable": (lambda: denoise(3), TypeError, "`net` must be a module or a function.*got int"),
+    "network not callable": (lambda: denoise(3), TypeError, "`net` must be a module or a function.*got 3"),
     "process and network exchanged": (lambda: ss.Denoiser(VP, fine, predicts="eps"), TypeError, "`net` must be"),  # type: ignore[arg-type]
     "class as process": (lambda: ss.Denoiser(fine, ss.VP, predicts="eps"), TypeError, "`sde` must be an SDE"),  # type: ignore[arg-type]
     "unknown clock": (lambda: denoise(fine, time="timestep"), ValueError, "`time` must be one of 't', 'index'"),
@@ -805,7 +805,7 @@ BAD = {
     "reverse of a network": (
         lambda: ss.denoisers.Reverse(fine),
         TypeError,
-        "`denoiser` must be a denoiser.*got function",
+        "`denoiser` must be a denoiser.*got the function",
     ),  # type: ignore[arg-type]
     "rescheduled network": (lambda: ss.denoisers.Rescheduled(fine, VP), TypeError, "`model` must be a denoiser"),  # type: ignore[arg-type]
     "rescheduled to nothing": (lambda: ss.denoisers.Rescheduled(mixture(VP), "vp"), TypeError, "`sde` must be an SDE"),  # type: ignore[arg-type]

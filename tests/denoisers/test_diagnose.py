@@ -281,7 +281,7 @@ BAD = {
     "no data": (lambda: ss.check_denoiser(MODEL, data(0)), ValueError, "at least 2 samples"),
     "nan": (lambda: ss.check_denoiser(MODEL, data() * math.nan), ValueError, "`x` must be a finite batch"),
     "integers": (lambda: ss.check_denoiser(MODEL, data().int()), TypeError, "int32"),
-    "list": (lambda: ss.check_denoiser(MODEL, [1.0]), TypeError, "got list"),  # type: ignore[arg-type]
+    "list": (lambda: ss.check_denoiser(MODEL, [1.0]), TypeError, r"got \[1.0\]"),  # type: ignore[arg-type]
     "no margin": (lambda: ss.check_denoiser(MODEL, data(), margin=0.0), ValueError, "`margin`.*above 0"),
     "negative seed": (lambda: ss.check_denoiser(MODEL, data(), seed=-1), ValueError, "`seed`"),
 }

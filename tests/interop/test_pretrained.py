@@ -361,7 +361,7 @@ BAD = {
         ValueError,
         "`data_at` must be 0 or 1, got 0.5",
     ),
-    "edm upside down": (lambda: interop.from_edm(Recorder(), sigma_max=0.001), ValueError, "`t_min`.*below 0.001"),
+    "edm upside down": (lambda: interop.from_edm(Recorder(), sigma_max=0.001), ValueError, "`sigma_min`.*below 0.001"),
     "no network": (lambda: interop.from_edm(None), TypeError, "`net` must be a module or a function"),  # type: ignore[arg-type]
 }
 

@@ -311,7 +311,7 @@ def test_samplers_start_where_solve_starts() -> None:
     for sampler in (ddrm, daps, ss.inverse.twisted_smc):
         assert sampler(model, seen, (B, D), times, start=gaussian, seed=4).x.isfinite().all()
     for sampler in (ddrm, daps, red_diff, ss.inverse.twisted_smc):
-        with pytest.raises(TypeError, match="`start` must be a Start, a Gaussian or None"):
+        with pytest.raises(TypeError, match=r"`start` must be a Start.* or None"):
             sampler(model, seen, (B, D), 3, start=0.5)
         with pytest.raises(TypeError, match="unexpected keyword argument 'label'"):
             sampler(model, seen, (B, D), 3, label=1)

@@ -147,7 +147,7 @@ BAD = {
     "negative beta": (lambda: ss.Discrete([0.1, -0.1]), ValueError, r"betas\[1\] = -0.1"),
     "zero beta": (lambda: ss.Discrete([0.0, 0.1]), ValueError, r"betas\[0\] = 0"),
     "beta of 1 before the end": (lambda: ss.Discrete([1.0, 0.1]), ValueError, r"betas\[0\] = 1"),
-    "nan beta": (lambda: ss.Discrete([0.1, math.nan, 0.1]), ValueError, r"betas\[1\] = nan"),
+    "nan beta": (lambda: ss.Discrete([0.1, math.nan, 0.1]), ValueError, r"`betas\[1\]` must be finite, got nan"),
     "no betas": (lambda: ss.Discrete([]), ValueError, "list of N numbers"),
     "matrix of betas": (lambda: ss.Discrete(torch.ones(2, 2) / 2), ValueError, r"\(2, 2\)"),
     "unknown kind": (

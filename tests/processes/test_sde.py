@@ -390,7 +390,7 @@ BAD_CALLS = {
     "sigma_max below sigma_min": (lambda: ss.VE(sigma_min=2.0, sigma_max=1.0), ValueError, "`sigma_max`.*above 2"),
     "T not positive": (lambda: ss.VP(T=0.0), ValueError, "`T`.*above 0"),
     "T not finite": (lambda: ss.EDM(T=math.inf), ValueError, "`T`.*finite"),
-    "T not a number": (lambda: ss.EDM(T="80"), TypeError, "`T` must be a number, got str"),  # type: ignore[arg-type]
+    "T not a number": (lambda: ss.EDM(T="80"), TypeError, r"`T` must be a number, got '80' \(str\)"),  # type: ignore[arg-type]
     "flow past its end": (lambda: ss.Flow(T=1.5), ValueError, "`T`.*at most 1"),
     "t_min past T": (lambda: ss.VP(t_min=2.0), ValueError, "`t_min`.*below 1"),
     "shift of nothing": (lambda: ss.processes.Shifted(ss.Flow(), 0.0), ValueError, "`shift`"),

@@ -448,7 +448,7 @@ def test_errors_name_the_argument_and_the_fix(monkeypatch: pytest.MonkeyPatch) -
         (TypeError, r"write hooks=\[Preview\(print, every=1000\)\]", lambda: make(hooks=Preview(print))),
         (TypeError, "`hooks` must be hooks such as Preview.*, got print", lambda: make(hooks=[print])),
         (ValueError, "Checkpoints more than once", lambda: make(folder="run", hooks=[Checkpoints(Path("run"))])),
-        (TypeError, r"`update` must be Update\(.*got dict", lambda: make(update={"clip": 2.0})),
+        (TypeError, r"`update` must be an Update.*got \{", lambda: make(update={"clip": 2.0})),
         (TypeError, "unexpected keyword argument 'preview'", lambda: make(preview=print)),
     ):
         with pytest.raises(error, match=match):

@@ -5,7 +5,8 @@ from scoresde.training.checkpoint import Checkpoints
 from scoresde.training.data_order import Loader
 from scoresde.training.draws import Draws, drop_condition
 from scoresde.training.ema import EMA, PowerEMA, Snapshot, reconstruct, swapped
-from scoresde.training.hooks import Hook, Preview, ProgressBar, Record, TensorBoard
+from scoresde.training.hooks import Hook, Preview, ProgressBar, Record
+from scoresde.training.loggers import TensorBoard, WandB
 from scoresde.training.losses import DSM, HybridVLB, LossByNoise, Terms, sliced_score_matching
 from scoresde.training.trainer import Trainer
 from scoresde.training.update import Update
@@ -30,6 +31,7 @@ __all__ = [
     "Trainer",
     "Update",
     "Validation",
+    "WandB",
     "checkpoint",
     "drop_condition",
     "reconstruct",

@@ -1,4 +1,4 @@
-"""Hooks of the trainer: previews, TensorBoard, a progress bar, and the base class for hooks of one's own."""
+"""Hooks of the trainer: previews, a progress bar, and the base class for hooks of one's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from scoresde._doors import checked
 from scoresde.training.describe import describe
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
     from tqdm import tqdm
 
     from scoresde.training.trainer import Trainer
@@ -126,38 +125,6 @@ class Preview(Hook):
             with trainer.averaged() as model, torch.no_grad():
                 if trainer.is_main:
                     self.function(model, record.step)
-
-
-@checked
-@dataclass
-class TensorBoard(Hook):
-    """Logs for TensorBoard: every row of ``trainer.history``, and the mean errors by noise level.
-
-    Arguments:
-        folder: Folder of the logs.
-    """
-
-    folder: str | Path
-    _writer: SummaryWriter | None = field(default=None, init=False, repr=False, compare=False)
-
-    def on_start(self, trainer: Trainer, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.step + 1)
-
-    def on_log(self, trainer: Trainer, row: Row, levels: Sequence[Row]) -> None:
-        assert self._writer is not None
-        for name, value in row.items():
-            if name != "step":
-                tag = "validation/loss" if name == "validation" else f"train/{name}"
-                self._writer.add_scalar(tag, value, trainer.step)
-        for level in levels:
-            self._writer.add_scalar(f"error/lam {level['lam']:+.1f}", level["error"], trainer.step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
 
 
 @checked

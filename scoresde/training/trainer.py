@@ -103,9 +103,9 @@ class Trainer:
         update: Options of the update: warm-up and schedule of the learning rate, clipping, accumulation.
         precision: Precision of the network, ``"no"``, ``"bf16"`` or ``"fp16"``; the loss has the dtype of the data.
         folder: Folder of the checkpoints, short for the hook ``Checkpoints(folder)``; None for no checkpoints.
-        hooks: Hooks, called in this order: :class:`Preview`, :class:`TensorBoard`, :class:`WandB`, :class:`Checkpoints`,
-            :class:`ProgressBar`, or your own :class:`Hook`. Checkpoints are called last. A progress bar for interactive
-            terminals is added if there is none.
+        hooks: Hooks, called in this order: :class:`Preview`, :class:`TensorBoard`, :class:`WandB`,
+            :class:`Checkpoints`, :class:`ProgressBar`, or your own :class:`Hook`. Checkpoints are called last. A
+            progress bar for interactive terminals is added if there is none.
         log_every: Number of steps between entries of `history`.
         seed: Seed of data order, times and noise.
         accelerator: Accelerator to use instead of ``Accelerator(mixed_precision=precision)``.

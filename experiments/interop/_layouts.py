@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from _trained import Recipe, train, unet
@@ -75,7 +76,7 @@ def edm_sampler(
     t_steps = torch.cat([sigmas**rho, torch.zeros(1, dtype=torch.float64)])
     x = latents.double() * t_steps[0]
     states = [x]
-    for k, (t_cur, t_next) in enumerate(zip(t_steps[:-1], t_steps[1:], strict=True)):
+    for k, (t_cur, t_next) in enumerate(pairwise(t_steps)):
         d_cur = (x - net(x, t_cur, class_labels).double()) / t_cur
         x_next = x + (t_next - t_cur) * d_cur
         if k < num_steps - 1:

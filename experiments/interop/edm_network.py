@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from _judging import judge, table
@@ -50,9 +51,8 @@ def main(options: Options) -> str:
     fine = edm_sampler(net, z, one_hot, num_steps=options.fine)[-1]
     samplers = [("default", 10, lambda: ss.sample(model, x, nfe=10))]
     for steps in (6, 10, 18):
-        samplers.append(
-            (f"EDM's Heun, {steps} steps", 2 * steps - 1, lambda n=steps: edm_sampler(net, z, one_hot, n)[-1])
-        )
+        heun = partial(edm_sampler, net, z, one_hot, steps)
+        samplers.append((f"EDM's Heun, {steps} steps", 2 * steps - 1, lambda heun=heun: heun()[-1]))
     rows = judge(samplers, fine, jury)
     lines += [table(rows), "", f"floor of the Fréchet distance: {jury.floor(options.samples)}"]
     text = "\n".join(lines)

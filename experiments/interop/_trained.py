@@ -44,10 +44,10 @@ class Recipe:
         rate: Learning rate.
     """
 
-    steps: int = 1500
+    steps: int = 800
     batch: int = 32
     width: int = 16
-    rate: float = 1e-3
+    rate: float = 2e-3
 
     @property
     def name(self) -> str:

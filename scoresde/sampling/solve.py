@@ -31,7 +31,7 @@ from scoresde.solvers.rule import Solver
 # Hints for the keywords of other libraries.
 WORDS = CONDITIONS | words("""
 num_steps n_steps num_inference_steps num_timesteps timesteps N: use `steps`, a number, or `grid`, a list of times
-sigmas: use `grid`, a list of times, as sde.t_of_sigma(sigmas) gives
+sigmas: use `grid`, as in grid=ss.grids.from_sigmas(sde, sigmas)
 sigma_min sigma_max rho: use `grid`, as in grid=ss.grids.karras(sde, steps, rho)
 generator rng random_state manual_seed: use `seed`, an integer or a Noise
 sampler method scheduler algorithm: use `solver`, as in ss.UniPC(3)

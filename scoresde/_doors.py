@@ -149,8 +149,20 @@ def _test_of(
     optional = len(alone) < len(kinds)
     default = parameter.default
 
+    # Types whose values all fit, for speed; a number may be NaN, and a list may have wrong entries.
+    whole: set[object] = {kind for kind in kinds if kind in (int, bool, str, type(None))} | (
+        {int} if float in kinds else set()
+    )
+    classes = tuple(kind for kind in alone if isinstance(kind, type) and kind not in (float, int, bool))
+    number = float in kinds
+
     def test(value: object) -> None:
-        if value is not default and not (optional and value is None) and not any(_fits(kind, value) for kind in alone):
+        kind_of = type(value)
+        if kind_of in whole or (number and kind_of is float and value == value) or value is default:
+            return
+        if classes and isinstance(value, classes):
+            whole.add(kind_of)
+        elif not any(_fits(kind, value) for kind in alone):
             raise _refusal(name, value, alone, optional=optional)
 
     return test

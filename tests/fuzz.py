@@ -59,7 +59,7 @@ POSITIVE = """T t_min t_start t_end t s rtol atol tol data_std sigma_data sigma_
         first_step safety beta_start max_beta margin robust size decay drop sigma beta_min quantile
         threshold s_churn s_noise""".split()
 FREE = (
-    "name note sde path folder device save_device message who limit progress prefix entry reason".split()
+    "name note sde path folder device save_device message who limit progress prefix entry reason licence notes".split()
 )  # texts of any words
 
 
@@ -243,6 +243,8 @@ def fits(annotation: Any, value: Any, name: str) -> bool:
         return isinstance(value, (tuple, list, np.ndarray, Tensor)) and elements(args[:1], value, name)
     if origin is not None and inspect.isclass(origin) and issubclass(origin, abc.Mapping):
         return isinstance(value, abc.Mapping)
+    if origin in (abc.Iterable, abc.Collection) and isinstance(value, abc.Mapping):
+        return True
     if origin is not None and inspect.isclass(origin) and issubclass(origin, abc.Iterable):
         return (
             isinstance(value, (abc.Sequence, np.ndarray, Tensor))

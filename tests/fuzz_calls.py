@@ -85,7 +85,9 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(["push_to_hub", "from_pretrained"], "it needs a connection to a hub"),
     **dict.fromkeys(["from_sbi", "sbi_posterior"], "it needs a trained estimator of sbi; tests/interop has one"),
     **dict.fromkeys(
-        "Hook.measure Validation.measure Validation.loss Loader.batch_size Checkpoints.check_free".split(), CALLED
+        """Hook.measure Validation.measure Validation.loss Loader.batch_size Checkpoints.check_free EtaWithin.at
+        Replacement.bind TensorBoard.images WandB WandB.on_start WandB.on_log WandB.images WandB.close""".split(),
+        CALLED,
     ),
     **dict.fromkeys(["Uncertain", "Uncertain.interval", "ReverseSDE.failure"], RESULT),
     "pauses": "a generator that wants answers; `tell` and `Stepper` are called",
@@ -108,6 +110,7 @@ SKIPPED: dict[str, str] = {
         "any value is valid: it is passed on",
     ),
     **dict.fromkeys(["BrownianPath.normal.s", "BrownianPath.normal.t", "BrownianPath.unit.t"], "a time of any sign"),
+    "to_diffusers.grid": "karras is a name of diffusers",
     "TorchDiffEq.method": "torchdiffeq knows its methods, and is imported when it runs",
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scoresde._doors import checked
 from scoresde.training.hooks import Hook, Row
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from scoresde.training.trainer import Trainer
 
 
+@checked
 @dataclass
 class TensorBoard(Hook):
     """Logs for TensorBoard: every row of ``trainer.history``, and the mean errors by noise level.

@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -52,11 +52,13 @@ def path_of(cls: type) -> str:
 def describe(net: nn.Module) -> dict[str, object] | None:
     """Class and arguments of a network, or None if they are not known.
 
-    They are known for the networks of this library and for those of diffusers, which hold their configuration.
+    They are known for the networks of this library and for those of diffusers, which hold their configuration. Those of
+    a network inside are None if they are not known.
 
     Arguments:
-        net: Network.
+        net: Network, compiled or not.
     """
+    net = getattr(net, "_orig_mod", net)
     config = getattr(net, "config", None)
     if type(net).__module__.split(".")[0] == "diffusers" and isinstance(config, Mapping):
         given: Mapping[str, object] = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -69,9 +71,7 @@ def describe(net: nn.Module) -> dict[str, object] | None:
     arguments: dict[str, object] = {}
     for name, value in given.items():
         if isinstance(value, nn.Module):
-            value = describe(value)
-            if value is None:
-                return None
+            value = describe(value) or {"class": path_of(type(getattr(value, "_orig_mod", value))), "arguments": None}
         arguments[name] = value
     try:
         return {"class": path_of(type(net)), "arguments": plain(arguments)}
@@ -111,7 +111,19 @@ def plain(value: object, name: str = "arguments") -> object:
     )
 
 
-def construct(build: Build, allow: Sequence[str] = ()) -> nn.Module:
+def unknown(build: Build) -> str | None:
+    """Import path of the first network of a description whose arguments are not known, or None if all are.
+
+    Arguments:
+        build: Class and arguments.
+    """
+    arguments = build.get("arguments")
+    if not isinstance(arguments, Mapping):
+        return str(build["class"])
+    return next((name for v in arguments.values() if _is_build(v) and (name := unknown(v)) is not None), None)
+
+
+def construct(build: Build, allow: Sequence[str] = (), given: nn.Module | None = None) -> nn.Module:
     """Build a network, with freshly drawn weights; torch's global generator stays as it was.
 
     Only a class of an allowed package is imported, and only a subclass of ``nn.Module`` is called.
@@ -119,7 +131,10 @@ def construct(build: Build, allow: Sequence[str] = ()) -> nn.Module:
     Arguments:
         build: Class and arguments.
         allow: Packages or modules that are allowed in addition to ``TRUSTED``.
+        given: Network to use: the whole one, or the one inside an adapter of this library.
     """
+    if given is not None and not _goes_inside(given, build):
+        return given
     build = check_build(build)
     module_name, class_name = _parts(build["class"])
     allowed = (*TRUSTED, *allow)
@@ -136,17 +151,26 @@ def construct(build: Build, allow: Sequence[str] = ()) -> nn.Module:
         raise ValueError(f"{build['class']!r} is not a class of networks of an allowed package ({', '.join(allowed)}).")
     arguments = build["arguments"]
     assert isinstance(arguments, dict)
-    given = {name: construct(v, allow) if _is_build(v) else v for name, v in arguments.items()}
+    values = {name: construct(v, allow, given) if _is_build(v) else v for name, v in arguments.items()}
     with torch.random.fork_rng(devices=[]):
         try:
-            made: nn.Module = cls(**given)
+            made: nn.Module = cls(**values)
         except TypeError as error:
             raise ValueError(f"{build['class']!r} does not accept the arguments {arguments!r}: {error}.") from error
     return made
 
 
-def _is_build(value: object) -> bool:
+def _is_build(value: object) -> TypeGuard[Build]:
     return isinstance(value, Mapping) and set(value) == _KEYS
+
+
+def _goes_inside(given: nn.Module, build: Build) -> bool:
+    """Whether a description is of an adapter of this library around one network, and `given` is not such an adapter."""
+    arguments = build.get("arguments")
+    inside = [v for v in arguments.values() if _is_build(v)] if isinstance(arguments, Mapping) else []
+    if len(inside) != 1 or path_of(type(getattr(given, "_orig_mod", given))) == build["class"]:
+        return False
+    return _inside(_parts(build["class"])[0], ("scoresde",))
 
 
 def _inside(module: str, packages: Sequence[str]) -> bool:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _build, _files
-from scoresde.denoisers.card import Card, Written
+from scoresde.denoisers import clocks
+from scoresde.denoisers.card import Card
 from scoresde.denoisers.network import Denoiser
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -155,6 +156,8 @@ def _bare(net: object) -> nn.Module:
             f"`net` must be a module to be saved, got the function {getattr(net, '__name__', type(net).__name__)}, "
             f"whose weights no file can hold; write it as a torch.nn.Module."
         )
+    if "_built_with" in vars(net) and callable(inside := getattr(net, "net", None)):
+        _bare(inside)  # that of an adapter
     return net
 
 
@@ -165,8 +168,11 @@ def _tensors(net: nn.Module) -> dict[str, Tensor]:
             raise TypeError(f"the network's state has a {type(value).__name__} at {name!r}; only tensors can be saved.")
         if value.device.type == "meta":
             raise ValueError(f"the network's tensor {name!r} is on the device meta, where it has no values.")
-    # A copy of each: tensors that share memory cannot be written as they are.
-    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+    # A copy of each: tensors that share memory cannot be written as they are. A network inside may be compiled.
+    return {
+        name.replace("_orig_mod.", ""): value.detach().to("cpu", copy=True).contiguous()
+        for name, value in state.items()
+    }
 
 
 def _unknown(net: nn.Module) -> dict[str, object]:
@@ -190,8 +196,8 @@ def _describe_clock(model: Denoiser) -> object:
         names = [name for name, function in OPERATORS.items() if function is time.func]
         if names and isinstance(time.args[0], int | float) and not isinstance(time.args[0], bool):
             return {"operator": names[0], "number": time.args[0]}
-    if isinstance(time, Written):
-        return {"affine": dict(time.to_dict())}
+    if (written := clocks.to_dict(time)) is not None:
+        return written
     t = torch.tensor(probes(model.sde), dtype=torch.float64)
     labels = torch.as_tensor(time(t)).detach().double().expand(t.shape)
     return {"given": getattr(time, "__name__", type(time).__name__), "values": labels.tolist()}

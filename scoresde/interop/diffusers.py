@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import cast
 
 from scoresde._doors import checked
+from scoresde.denoisers.clocks import Affine
 from scoresde.denoisers.network import Denoiser
 from scoresde.interop.diffusers_networks import SHARED, DiffusersNet, call_of, doubles_channels, label_of
 from scoresde.interop.diffusers_schedules import Config, config_of, read_schedule
-from scoresde.interop.networks import Affine, Net
+from scoresde.interop.networks import Net
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import Flow
 from scoresde.processes.sde import SDE

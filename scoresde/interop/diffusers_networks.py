@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
-from scoresde.interop.networks import Adapted, Affine, Net
+from scoresde.denoisers.clocks import Affine
+from scoresde.interop.networks import Adapted, Net
 
 # Conditions without a batch axis: positions, which all samples share.
 SHARED = ("txt_ids", "img_ids", "image_rotary_emb", "rotary_embedding", "visual_rope_pos", "text_rope_pos", "cap_feats")
@@ -118,7 +119,6 @@ def doubles_channels(net: object) -> bool:
     return isinstance(inner, int) and isinstance(outer, int) and outer == 2 * inner
 
 
-@recorded
 @recorded
 class DiffusersNet(Adapted):
     """A network of diffusers: its time by keyword, its output from ``.sample`` or from the first entry of a tuple.

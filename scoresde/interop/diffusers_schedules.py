@@ -14,8 +14,9 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
+from scoresde.denoisers.clocks import Affine, Angle, Warp
 from scoresde.denoisers.network import Clock, Preconditioning
-from scoresde.interop.networks import Adapted, Affine, Net
+from scoresde.interop.networks import Adapted, Net
 from scoresde.processes.discrete import Discrete, betas, zero_terminal_snr
 from scoresde.processes.named import EDM, VP, Cosine, Flow, Trig
 from scoresde.processes.sde import SDE
@@ -289,11 +290,7 @@ def _edm(config: Config) -> Schedule:
 
 
 def _stable_audio(config: Config) -> Schedule:
-    return replace(_edm(config), time=_two_atan_over_pi)
-
-
-def _two_atan_over_pi(sigma: Tensor) -> Tensor:
-    return sigma.atan() * (2 / math.pi)
+    return replace(_edm(config), time=Angle())
 
 
 def _levels(config: Config) -> EDM:
@@ -324,20 +321,8 @@ def _wuerstchen(config: Config) -> Schedule:
     # They clamp ᾱ to at least 1e-4, where the last time is; T is that time before their warp.
     s = config.get("s", 0.008)
     theta = math.acos(0.01 * math.cos(math.pi / 2 * s / (1 + s)))
-    warp = _Warp(check.number("scaler", config.get("scaler", 1.0), above=0))
+    warp = Warp(check.number("scaler", config.get("scaler", 1.0), above=0))
     return Schedule(Cosine(s=s, T=theta * 2 / math.pi * (1 + s) - s), "eps", warp)
-
-
-@dataclass(frozen=True)
-class _Warp:
-    """Label of a time of Würstchen's schedule, whose cosine is evaluated at 1 − (1 − label)^k or label^k."""
-
-    k: float
-
-    def __call__(self, t: Tensor) -> Tensor:
-        if self.k == 1:
-            return t
-        return 1 - (1 - t) ** (1 / self.k) if self.k > 1 else t ** (1 / self.k)
 
 
 def _trigflow(config: Config) -> Schedule:
@@ -384,7 +369,6 @@ class _OfStates(Adapted):
 
 
 @recorded
-@recorded
 class Consistency(_OfStates):
     r"""Consistency network of diffusers: :math:`x_0 = c_{skip} x + c_{out} F(c_{in} x, 250\log\sigma)`.
 
@@ -409,7 +393,6 @@ class Consistency(_OfStates):
 
 
 @recorded
-@recorded
 class OnUnitImages(_OfStates):
     """Score of images in [−1, 1] from a network for images in [0, 1], as in diffusers' pipeline of Karras's VE.
 
@@ -421,7 +404,6 @@ class OnUnitImages(_OfStates):
         return self.net((x + 1) / 2, t / 2, **cond).to(x.dtype) / 2
 
 
-@recorded
 @recorded
 class OnUnitData(_OfStates):
     """Velocity of data of deviation `scale` from a network for data of deviation 1.

@@ -9,8 +9,9 @@ from torch import Tensor
 from scoresde._build import recorded
 from scoresde._doors import checked
 from scoresde.denoisers.base import Condition
+from scoresde.denoisers.clocks import Affine
 from scoresde.denoisers.network import Denoiser
-from scoresde.interop.networks import Adapted, Affine, Net
+from scoresde.interop.networks import Adapted, Net
 from scoresde.processes.named import Flow
 from scoresde.processes.sde import SDE
 

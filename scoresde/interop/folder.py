@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from scoresde import _build
 from scoresde._doors import checked
 from scoresde._printing import short
 from scoresde.data import Standardize
+from scoresde.denoisers import clocks
 from scoresde.denoisers.base import check_sde
 from scoresde.denoisers.card import Card
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.network import Clock, Denoiser, Preconditioning
 from scoresde.denoisers.saving import EXTRAS, FILES, FORMAT, MANIFEST, OPERATORS, PLAN, WEIGHTS, digest, probes
-from scoresde.interop.networks import Affine
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.rule import Solver
@@ -68,7 +68,8 @@ def load(
 
     Arguments:
         folder: Path of the folder.
-        net: Network that receives the weights; by default it is built as the folder says.
+        net: Network that receives the weights; by default it is built as the folder says. That of an adapter, such as
+            :func:`from_edm`, may be given bare, without the adapter.
         sde: Process, for a folder whose process is defined by code; its α and σ are compared.
         time: Time input of the network, for a folder whose time is a function; its values are compared.
         allow: Packages, in addition to ``scoresde``, ``diffusers`` and ``torch.nn``, whose networks may be imported.
@@ -90,8 +91,9 @@ def load(
         _check_file(path, name, expected)
     try:
         process = _process(body["process"], sde)
-        network = _network(body["network"], net, allow)
-        _load_weights(network, _read(path, WEIGHTS), path)
+        weights = _read(path, WEIGHTS)
+        network = _network(body["network"], net, allow, weights.keys())
+        _load_weights(network, weights, path)
         scaling = body["precondition"]
         model = Denoiser(
             network,
@@ -198,11 +200,12 @@ def _clock(entry: object, given: Clock | None, sde: SDE) -> str | Clock | None:
     if not isinstance(entry, Mapping) or "given" not in entry:
         if given is not None:
             raise ValueError("`time` was given, but the folder holds the network's time; load without `time`.")
-        if isinstance(entry, Mapping) and "affine" in entry:
-            return Affine(float(entry["affine"]["a"]), float(entry["affine"]["b"]))
-        if isinstance(entry, Mapping):
-            return functools.partial(OPERATORS[entry["operator"]], float(entry["number"]))
-        return entry if entry is None else str(entry)
+        if not isinstance(entry, Mapping):
+            return entry if entry is None else str(entry)
+        written = clocks.from_dict(entry)
+        if written is not None:
+            return written
+        return functools.partial(OPERATORS[entry["operator"]], float(entry["number"]))
     if given is None:
         raise ValueError(f"the network's time is a function, {entry['given']}; give it as load(folder, time=...).")
     labels = torch.as_tensor(given(torch.tensor(probes(sde), dtype=torch.float64))).detach().double()
@@ -219,14 +222,19 @@ def _numbers(values: Sequence[float]) -> str:
     return ", ".join(f"{value:.4g}" for value in values)
 
 
-def _network(entry: Contents, given: Callable[..., Tensor] | None, allow: Sequence[str]) -> nn.Module:
+def _network(
+    entry: Contents, given: Callable[..., Tensor] | None, allow: Sequence[str], names: Collection[str]
+) -> nn.Module:
     if given is not None:
         if not isinstance(given, nn.Module):
             raise TypeError(f"`net` must be a module, which receives the weights, got {type(given).__name__}.")
-        return given
-    if "arguments" not in entry:
+        if names and {name.replace("_orig_mod.", "") for name in given.state_dict()} == set(names):
+            return given
+        return _build.construct(entry, allow, given)
+    missing = _build.unknown(entry)
+    if missing is not None:
         raise ValueError(
-            f"it does not say how to build its network, {entry['class']}; give the network as load(folder, net=...), "
+            f"it does not say how to build its network, {missing}; give the network as load(folder, net=...), "
             f"or save with `build`."
         )
     return _build.construct(entry, allow)
@@ -235,6 +243,8 @@ def _network(entry: Contents, given: Callable[..., Tensor] | None, allow: Sequen
 def _load_weights(net: nn.Module, saved: Mapping[str, Tensor], path: Path) -> None:
     """Copy weights into a network, which takes their dtypes."""
     own = net.state_dict()
+    names = {name.replace("_orig_mod.", ""): name for name in own}  # where a network is compiled
+    saved = {names.get(name, name): value for name, value in saved.items()}
     wrong = [
         *(f"{name} is missing" for name in own.keys() - saved.keys()),
         *(f"{name} is unknown" for name in saved.keys() - own.keys()),
@@ -256,7 +266,7 @@ def _load_weights(net: nn.Module, saved: Mapping[str, Tensor], path: Path) -> No
     for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
         if name in saved and tensor.dtype != saved[name].dtype:
             tensor.data = tensor.data.to(saved[name].dtype)
-    net.load_state_dict(dict(saved))
+    net.load_state_dict(saved)
 
 
 def _card(entry: Contents, sde: SDE, path: Path) -> Card:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde.denoisers.clocks import Rescaled
 from scoresde.denoisers.network import Denoiser
 from scoresde.grids.grid import check_grid
 from scoresde.interop.networks import Adapted, Net
@@ -71,19 +71,9 @@ def from_guided_diffusion(
         Adapted(net),
         Discrete(noise_schedule),
         predicts="x0" if predict_xstart else "eps",
-        time=_Rescaled(N) if rescale_timesteps else "index",
+        time=Rescaled(N) if rescale_timesteps else "index",
         learned_variance="range" if learn_sigma else False,
     )
-
-
-@dataclass(frozen=True)
-class _Rescaled:
-    """Labels of a β list of N steps, rescaled to 0 … 1000."""
-
-    N: int
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return (t - 1).clamp_min(0) * (1000 / self.N)
 
 
 @checked

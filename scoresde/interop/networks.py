@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +12,6 @@ from scoresde._build import recorded
 from scoresde.denoisers.base import Condition
 
 Net = Callable[..., Tensor]
-
-
-@dataclass(frozen=True)
-class Affine:
-    r"""Labels that are linear in time: :math:`\mathrm{label} = a + b\,t`.
-
-    Arguments:
-        a: Label at t = 0.
-        b: Slope.
-    """
-
-    a: float
-    b: float
-
-    def __call__(self, t: Tensor) -> Tensor:
-        return self.a + self.b * t
-
-    def to_dict(self) -> dict[str, object]:
-        """The two numbers by name, for files."""
-        return {"a": float(self.a), "b": float(self.b)}
-
-    def then(self, other: Affine) -> Affine:
-        """The labels `other` of the labels of this function."""
-        return Affine(other.a + other.b * self.a, other.b * self.b)
 
 
 @recorded

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde.denoisers.clocks import Affine, NearestLevel
 from scoresde.denoisers.network import Denoiser
-from scoresde.interop.networks import Adapted, Affine, Net
+from scoresde.interop.networks import Adapted, Net
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.named import VE, VP, SubVP
 from scoresde.processes.sde import SDE
@@ -47,7 +44,9 @@ def from_score_sde(net: Net, kind: str, *, discrete: int | None = None, **parame
         ve = VE(**parameters)
         if discrete is None:
             return Denoiser(adapted, ve, predicts="score", time="sigma")
-        return Denoiser(adapted, ve, predicts="score", time=_Level(ve, check.integer("discrete", discrete, at_least=2)))
+        return Denoiser(
+            adapted, ve, predicts="score", time=NearestLevel(ve, check.integer("discrete", discrete, at_least=2))
+        )
     if discrete is not None:
         if kind == "subvp":
             raise ValueError("`discrete` has no meaning for kind='subvp', which is trained on all times; drop it.")
@@ -56,15 +55,3 @@ def from_score_sde(net: Net, kind: str, *, discrete: int | None = None, **parame
         return Denoiser(adapted, Discrete(rates), predicts="eps", time="nearest_index")
     process: SDE = VP(**parameters) if kind == "vp" else SubVP(**parameters)
     return Denoiser(adapted, process, predicts="eps", time=Affine(0.0, 999.0))
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Label N − 1 − i of the nearest of N geometric levels σ_i."""
-
-    ve: VE
-    N: int
-
-    def __call__(self, t: Tensor) -> Tensor:
-        ratio = (self.ve.sigma(t) / self.ve.sigma_min).log() / math.log(self.ve.sigma_max / self.ve.sigma_min)
-        return ((self.N - 1) * (1 - ratio)).round().clamp(0, self.N - 1)

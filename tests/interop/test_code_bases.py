@@ -316,7 +316,7 @@ def test_a_noisy_classifier_guides_to_its_class() -> None:
     guided = ss.guidance.ClassifierGuidance(both, interop.Classifier(classifier, sde), known=["y"]).given(y=y)
     want = torch.where(y[:, None] == 1, ones[1].x0(x, t), ones[0].x0(x, t))
     assert torch.allclose(guided.x0(x, t), want, rtol=1e-6, atol=1e-6) and seen[-1] == 299
-    with pytest.raises(TypeError, match="`sde` must be the Discrete process"):
+    with pytest.raises(TypeError, match="`sde` must be a Discrete process"):
         interop.Classifier(classifier, ss.VP())  # type: ignore[arg-type]
 
 

@@ -17,6 +17,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,14 @@ def tcd(eta: float) -> Grid:
     return grid
 
 
+def ltx(sde: ss.SDE, made: Any) -> Tensor:
+    """Times of LTX: to σ'² / σ, then up to σ' with fresh noise."""
+    times = [float(made.sigmas[0])]
+    for high, low in pairwise(made.sigmas.tolist()):
+        times += [low * low / high, low] if low > 0 else [0.0]
+    return ss.grids.zigzag(times)
+
+
 def rows() -> list[Row]:
     s, multi, out = ss.solvers, "DPMSolverMultistep", []
     for name in ("DDIM", "DDIMParallel"):
@@ -156,6 +165,11 @@ def rows() -> list[Row]:
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
     out.append(Row("UniPCMultistep", ss.UniPC(2), flow))
     out.append(Row(multi, ss.DPMSolverPP(2), flow))
+    out.append(Row("FlowMapEulerDiscrete", ss.DDIM()))
+    out.append(Row("MiniMaxH3", ss.DDIM()))
+    out.append(Row("LTXEulerAncestralRF", ss.DDIM(), {}, {}, ltx, "`zigzag`: below each time, and up to it"))
+    trees = "normals as above; theirs come from a Brownian tree"
+    out.append(Row("CosineDPMSolverMultistep", ss.SDEDPMSolverPP(2), note=trees))
     out.append(Row("FlowMatchLCM", s.ConsistencySampling()))
     out.append(Row("LCM", s.ConsistencySampling(), OPEN))
     out.append(Row("TCD", ss.DDIM(), OPEN, {"eta": 0.0}, to_label_zero, "labels + 1, then 1"))
@@ -170,18 +184,14 @@ UNMATCHED = {
     "`solvers.SingleStep` are equal (`tests/interop/test_diffusers.py`)",
     "IPNDM": "its first step, from α = 0, leaves the data out; from the second label on `solvers.IPNDM(4)` is equal "
     "(`tests/interop/test_diffusers.py`)",
-    "CosineDPMSolverMultistep": "not measured: its noise comes from a Brownian tree; see `SDEDPMSolverPP(2)`",
     "CogVideoXDPM": "not measured: its step needs the data prediction of the step before",
-    "CMStochasticIterative": "not measured: for consistency networks; see `solvers.ConsistencySampling`",
-    "SCM": "not measured: for consistency networks; see `solvers.ConsistencySampling`",
+    "CMStochasticIterative": "the noise of its states is √(σ² − σ_min²) at the level σ; see `solvers.ConsistencySampling`",
+    "SCM": "not measured: for consistency networks of TrigFlow; see `solvers.ConsistencySampling`",
     "DDPMWuerstchen": "not measured: DDPM on a continuous cosine",
     "UnCLIP": "not measured: DDPM with learned variances; see `sampling.LearnedVariance`",
     "ScoreSdeVe": "its corrector's step depends on the norms of the states, so no plan can hold it",
     "KarrasVe": "not measured: churn; see `solvers.EDMStochastic`",
     "RePaint": "it needs an image with a mask; see `grids.repaint` and `inverse.Replacement`",
-    "FlowMapEulerDiscrete": "not measured: for networks of flow maps",
-    "LTXEulerAncestralRF": "not measured",
-    "MiniMaxH3": "not measured",
     "Piflow": "a policy of several predictions, not a solver",
     "RFD4Proteina": "two clocks",
     "Helios": "another process at each stage",
@@ -298,10 +308,10 @@ def time_of(made: Any, sde: ss.SDE, level: float | None, label: Tensor) -> float
 def output(made: Any, sde: ss.SDE, x: Tensor, x0: Tensor, t: float) -> Tensor:
     """What a network of the scheduler returns, if its data prediction is x0."""
     if isinstance(sde, ss.EDM):
-        data = made.config.sigma_data
-        return (x0 - data**2 / (t**2 + data**2) * x) / (t * data / math.hypot(t, data))
+        data, sign = made.config.sigma_data, -1 if made.config.prediction_type == "v_prediction" else 1
+        return sign * (x0 - data**2 / (t**2 + data**2) * x) / (t * data / math.hypot(t, data))
     if isinstance(sde, ss.Flow):
-        return (x - x0) / t
+        return (x - x0) / t * (-1 if isinstance(made, diffusers.MiniMaxH3Scheduler) else 1)
     return (x - sde.alpha(t) * x0) / sde.sigma(t)
 
 

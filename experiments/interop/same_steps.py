@@ -185,7 +185,7 @@ UNMATCHED = {
     "IPNDM": "its first step, from α = 0, leaves the data out; from the second label on `solvers.IPNDM(4)` is equal "
     "(`tests/interop/test_diffusers.py`)",
     "CogVideoXDPM": "not measured: its step needs the data prediction of the step before",
-    "CMStochasticIterative": "the noise of its states is √(σ² − σ_min²) at the level σ; see `solvers.ConsistencySampling`",
+    "CMStochasticIterative": "the noise of its states is √(σ² − σ_min²) at σ; see `solvers.ConsistencySampling`",
     "SCM": "not measured: for consistency networks of TrigFlow; see `solvers.ConsistencySampling`",
     "DDPMWuerstchen": "not measured: DDPM on a continuous cosine",
     "UnCLIP": "not measured: DDPM with learned variances; see `sampling.LearnedVariance`",

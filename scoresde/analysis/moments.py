@@ -21,8 +21,9 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
-from scoresde.plan.matrices import UnitNormals, Unrolled, pull_back, unroll
-from scoresde.plan.rows import Weight, as_number
+from scoresde.denoisers.predictions import PREDICTIONS, Form, conversion, form_of
+from scoresde.plan.matrices import UnitNormals, Unrolled, unroll
+from scoresde.plan.rows import Weight, as_number, derivatives
 from scoresde.plan.run import steps
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -102,19 +103,26 @@ def gaussian_stds(plan: Plan, sde: SDE, stds: Sequence[float]) -> list[tuple[flo
         >>> round(found, 3), round(exact, 3)
         (0.366, 0.5)
     """
-    evaluated = [row.t for row in plan.rows if row.evaluates]
-    (a_0, s_0), *levels, (a_n, s_n) = _levels(sde, [plan.rows[0].t, *evaluated, plan.rows[-1].t])
+    evaluated = [r for r, row in enumerate(plan.rows) if row.evaluates]
+    (a_0, s_0), *levels, (a_n, s_n) = _levels(sde, [plan.rows[r].t for r in (0, *evaluated, -1)])
     results = []
     for std in stds:
         c = std**2
-        gains = [a * c / (a**2 * c + s**2) if std else 0.0 * a for a, s in levels]
-        of_start, of_draws = pull_back(plan, gains)
-        variance = of_start**2 * (a_0**2 * c + s_0**2) + sum(w**2 for w in of_draws.values())
-        squares = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (variance, a_n**2 * c + s_n**2))
-        found, exact = (v.sqrt().reshape(-1) for v in torch.broadcast_tensors(*squares))
-        worst = int((found - exact).abs().argmax())
-        results.append((float(found[worst]), float(exact[worst])))
+        gains = {r: a * c / (a**2 * c + s**2) if std else 0.0 * a for r, (a, s) in zip(evaluated, levels, strict=True)}
+        of_x, _, of_draws = derivatives(plan.rows, gains)
+        variance = of_x[0] * of_x[0] * (a_0**2 * c + s_0**2) + sum(w * w for w in of_draws.values())
+        results.append(_worst(variance, a_n**2 * c + s_n**2))
     return results
+
+
+def _worst(variance: Weight, exact: Weight) -> tuple[float, float]:
+    """Standard deviations of two variances; of numbers for each sample, those of the sample with the largest error."""
+    if not isinstance(variance, Tensor) and not isinstance(exact, Tensor):
+        return math.sqrt(variance), math.sqrt(exact)
+    squares = (torch.as_tensor(v, dtype=torch.float64).detach() for v in (variance, exact))
+    found, truth = (v.sqrt().reshape(-1) for v in torch.broadcast_tensors(*squares))
+    worst = int((found - truth).abs().argmax())
+    return float(found[worst]), float(truth[worst])
 
 
 def _levels(sde: SDE, times: list[Weight]) -> list[tuple[Weight, Weight]]:
@@ -190,6 +198,44 @@ def stability(plan: Plan, sde: SDE, spectrum: Numbers) -> Stability:
     exact = flow_gain(sde, torch.as_tensor(u.start, dtype=torch.float64), times, c)  # (K, n + 1)
     whole = torch.cat([states, gain[:, None]], dim=1)
     return Stability(gain / exact[:, -1], sensitivity, (whole / exact).abs().amax(1))
+
+
+@checked
+def amplification(plan: Plan, sde: SDE, predicts: str = "x0", sigma_data: float = 1.0) -> Tensor:
+    r"""Largest factor by which each state multiplies errors of the network, (n + 1,); the last is of the result.
+
+    If each output of the network is off by at most δ, for any reason, then state r is off by at most
+
+    .. math:: \delta \sum_{k<r} |B_{rk}|\,|c_k|, \qquad c = \frac{\partial x_0}{\partial\,\mathrm{output}},
+
+    where B is the matrix of :func:`scoresde.plan.unroll` and c = 1 for a network that predicts x₀, −σ/α for ε. A state
+    with an error that is large beside its standard deviation, hypot(α, σ), is one that the network was not trained on.
+
+    Arguments:
+        plan: Plan with n evaluations.
+        sde: Process of the plan.
+        predicts: What the network predicts, such as ``"x0"``, ``"eps"``, ``"v"`` or ``"velocity"``.
+        sigma_data: Standard deviation of the data, for ``"F"`` only.
+
+    Example:
+        >>> import scoresde as ss
+        >>> sde = ss.Discrete(ss.processes.betas("cosine", 1000))
+        >>> plan = ss.VelocityAB(3).plan(sde, ss.grids.quadratic_vp(sde, 8))
+        >>> factors = amplification(plan, sde)
+        >>> round(float(factors[-1]), 2), round(float(factors.max()), 1)  # the result, and the worst state
+        (1.3, 34.6)
+    """
+    check.choice("predicts", predicts, PREDICTIONS)
+    u = unroll(plan)
+    units = []
+    for t in u.t[:-1]:
+        time = as_number(t)
+        alpha, sigma = sde.alpha(time), sde.sigma(time)
+        source = form_of(predicts, sde, time, alpha, sigma, sigma_data)
+        determined = predicts == "x0" or alpha * source.b - sigma * source.a != 0  # ε does not determine x0 if α = 0
+        units.append(abs(conversion(source, Form(1.0, 0.0), alpha, sigma)[1]) if determined else math.inf)
+    c = torch.tensor(units, dtype=torch.float64)
+    return torch.where(u.d != 0, u.d.abs() * c, 0.0).sum(1).detach()
 
 
 def as_directions(spectrum: Numbers, mean: Numbers = 0.0) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde._doors import checked
-from scoresde.plan.rows import Row, Weight
+from scoresde.plan.rows import Row, Weight, derivatives
 from scoresde.plan.run import run
 from scoresde.plan.table import Plan
 
@@ -105,21 +105,8 @@ def pull_back(plan: Plan, gains: Sequence[Weight]) -> tuple[Weight, dict[int, We
         plan: Plan with n evaluations.
         gains: Gains g of the evaluations, in their order, n numbers or tensors (B,).
     """
-    gain = dict(zip((r for r, row in enumerate(plan.rows) if row.evaluates), gains, strict=True))
-    of_x: list[Weight] = [0.0] * len(plan.rows)
-    of_d: list[Weight] = [0.0] * len(plan.rows)
-    of_z: dict[int, Weight] = {}
-    of_x[-1] = 1.0
-    for r in reversed(range(len(plan.rows))):
-        row, a = plan.rows[r], of_x[r]
-        if row.evaluates:
-            a = of_x[r] = a + gain[r] * of_d[r]
-        for k, w in row.x:
-            of_x[k] = of_x[k] + w * a
-        for k, w in row.d:
-            of_d[k] = of_d[k] + w * a
-        for k, w in row.z:
-            of_z[k] = of_z.get(k, 0.0) + w * a
+    evaluated = (r for r, row in enumerate(plan.rows) if row.evaluates)
+    of_x, _, of_z = derivatives(plan.rows, dict(zip(evaluated, gains, strict=True)))
     return of_x[0], of_z
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,6 +83,32 @@ def merge(outer: Iterable[tuple[int, Weight]], inner: Terms, w: Weight) -> Terms
     for k, v in inner:
         sums[k] = sums[k] + w * v if k in sums else w * v
     return tuple(sums.items())
+
+
+def derivatives(
+    rows: tuple[Row, ...], gain: Mapping[int, Weight]
+) -> tuple[list[Weight], list[Weight], dict[int, Weight]]:
+    r"""Derivatives of the last state by every x, d and z, if evaluations are linear: :math:`d_r = g_r x_r + \delta_r`.
+
+    Arguments:
+        rows: Rows of a plan, which are visited once, from the last to the first.
+        gain: Gain g of each row that evaluates; a row without one has 0, so that its d does not depend on its x.
+    """
+    of_x: list[Weight] = [0.0] * len(rows)
+    of_d: list[Weight] = [0.0] * len(rows)
+    of_z: dict[int, Weight] = {}
+    of_x[-1] = 1.0
+    for r in reversed(range(len(rows))):
+        row, a = rows[r], of_x[r]
+        if r in gain:
+            a = of_x[r] = a + gain[r] * of_d[r]
+        for k, w in row.x:
+            of_x[k] = of_x[k] + w * a
+        for k, w in row.d:
+            of_d[k] = of_d[k] + w * a
+        for k, w in row.z:
+            of_z[k] = of_z.get(k, 0.0) + w * a
+    return of_x, of_d, of_z
 
 
 def as_number(w: Weight) -> float:

@@ -20,13 +20,25 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import _files as files
 from scoresde._doors import checked
 from scoresde.noise.brownian import Span
-from scoresde.plan.rows import Line, Row, Weight, as_number, compile_rows, last_uses, merge, nonzero, validate
+from scoresde.plan.rows import (
+    Line,
+    Row,
+    Weight,
+    as_number,
+    compile_rows,
+    derivatives,
+    last_uses,
+    merge,
+    nonzero,
+    validate,
+)
 
 _COLUMNS = ("x", "d", "z")
 
@@ -83,6 +95,23 @@ class Plan:
     def times(self) -> list[Weight]:
         """Times of the nodes, which are the grid of the plan."""
         return [row.t for row in self.rows if row.node is not None]
+
+    @cached_property
+    def amplification(self) -> float:
+        r"""Largest factor by which the result multiplies errors of the denoised states.
+
+        With all other states eliminated, the result is linear in the denoised states, so that errors of at most δ in
+        each of them move it by at most
+
+        .. math:: \delta \sum_k |w_k|, \qquad x_n = A\,x_0 + \sum_k w_k\,d_k + \sum_j C_j z_j.
+
+        The weights of a run to data sum to about 1. The factor is then about 1 if no weight is negative, and large if
+        the plan takes differences of denoised states. Of a plan with a grid for each sample, the largest factor counts.
+        :func:`scoresde.analysis.amplification` has the factors of the intermediate states, and of errors of other
+        predictions.
+        """
+        weights = (torch.as_tensor(w, dtype=torch.float64) for w in derivatives(self.rows, {})[1])
+        return float(sum((w.detach().abs() for w in weights), torch.zeros((), dtype=torch.float64)).max())
 
     @property
     def memory(self) -> int:

@@ -1,4 +1,4 @@
-"""The check of :func:`solve`: whether a stochastic plan can bear its number of steps."""
+"""The check of :func:`solve`: whether a plan can bear its number of steps."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 
 SCALES = (1.0, 0.5, 0.2, 0.05, 0.02, 0.01, 0.005)  # standard deviations of the directions, in units of that of the data
-WIDER, NARROWER = 1 / 4, 2 / 3  # errors of the standard deviation that are tolerated, in the same units
+WIDER, NARROWER = 1 / 4, 2 / 3  # errors of the standard deviation that are tolerated, in units of the widest direction
+FEWEST, FEW = 3, 100  # evaluations of deterministic plans that are checked
 
 
 def warn_of_few_steps(plan: Plan, sde: SDE, data_std: float = 1.0) -> None:
-    """Warn if a stochastic plan gives Gaussian data a wrong standard deviation.
+    """Warn if a plan gives Gaussian data a wrong standard deviation.
 
-    A rule that extrapolates noisy predictions, or one that is unstable, adds noise if its steps are long. The result on
+    A rule that extrapolates predictions, or one that is unstable, amplifies errors if its steps are long. The result on
     Gaussian data is a property of the table, so that no sample is needed: :func:`gaussian_stds`. The plan is tried on
     directions from the given standard deviation s down to s/200, because some rules are unstable in thin directions
-    only. The warning names the worst one, if it comes out wider by more than s/4, or narrower by more than 2 s/3. The
-    bounds differ because a result that is too wide holds noise, and one that is too narrow lacks detail, as that of
-    every first-order rule with few steps. Consistency sampling is for consistency models, has no order and is not
-    checked.
+    only. The warning names the worst one, if it comes out wider by more than a quarter of the exact standard deviation
+    of the widest direction, or narrower by more than two thirds of it. The bounds differ because a result that is too
+    wide holds noise, and one that is too narrow lacks detail, as that of every first-order rule with few steps.
+
+    Consistency sampling is for consistency models, has no order and is not checked. Deterministic plans of one or two
+    evaluations, which give about the mean of the data, are for networks that are distilled, and are not checked;
+    neither are those of more than a hundred.
 
     Arguments:
-        plan: Plan to check; a deterministic one is not checked.
+        plan: Plan to check.
         sde: Process of the plan.
         data_std: Standard deviation s of the data.
     """
-    if not plan.stochastic or plan.order == 0:
+    if plan.order == 0 or not (plan.stochastic or FEWEST <= plan.nfe <= FEW):
         return
     scales = [scale * data_std for scale in SCALES]
-    results = zip(scales, gaussian_stds(plan, sde, scales), strict=True)
-    errors = [(found - exact, found, exact, s) for s, (found, exact) in results]
+    stds = gaussian_stds(plan, sde, scales)
+    unit = stds[0][1]  # s at the data, about σ where a run ends in noise
+    errors = [(found - exact, found, exact, s) for s, (found, exact) in zip(scales, stds, strict=True)]
     error, found, exact, s = max(errors, key=lambda e: max(e[0] / WIDER, -e[0] / NARROWER))
-    if error > WIDER * data_std or error < -NARROWER * data_std:
+    if error > WIDER * unit or error < -NARROWER * unit:
+        otherwise = "a lower order or a solver without noise" if plan.stochastic else "a lower order or another solver"
         warnings.warn(
             f"{plan.name or 'the plan'} cannot bear so few steps: after these {plan.nfe} evaluations, the standard "
-            f"deviation is {found:.3g} instead of {exact:.3g} on Gaussian data of {s:g}. Take more steps, a lower "
-            f"order or a solver without noise; `analysis.gaussian_stds` computes this for any plan.",
+            f"deviation is {found:.3g} instead of {exact:.3g} on Gaussian data of {s:g}. Take more steps, {otherwise}; "
+            f"`analysis.gaussian_stds` computes this for any plan.",
             stacklevel=check.levels_to_user(),
         )

@@ -169,6 +169,58 @@ def test_sensitivities_are_derivatives(name: str) -> None:
     assert bool((found.largest >= found.amplification.abs() - 1e-12).all()) and found.noise.shape == (4,)
 
 
+COSINE = ss.Discrete(ss.processes.betas("cosine", 100))
+
+
+@pytest.mark.parametrize("predicts", ["x0", "eps", "score", "v", "velocity", "F"])
+@pytest.mark.parametrize("sde", [ss.VP(), ss.EDM(), ss.Flow(T=0.95), COSINE], ids=["VP", "EDM", "Flow", "Discrete"])
+def test_amplification_is_the_move_of_every_state_by_the_worst_errors_of_a_network(sde: ss.SDE, predicts: str) -> None:
+    plan = ss.UniPC(3).plan(sde, ss.grids.quadratic_vp(sde, 5))
+    scaled = {"precondition": ss.denoisers.Preconditioning(0.5)} if predicts == "F" else {}
+
+    def states(errors: list[float]) -> Tensor:
+        given, seen = iter(errors), []
+
+        def denoise(x: Tensor, t: Any) -> Tensor:
+            seen.append(x)
+            error = next(given)
+            exact, off = (
+                ss.Denoiser(lambda x, t, v=v: torch.full_like(x, v), sde, predicts=predicts, **scaled).x0(x, t)
+                for v in (0.0, error)
+            )
+            return 0.3 + off - exact  # the same for every x
+
+        seen.append(run(plan, denoise, torch.ones(1, 1, dtype=torch.float64)))
+        return torch.cat(seen).reshape(-1)
+
+    n, delta = plan.nfe, 0.01
+    clean = states([0.0] * n)
+    each = torch.stack([states([delta * (j == k) for j in range(n)]) - clean for k in range(n)])  # (n, n + 1)
+    found = analysis.amplification(plan, sde, predicts, sigma_data=0.5)
+    torch.testing.assert_close(each.abs().sum(0) / delta, found, rtol=1e-6, atol=1e-6)
+    worst = [delta * float(sign) for sign in each[:, -1].sign()]
+    torch.testing.assert_close((states(worst) - clean)[-1] / delta, found[-1], rtol=1e-6, atol=1e-6)
+
+
+def test_differences_of_predictions_at_almost_pure_noise_amplify_errors() -> None:
+    """A step of the default grid is fifteen times as long as the one before, and weights grow with this ratio."""
+    sde = ss.Discrete(ss.processes.betas("cosine", 1000))
+    plan = ss.VelocityAB(3).plan(sde, ss.grids.quadratic_vp(sde, 8))
+    assert [round(w, 1) for _, w in plan.rows[3].d] == [1.8, -16.8, 15.3]
+    factors = analysis.amplification(plan, sde)
+    assert float(factors[3]) > 30 and float(factors[-1]) == pytest.approx(plan.amplification, rel=1e-12)
+    assert float(analysis.amplification(ss.VelocityAB(2).plan(sde, plan.times), sde).max()) < 3
+    assert float(analysis.amplification(plan, sde, "eps")[3]) > 1e5  # σ/α is 20000 at the start
+
+
+def test_errors_of_eps_where_there_is_no_data_have_no_bound() -> None:
+    plan = ss.DDIM().plan(ss.Flow(), [1.0, 0.5, 0.0])
+    assert analysis.amplification(plan, ss.Flow(), "eps").tolist() == [0.0, math.inf, 0.5 / 0.5]
+    assert analysis.amplification(plan, ss.Flow(), "velocity").tolist() == [0.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match="`predicts`"):
+        analysis.amplification(plan, ss.Flow(), "noise")
+
+
 def test_more_steps_come_closer() -> None:
     for solver in (ss.DDIM(), ss.SDEDPMSolverPP(2)):
         errors = [analysis.weak_error(solver.plan(SDE, ss.grids.karras(SDE, n)), SDE, SPECTRUM) for n in (10, 20, 40)]

@@ -737,6 +737,37 @@ def test_matrices_give_the_states_of_a_run(plan: Plan) -> None:
         assert torch.allclose(table.state(r, START, denoised[:r], normals), state, rtol=0, atol=1e-12 * size)
 
 
+@settings(max_examples=60)
+@given(tables())
+def test_amplification_is_the_move_of_the_result_by_the_worst_errors(plan: Plan) -> None:
+    """By runs with a denoiser that does not look at its input, so that no error is seen by a later evaluation."""
+
+    def result(errors: list[float]) -> float:
+        given = iter(errors)
+        return float(run(plan, lambda x, t: torch.full_like(x, 0.3 + next(given)), START, ss.Noise(1))[0, 0])
+
+    n, delta = plan.nfe, 0.1
+    clean = result([0.0] * n)
+    signs = [1.0 if result([float(j == k) for j in range(n)]) >= clean else -1.0 for k in range(n)]
+    move = result([delta * sign for sign in signs]) - clean
+    assert move == pytest.approx(delta * plan.amplification, rel=1e-9, abs=1e-9 * (1 + abs(clean)))
+
+
+@EACH_RULE
+def test_amplification_of_a_plan_is_the_last_row_of_its_matrix(rule: ss.solvers.Solver) -> None:
+    plan = rule.plan(VP, grid_of(rule))
+    weights = ss.plan.unroll(plan).d[-1]
+    assert plan.amplification == pytest.approx(float(weights.abs().sum()), rel=1e-12)
+    assert plan.amplification >= abs(float(weights.sum()))
+
+
+def test_amplification_of_a_grid_for_each_sample_is_that_of_the_worst() -> None:
+    grids = [ss.grids.karras(VP, 6, t_end=0.2), ss.grids.uniform_lam(VP, 6, t_end=0.2)]
+    alone = [ss.UniPC(3).plan(VP, grid).amplification for grid in grids]
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
+    assert ss.UniPC(3).plan(VP, torch.stack(grids, 1)).amplification == pytest.approx(max(alone), rel=1e-12)
+
+
 def test_matrices_are_differentiable_in_scalar_weights_and_refuse_those_of_samples() -> None:
     w = torch.tensor([0.25, 0.5, -1.0, 0.3, 0.7], dtype=torch.float64, requires_grad=True)
 

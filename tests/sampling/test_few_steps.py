@@ -1,4 +1,4 @@
-"""Stochastic rules with few steps: exact standard deviations on Gaussian data, and the warning of `solve`."""
+"""Rules with few steps: exact standard deviations on Gaussian data, and the warning of `solve`."""
 
 from __future__ import annotations
 
@@ -158,11 +158,93 @@ def test_solve_does_not_warn_of_rules_that_bear_their_steps() -> None:
         for rule in BEARING:
             ss.sample(model, (2, 2), DEFAULTS[rule], steps=10, seed=0)
         ss.sample(model, (2, 2), ss.solvers.ConsistencySampling(), steps=2, seed=0)
-        ss.sample(model, (2, 2), ss.UniPC(3), steps=10, seed=0)
+        ss.sample(model, (2, 2), ss.UniPC(3), steps=20, seed=0)
+        ss.sample(model, (2, 2), ss.DDIM(), steps=1, seed=0)  # the way of distilled networks
         corrector = ss.sampling.LangevinCorrector(seed=1)  # the plan does not know what a hook does
         ss.sample(model, (2, 2), ss.solvers.SEEDS(), steps=10, seed=0, watch=ss.Watch(hook=corrector))
         # A quarter of the standard deviation of the data: the same plan on data that are ten times as wide.
         ss.sample(model, (2, 2), ss.SDEDPMSolverPP(2), steps=20, seed=0, start=ss.Start(data_std=0.5))
+
+
+SOUND: dict[str, Solver] = {
+    "DDIM": ss.DDIM(),
+    "DPM-Solver-2M": ss.solvers.DPMSolver(2, kind="multi"),
+    "DPM-Solver-3": ss.solvers.DPMSolver(3),
+    "DEIS": ss.solvers.DEIS(3),
+    "LMS": ss.solvers.LMS(),
+    "IPNDM": ss.solvers.IPNDM(),
+    "RES": ss.solvers.RES(3),
+    "ETDRK4": ss.solvers.ETDRK4(),
+    **{f"VelocityAB-{p}": ss.VelocityAB(p) for p in (1, 2, 3, 4)},
+}
+COSINE = ss.Discrete(ss.processes.betas("cosine", 1000))
+
+
+@pytest.mark.parametrize("rule", SOUND)
+def test_deterministic_rules_that_bear_four_steps_do_not_warn(rule: str) -> None:
+    """On the default grid: the error of data of std 1 is at most 2/N, and there is no warning."""
+    for sde in (*PROCESSES.values(), COSINE):
+        for steps in (4, 5, 6, 8, 10, 20):
+            plan = SOUND[rule].plan(sde, ss.grids.quadratic_vp(sde, steps))
+            assert not warned(plan, sde), (sde, steps)
+            found = float(ss.analysis.exact_moments(plan, sde).variance.sqrt())
+            assert abs(found - 1) <= 2.0 / steps, (sde, steps, found)
+
+
+def test_deterministic_rules_that_extrapolate_too_far_warn() -> None:
+    """By the exact standard deviation of a direction that the check does not try."""
+    sub, edm = ss.SubVP(), ss.EDM()
+    cases: list[tuple[Solver, ss.SDE, int, bool]] = [
+        (ss.UniPC(3), sub, 10, True),
+        (ss.UniPC(4), edm, 10, True),
+        (ss.solvers.DPMSolverPP(3), sub, 8, True),
+        (ss.EDMHeun(), edm, 5, True),
+        (ss.solvers.Euler(), ss.VE(), 6, True),
+        (ss.UniPC(3), sub, 20, False),
+        (ss.EDMHeun(), edm, 10, False),
+        (ss.DPMSolverPP(2), edm, 10, False),
+    ]
+    for solver, sde, steps, bad in cases:
+        plan = solver.plan(sde, ss.grids.quadratic_vp(sde, steps))
+        assert warned(plan, sde) == bad, (solver, sde, steps)
+        found = ss.analysis.exact_moments(plan, sde, spectrum=torch.tensor([0.9, 0.6, 0.02]) ** 2).variance.sqrt()
+        wider = float((found - torch.tensor([0.9, 0.6, 0.02])).max())
+        assert (wider > 0.2) == bad, (solver, sde, steps, found)
+
+
+@pytest.mark.parametrize("predicts", ["velocity", "eps"])
+def test_the_defaults_warn_only_where_the_result_is_bad(predicts: str) -> None:
+    """With at least three evaluations; the only such results are those of ε-networks under SubVP with few steps."""
+    bad = set()
+    for name, sde in {**PROCESSES, "Discrete cosine": COSINE}.items():
+        if predicts == "eps" and sde.alpha(sde.T) < 1e-12:
+            continue  # ε does not determine the data there
+        net = ss.Denoiser(lambda x, t: x, sde, predicts=predicts)
+        for nfe in (*range(1, 13), 16, 20):
+            plan = ss.sampling.plan_for(net, nfe=nfe)
+            found = float(ss.analysis.exact_moments(plan, sde).variance.sqrt())
+            if warned(plan, sde):
+                assert abs(found - 1) > 0.25, (name, nfe, found)
+                bad.add((name, nfe))
+            assert warned(plan, sde) or nfe < 3 or found < 1.25, (name, nfe, found)
+    assert bad == ({("SubVP", nfe) for nfe in range(4, 9)} if predicts == "eps" else set())
+
+
+def test_a_run_that_ends_in_noise_is_measured_by_the_noise() -> None:
+    """Two percent of σ = 80 are 1.6 times the standard deviation of the data."""
+    sde = ss.EDM()
+    model = ss.GaussianMixture(sde, torch.zeros(1, 2), std=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ss.encode(model, torch.ones(2, 2), ss.DDIM(), steps=30)
+        ss.sample(model, (2, 2), ss.DDIM(), steps=4, t_end=20.0, seed=0)
+
+
+def test_solve_warns_of_deterministic_plans_and_does_not_advise_less_noise() -> None:
+    model = ss.GaussianMixture(ss.SubVP(), torch.zeros(1, 2), std=0.5)
+    with pytest.warns(UserWarning, match=r"UniPC\(.*cannot bear so few steps.*a lower order or another solver") as all_:
+        ss.sample(model, (2, 2), ss.UniPC(3), steps=10, seed=0)
+    assert all_[0].filename == __file__
 
 
 @pytest.mark.parametrize("name", PROCESSES)

@@ -79,10 +79,6 @@ def ancestral(eta: float) -> tuple[Grid, str]:
     return grid, f"`ancestral` of it, eta = {eta:g}"
 
 
-def to_label_zero(sde: ss.SDE, made: Any) -> Tensor:
-    return torch.cat([times_of(sde, made)[:-1], torch.ones(1).double()])
-
-
 def tcd(eta: float) -> Grid:
     """Times of TCD: from each label below the next one, then up to it with fresh noise."""
 
@@ -172,7 +168,8 @@ def rows() -> list[Row]:
     out.append(Row("CosineDPMSolverMultistep", ss.SDEDPMSolverPP(2), note=trees))
     out.append(Row("FlowMatchLCM", s.ConsistencySampling()))
     out.append(Row("LCM", s.ConsistencySampling(), OPEN))
-    out.append(Row("TCD", ss.DDIM(), OPEN, {"eta": 0.0}, to_label_zero, "labels + 1, then 1"))
+    out.append(Row("LCM", s.ConsistencySampling(), {**OPEN, "set_alpha_to_one": False}))
+    out.append(Row("TCD", ss.DDIM(), OPEN, {"eta": 0.0}))
     out.append(Row("TCD", ss.DDIM(), OPEN, {"eta": 0.3}, tcd(0.3), "`zigzag`: below each label, and up to it"))
     return out
 

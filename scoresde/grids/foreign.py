@@ -79,7 +79,7 @@ def from_scheduler(sde: SDE | object, steps: int | None, scheduler: object, *, m
     - On a β list an integer label k is the time k + 1, and another level is the time with the same σ/α. The levels are
       those of the states: with Karras levels the scheduler rounds the labels that it gives to the network.
     - The last time is 0 if the scheduler steps to the data, or 1, that of label 0, if it does not, as with
-      ``set_alpha_to_one=False`` or ``final_sigmas_type="sigma_min"``.
+      ``set_alpha_to_one=False``, ``final_sigmas_type="sigma_min"`` or ``TCDScheduler``.
 
     Arguments:
         sde: The process, or a denoiser with it, as from :func:`scoresde.interop.from_diffusers`.
@@ -125,7 +125,9 @@ def _times(sde: SDE, made: _Scheduler) -> Tensor:
         whole = labels[(labels >= 0) & (labels == labels.round())]
         if name == "PNDMScheduler":  # its labels with those of stages
             whole = torch.as_tensor(vars(made)["_timesteps"]).double()
-        last = 1.0 if config.get("set_alpha_to_one") is False else 0.0
+        # Whatever `set_alpha_to_one` is, the last step of TCD goes to label 0, and that of LCM to the data.
+        ends = {"TCDScheduler": 1.0, "LCMScheduler": 0.0}
+        last = ends.get(name, 1.0 if config.get("set_alpha_to_one") is False else 0.0)
         times = whole.unique().flip(0) + 1
         return times if times[-1] == last else _ending(times, last)
     return _of_continuous_labels(sde, labels, config)

@@ -124,10 +124,12 @@ def test_labels_are_times_minus_one(name: str, spacing: str) -> None:
     sde = interop.sde_from_diffusers(made)
     grid = ss.grids.from_scheduler(sde, 10, made)
     made.set_timesteps(10)
-    assert (grid[:-1] - 1).tolist() == made.timesteps.tolist() and grid[-1] == 0
-    if "set_alpha_to_one" in made.config and name != "LCM":
+    assert (grid[:-1] - 1).tolist() == made.timesteps.tolist()
+    assert grid[-1] == (1 if name == "TCD" else 0), "the last step of TCD goes to label 0"
+    if "set_alpha_to_one" in made.config:
         at_label = getattr(diffusers, f"{name}Scheduler")(**config, set_alpha_to_one=False)
-        assert ss.grids.from_scheduler(sde, 10, at_label)[-1] == 1
+        end = ss.grids.from_scheduler(sde, 10, at_label)[-1]
+        assert end == (0 if name == "LCM" else 1), "the last step of LCM returns the data prediction"
 
 
 @pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from torch import nn
@@ -12,7 +13,6 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.network import Denoiser
-from scoresde.nn.embedding import Conditioning
 
 
 def check_ready(model: object) -> AbstractDenoiser:
@@ -67,7 +67,8 @@ def warn_untrained(model: AbstractDenoiser, t: float) -> None:
 def _takes_label(module: nn.Module) -> bool:
     """Whether a denoiser has a class-conditional network of this library."""
     condition = getattr(module.net, "condition", None) if isinstance(module, Denoiser) else None
-    return isinstance(condition, Conditioning) and condition.classes is not None
+    embedding = sys.modules.get("scoresde.nn.embedding")  # if it is not loaded, the network is not of this library
+    return embedding is not None and isinstance(condition, embedding.Conditioning) and condition.classes is not None
 
 
 def _is_active(module: nn.Module) -> bool:

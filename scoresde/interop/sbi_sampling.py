@@ -81,7 +81,7 @@ class SolverPosterior(VectorFieldPosterior):  # type: ignore[misc]
         max_sampling_time: float | None = None,
         return_partial_on_timeout: bool = False,
     ) -> Tensor:
-        """Samples θ of the posterior, (*sample_shape, *event).
+        """Samples θ of the posterior, ``(*sample_shape, *event)``.
 
         Arguments:
             sample_shape: Shape of the samples.
@@ -137,7 +137,7 @@ class SolverPosterior(VectorFieldPosterior):  # type: ignore[misc]
         max_sampling_time: float | None = None,
         return_partial_on_timeout: bool = False,
     ) -> Tensor:
-        """Samples θ of the posteriors of N observations, (*sample_shape, N, *event).
+        """Samples θ of the posteriors of N observations, ``(*sample_shape, N, *event)``.
 
         Arguments:
             sample_shape: Shape of the samples of each posterior.

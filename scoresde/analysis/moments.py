@@ -226,6 +226,7 @@ def amplification(plan: Plan, sde: SDE, predicts: str = "x0", sigma_data: float 
         (1.3, 34.6)
     """
     check.choice("predicts", predicts, PREDICTIONS)
+    check.number("sigma_data", sigma_data, above=0)
     u = unroll(plan)
     units = []
     for t in u.t[:-1]:

@@ -219,6 +219,8 @@ def test_errors_of_eps_where_there_is_no_data_have_no_bound() -> None:
     assert analysis.amplification(plan, ss.Flow(), "velocity").tolist() == [0.0, 0.5, 0.5]
     with pytest.raises(ValueError, match="`predicts`"):
         analysis.amplification(plan, ss.Flow(), "noise")
+    with pytest.raises(ValueError, match="`sigma_data`"):
+        analysis.amplification(plan, ss.Flow(), "F", sigma_data=0.0)
 
 
 def test_more_steps_come_closer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Concatenate, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde.solvers.naming import show
+
+First = TypeVar("First")
 
 
 def _constant(name: str) -> str:
@@ -49,49 +52,128 @@ class Prediction:
         return _constant(self.name)
 
 
-DATA = Prediction(
-    "data",
-    scale=lambda alpha, sigma: sigma,
-    p=lambda alpha, sigma: torch.zeros_like(sigma),
-    q=lambda alpha, sigma: torch.ones_like(sigma),
-    clock=lambda lam: lam.exp(),
-    lam_of_clock=lambda c: c.log(),
-    slope=lambda c: c,
-)
+# Functions with names instead of lambdas, so that solvers can be pickled.
+
+
+def _first(a: Tensor, b: Tensor) -> Tensor:
+    return a
+
+
+def _second(a: Tensor, b: Tensor) -> Tensor:
+    return b
+
+
+def _zero(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.zeros_like(sigma)
+
+
+def _one(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return torch.ones_like(sigma)
+
+
+def _sum(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha + sigma
+
+
+def _root(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (alpha**2 + sigma**2).sqrt()
+
+
+def _inverse_sigma(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return 1 / sigma
+
+
+def _q_noise(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return -alpha / sigma
+
+
+def _q_velocity(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return -(alpha + sigma) / sigma
+
+
+def _p_v(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha / (sigma * _root(alpha, sigma))
+
+
+def _q_v(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return -_root(alpha, sigma) / sigma
+
+
+def _exp(lam: Tensor) -> Tensor:
+    return lam.exp()
+
+
+def _log(c: Tensor) -> Tensor:
+    return c.log()
+
+
+def _identity(c: Tensor) -> Tensor:
+    return c
+
+
+def _rho(lam: Tensor) -> Tensor:
+    return (-lam).exp()
+
+
+def _minus_log(c: Tensor) -> Tensor:
+    return -c.log()
+
+
+def _negative(c: Tensor) -> Tensor:
+    return -c
+
+
+def _tau(lam: Tensor) -> Tensor:
+    return (-lam).sigmoid()
+
+
+def _lam_of_tau(c: Tensor) -> Tensor:
+    return torch.log1p(-c) - c.log()
+
+
+def _slope_of_tau(c: Tensor) -> Tensor:
+    return -c * (1 - c)
+
+
+def _angle(lam: Tensor) -> Tensor:
+    return (-lam).exp().atan()
+
+
+def _lam_of_angle(c: Tensor) -> Tensor:
+    return -c.tan().log()
+
+
+def _slope_of_angle(c: Tensor) -> Tensor:
+    return -c.sin() * c.cos()
+
+
+DATA = Prediction("data", scale=_second, p=_zero, q=_one, clock=_exp, lam_of_clock=_log, slope=_identity)
 """The data prediction, d: DPM-Solver++; EDM calls it the denoiser."""
 
 NOISE = Prediction(
     "noise",
-    scale=lambda alpha, sigma: alpha,
-    p=lambda alpha, sigma: 1 / sigma,
-    q=lambda alpha, sigma: -alpha / sigma,
-    clock=lambda lam: (-lam).exp(),
-    lam_of_clock=lambda c: -c.log(),
-    slope=lambda c: -c,
+    scale=_first,
+    p=_inverse_sigma,
+    q=_q_noise,
+    clock=_rho,
+    lam_of_clock=_minus_log,
+    slope=_negative,
     needs_signal=True,
 )
 """ε = (x − α d)/σ: DDIM, DPM-Solver, DEIS."""
 
 VELOCITY = Prediction(
     "velocity",
-    scale=lambda alpha, sigma: alpha + sigma,
-    p=lambda alpha, sigma: 1 / sigma,
-    q=lambda alpha, sigma: -(alpha + sigma) / sigma,
-    clock=lambda lam: (-lam).sigmoid(),
-    lam_of_clock=lambda c: torch.log1p(-c) - c.log(),
-    slope=lambda c: -c * (1 - c),
+    scale=_sum,
+    p=_inverse_sigma,
+    q=_q_velocity,
+    clock=_tau,
+    lam_of_clock=_lam_of_tau,
+    slope=_slope_of_tau,
 )
 """ε − d, the velocity of x/(α + σ) in τ = σ/(α + σ): the flow-matching velocity, on any process."""
 
-V = Prediction(
-    "v",
-    scale=lambda alpha, sigma: (alpha**2 + sigma**2).sqrt(),
-    p=lambda alpha, sigma: alpha / (sigma * (alpha**2 + sigma**2).sqrt()),
-    q=lambda alpha, sigma: -((alpha**2 + sigma**2).sqrt()) / sigma,
-    clock=lambda lam: (-lam).exp().atan(),
-    lam_of_clock=lambda c: -c.tan().log(),
-    slope=lambda c: -c.sin() * c.cos(),
-)
+V = Prediction("v", scale=_root, p=_p_v, q=_q_v, clock=_angle, lam_of_clock=_lam_of_angle, slope=_slope_of_angle)
 """(α ε − σ d)/√(α² + σ²), the velocity in the angle atan(σ/α)."""
 
 
@@ -99,19 +181,51 @@ V = Prediction(
 def edm_prediction(sigma_data: float) -> Prediction:
     """Make a prediction of EDM's network output F, with `sigma_data` as in :class:`Preconditioning`."""
     s = check.number("sigma_data", sigma_data, above=0)
-
-    def root(alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (sigma**2 + s**2 * alpha**2).sqrt()
-
     return Prediction(
         f"edm_prediction({show(sigma_data)})",
-        scale=root,
-        p=lambda alpha, sigma: -alpha * s / (sigma * root(alpha, sigma)),
-        q=lambda alpha, sigma: root(alpha, sigma) / (sigma * s),
-        clock=lambda lam: ((-lam).exp() / s).atan(),
-        lam_of_clock=lambda c: -(s * c.tan()).log(),
-        slope=lambda c: -c.sin() * c.cos(),
+        scale=Bound(_edm_root, s),
+        p=Bound(_edm_p, s),
+        q=Bound(_edm_q, s),
+        clock=Bound(_edm_angle, s),
+        lam_of_clock=Bound(_lam_of_edm_angle, s),
+        slope=_slope_of_angle,
     )
+
+
+@dataclass(frozen=True)
+class Bound(Generic[First]):
+    """A function with its first argument; unlike a closure, it is equal to another with equal parts and is picklable.
+
+    Arguments:
+        function: Function of `first` and of further tensors.
+        first: First argument.
+    """
+
+    function: Callable[Concatenate[First, ...], Tensor]
+    first: First
+
+    def __call__(self, *rest: Tensor) -> Tensor:
+        return self.function(self.first, *rest)
+
+
+def _edm_root(s: float, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (sigma**2 + s**2 * alpha**2).sqrt()
+
+
+def _edm_p(s: float, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return -alpha * s / (sigma * _edm_root(s, alpha, sigma))
+
+
+def _edm_q(s: float, alpha: Tensor, sigma: Tensor) -> Tensor:
+    return _edm_root(s, alpha, sigma) / (sigma * s)
+
+
+def _edm_angle(s: float, lam: Tensor) -> Tensor:
+    return ((-lam).exp() / s).atan()
+
+
+def _lam_of_edm_angle(s: float, c: Tensor) -> Tensor:
+    return -(s * c.tan()).log()
 
 
 @checked
@@ -135,14 +249,22 @@ class Variable:
         return _constant(self.name)
 
 
-LAM = Variable("lam", lambda lam, t: lam, infinite=True)
+def _rho_of(lam: Tensor, t: Tensor) -> Tensor:
+    return _rho(lam)
+
+
+def _tau_of(lam: Tensor, t: Tensor) -> Tensor:
+    return _tau(lam)
+
+
+LAM = Variable("lam", _first, infinite=True)
 """λ = log(α/σ): the DPM-Solver family."""
 
-RHO = Variable("rho", lambda lam, t: (-lam).exp())
+RHO = Variable("rho", _rho_of)
 """ρ = σ/α: DEIS ρAB, linear multistep, EDM."""
 
-TAU = Variable("tau", lambda lam, t: (-lam).sigmoid())
+TAU = Variable("tau", _tau_of)
 """τ = σ/(α + σ): flow time."""
 
-TIME = Variable("time", lambda lam, t: t, uses_t=True)
+TIME = Variable("time", _second, uses_t=True)
 """The time t of the process: DEIS tAB."""

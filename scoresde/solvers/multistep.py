@@ -150,7 +150,7 @@ class Multistep(Solver):
 
         Other predictions diverge if the history crosses fresh noise.
         """
-        if self.prediction is not DATA:
+        if self.prediction != DATA:
             return [row]
         t = _float64(tape.time(row))
         earlier = [k for k in history if not torch.equal(_float64(tape.time(k)), t)]

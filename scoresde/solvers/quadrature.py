@@ -50,9 +50,9 @@ def noise_std(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -
     if not noisy(eta):
         return torch.zeros_like(t.sigma)
     h = t.lam - s.lam
-    if prediction is DATA:
+    if prediction == DATA:
         return t.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
-    if prediction is NOISE:
+    if prediction == NOISE:
         return eta * t.sigma * torch.expm1(2 * h).sqrt()
     lam = s.lam[..., None] + h[..., None] * LEGENDRE_NODES
     relative = _relative_transfer(prediction, eta, lam, t.lam[..., None])
@@ -144,7 +144,7 @@ def weights(
         lam = s.lam[..., None] + h[..., None] * LEGENDRE_NODES
         kernel = _kernel(prediction, eta, lam, t) * h[..., None]
     else:
-        if prediction is DATA and bool(t.lam.isinf().all()):
+        if prediction == DATA and bool(t.lam.isinf().all()):
             lam = t.lam[..., None]
             kernel = t.alpha[..., None] * torch.ones_like(shape)
             return lagrange(variable.of(lam, t.t[..., None]), u)[..., 0] * kernel[..., 0].unsqueeze(1)

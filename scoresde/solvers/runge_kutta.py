@@ -115,7 +115,7 @@ class RungeKutta(Solver):
 
     def __post_init__(self) -> None:
         check.choice("clock", self.clock, ("t", "lam"))
-        if self.prediction is DATA:
+        if self.prediction == DATA:
             raise ValueError("`prediction` must not be DATA, whose clock is infinite at σ = 0; use SingleStep.")
 
     @property
@@ -129,7 +129,7 @@ class RungeKutta(Solver):
 
     def leg(self, tape: Tape, leg: Leg) -> tuple[int, list[int]]:
         times, evaluates, node = (tape.time(leg.row), leg.t), leg.evaluates, leg.node
-        of_noise = self.prediction is None or self.prediction is NOISE
+        of_noise = self.prediction is None or self.prediction == NOISE
         if any(map(tape.no_noise, times)) or (of_noise and any(map(tape.no_signal, times))):
             # The slope is undefined at σ = 0 and, for the noise and the plain flow, at α = 0.
             f = self.prediction or DATA

@@ -9,12 +9,13 @@ variation of g along trajectories: l is the mean slope of σε in x; s, b are th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from scoresde._doors import checked
-from scoresde.solvers.interpolants import Prediction
+from scoresde.solvers.interpolants import Bound, Prediction
 from scoresde.solvers.naming import constructor
 
 
@@ -54,30 +55,73 @@ class Statistics:
 
     def prediction(self) -> Prediction:
         """Return g as a prediction for ``Multistep(order, prediction)``."""
-        lam, slope, s, b = (torch.tensor(v, dtype=torch.float64) for v in (self.lam, self.l, self.s, self.b))
-        integral_l, integral_s = _Primitive(lam, slope), _Primitive(lam, s)
-        # ∫ e^{−S} b on a finer table: its integrand is not piecewise linear.
-        fine = torch.linspace(float(lam[0]), float(lam[-1]), 64 * len(lam) + 1, dtype=torch.float64)
-        integral_b = _Primitive(fine, (-integral_s(fine)).exp() * interpolate(lam, b, fine))
-
-        def lam_of(alpha: Tensor, sigma: Tensor) -> Tensor:
-            return alpha.log() - sigma.log()
-
-        def p(alpha: Tensor, sigma: Tensor) -> Tensor:
-            at = lam_of(alpha, sigma)
-            return (-integral_s(at)).exp() * (1 - interpolate(lam, slope, at)) / alpha
-
+        tables = _Tables(self)
         return Prediction(
             repr(self),
-            scale=lambda alpha, sigma: alpha * (-integral_l(lam_of(alpha, sigma))).exp(),
-            p=p,
-            q=lambda alpha, sigma: -(-integral_s(lam_of(alpha, sigma))).exp(),
-            clock=lambda at: at,
-            lam_of_clock=lambda c: c,
+            scale=Bound(_Tables.scale, tables),
+            p=Bound(_Tables.p, tables),
+            q=Bound(_Tables.q, tables),
+            clock=_same,
+            lam_of_clock=_same,
             slope=torch.ones_like,
             needs_signal=True,
-            offset=integral_b if any(self.b) else None,
+            offset=Bound(_Tables.offset, tables) if any(self.b) else None,
         )
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The functions of g; two of them are equal if their statistics are.
+
+    Arguments:
+        of: Statistics.
+    """
+
+    of: Statistics
+
+    @cached_property
+    def lam(self) -> Tensor:
+        return torch.tensor(self.of.lam, dtype=torch.float64)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        return torch.tensor(self.of.l, dtype=torch.float64)
+
+    @cached_property
+    def integral_l(self) -> _Primitive:
+        return _Primitive(self.lam, self.slope)
+
+    @cached_property
+    def integral_s(self) -> _Primitive:
+        return _Primitive(self.lam, torch.tensor(self.of.s, dtype=torch.float64))
+
+    @cached_property
+    def integral_b(self) -> _Primitive:
+        # ∫ e^{−S} b on a finer table: its integrand is not piecewise linear.
+        lam, b = self.lam, torch.tensor(self.of.b, dtype=torch.float64)
+        fine = torch.linspace(float(lam[0]), float(lam[-1]), 64 * len(lam) + 1, dtype=torch.float64)
+        return _Primitive(fine, (-self.integral_s(fine)).exp() * interpolate(lam, b, fine))
+
+    def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * (-self.integral_l(_lam_of(alpha, sigma))).exp()
+
+    def p(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        at = _lam_of(alpha, sigma)
+        return (-self.integral_s(at)).exp() * (1 - interpolate(self.lam, self.slope, at)) / alpha
+
+    def q(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return -(-self.integral_s(_lam_of(alpha, sigma))).exp()
+
+    def offset(self, lam: Tensor) -> Tensor:
+        return self.integral_b(lam)
+
+
+def _same(c: Tensor) -> Tensor:
+    return c
+
+
+def _lam_of(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return alpha.log() - sigma.log()
 
 
 def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:

@@ -311,7 +311,7 @@ class Tape:
             if draw in self._increments:
                 source = self._increments[draw].row
             elif prediction in (DATA, NOISE) and not isinstance(eta, Tensor):
-                kappa = eta**2 if prediction is DATA else -1.0
+                kappa = eta**2 if prediction == DATA else -1.0
                 self._increments[draw] = _Increment(source, row, kappa, self._laps)
 
     @checked
@@ -426,7 +426,7 @@ class Tape:
             stds = [noise_std(f, eta, source, target)] * len(first.draws)
         std = torch.stack(stds, 1) if stds else phi.new_zeros(len(moves), 0, *phi.shape[1:])
         of_d = W * f.q(nodes.alpha, nodes.sigma)
-        of_x = torch.zeros_like(W) if f is DATA else W * f.p(nodes.alpha, nodes.sigma)
+        of_x = torch.zeros_like(W) if f == DATA else W * f.p(nodes.alpha, nodes.sigma)
         _check_finite(first, source, target, phi, std.sum(1), of_x.sum(1), of_d.sum(1))
         one = torch.zeros_like(phi) if f.offset is None else constant(f, eta, source, target, nodes, W)
         columns = (phi, of_x, of_d, std, one)
@@ -440,7 +440,7 @@ class Tape:
         self, move: _Move, phi: Weight, of_x: list[Weight], of_d: list[Weight], std: list[Weight], one: Weight
     ) -> Row:
         x = {move.source: phi}
-        if move.prediction is not DATA:
+        if move.prediction != DATA:
             for k, w in zip(move.nodes, of_x, strict=True):
                 x[k] = x[k] + w if k in x else w
         row = self._rows[move.row]

@@ -63,9 +63,9 @@ html_title = f"scoresde {version}"
 
 
 def read_naturally(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Escape the asterisk in (B, *event), and search for :func:`sample` in all modules."""
+    """Escape the asterisks in (*shape, B, *event), and search for :func:`sample` in all modules."""
     for i, line in enumerate(lines):
-        line = re.sub(r"(``.*?``)|(?<=, )\*(?=\w+\))", lambda m: m[1] or r"\*", line)
+        line = re.sub(r"(``.*?``)|(?:(?<=, )|(?<=\())\*(?=\w+[,)])", lambda m: m[1] or r"\*", line)
         lines[i] = re.sub(r"(:(?:attr|class|func|meth|mod):`)(?=\w)", r"\1.", line)
 
 

@@ -13,7 +13,7 @@ from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde.solvers.naming import show
 
-First = TypeVar("First")
+FirstT = TypeVar("FirstT")
 
 
 def _constant(name: str) -> str:
@@ -193,16 +193,16 @@ def edm_prediction(sigma_data: float) -> Prediction:
 
 
 @dataclass(frozen=True)
-class Bound(Generic[First]):
+class Bound(Generic[FirstT]):
     """A function with its first argument; unlike a closure, it is equal to another with equal parts and is picklable.
 
     Arguments:
         function: Function of `first` and of further tensors.
-        first: First argument.
+        first: FirstT argument.
     """
 
-    function: Callable[Concatenate[First, ...], Tensor]
-    first: First
+    function: Callable[Concatenate[FirstT, ...], Tensor]
+    first: FirstT
 
     def __call__(self, *rest: Tensor) -> Tensor:
         return self.function(self.first, *rest)

@@ -198,7 +198,7 @@ class Bound(Generic[FirstT]):
 
     Arguments:
         function: Function of `first` and of further tensors.
-        first: FirstT argument.
+        first: First argument.
     """
 
     function: Callable[Concatenate[FirstT, ...], Tensor]

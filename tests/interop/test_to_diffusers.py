@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -666,12 +667,13 @@ def test_a_scheduler_is_copied_in_the_middle_of_a_run() -> None:
     x = embeds(2, 3)
     for i, t in enumerate(made.timesteps):
         if i == 2:
-            other, y = copy.deepcopy(made), x.clone()
-            for s in other.timesteps[2:]:
-                y = other.step(0.1 * y, s, y, generator=torch.Generator().manual_seed(int(s))).prev_sample
-            results.append(y)
+            for other in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+                y = x.clone()
+                for s in other.timesteps[2:]:
+                    y = other.step(0.1 * y, s, y, generator=torch.Generator().manual_seed(int(s))).prev_sample
+                results.append(y)
         x = made.step(0.1 * x, t, x, generator=torch.Generator().manual_seed(int(t))).prev_sample
-    assert torch.equal(x, results[0])
+    assert len(results) == 2 and all(torch.equal(x, y) for y in results)
 
 
 def test_to_diffusers_of_its_own_result_replaces_the_solver() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Concatenate, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -201,7 +201,7 @@ class Bound(Generic[FirstT]):
         first: First argument.
     """
 
-    function: Callable[Concatenate[FirstT, ...], Tensor]
+    function: Callable[..., Tensor]
     first: FirstT
 
     def __call__(self, *rest: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def from_scheduler(sde: SDE | object, steps: int | None, scheduler: object, *, m
       ``set_alpha_to_one=False``, ``final_sigmas_type="sigma_min"`` or ``TCDScheduler``.
 
     Arguments:
-        sde: The process, or a denoiser with it, as from :func:`scoresde.interop.from_diffusers`.
+        sde: The process, or a denoiser with it, as from :func:`from_diffusers`.
         steps: Number of steps, ``num_inference_steps``; None for the times that the scheduler has, as after a call of
             its ``set_timesteps`` with levels of your own.
         scheduler: Scheduler of diffusers.

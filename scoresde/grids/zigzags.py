@@ -27,7 +27,7 @@ class Zigzag(Tensor):
 
 
 @checked
-def zigzag(times: Tensor | Sequence[float]) -> Zigzag:
+def zigzag(times: Tensor | Sequence[float] | Sequence[Sequence[float]]) -> Zigzag:
     r"""Mark times as a grid that goes up on purpose; each step up adds fresh noise, by the exact forward transition.
 
     .. math:: x_t = \frac{\alpha_t}{\alpha_s} x_s + \sqrt{\sigma_t^2 - \frac{\alpha_t^2}{\alpha_s^2}\sigma_s^2}\, z

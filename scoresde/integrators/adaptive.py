@@ -20,7 +20,7 @@ from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter
 from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.control import Control
-from scoresde.integrators.embedded import Adams, Frame, Pair, State, advance, on_device, wide
+from scoresde.integrators.embedded import Adams, Frame, Pair, Parts, advance, on_device, wide
 from scoresde.integrators.loop import Accepted, Equation, Observer, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.processes.sde import SDE
@@ -176,7 +176,7 @@ class FlowEquation(Equation):
     problem: Problem
     frame: Frame
 
-    def slopes(self, u: Tensor, y: State) -> State:
+    def slopes(self, u: Tensor, y: Parts) -> Parts:
         frame, x = self.frame, y[0]
         at = frame.point(u)
         N, p, q = (fn(at.alpha, at.sigma) for fn in (frame.prediction.scale, frame.prediction.p, frame.prediction.q))

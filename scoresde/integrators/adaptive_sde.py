@@ -32,7 +32,7 @@ from scoresde._progress import Bar
 from scoresde.denoisers.distributed import refuse_ddp
 from scoresde.integrators.adaptive import check_tolerances, clean_stop, progress
 from scoresde.integrators.control import Control
-from scoresde.integrators.embedded import Attempt, Evaluate, Past, Scheme, State, Weigh, on_device, wide
+from scoresde.integrators.embedded import Attempt, Evaluate, Parts, Past, Scheme, Weigh, on_device, wide
 from scoresde.integrators.loop import Equation, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.noise.brownian import BrownianPath
@@ -148,7 +148,7 @@ class DataEquation(Equation):
     problem: Problem
     ends: tuple[float, float]
 
-    def slopes(self, u: Tensor, y: State) -> State:
+    def slopes(self, u: Tensor, y: Parts) -> Parts:
         return (self.problem.denoise(y[0], on_device(self.time(u), y[0])),)
 
     def rows(self, index: Tensor) -> DataEquation:
@@ -195,7 +195,7 @@ class BrownianStep(Scheme):
             return torch.zeros((len(u), *self.path.shape[1:]), dtype=self.path.dtype, device=self.path.device)
         return self.path.unit(self._time(u), self.samples.tolist())
 
-    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: Parts, past: Past) -> Attempt:
         (x, W_s), (d_s,), h = y, past.f[0], t - s
         alpha_s, alpha = self.sde.alpha(self.sde.t_of_lam(s)), self.sde.alpha(self.sde.t_of_lam(t))
         decay = (1 + self.eta**2) * h

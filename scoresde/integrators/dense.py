@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde.integrators.embedded import Frame, State, advance, on_device, wide
+from scoresde.integrators.embedded import Frame, Parts, advance, on_device, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ class Record:
 
 
 def quartic(
-    h: Tensor, before: Tensor, after: Tensor, stages: Sequence[State], middle: Sequence[float]
+    h: Tensor, before: Tensor, after: Tensor, stages: Sequence[Parts], middle: Sequence[float]
 ) -> Callable[[float], Tensor]:
     """Polynomial through the ends of a step, their slopes and the middle, as a function of the share of the step.
 

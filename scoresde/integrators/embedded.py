@@ -26,13 +26,13 @@ from scoresde.processes.sde import SDE
 from scoresde.solvers.interpolants import LAM, NOISE, VELOCITY, Prediction
 from scoresde.solvers.quadrature import Point, weights
 
-State = tuple[Tensor, ...]
+Parts = tuple[Tensor, ...]
 """Tensors (B, ...) that are integrated together; the error control uses the first one."""
 
 Weigh = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Weights (k, B) of the slopes at `nodes` (k, B), for the step from `s` to `t`, both (B,)."""
 
-Evaluate = Callable[[Tensor, State], State]
+Evaluate = Callable[[Tensor, Parts], Parts]
 """Slopes of a state at clock u, (B,)."""
 
 QUADRATURE = 8  # Gauss–Legendre nodes; exact for polynomials of degree 15
@@ -112,11 +112,11 @@ class Attempt(NamedTuple):
         stages: Slopes of the stages in their order, the first at the start of the step, for pairs with stages.
     """
 
-    y: State
-    f: State | None
+    y: Parts
+    f: Parts | None
     error: Tensor
     power: Tensor | float
-    stages: Sequence[State] = ()
+    stages: Sequence[Parts] = ()
 
 
 def on_device(v: Tensor, x: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def wide(v: Tensor, x: Tensor) -> Tensor:
     return v.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def advance(y: State, w: Tensor, slopes: Sequence[State]) -> State:
+def advance(y: Parts, w: Tensor, slopes: Sequence[Parts]) -> Parts:
     """Compute y + Σ w_j f_j; the weights, (k, B), are copied to the device once."""
     w = on_device(w, y[0])
     out = list(y)
@@ -165,7 +165,7 @@ class Scheme:
         """
         return self
 
-    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: Parts, past: Past) -> Attempt:
         """Attempt the step from s to t.
 
         Arguments:
@@ -206,7 +206,7 @@ class Past:
     """
 
     u: list[Tensor]
-    f: list[State]
+    f: list[Parts]
     count: Tensor
 
 
@@ -253,7 +253,7 @@ class Adams(Pair):
     def in_lam(self) -> bool:
         return self.clock == "lam"
 
-    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: Parts, past: Past) -> Attempt:
         u = torch.stack([t, *past.u[: self.nodes]])
         k = past.count.clamp_max(self.nodes)
         predictor, corrector, error = torch.zeros(3, *u.shape, dtype=torch.float64)
@@ -308,7 +308,7 @@ class EmbeddedRungeKutta(Pair):
     def calls(self) -> int:
         return len(self.a)  # the first stage is the last one of the previous step
 
-    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: Parts, past: Past) -> Attempt:
         h = weigh(s, t, s[None])
         slopes = [past.f[0]]
         stage = y
@@ -401,7 +401,7 @@ class DPMPair(Pair):
     def in_lam(self) -> bool:
         return True
 
-    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: State, past: Past) -> Attempt:
+    def attempt(self, evaluate: Evaluate, weigh: Weigh, s: Tensor, t: Tensor, y: Parts, past: Past) -> Attempt:
         first = past.f[0]
         u = s + (t - s) * (1 / 2 if self.of_order == 2 else 1 / 3)
         g = evaluate(u, advance(y, weigh(s, u, s[None]), [first]))

@@ -20,7 +20,7 @@ from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import Record
-from scoresde.integrators.embedded import Attempt, Past, Scheme, State, advance, on_device, polynomial, wide
+from scoresde.integrators.embedded import Attempt, Parts, Past, Scheme, advance, on_device, polynomial, wide
 from scoresde.integrators.method import Stats
 
 ROUNDING = 1e-14  # a step of this length, relative to the clock, does not change the clock
@@ -58,7 +58,7 @@ class Equation:
     The clock u is a tensor (b,), float64 on the CPU; the state is a tuple of tensors with b rows.
     """
 
-    def slopes(self, u: Tensor, y: State) -> State:
+    def slopes(self, u: Tensor, y: Parts) -> Parts:
         """Slopes f of all samples."""
         raise NotImplementedError
 
@@ -87,7 +87,7 @@ class Equation:
         return u
 
 
-Function = Callable[[Tensor, State, "Tensor | None"], "State | Tensor"]
+Function = Callable[[Tensor, Parts, "Tensor | None"], "Parts | Tensor"]
 """Slopes ``f(u, y, rows)``; `rows` are the numbers of the samples, None for all."""
 
 
@@ -102,7 +102,7 @@ class FunctionEquation(Equation):
     def __init__(self, function: Function, index: Tensor | None = None) -> None:
         self.function, self.index = function, index
 
-    def slopes(self, u: Tensor, y: State) -> State:
+    def slopes(self, u: Tensor, y: Parts) -> Parts:
         rows = self.index
         f = self.function(u, y, rows if rows is None else rows.to(y[0].device, non_blocking=True))
         f = (f,) if isinstance(f, Tensor) else f
@@ -130,27 +130,27 @@ class Accepted:
     """
 
     def __init__(
-        self, samples: Tensor, s: Tensor, t: Tensor, before: State, attempt: Attempt, index: Tensor | None
+        self, samples: Tensor, s: Tensor, t: Tensor, before: Parts, attempt: Attempt, index: Tensor | None
     ) -> None:
         self.samples, self.s, self.t = samples, s, t
         self._before, self._attempt, self._index = before, attempt, index
 
     @cached_property
-    def before(self) -> State:
+    def before(self) -> Parts:
         """State at s."""
         return self._chosen(self._before)
 
     @cached_property
-    def after(self) -> State:
+    def after(self) -> Parts:
         """State at t."""
         return self._chosen(self._attempt.y)
 
     @cached_property
-    def stages(self) -> list[State]:
+    def stages(self) -> list[Parts]:
         """Slopes of the stages, for pairs with stages."""
         return [self._chosen(f) for f in self._attempt.stages]
 
-    def _chosen(self, y: State) -> State:
+    def _chosen(self, y: Parts) -> Parts:
         index = self._index
         return y if index is None else tuple(v[index] for v in y)
 
@@ -171,9 +171,9 @@ class Run:
         record: Nodes of all accepted steps, from which ``record.path`` makes a function of the clock, if `dense`.
     """
 
-    y: State
+    y: Parts
     u: Tensor
-    f: tuple[State, State]
+    f: tuple[Parts, Parts]
     nodes: Tensor
     stats: Stats
     record: Record | None
@@ -182,7 +182,7 @@ class Run:
 @checked
 def integrate(
     equation: Equation | Function,
-    y: Tensor | State,
+    y: Tensor | Parts,
     start: float | Tensor,
     end: float | Tensor,
     scheme: Scheme,
@@ -220,7 +220,7 @@ class _Loop:
     def __init__(
         self,
         equation: Equation,
-        y: State,
+        y: Parts,
         start: float | Tensor,
         end: float | Tensor,
         scheme: Scheme,
@@ -245,7 +245,7 @@ class _Loop:
         self.errors = torch.ones(2, B, dtype=torch.float64)
         steps, rejected, nfe = torch.zeros(3, B, dtype=torch.long)
         self.stats = Stats(steps, rejected, nfe, torch.zeros(B, dtype=torch.bool))
-        self.done: list[tuple[Tensor, State, Tensor, Past]] = []
+        self.done: list[tuple[Tensor, Parts, Tensor, Past]] = []
         self.record = Record(B) if dense else None
         self.memory = max(2, scheme.memory)
         if B == 0:
@@ -257,12 +257,12 @@ class _Loop:
         self.h = self.first_step(f)
         self.leave(self.u == self.end)
 
-    def evaluate(self, u: Tensor, y: State) -> State:
+    def evaluate(self, u: Tensor, y: Parts) -> Parts:
         """Slopes of all samples that have not arrived."""
         self.stats.nfe[self.samples] += 1
         return self.equation.slopes(u, y)
 
-    def evaluate_some(self, index: Tensor, u: Tensor, y: State) -> State:
+    def evaluate_some(self, index: Tensor, u: Tensor, y: Parts) -> Parts:
         """Slopes of some of these samples."""
         self.stats.nfe[self.samples[index]] += 1
         return self.equation.rows(index).slopes(u, y)
@@ -275,7 +275,7 @@ class _Loop:
             y = torch.maximum(y, other.abs())
         return y.mul_(self.control.rtol).add_(wide(on_device(atol, y), y))
 
-    def first_step(self, f: State) -> Tensor:
+    def first_step(self, f: Parts) -> Tensor:
         """Hairer's estimate from the sizes of the state, of its slope, and of its change over a small step."""
         far, control = (self.end - self.u).abs(), self.control
         if control.steps or control.first_step is not None:
@@ -350,7 +350,7 @@ class _Loop:
                 f = tuple(old.index_copy(0, on, new) for old, new in zip(self.past.f[0], part, strict=True))
         where = None if every else ok.to(y[0].device, non_blocking=True)
 
-        def choose(new: State, old: State) -> State:
+        def choose(new: Parts, old: Parts) -> Parts:
             if where is None:
                 return new
             return tuple(torch.where(wide(where, a), a, b) for a, b in zip(new, old, strict=True))
@@ -402,7 +402,7 @@ class _Loop:
         self.equation, self.scheme = self.equation.rows(index), self.scheme.rows(index)
         self.end, self.h, self.errors = self.end[stay], self.h[stay], self.errors[:, stay]
 
-    def part(self, who: Tensor) -> tuple[Tensor, State, Tensor, Past]:
+    def part(self, who: Tensor) -> tuple[Tensor, Parts, Tensor, Past]:
         """Numbers, states, clocks and slopes of some samples."""
         if bool(who.all()):
             return self.samples, self.y, self.u, self.past
@@ -439,7 +439,7 @@ class _Loop:
         order = torch.cat([samples for samples, *_ in self.done]).argsort()
         on = order.to(self.y[0].device)
 
-        def join(parts: Sequence[State]) -> State:
+        def join(parts: Sequence[Parts]) -> Parts:
             return tuple(torch.cat(pieces)[on] for pieces in zip(*parts, strict=True))
 
         pasts = [past for *_, past in self.done]

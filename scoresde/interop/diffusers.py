@@ -51,7 +51,7 @@ def from_diffusers(net: object, scheduler: object = None) -> Denoiser:
     A network that returns twice the channels gives a denoiser with `learned_variance` on a discrete process, whatever
     ``variance_type`` the scheduler has. On a flow the second half is dropped.
 
-    The resolution shift of a flow belongs to the grid: see :func:`scoresde.grids.from_scheduler`. The boundary
+    The resolution shift of a flow belongs to the grid: see :func:`from_scheduler`. The boundary
     condition of LCM and TCD at the last labels belongs to their samplers and is ignored.
 
     Arguments:

@@ -22,7 +22,7 @@ _TIMES = ("timestep", "timesteps", "timestep_ratio", "t")
 
 
 @dataclass(frozen=True)
-class Call:
+class Convention:
     """How the pipelines of a class call its network on a flow, whose labels are N t.
 
     Arguments:
@@ -38,8 +38,8 @@ class Call:
     listed: bool = False
 
 
-_UNIT = Call(b=1 / 1000)
-_OF_N = Call(b="1/N")
+_UNIT = Convention(b=1 / 1000)
+_OF_N = Convention(b="1/N")
 
 CALLS = {
     "AuraFlowTransformer2DModel": _UNIT,
@@ -55,13 +55,13 @@ CALLS = {
     "Krea2Transformer2DModel": _OF_N,
     "LongCatAudioDiTTransformer": _OF_N,
     "PRXTransformer2DModel": _OF_N,
-    "NucleusMoEImageTransformer2DModel": Call(b="1/N", sign=-1),
-    "Lumina2Transformer2DModel": Call(a=1, b="-1/N", sign=-1),
-    "LuminaNextDiT2DModel": Call(a=1, b="-1/N", sign=-1),
-    "ZImageTransformer2DModel": Call(a=1, b=-1 / 1000, sign=-1, listed=True),
-    "HiDreamImageTransformer2DModel": Call(sign=-1),
-    "GlmImageTransformer2DModel": Call(a=-1),
-    "SanaTransformer2DModel": Call(b="timestep_scale"),
+    "NucleusMoEImageTransformer2DModel": Convention(b="1/N", sign=-1),
+    "Lumina2Transformer2DModel": Convention(a=1, b="-1/N", sign=-1),
+    "LuminaNextDiT2DModel": Convention(a=1, b="-1/N", sign=-1),
+    "ZImageTransformer2DModel": Convention(a=1, b=-1 / 1000, sign=-1, listed=True),
+    "HiDreamImageTransformer2DModel": Convention(sign=-1),
+    "GlmImageTransformer2DModel": Convention(a=-1),
+    "SanaTransformer2DModel": Convention(b="timestep_scale"),
 }
 
 _TWO_TIMES = "it takes two times, and a sampler here has one"
@@ -82,7 +82,7 @@ REFUSED = {
 }
 
 
-def call_of(net: object) -> Call:
+def call_of(net: object) -> Convention:
     """How the class of a network is called; the default for classes that are not in the table.
 
     Arguments:
@@ -92,10 +92,10 @@ def call_of(net: object) -> Call:
     for name in names:
         if name in REFUSED:
             raise ValueError(f"`net` is a {name}, which has no denoiser here: {REFUSED[name]}.")
-    return next((CALLS[name] for name in names if name in CALLS), Call())
+    return next((CALLS[name] for name in names if name in CALLS), Convention())
 
 
-def label_of(call: Call, net: object, N: int) -> Affine:
+def label_of(call: Convention, net: object, N: int) -> Affine:
     """Label of the network for the label N t of its scheduler."""
     if not isinstance(call.b, str):
         return Affine(call.a, call.b)

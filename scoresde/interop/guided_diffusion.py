@@ -78,7 +78,7 @@ def from_guided_diffusion(
 
 @checked
 class Classifier(torch.nn.Module):
-    r"""Log-likelihood of a noisy classifier of guided diffusion, for :class:`scoresde.guidance.ClassifierGuidance`.
+    r"""Log-likelihood of a noisy classifier of guided diffusion, for :class:`ClassifierGuidance`.
 
     Arguments:
         net: Classifier ``net(x, timesteps)`` that returns logits (B, classes).

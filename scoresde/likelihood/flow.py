@@ -39,7 +39,7 @@ from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.integrators.adaptive import progress
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import quartic
-from scoresde.integrators.embedded import DormandPrince, State, on_device, wide
+from scoresde.integrators.embedded import DormandPrince, Parts, on_device, wide
 from scoresde.integrators.loop import Accepted, Equation, Run, integrate
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.likelihood.confidence import Uncertain
@@ -393,7 +393,7 @@ class RelativeFlow(Equation):
         """Marginal of the Gaussian at one angle."""
         return self.point(torch.full((len(like),), c, dtype=torch.float64), like).marginal
 
-    def slopes(self, u: Tensor, y: State) -> State:
+    def slopes(self, u: Tensor, y: Parts) -> Parts:
         at = self.point(u, y[0])
         x = at.marginal.state(y[0])
         before = self.tally.counter.states

@@ -57,7 +57,7 @@ class Statistics:
         """Return g as a prediction for ``Multistep(order, prediction)``."""
         tables = _Tables(self)
         return Prediction(
-            repr(self),
+            f"{self!r}.prediction()",
             scale=Bound(_Tables.scale, tables),
             p=Bound(_Tables.p, tables),
             q=Bound(_Tables.q, tables),

@@ -16,7 +16,7 @@ import scoresde as ss
 from scoresde import integrators
 from scoresde.integrators.adaptive import Adaptive, flow
 from scoresde.integrators.dense import Path
-from scoresde.integrators.embedded import Past, State, polynomial
+from scoresde.integrators.embedded import Parts, Past, polynomial
 from scoresde.integrators.loop import integrate
 from scoresde.solvers.interpolants import DATA, LAM, NOISE, TAU, VELOCITY, V
 from scoresde.solvers.quadrature import weights
@@ -125,7 +125,7 @@ def test_pairs_have_the_orders_they_declare(pair: integrators.Pair, order: int) 
     rule = Adaptive(integrators.Adams(), 1e-11, 1e-11)
     at = tight(model, x, sde.T, 0.35)
 
-    def slopes(u: Tensor, y: State) -> State:
+    def slopes(u: Tensor, y: Parts) -> Parts:
         point = frame.point(u[:1])
         t, N = float(point.t), frame.prediction.scale(point.alpha, point.sigma)
         p, q = frame.prediction.p(point.alpha, point.sigma), frame.prediction.q(point.alpha, point.sigma)
@@ -404,7 +404,7 @@ def test_gradients_flow_through_the_steps() -> None:
 
 
 def test_a_plain_equation_both_ways_with_a_companion_that_does_not_steer() -> None:
-    def field(u: Tensor, y: State, rows: Tensor | None) -> State:
+    def field(u: Tensor, y: Parts, rows: Tensor | None) -> Parts:
         rate = torch.arange(1.0, 4.0, dtype=torch.float64)
         rate = rate if rows is None else rate[rows]
         return y[0] * rate[:, None], 1e6 * torch.cos(40 * u)

@@ -213,8 +213,7 @@ def test_the_text_is_the_call(name: str) -> None:
         text = repr(solver)
         if "<" not in text and "Slope" not in text and "functools" not in text:
             assert repr(eval(text, dict(names))) == text
-            if "edm_prediction" not in text and "tatistics" not in text:  # predictions with functions of their own
-                assert eval(text, dict(names)) == solver, text
+            assert eval(text, dict(names)) == solver, text
 
 
 TEXTS: dict[str, Callable[[], Solver]] = {

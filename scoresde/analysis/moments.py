@@ -208,7 +208,7 @@ def amplification(plan: Plan, sde: SDE, predicts: str = "x0", sigma_data: float 
 
     .. math:: \delta \sum_{k<r} |B_{rk}|\,|c_k|, \qquad c = \frac{\partial x_0}{\partial\,\mathrm{output}},
 
-    where B is the matrix of :func:`scoresde.plan.unroll` and c = 1 for a network that predicts x₀, −σ/α for ε. A state
+    where B is the matrix of :func:`unroll` and c = 1 for a network that predicts x₀, −σ/α for ε. A state
     with an error that is large beside its standard deviation, hypot(α, σ), is one that the network was not trained on.
 
     Arguments:

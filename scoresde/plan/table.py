@@ -107,7 +107,7 @@ class Plan:
 
         The weights of a run to data sum to about 1. The factor is then about 1 if no weight is negative, and large if
         the plan takes differences of denoised states. Of a plan with a grid for each sample, the largest factor counts.
-        :func:`scoresde.analysis.amplification` has the factors of the intermediate states, and of errors of other
+        :func:`amplification` has the factors of the intermediate states, and of errors of other
         predictions.
         """
         weights = (torch.as_tensor(w, dtype=torch.float64) for w in derivatives(self.rows, {})[1])

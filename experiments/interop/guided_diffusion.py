@@ -38,7 +38,7 @@ def main(options: Options) -> str:
     recipe, digits = QUICK if options.quick else Recipe(), labelled(data.images, data.labels)
     net, classifier = guided_network(recipe, digits), noisy_classifier(recipe, digits)
     table_of_betas = cosine_betas()
-    model = ss.interop.from_ddpm(net, table_of_betas, learned_variance=True)
+    model = ss.interop.from_guided_diffusion(net, "cosine")
     sde, lines = model.sde, []
 
     # The same steps, with the normals that our sampler draws.
@@ -57,13 +57,13 @@ def main(options: Options) -> str:
     lines.append(f"largest relative difference after {N} ancestral steps, ours to theirs: {gap:.1e}")
 
     # Guidance by the classifier: the gradient at the same state and time.
-    guided = ss.guidance.ClassifierGuidance(
-        model.given(y=y), lambda x, t: picked(classifier, x, sde.index_of_t(t), y), scale=1.0
-    )
+    log_prob = ss.interop.Classifier(classifier, sde)
+    guided = ss.guidance.ClassifierGuidance(model.given(y=y), lambda x, t: log_prob(x, t, y), scale=1.0)
     t = float(grid[-min(N, 200)])
     leaf = theirs[0].float().requires_grad_()
     index = torch.full((len(leaf),), int(sde.index_of_t(t)))
-    slope = torch.autograd.grad(picked(classifier, leaf, index, y).sum(), leaf)[0].double()
+    log_p = classifier(leaf, index).log_softmax(1)[range(len(leaf)), y]
+    slope = torch.autograd.grad(log_p.sum(), leaf)[0].double()
     push = guided.score(theirs[0], t) - model.given(y=y).score(theirs[0], t)
     push = push.detach()
     relative = float((push - slope).abs().max() / slope.abs().max())
@@ -86,12 +86,6 @@ def main(options: Options) -> str:
     print(text)
     assert gap < 1e-4 and relative < 1e-4, "the adapter must take the steps of the network's own sampler"
     return text
-
-
-def picked(classifier: torch.nn.Module, x: torch.Tensor, index: object, y: torch.Tensor) -> torch.Tensor:
-    """Log-probability of the class of each image."""
-    index = torch.as_tensor(index, dtype=torch.float32).expand(len(x))
-    return classifier(x.float(), index).log_softmax(1)[range(len(x)), y].to(x.dtype)
 
 
 if __name__ == "__main__":

@@ -331,4 +331,6 @@ def _fix(name: str, value: object, kinds: list[object]) -> str:
         return f"; call it, {f'grid=ss.grids.{made}(sde, 10)' if name == 'grid' else f'{made}()'}" * made.isidentifier()
     if torch.dtype in kinds and isinstance(value, str):
         return f"; write torch.{value}"
+    if isinstance(value, str) and any(typing.get_args(kind)[:1] == (str,) for kind in kinds):
+        return f"; write {name}=[{value!r}]"
     return ""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from scoresde import _checks as check
 from scoresde._build import recorded
 from scoresde._doors import checked
 from scoresde.denoisers.base import Condition
@@ -33,7 +34,7 @@ def from_edm(net: Net, *, sigma_max: float = 80.0, sigma_min: float = 0.002) -> 
         | Analyzing and Improving the Training Dynamics of Diffusion Models (Karras et al., 2024), arXiv:2312.02696
     """
     high = min(sigma_max, float(getattr(net, "sigma_max", sigma_max)))
-    low = max(sigma_min, float(getattr(net, "sigma_min", sigma_min)))
+    low = check.number("sigma_min", max(sigma_min, float(getattr(net, "sigma_min", sigma_min))), above=0, below=high)
     return Denoiser(EDMNet(net), EDM(T=high, t_min=low), predicts="x0", time="sigma")
 
 
@@ -55,6 +56,7 @@ def from_kdiffusion(model: Net, *, sigma_max: float | None = None, sigma_min: fl
     """
     high = float(getattr(model, "sigma_max", 80.0)) if sigma_max is None else sigma_max
     low = float(getattr(model, "sigma_min", 0.002)) if sigma_min is None else sigma_min
+    low = check.number("sigma_min", low, above=0, below=high)
     return Denoiser(Adapted(model), EDM(T=high, t_min=low), predicts="x0", time="sigma")
 
 

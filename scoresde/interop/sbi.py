@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @checked
-def from_sbi(estimator: nn.Module, x_o: Tensor | Sequence[float] | None = None) -> AbstractDenoiser:
+def from_sbi(estimator: object, x_o: Tensor | Sequence[float] | None = None) -> AbstractDenoiser:
     """Denoiser of θ from an estimator of sbi's NPSE or FMPE.
 
     The z-scoring of θ and of x that sbi put into the estimator stays there. An estimator with composed standardisation
@@ -78,7 +78,7 @@ def from_sbi(estimator: nn.Module, x_o: Tensor | Sequence[float] | None = None) 
 
 @checked
 def sbi_posterior(
-    estimator: nn.Module,
+    estimator: object,
     prior: torch.distributions.Distribution | None = None,
     solver: Solver | Plan | Method | None = None,
     *,
@@ -110,7 +110,7 @@ def sbi_posterior(
     return made
 
 
-def estimator_of(source: nn.Module) -> nn.Module:
+def estimator_of(source: object) -> nn.Module:
     """The vector field estimator in a posterior, or the estimator itself; an error for anything else.
 
     Arguments:
@@ -118,7 +118,7 @@ def estimator_of(source: nn.Module) -> nn.Module:
     """
     from sbi.neural_nets.estimators.base import ConditionalVectorFieldEstimator
 
-    own: nn.Module = getattr(source, "vector_field_estimator", source)
+    own = cast(nn.Module, getattr(source, "vector_field_estimator", source))
     known = isinstance(own, ConditionalVectorFieldEstimator)
     if not known:
         raise TypeError(

@@ -374,9 +374,9 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bools": (lambda: grids.check_grid(flow, torch.tensor([True, False])), TypeError, "bool"),
     "bools in a list": (lambda: grids.check_grid(flow, [True, False]), TypeError, r"`times\[0\]`.*got True"),
     "complex": (lambda: grids.check_grid(flow, torch.tensor([1.0, 0j])), TypeError, "complex64"),
-    "text": (lambda: grids.check_grid(flow, "10"), TypeError, r"`times\[0\]` must be a number, got '1'"),  # type: ignore[arg-type]
+    "text": (lambda: grids.check_grid(flow, "10"), TypeError, "`times`.*got '10'"),  # type: ignore[arg-type]
     "matrix": (lambda: grids.check_grid(flow, torch.zeros(2, 2)), ValueError, r"at least 2 times, got shape \(2, 2\)"),
-    "list of lists": (lambda: grids.check_grid(flow, [[1.0, 0.0]]), TypeError, r"`times\[0\]`.*got list"),  # type: ignore[list-item]
+    "list of lists": (lambda: grids.check_grid(flow, [[1.0, 0.0]]), TypeError, r"`times\[0\]`.*got \[1.0, 0.0\]"),  # type: ignore[list-item]
     "one time": (lambda: grids.check_grid(flow, [1.0]), ValueError, r"at least 2 times, got shape \(1,\)"),
     "no time": (lambda: grids.check_grid(flow, []), ValueError, r"at least 2 times, got shape \(0,\)"),
     "window that is empty": (lambda: grids.window(flow, [1.0, 0.0], 0.2, 0.5), ValueError, "`t_end`.*below 0.2"),

@@ -173,7 +173,7 @@ def test_normals_of_stages_are_parts_of_the_leg() -> None:
 
 def test_a_stretch_that_is_solved_again_has_noise_of_its_own() -> None:
     grid = [0.9, 0.6, 0.3, 0.6, 0.3, 0.01]
-    plan = Multistep(1, eta=1.0).plan(MIX.sde, torch.tensor(grid, dtype=F64))
+    plan = Multistep(1, eta=1.0).plan(MIX.sde, ss.grids.zigzag(grid))
     assert [None if s is None else s.lap for s in plan.spans] == [0, 0, None, 1, 1]
     again = PathNoise(Noise(0, path=True), plan.spans)
     x = torch.zeros(N, 1, dtype=F64)

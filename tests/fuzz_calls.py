@@ -240,7 +240,9 @@ SCHEDULER = {
 
 
 def stepper(v: dict[str, Any]) -> Any:
-    return ss.sampling.Stepper(v["plan"], v["x"])
+    made = ss.sampling.Stepper(v["plan"], v["x"])
+    made.ask()
+    return made
 
 
 @functools.cache

@@ -7,7 +7,8 @@ The script trains three networks by the loop of diffusers' examples (ε on linea
 loads each with `ss.interop.from_diffusers`. From the same states at T it then prints
 
 - the largest difference of the final images between schedulers of diffusers and the solver of ours that takes the same
-  steps, on the scheduler's own times (`ss.grids.from_scheduler`), relative to the largest pixel;
+  steps, on the scheduler's own times (`ss.grids.from_scheduler`), relative to the largest pixel
+  (`same_steps.py` does so for every scheduler);
 - the distance to a fine solve and the Fréchet distance of our default at 10 evaluations, and of diffusers' schedulers
   at 10, 20 and 50, each with its default spacing and "trailing". The best of them in hindsight is marked.
 """
@@ -30,6 +31,9 @@ from torch import Tensor
 
 import scoresde as ss
 
+# The pairs that take the same steps with the defaults of both; the page of schedulers has the options for the others.
+SAME = ("DDIM", "DPM-Solver++(2M)", "UniPC-2", "FlowMatchEuler")
+
 KINDS = ("epsilon, linear", "v, cosine", "velocity, flow")
 
 DISCRETE: dict[str, tuple[str, dict[str, Any], ss.solvers.Solver]] = {
@@ -41,7 +45,7 @@ DISCRETE: dict[str, tuple[str, dict[str, Any], ss.solvers.Solver]] = {
     "UniPC-2": ("UniPCMultistepScheduler", {}, ss.UniPC(2)),
     "UniPC-3": ("UniPCMultistepScheduler", {"solver_order": 3}, ss.UniPC(3)),
     "DEIS": ("DEISMultistepScheduler", {}, ss.solvers.DEIS(2)),
-    "iPNDM": ("PNDMScheduler", {"skip_prk_steps": True}, ss.solvers.PLMS()),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}, ss.solvers.PLMS()),
 }
 FLOW: dict[str, tuple[str, dict[str, Any], ss.solvers.Solver]] = {
     "FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {}, ss.DDIM()),
@@ -82,7 +86,10 @@ def theirs(net: torch.nn.Module, own: Any, steps: int, x: Tensor) -> tuple[Tenso
 def same_steps(kind: str, net: torch.nn.Module, x: Tensor, steps: int = 10) -> list[str]:
     """Rows: a scheduler, our solver, and the difference of their final images."""
     rows = []
-    for name, (_, _, solver) in (FLOW if "flow" in kind else DISCRETE).items():
+    for name in SAME:
+        if (name in FLOW) != ("flow" in kind):
+            continue
+        solver = {**DISCRETE, **FLOW}[name][2]
         own = made(kind, name)
         model = ss.interop.from_diffusers(net, own)
         ends, _ = theirs(net, own, steps, x)

@@ -69,6 +69,7 @@ class Stepper:
         if sde is None and predicts != "x0":
             raise ValueError(f"`sde` must be the process of the network if `predicts` is {predicts!r}, got None.")
         self._form = None if sde is None else AbstractDenoiser(sde)
+        self._asked: Paused | None = None
 
     @classmethod
     def of(
@@ -136,10 +137,16 @@ class Stepper:
         """Number of evaluations so far."""
         return self.run.nfe
 
+    @property
+    def form(self) -> str:
+        """Prediction and process of the outputs that :meth:`tell` receives."""
+        return self.predicts if self._form is None else f"{self.predicts} of {self._form.sde!r}"
+
     def ask(self) -> tuple[Tensor, Weight]:
         """Return the state to evaluate and its time; equal until :meth:`tell` is called."""
         if self.done:
             raise ValueError(f"the run is done after {self.nfe} evaluations; its result is `x`.")
+        self._asked = self.run
         return self.run.x, self.run.t
 
     def tell(self, output: Tensor) -> None:
@@ -148,6 +155,11 @@ class Stepper:
         Arguments:
             output: What the network returned at :meth:`ask`, in the prediction `predicts`, (B, *event).
         """
+        if not self.done and self._asked is not self.run:
+            raise ValueError(
+                f"`tell` needs the output of evaluation {self.nfe + 1}, and `ask` has not been called since evaluation "
+                f"{self.nfe}, so this may be a late or repeated output; call `ask`, and evaluate what it returns."
+            )
         x, t = self.ask()
         out = check.match("output", output, "x", x)
         if self.predicts != "x0":
@@ -179,12 +191,14 @@ class Gathered:
         t: Time of each state, (B,); float64 on the CPU, in the dtype of `x` on other devices.
         index: Number of the stepper that each state belongs to, int64 (B,), to select conditions.
         steppers: The steppers that are not done.
+        runs: Their runs at the moment of :func:`gather`.
     """
 
     x: Tensor
     t: Tensor
     index: Tensor
     steppers: tuple[Stepper, ...]
+    runs: tuple[Paused, ...]
 
     def tell(self, output: Tensor) -> None:
         """Give each stepper its rows of the output of the network.
@@ -193,6 +207,12 @@ class Gathered:
             output: What the network returned at `x` and `t`, (B, *event).
         """
         check.match("output", output, "x", self.x)
+        for i, (stepper, run) in enumerate(zip(self.steppers, self.runs, strict=True)):
+            if stepper.run is not run:
+                raise ValueError(
+                    f"stepper {i} of this batch has moved on since `gather`, so `output` belongs to an earlier state; "
+                    f"gather the steppers again."
+                )
         parts = output.split([len(stepper.x) for stepper in self.steppers])
         for stepper, part in zip(self.steppers, parts, strict=True):
             stepper.tell(part)
@@ -226,8 +246,13 @@ def gather(steppers: Sequence[Stepper]) -> Gathered | None:
     active = [(i, stepper) for i, stepper in enumerate(steppers) if not stepper.done]
     if not active:
         return None
-    first = active[0][1].x
+    first, form = active[0][1].x, active[0][1].form
     for i, stepper in active:
+        if stepper.form != form:
+            raise ValueError(
+                f"`steppers` must be of one network; number {i} receives {stepper.form}, and number {active[0][0]} "
+                f"receives {form}. Gather them in separate batches."
+            )
         x = stepper.x
         if (x.shape[1:], x.dtype, x.device) != (first.shape[1:], first.dtype, first.device):
             raise ValueError(
@@ -240,4 +265,7 @@ def gather(steppers: Sequence[Stepper]) -> Gathered | None:
     index = torch.tensor([i for i, _ in active]).repeat_interleave(sizes)
     if first.device.type != "cpu":
         t, index = t.to(first), index.to(first.device)
-    return Gathered(torch.cat([s.x for _, s in active]), t, index, tuple(s for _, s in active))
+    for _, stepper in active:
+        stepper.ask()
+    x, chosen = torch.cat([s.x for _, s in active]), tuple(s for _, s in active)
+    return Gathered(x, t, index, chosen, tuple(s.run for s in chosen))

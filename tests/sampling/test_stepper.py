@@ -169,6 +169,7 @@ def test_mistakes_are_named() -> None:
     plan = ss.DDIM().plan(VP, [1.0, 0.5, 0.0])
     stepper = ss.sampling.Stepper(plan, START)
     kept = stepper.state_dict()
+    stepper.ask()
     with pytest.raises(ValueError, match=r"`output` must have the shape of `x`, \(3, 5\), got \(3, 1\)"):
         stepper.tell(START[:, :1])
     drive(stepper)
@@ -204,3 +205,31 @@ def test_noise_that_is_not_keyed_must_come_back() -> None:
     while not paused.done:
         paused = tell(paused, network(paused.x, paused.t))
     assert torch.equal(paused.x, run(plan, network, START, Fixed()))
+
+
+def test_outputs_that_are_late_or_repeated_are_refused() -> None:
+    model = ss.GaussianMixture(ss.VP(), [[-1.0, 0.5], [1.0, 0.0]], std=0.2)
+    one, two = (ss.sampling.Stepper.of(model, (2, 2), steps=4, seed=k) for k in range(2))
+    with pytest.raises(ValueError, match="`ask` has not been called"):
+        one.tell(one.x)
+    batch = ss.sampling.gather([one, two])
+    assert batch is not None
+    output = model.x0(batch.x, batch.t)
+    batch.tell(output)
+    with pytest.raises(ValueError, match=r"moved on since `gather`.*gather the steppers again"):
+        batch.tell(output)
+    with pytest.raises(ValueError, match="late or repeated"):
+        one.tell(output[:2])
+    assert (one.nfe, two.nfe) == (1, 1)
+
+
+def test_steppers_of_two_networks_are_not_gathered() -> None:
+    vp, flow = ss.VP(), ss.Flow()
+    plan = ss.DDIM().plan(vp, [1.0, 0.5, 0.0])
+    first = ss.sampling.Stepper(plan, torch.ones(1, 2), predicts="eps", sde=vp)
+    for other in (
+        ss.sampling.Stepper(plan, torch.ones(1, 2)),
+        ss.sampling.Stepper(plan, torch.ones(1, 2), predicts="eps", sde=flow),
+    ):
+        with pytest.raises(ValueError, match=r"number 1 receives .*number 0 receives eps of VP"):
+            ss.sampling.gather([first, other])

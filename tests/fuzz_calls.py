@@ -578,6 +578,8 @@ def bound(target: Target, v: dict[str, Any]) -> Callable[..., Any]:
         return getattr(make(v), method)  # type: ignore[no-any-return]
     from fuzz import Target
 
+    if cls == "Stepper":
+        return getattr(stepper(v), method)  # type: ignore[no-any-return]
     owner = Target(target.folder, cls, target.owner)
     return getattr(target.owner(**valid_call(owner, v)), method)  # type: ignore[no-any-return]
 

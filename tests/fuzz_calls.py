@@ -515,6 +515,7 @@ def trainer(v: dict[str, Any]) -> ss.Trainer:
 
 # The object whose methods are called, where the class itself is abstract or needs more than `CALLS` says.
 OBJECTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "Stepper": stepper,
     "AbstractDenoiser": lambda v: v["model"],
     "Denoiser": lambda v: ss.Denoiser(v["net"], v["sde"], predicts="eps"),
     "Given": lambda v: v["model"].given(),
@@ -578,8 +579,6 @@ def bound(target: Target, v: dict[str, Any]) -> Callable[..., Any]:
         return getattr(make(v), method)  # type: ignore[no-any-return]
     from fuzz import Target
 
-    if cls == "Stepper":
-        return getattr(stepper(v), method)  # type: ignore[no-any-return]
     owner = Target(target.folder, cls, target.owner)
     return getattr(target.owner(**valid_call(owner, v)), method)  # type: ignore[no-any-return]
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
-from scoresde.denoisers.base import AbstractDenoiser, check_model
+from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
+from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.predictions import PREDICTIONS
 from scoresde.denoisers.start import Start, as_start
 from scoresde.noise.keyed import Noise, as_noise
@@ -105,7 +106,7 @@ class Stepper:
             predicts: Prediction that :meth:`tell` receives, by default the denoised state; ``model.kind.predicts`` is
                 that of the network.
         """
-        plan = plan_for(check_model(model), solver, steps, nfe, grid, t_start, t_end)
+        plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end)
         warn_of_few_steps(plan, model.sde, as_start(start).data_std)
         noise = as_noise(seed)
         x = as_start(start).draw(model, shape_or_x, plan.rows[0].t, noise)
@@ -166,6 +167,8 @@ class Stepper:
             assert self._form is not None
             out = self._form.convert(self.predicts, out, "x0", x, t, self.sigma_data)
         self.run = tell(self.run, out)
+        if self.done:
+            check.warn_unless_finite(self.x)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The run as tensors alone, for ``torch.save`` or safetensors; see :meth:`Paused.state_dict`."""

@@ -233,3 +233,19 @@ def test_steppers_of_two_networks_are_not_gathered() -> None:
     ):
         with pytest.raises(ValueError, match=r"number 1 receives .*number 0 receives eps of VP"):
             ss.sampling.gather([first, other])
+
+
+def test_a_stepper_warns_of_what_sample_warns_of() -> None:
+    stepper = ss.sampling.Stepper(ss.DDIM().plan(VP, [1.0, 0.5, 0.0]), START)
+    stepper.ask()
+    stepper.tell(START)
+    x, _ = stepper.ask()
+    broken = x.clone()
+    broken[1] = float("nan")
+    with pytest.warns(UserWarning, match=r"the samples are not all finite.*the first is sample 1"):
+        stepper.tell(broken)
+    net = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Dropout(0.5))
+    model = ss.Denoiser(lambda x, t: net(x), VP, predicts="eps")
+    model.inside = net
+    with pytest.warns(UserWarning, match="training mode"):
+        ss.sampling.Stepper.of(model, (3, 5), steps=3, seed=0)

@@ -324,6 +324,11 @@ def _got(value: object) -> str:
 def _fix(name: str, value: object, kinds: list[object]) -> str:
     """What to do, where it is known."""
     wanted = [getattr(kind, "__name__", "") for kind in kinds]
+    if {"AbstractDenoiser", "Denoiser"} & set(wanted):
+        if type(value).__module__.partition(".")[0] == "diffusers":
+            return "; wrap it, ss.interop.from_diffusers(pipe), or from_diffusers(net, scheduler)"
+        if hasattr(type(value), "ema_model"):
+            return "; give its averaged model, trainer.ema_model"
     if isinstance(value, nn.Module | types.FunctionType) and {"AbstractDenoiser", "Denoiser"} & set(wanted):
         return "; wrap a network, Denoiser(net, sde, predicts=...)"
     if isinstance(value, type | types.FunctionType) and not any(typing.get_origin(k) is abc.Callable for k in kinds):

@@ -300,3 +300,12 @@ def test_early_errors_where_they_came_late() -> None:
             call()
     assert ss.grids.karras(ss.VP(), np.int64(5)).shape == (6,)  # type: ignore[arg-type]
     assert ss.sample(MIX, (np.int64(2), 2), steps=np.int32(3), seed=np.int64(0)).shape == (2, 2)  # type: ignore[arg-type]
+
+
+def test_a_pipeline_and_a_trainer_are_told_what_to_give() -> None:
+    Pipe = type("StableDiffusionPipeline", (), {"__module__": "diffusers.pipelines.stable_diffusion"})
+    with pytest.raises(TypeError, match=r"`model` must be a denoiser.*ss.interop.from_diffusers\(pipe\)"):
+        ss.sample(Pipe(), (2, 3))  # type: ignore[arg-type]
+    trainer = ss.Trainer(ss.DSM(ss.Denoiser(torch.nn.Linear(3, 3), ss.VP(), predicts="eps")), torch.zeros(4, 3))
+    with pytest.raises(TypeError, match=r"give its averaged model, trainer.ema_model"):
+        ss.sample(trainer, (2, 3))  # type: ignore[arg-type]

@@ -111,7 +111,9 @@ def __getattr__(name: str) -> _ModuleType:
     """Import `scoresde.nn` at its first use: sampling does not need it."""
     if name == "nn":
         return _import_module("scoresde.nn")
-    raise AttributeError(f"module 'scoresde' has no attribute {name!r}")
+    homes = [home for home in __all__ if name in getattr(globals().get(home), "__all__", ())]
+    hint = f"; it is scoresde.{homes[0]}.{name}" if homes else ""
+    raise AttributeError(f"module 'scoresde' has no attribute {name!r}{hint}", name=name)
 
 
 def __dir__() -> list[str]:

@@ -309,3 +309,13 @@ def test_a_pipeline_and_a_trainer_are_told_what_to_give() -> None:
     trainer = ss.Trainer(ss.DSM(ss.Denoiser(torch.nn.Linear(3, 3), ss.VP(), predicts="eps")), torch.zeros(4, 3))
     with pytest.raises(TypeError, match=r"give its averaged model, trainer.ema_model"):
         ss.sample(trainer, (2, 3))  # type: ignore[arg-type]
+
+
+def test_a_name_of_a_folder_is_found_from_the_top() -> None:
+    with pytest.raises(AttributeError, match=r"'DPMSolver'; it is scoresde.solvers.DPMSolver"):
+        ss.DPMSolver  # noqa: B018
+    with pytest.raises(AttributeError, match=r"'from_diffusers'; it is scoresde.interop.from_diffusers"):
+        ss.from_diffusers  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no attribute 'DPMSolverr'$"):
+        ss.DPMSolverr  # noqa: B018
+    assert not hasattr(ss, "from_diffusers")

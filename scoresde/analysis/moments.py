@@ -214,7 +214,7 @@ def amplification(plan: Plan, sde: SDE, predicts: str = "x0", sigma_data: float 
     Arguments:
         plan: Plan with n evaluations.
         sde: Process of the plan.
-        predicts: What the network predicts, such as ``"x0"``, ``"eps"``, ``"v"`` or ``"velocity"``.
+        predicts: Prediction of the network, such as ``"x0"``, ``"eps"``, ``"v"`` or ``"velocity"``.
         sigma_data: Standard deviation of the data, for ``"F"`` only.
 
     Example:

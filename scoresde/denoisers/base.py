@@ -284,7 +284,7 @@ class AbstractDenoiser(nn.Module):
 
         Arguments:
             folder: Path of the folder.
-            card: What a user of the weights must know beside them, a :class:`Card`.
+            card: Facts that a user of the weights needs beside them, a :class:`Card`.
             build: Import path and arguments of the network's class.
             overwrite: Whether to replace the files in a folder that is not empty.
         """

@@ -264,7 +264,7 @@ class Denoiser(AbstractDenoiser):
 
         Arguments:
             folder: Path of the folder.
-            card: What a user of the weights must know beside them; by default ``self.card``.
+            card: Facts that a user of the weights needs beside them; by default ``self.card``.
             build: Import path and arguments of the network's class, ``{"class": "package.module:Class", "arguments":
                 {...}}``; by default as recorded, for networks of ``ss.nn`` and of diffusers. Without them, the one who
                 loads the folder gives the network.

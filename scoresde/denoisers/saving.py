@@ -57,7 +57,7 @@ def save_model(
     Arguments:
         model: Denoiser, a network with its process.
         folder: Path of the folder.
-        card: What a user of the weights must know beside them.
+        card: Facts that a user of the weights needs beside them.
         build: Import path and arguments of the network's class.
         overwrite: Whether to replace the files in a folder that is not empty.
     """
@@ -91,7 +91,7 @@ def contents(model: Denoiser, *, card: Card | None = None, build: _build.Build |
 
     Arguments:
         model: Denoiser, a network with its process.
-        card: What a user of the weights must know beside them; by default ``model.card``.
+        card: Facts that a user of the weights needs beside them; by default ``model.card``.
         build: Import path and arguments of the network's class; by default as recorded.
     """
     from safetensors.torch import save

@@ -38,7 +38,7 @@ def push_to_hub(
     Arguments:
         model: Denoiser, a network with its process.
         repo_id: Name ``"org/name"``; the repository is created if it does not exist.
-        card: What a user of the weights must know beside them; by default ``model.card``.
+        card: Facts that a user of the weights needs beside them; by default ``model.card``.
         build: Import path and arguments of the network's class; by default as recorded.
         readme: Text of the README, by default :func:`model_card`. A README that is there is replaced.
         private: Whether a new repository is private.

@@ -154,7 +154,7 @@ class Stepper:
         """Continue to the next evaluation or to the end.
 
         Arguments:
-            output: What the network returned at :meth:`ask`, in the prediction `predicts`, (B, *event).
+            output: Output of the network at :meth:`ask`, in the prediction `predicts`, (B, *event).
         """
         if not self.done and self._asked is not self.run:
             raise ValueError(
@@ -207,7 +207,7 @@ class Gathered:
         """Give each stepper its rows of the output of the network.
 
         Arguments:
-            output: What the network returned at `x` and `t`, (B, *event).
+            output: Output of the network at `x` and `t`, (B, *event).
         """
         check.match("output", output, "x", self.x)
         for i, (stepper, run) in enumerate(zip(self.steppers, self.runs, strict=True)):

@@ -103,9 +103,8 @@ def _guard(
 ) -> Callable[..., object]:
     signature = inspect.signature(function)
     names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    tests: dict[str, Callable[[object], None] | None] = dict.fromkeys(
-        own
-    )  # made at the first call, when all classes exist
+    # Each test is made at the first call, when all classes exist.
+    tests: dict[str, Callable[[object], None] | None] = dict.fromkeys(own)
 
     def test(name: str, value: object) -> None:
         if name not in tests:

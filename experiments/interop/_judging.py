@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from _mnist import Judge
+from _trained import OUT
 from torch import Tensor
+
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,29 @@ def table(rows: Sequence[Entry]) -> str:
     lines = ["| sampler | evaluations | error to a fine solve | Fréchet distance |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {row.name} | {row.nfe} | {row.error:.3g} | {row.frechet:.1f} |" for row in rows]
     return "\n".join(lines)
+
+
+def write(name: str, lines: Sequence[str]) -> str:
+    """Print lines, and write them to a file of that name among the results."""
+    text = "\n".join(lines)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{name}.md").write_text(text + "\n")
+    print(text)
+    return text
+
+
+def from_command_line(kind: type[Options], summary: str, small: dict[str, int]) -> Options:
+    """Options of the command line.
+
+    Arguments:
+        kind: Dataclass of the options, one of which is `quick`.
+        summary: Summary of the script.
+        small: Values of the options under ``--quick``.
+    """
+    parser = argparse.ArgumentParser(description=summary)
+    for name, value in vars(kind()).items():
+        if name != "quick":
+            parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
+    given = vars(parser.parse_args())
+    return kind(**{**given, **(small if given["quick"] else {})})

@@ -15,7 +15,6 @@ loads each with `ss.interop.from_diffusers`. From the same states at T it then p
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,9 +23,9 @@ from typing import Any
 
 import diffusers
 import torch
-from _judging import judge, table
+from _judging import from_command_line, judge, table, write
 from _mnist import Judge, load
-from _trained import OUT, QUICK, Recipe, diffusers_network, scheduler
+from _trained import QUICK, Recipe, diffusers_network, scheduler
 from torch import Tensor
 
 import scoresde as ss
@@ -140,18 +139,8 @@ def main(options: Options) -> str:
         lines += same_steps(kind, net, x[:4])
         judged += ["", f"{kind}:", "", beside(kind, net, x, options.fine, jury)]
     floor = f"floor of the Fréchet distance at {options.samples} samples: {jury.floor(options.samples)}"
-    text = "\n".join([*lines, *judged, "", floor])
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "diffusers_unet.md").write_text(text + "\n")
-    print(text)
-    return text
+    return write("diffusers_unet", [*lines, *judged, "", floor])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for key, value in vars(Options()).items():
-        if key != "quick":
-            parser.add_argument(f"--{key}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
-    given = vars(parser.parse_args())
-    main(Options(**{**given, **({"samples": 4, "fine": 10} if given["quick"] else {})}))
+    main(from_command_line(Options, __doc__.splitlines()[0], {"samples": 4, "fine": 10}))

@@ -10,15 +10,14 @@ times. It then compares our default at 10 evaluations with their sampler at 11, 
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from _judging import judge, table
+from _judging import from_command_line, judge, table, write
 from _layouts import CLASSES, edm_network, edm_sampler, labelled
 from _mnist import Judge, load
-from _trained import OUT, QUICK, Recipe
+from _trained import QUICK, Recipe
 
 import scoresde as ss
 
@@ -55,19 +54,10 @@ def main(options: Options) -> str:
         samplers.append((f"EDM's Heun, {steps} steps", 2 * steps - 1, lambda heun=heun: heun()[-1]))
     rows = judge(samplers, fine, jury)
     lines += [table(rows), "", f"floor of the Fréchet distance: {jury.floor(options.samples)}"]
-    text = "\n".join(lines)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "edm_network.md").write_text(text + "\n")
-    print(text)
+    text = write("edm_network", lines)
     assert gap < 1e-4, "the adapter must take the steps of EDM's own sampler"
     return text
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in vars(Options()).items():
-        if name != "quick":
-            parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
-    given = vars(parser.parse_args())
-    main(Options(**{**given, **({"samples": 8, "fine": 10} if given["quick"] else {})}))
+    main(from_command_line(Options, __doc__.splitlines()[0], {"samples": 8, "fine": 10}))

@@ -13,14 +13,13 @@ by it.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 
 import torch
-from _judging import judge, table
+from _judging import from_command_line, judge, table, write
 from _layouts import CLASSES, GaussianDiffusion, cosine_betas, guided_network, labelled, noisy_classifier
 from _mnist import Judge, load
-from _trained import OUT, QUICK, Recipe
+from _trained import QUICK, Recipe
 
 import scoresde as ss
 
@@ -82,19 +81,10 @@ def main(options: Options) -> str:
         samplers.append((f"DDIM, {n} steps", n, lambda at=at: ss.sample(conditioned, z, ss.DDIM(), grid=at)))
     rows = judge(samplers, fine, jury)
     lines += [table(rows), "", f"floor of the Fréchet distance: {jury.floor(options.samples)}"]
-    text = "\n".join(lines)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "guided_diffusion.md").write_text(text + "\n")
-    print(text)
+    text = write("guided_diffusion", lines)
     assert gap < 1e-4 and relative < 1e-4, "the adapter must take the steps of the network's own sampler"
     return text
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in vars(Options()).items():
-        if name != "quick":
-            parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
-    given = vars(parser.parse_args())
-    main(Options(**{**given, **({"samples": 8, "fine": 10, "compared": 2} if given["quick"] else {})}))
+    main(from_command_line(Options, __doc__.splitlines()[0], {"samples": 8, "fine": 10, "compared": 2}))

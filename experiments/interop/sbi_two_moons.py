@@ -12,13 +12,12 @@ With sbi's Euler-Maruyama sampler and ours on the same network, what is left of 
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from dataclasses import dataclass
 
 import torch
-from _trained import OUT
+from _judging import from_command_line, write
 from torch import Tensor
 from torch.distributions import Independent, Uniform
 
@@ -111,11 +110,7 @@ def main(options: Options) -> str:
             drawn = [draw(x_o) for x_o in observed]
             seconds, evaluations = (total / len(drawn) for total in (time.perf_counter() - started, calls.count))
             lines.append(row(name, label, f"{evaluations:.0f}", drawn, reference, seconds))
-    text = "\n".join(lines)
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "sbi_two_moons.md").write_text(text + "\n")
-    print(text)
-    return text
+    return write("sbi_two_moons", lines)
 
 
 def row(name: str, sampler: str, nfe: str, drawn: list[Tensor], reference: list[Tensor], seconds: float) -> str:
@@ -127,11 +122,8 @@ def row(name: str, sampler: str, nfe: str, drawn: list[Tensor], reference: list[
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for key, value in vars(Options()).items():
-        if key != "quick":
-            parser.add_argument(f"--{key}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="seconds, for CI")
-    given = vars(parser.parse_args())
-    small = {"simulations": 200, "epochs": 2, "observations": 1, "samples": 100}
-    main(Options(**{**given, **(small if given["quick"] else {})}))
+    main(
+        from_command_line(
+            Options, __doc__.splitlines()[0], {"simulations": 200, "epochs": 2, "observations": 1, "samples": 100}
+        )
+    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -112,6 +112,11 @@ class Plan:
         """
         weights = (torch.as_tensor(w, dtype=torch.float64) for w in derivatives(self.rows, {})[1])
         return float(sum((w.detach().abs() for w in weights), torch.zeros((), dtype=torch.float64)).max())
+
+    @cached_property
+    def verdicts(self) -> dict[Hashable, str | None]:
+        """What :func:`solve` found in the plan when it last ran it, by the process and the scale of the data."""
+        return {}
 
     @property
     def memory(self) -> int:

@@ -15,6 +15,7 @@ from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
 from scoresde.integrators.method import Method, Watch
 from scoresde.plan.run import Step
+from scoresde.sampling.memo import made, written
 from scoresde.sampling.solve import WORDS as SAMPLING
 from scoresde.sampling.solve import GridMaker, solve
 from scoresde.solvers.deterministic import DPMSolverPP
@@ -77,7 +78,7 @@ def encode(
         if isinstance(solver, Method) and solver.grid == "times":
             z = solve(model, x, solver, grid=times.flip(0), watch=watch, grad=grad).x
         else:
-            plan = _rule(model, solver, times).plan(model.sde, times.flip(0), up="solve")
+            plan = written(_rule(model, solver, times), model.sde, times.flip(0), up="solve")
             z = solve(model, x, plan, watch=watch, grad=grad).x
     return z if start is None else check_gaussian("start", start, model.sde).flow(z, last, model.sde.T)
 
@@ -126,7 +127,7 @@ def decode(
     times = _both_ways(model, steps, grid, t_start, t_end)
     if isinstance(solver, Method) and solver.grid == "times":
         return solve(model, z, solver, grid=times, start=start, watch=watch, grad=grad).x
-    plan = _rule(model, solver, times).plan(model.sde, times)
+    plan = written(_rule(model, solver, times), model.sde, times)
     return solve(model, z, plan, start=start, watch=watch, grad=grad).x
 
 
@@ -158,7 +159,7 @@ def _both_ways(
     if grid is None or callable(grid):
         maker = quadratic_vp if grid is None else grid
         count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
-        times = maker(sde, count, t_start=noisy, t_end=clean)
+        times = made(maker, sde, count, (("t_start", noisy), ("t_end", clean)))
     elif t_start is not None or t_end is not None or steps is not None:
         raise ValueError("`grid` has its own ends; drop `steps`, `t_start` and `t_end`.")
     else:
@@ -180,7 +181,7 @@ def _rule(model: AbstractDenoiser, solver: object, times: Tensor) -> Solver:
         raise TypeError(
             f"`solver` must be a solver such as DPMSolverPP(), which can run both ways, got {solver!r:.80}."
         )
-    if solver.plan(model.sde, times).stochastic:
+    if written(solver, model.sde, times).stochastic:
         raise ValueError(
             f"`solver` must be deterministic, otherwise decoding does not invert encoding; {solver} draws noise. Use a "
             f"solver without noise, such as DPMSolverPP(2), or eta=0."

@@ -24,6 +24,7 @@ from scoresde.noise.keyed import Noise
 from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
 from scoresde.sampling.few_steps import warn_of_few_steps
+from scoresde.sampling.memo import made, written
 from scoresde.sampling.transitions import transitions
 from scoresde.solvers.deterministic import DPMSolverPP, VelocityAB
 from scoresde.solvers.rule import Solver
@@ -315,7 +316,7 @@ def plan_for(
         if t_start is not None or t_end != 0.0:
             raise ValueError("`grid` has its own ends; drop `t_start` and `t_end`, or cut it with `grids.window`.")
         rule = default_solver(len(grid) - 1, model) if solver is None else solver
-        return rule.plan(model.sde, torch.as_tensor(grid, dtype=torch.float64))
+        return written(rule, model.sde, torch.as_tensor(grid, dtype=torch.float64))
     count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
     if nfe is not None:
         check.integer("nfe", nfe, at_least=1)
@@ -323,7 +324,7 @@ def plan_for(
         rule, count = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
         rule = default_solver(count, model) if solver is None else solver
-    plan = rule.plan(model.sde, _make(model, grid, count, t_start, t_end))
+    plan = written(rule, model.sde, _make(model, grid, count, t_start, t_end))
     if nfe is not None and plan.nfe > nfe:
         raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
     return plan
@@ -336,8 +337,7 @@ def _make(
     window: dict[str, float] = {} if t_start is None else {"t_start": t_start}
     if t_end:
         window["t_end"] = t_end
-    maker: GridMaker = quadratic_vp if grid is None else grid
-    return maker(model.sde, steps, **window)
+    return made(quadratic_vp if grid is None else grid, model.sde, steps, tuple(window.items()))
 
 
 def _times_for(

@@ -47,7 +47,10 @@ REASONS: dict[str, str] = {
         Start.normals Start.placement AbstractDenoiser.row_attributes AbstractDenoiser.counted
         Wrapped.counted ClassifierFree.row_attributes ClassifierGuidance.row_attributes
         Compose.row_attributes Measurement.require_likelihood Measurement.require_noise
-        Counts.require_likelihood Counts.require_noise PNDM.leg Ancestral.leg AnnealedLangevin.leg Churn.leg
+        EntrywiseMeasurement.require_likelihood EntrywiseMeasurement.require_noise
+        Counts.log_density Laplace.log_density StudentT.log_density Laplace.smoothed_density
+        StudentT.smoothed_density Rounded.smoothed_density Censored.smoothed_density Measurement.draw Counts.draw
+        Laplace.draw StudentT.draw Rounded.draw Censored.draw PNDM.leg Ancestral.leg AnnealedLangevin.leg Churn.leg
         Consistency.leg ExponentialRungeKutta.leg ExtendedReverse.leg Mixed.leg Multistep.leg
         NoiseCombination.leg ReverseSDE.leg RungeKutta.leg SingleStep.leg Solver.leg SongPredictor.leg
         TwoStage.leg Multistep.after_noise Solver.after_noise Multistep.moments_of PublishedThree.moments_of
@@ -64,8 +67,11 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         """SDE Times Times.icdf Times.cdf Times.density Times.sample Hook Method Scheme Pair Equation Solver
-        AbstractDenoiser PosteriorDenoiser LinearPosteriorDenoiser Wrapped Solver.plan Solver.for_nfe
-        Operator.evaluate AbstractDenoiser.x0 Operator.rows""".split(),
+        EntrywiseMeasurement EntrywiseMeasurement.log_density EntrywiseMeasurement.smoothed_density
+        EntrywiseMeasurement.smoothed EntrywiseMeasurement.log_prob EntrywiseMeasurement.draw
+        EntrywiseMeasurement.extra_repr EntrywiseMeasurement.whitened AbstractDenoiser PosteriorDenoiser
+        LinearPosteriorDenoiser Wrapped Solver.plan Solver.for_nfe Operator.evaluate AbstractDenoiser.x0
+        Operator.rows""".split(),
         "an abstract class; its subclasses are called",
     ),
     "Preconditioning.c_in": "a coefficient of numbers, which `Denoiser` evaluates",
@@ -302,7 +308,12 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "from_score_sde": lambda v: {"kind": "vp"},
     "Blur": lambda v: {"kernel": torch.ones(3) / 3, "event": (1, 8)},
     "Counts": lambda v: {"y": torch.ones(1, 1)},
-    "Measurement": lambda v: {"y": torch.zeros(1, 1)},
+    "Measurement": lambda v: {"y": torch.zeros(1, 1), "std": 0.1},
+    "Laplace": lambda v: {"y": torch.zeros(1, 1), "scale": 0.1},
+    "StudentT": lambda v: {"y": torch.zeros(1, 1), "scale": 0.1},
+    "Rounded": lambda v: {"y": torch.zeros(1, 1), "std": 0.1, "step": 0.5},
+    "Censored": lambda v: {"y": torch.zeros(1, 1), "std": 0.1},
+    "stack": lambda v: {"measurements": [v["measurement"]]},
     "Downsample": lambda v: {"k": 2, "event": (1, 4, 4)},
     "FourierMask": lambda v: {"mask": torch.ones(8, dtype=torch.bool), "event": (1, 8)},
     "Grey": lambda v: {"event": (3, 4, 4)},

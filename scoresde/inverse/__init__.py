@@ -12,11 +12,13 @@ from scoresde.inverse.denoisers import (
     dps_scale,
 )
 from scoresde.inverse.exact import log_evidence, posterior
-from scoresde.inverse.measurements import Counts, Measurement
+from scoresde.inverse.likelihoods import Censored, Counts, EntrywiseMeasurement, Laplace, Rounded, StudentT
+from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Blur, Downsample, FourierMask, Grey, Linear, Mask, Matrix, Operator
 from scoresde.inverse.particles import Particles, twisted_smc
 from scoresde.inverse.replacement import Replacement
 from scoresde.inverse.samplers import daps, ddrm, red_diff
+from scoresde.inverse.stacked import stack
 
 __all__ = [
     "DDNM",
@@ -24,11 +26,14 @@ __all__ = [
     "MMPS",
     "TMPD",
     "Blur",
+    "Censored",
     "Counts",
     "DiffPIR",
     "Downsample",
+    "EntrywiseMeasurement",
     "FourierMask",
     "Grey",
+    "Laplace",
     "Linear",
     "LinearPosteriorDenoiser",
     "Mask",
@@ -39,11 +44,14 @@ __all__ = [
     "PiGDM",
     "PosteriorDenoiser",
     "Replacement",
+    "Rounded",
+    "StudentT",
     "daps",
     "ddrm",
     "dps_scale",
     "log_evidence",
     "posterior",
     "red_diff",
+    "stack",
     "twisted_smc",
 ]

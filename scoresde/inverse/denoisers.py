@@ -26,8 +26,10 @@ from scoresde.grids.grid import check_grid
 from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.guidance.scale import Scale, check_scale, scale_at
 from scoresde.inverse.krylov import minimal_residual
-from scoresde.inverse.measurements import Measurement, check_measurement
-from scoresde.inverse.operators import Linear
+from scoresde.inverse.likelihoods import EntrywiseMeasurement
+from scoresde.inverse.measurements import Measurement
+from scoresde.inverse.operators import Linear, ScaledIsometry, linear_operator
+from scoresde.inverse.stacked import Seen, check_measurement
 from scoresde.processes.sde import SDE, TimeT
 
 
@@ -40,7 +42,7 @@ class PosteriorDenoiser(Wrapped):
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement.
+        measurement: Measurement, or a list of several.
 
     Example:
         >>> import torch, scoresde as ss
@@ -69,13 +71,16 @@ class PosteriorDenoiser(Wrapped):
 
     measurement: Measurement
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
+    def __init__(self, model: AbstractDenoiser, measurement: Seen) -> None:
         super().__init__(model)
         self.measurement = check_measurement(measurement)
 
 
 class LinearPosteriorDenoiser(PosteriorDenoiser):
     """Base of posterior denoisers for linear operators and Gaussian noise.
+
+    `measurement` becomes that of ``measurement.whitened()``, whose `std` is a number: for noise of another kind, the
+    operator and y are multiplied by W with W Σ Wᵀ = I.
 
     Arguments:
         model: Denoiser of the prior.
@@ -89,14 +94,20 @@ class LinearPosteriorDenoiser(PosteriorDenoiser):
         ...         return x0 + 0.5 * self.A.adjoint(self.measurement.residual(x0))
     """
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
+    entrywise: ClassVar[bool] = False
+    """Whether the method has a formula for noise that is not Gaussian and independent between entries."""
+
+    def __init__(self, model: AbstractDenoiser, measurement: Seen) -> None:
         super().__init__(model, measurement)
-        measurement.linear  # noqa: B018  # raises early for nonlinear operators
+        if not (self.entrywise and isinstance(self.measurement, EntrywiseMeasurement) and self.measurement.smooth):
+            self.measurement = self.measurement.whitened()
+        linear_operator(self.measurement.operator)
 
     @property
     def A(self) -> Linear:
         """The operator."""
-        return self.measurement.linear
+        seen = self.measurement
+        return linear_operator(seen.operator) if isinstance(seen, EntrywiseMeasurement) else seen.linear
 
 
 @checked
@@ -125,12 +136,10 @@ class DPS(PosteriorDenoiser):
 
     per_sample = (*PosteriorDenoiser.per_sample, "scale")
 
-    def __init__(
-        self, model: AbstractDenoiser, measurement: Measurement, scale: Scale = 1.0, *, norm: bool = False
-    ) -> None:
+    def __init__(self, model: AbstractDenoiser, measurement: Seen, scale: Scale = 1.0, *, norm: bool = False) -> None:
         super().__init__(model, measurement)
         if not norm:
-            measurement.require_likelihood("DPS without `norm`=True")
+            self.measurement.require_likelihood("DPS without `norm`=True")
         self.scale = check_scale(scale)
         self.norm = norm
 
@@ -203,10 +212,19 @@ class PiGDM(LinearPosteriorDenoiser):
           https://openreview.net/forum?id=9_gsMA8MRKQ
     """
 
+    entrywise = True
+
     def __init__(
-        self, model: AbstractDenoiser, measurement: Measurement, *, data_std: float = 1.0, through_net: bool = True
+        self, model: AbstractDenoiser, measurement: Seen, *, data_std: float = 1.0, through_net: bool = True
     ) -> None:
         super().__init__(model, measurement)
+        seen = self.measurement
+        if isinstance(seen, EntrywiseMeasurement) and not isinstance(self.A, ScaledIsometry):
+            raise TypeError(
+                f"PiGDM with {type(seen).__name__} needs an operator with A Aᵀ = g I, such as Mask, Downsample or "
+                f"Grey, got {type(self.A).__name__}: with others the entries of A x₀ given x_t are dependent; use TMPD "
+                f"or DPS."
+            )
         self.data_std = check.number("data_std", data_std, above=0)
         self.through_net = through_net
 
@@ -224,11 +242,16 @@ class PiGDM(LinearPosteriorDenoiser):
         return graph.release(graph.x0 + tweedie_gain(self.sde, t, x) * graph.pull(self._pull(graph.x0, variance)))
 
     def _pull(self, x0: Tensor, variance: float | Tensor) -> Tensor:
-        A = self.A
+        A, seen = self.A, self.measurement
+        if isinstance(seen, EntrywiseMeasurement):
+            assert isinstance(A, ScaledIsometry)
+            v = check.expand(variance, x0) * A.gram
+            v = v.reshape(-1, *[1] * len(A.out)) if isinstance(v, Tensor) and v.ndim else v
+            return A.adjoint(gradient(lambda u: seen.smoothed(u, v), A(x0), self))
         r = self.measurement.residual(x0)
         if self.measurement.std == 0:
             return A.pinv(r) / check.expand(variance, x0)
-        return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.std**2))
+        return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.require_noise("PiGDM") ** 2))
 
 
 @checked
@@ -253,9 +276,10 @@ class MMPS(LinearPosteriorDenoiser):
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
     """
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement, iterations: int = 5) -> None:
+    def __init__(self, model: AbstractDenoiser, measurement: Seen, iterations: int = 5) -> None:
         super().__init__(model, measurement)
-        measurement.require_noise(type(self).__name__)
+        if not isinstance(self.measurement, EntrywiseMeasurement):
+            self.measurement.require_noise(type(self).__name__)
         self.iterations = check.integer("iterations", iterations, at_least=1)
 
     def extra_repr(self) -> str:
@@ -273,11 +297,12 @@ class MMPS(LinearPosteriorDenoiser):
             out: Tensor = gain * graph.pull(A.adjoint(u))
             return out
 
-        return graph.release(graph.x0 + covariance(self._solve(self.measurement.residual(graph.x0), covariance)))
+        return graph.release(graph.x0 + covariance(self._solve(graph.x0, covariance)))
 
-    def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
-        A = self.A
-        variance = self.measurement.std**2
+    def _solve(self, x0: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
+        """Solution u of (std² + A V Aᵀ) u = y − A D, so that V Aᵀ u is the shift of the data prediction."""
+        A, r = self.A, self.measurement.residual(x0)
+        variance = self.measurement.require_noise("MMPS") ** 2
         return minimal_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
 
 
@@ -300,15 +325,24 @@ class TMPD(MMPS):
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
     """
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement) -> None:
+    entrywise = True
+
+    def __init__(self, model: AbstractDenoiser, measurement: Seen) -> None:
         super().__init__(model, measurement)
+        self.measurement = check_measurement(measurement)  # row sums depend on the scale of each entry of y
 
     def extra_repr(self) -> str:
         return ""
 
-    def _solve(self, r: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
-        A = self.A
-        return r / (self.measurement.std**2 + A(covariance(torch.ones_like(r))).clamp_min(0))
+    def _solve(self, x0: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
+        seen, u = self.measurement, self.A(x0)
+        noise = seen.covariance
+        ones = torch.ones_like(u) if noise is None else noise.ones(u)
+        diagonal = self.A(covariance(ones)).clamp_min(0)
+        if isinstance(seen, EntrywiseMeasurement):
+            return gradient(lambda u: seen.smoothed(u, diagonal), u, self)
+        r = seen.residual(x0)
+        return r / (seen.std**2 + diagonal) if noise is None else noise.solve_plus(diagonal, r)
 
 
 class DDNM(LinearPosteriorDenoiser):
@@ -349,7 +383,7 @@ class DiffPIR(LinearPosteriorDenoiser):
           algorithm 1
     """
 
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement, weight: float = 1.0) -> None:
+    def __init__(self, model: AbstractDenoiser, measurement: Seen, weight: float = 1.0) -> None:
         super().__init__(model, measurement)
         self.weight = check.number("weight", weight, above=0)
 
@@ -364,7 +398,7 @@ class DiffPIR(LinearPosteriorDenoiser):
             return x0 + A.pinv(r)
         alpha, sigma = (check.expand(fn(t), r) for fn in (self.sde.alpha, self.sde.sigma))
         # Both sides are multiplied by σ², so that σ = 0 needs no special case.
-        kappa = self.weight * self.measurement.std**2 * alpha**2
+        kappa = self.weight * self.measurement.require_noise("DiffPIR") ** 2 * alpha**2
         return x0 + check.expand(self.sde.sigma(t), x) ** 2 * A.adjoint(A.solve(r, sigma**2, kappa))
 
 

@@ -107,6 +107,17 @@ class Operator(nn.Module):
         """Number of entries of an output, (B,) if it differs between samples."""
         return math.prod(self.out)
 
+    @property
+    def known_entries(self) -> Tensor | None:
+        """Entries of an output that are not padding, bool, (B, *out); None if all are."""
+        return None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples that the operator holds values of, 1 if it is the same for all."""
+        values = [getattr(self, name) for name in self.per_sample]
+        return max([_samples_of(value) for value in values], default=1)
+
     def rows(self: _Operator, index: Tensor) -> _Operator:
         """This operator for some samples of the batch.
 
@@ -133,6 +144,15 @@ class Operator(nn.Module):
                 f"{tuple(y.shape)}."
             )
         return y
+
+
+def _samples_of(value: object) -> int:
+    """Number of samples that an attribute in `per_sample` holds values of."""
+    if isinstance(value, Operator):
+        return value.samples
+    if isinstance(value, nn.ModuleList):
+        return max(map(_samples_of, value))
+    return len(value) if isinstance(value, Tensor) and value.ndim else 1
 
 
 class Spectrum(NamedTuple):
@@ -207,7 +227,7 @@ class Linear(Operator):
 
     def matrix(self) -> Tensor:
         """A as a dense matrix, (M, D), float64."""
-        own = next((len(v) for name in self.per_sample if isinstance(v := getattr(self, name), Tensor)), 1)
+        own = self.samples
         if own > 1:
             raise ValueError(f"the operator has {own} rows and so no single matrix; select one, as in `A.rows(index)`.")
         D, M = math.prod(self.event), math.prod(self.out)
@@ -270,6 +290,16 @@ class ScaledIsometry(Linear):
         return self.as_output(y) / (a * self.gram + b)
 
 
+def linear_operator(operator: Operator) -> Linear:
+    """Return `operator`; raise an error if it is not linear."""
+    if not isinstance(operator, Linear):
+        raise TypeError(
+            f"`operator` must be Linear for this method, got {type(operator).__name__}; DPS and ClassifierGuidance "
+            f"accept any differentiable operator."
+        )
+    return operator
+
+
 @checked
 class Mask(ScaledIsometry):
     """Inpainting: the m entries of a state where the mask is True, (B, m).
@@ -322,6 +352,10 @@ class Mask(ScaledIsometry):
     @property
     def entries(self) -> int | Tensor:
         return self.known.sum(1) if self.per_sample else self.out[0]
+
+    @property
+    def known_entries(self) -> Tensor | None:
+        return self.known if self.per_sample else None
 
     def extra_repr(self) -> str:
         if self.per_sample:

@@ -20,6 +20,7 @@ from scoresde.integrators.method import Solution
 from scoresde.inverse.denoisers import isotropic_variance
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.problem import Grid, make_problem
+from scoresde.inverse.stacked import Seen
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
@@ -51,7 +52,7 @@ class Particles(Solution):
 @torch.no_grad()
 def twisted_smc(
     model: AbstractDenoiser,
-    measurement: Measurement,
+    measurement: Seen,
     shape_or_x: Sequence[int] | Tensor,
     grid: Grid = 50,
     *,
@@ -97,7 +98,8 @@ def twisted_smc(
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
-    problem, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    measurement = seen.whitened()
     if len(measurement.y) != 1:
         raise ValueError(f"`y` must be one measurement, (1, *out), for all particles, got {len(measurement.y)} rows.")
     check.number("threshold", threshold, at_least=0, at_most=1)
@@ -197,7 +199,7 @@ class _Twist:
         if self.unseen:
             outside = (r.flatten(1).square().sum(1) - seen.square().sum(1)).clamp_min(0)
             energy = energy + outside / self.std**2 + self.unseen * math.log(2 * math.pi * self.std**2)
-        return -0.5 * energy
+        return -0.5 * energy + self.measurement.log_volume.to(energy)
 
 
 def systematic(log_weights: Tensor, noise: Noise, draw: int) -> Tensor:

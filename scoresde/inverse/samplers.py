@@ -25,6 +25,7 @@ from scoresde.inverse.denoisers import isotropic_variance
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear
 from scoresde.inverse.problem import Grid, Seed, make_problem
+from scoresde.inverse.stacked import Seen
 from scoresde.sampling.solve import sample
 from scoresde.solvers.deterministic import DPMSolverPP
 from scoresde.solvers.rule import Solver
@@ -34,7 +35,7 @@ from scoresde.solvers.rule import Solver
 @torch.no_grad()
 def ddrm(
     model: AbstractDenoiser,
-    measurement: Measurement,
+    measurement: Seen,
     shape_or_x: Sequence[int] | Tensor,
     grid: Grid = 20,
     *,
@@ -68,10 +69,12 @@ def ddrm(
     References:
         | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
     """
-    problem, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
     check.number("eta", eta, at_least=0, at_most=1)
     check.number("eta_b", eta_b, at_least=0, at_most=1)
-    sde, std, steps = model.sde, measurement.std, problem.steps
+    measurement = seen.whitened()
+    sde, steps = model.sde, problem.steps
+    std = 0.0 if measurement.std == 0 else measurement.require_noise("ddrm")
     d, of_state, to_state, of_data = measurement.linear.spectrum()
     x = problem.draw(times[0])
     d = d.to(x)
@@ -89,10 +92,10 @@ def ddrm(
         eps = (x - sde.alpha(t) * x0) / sde.sigma(t)
         x = alpha * x0 + sigma * (c_eps * eps + eta * z)
         n = alpha * std / d
-        seen, z_seen = of_state(x0), of_state(z)
-        sharp = alpha * ((1 - eta_b) * seen + eta_b * y) + (sigma**2 - (eta_b * n) ** 2).clamp_min(0).sqrt() * z_seen
+        known, z_known = of_state(x0), of_state(z)
+        sharp = alpha * ((1 - eta_b) * known + eta_b * y) + (sigma**2 - (eta_b * n) ** 2).clamp_min(0).sqrt() * z_known
         tiny = torch.finfo(x.dtype).tiny
-        blunt = alpha * seen + sigma * (c_eps * alpha * (y - seen) / n.clamp_min(tiny) + eta * z_seen)
+        blunt = alpha * known + sigma * (c_eps * alpha * (y - known) / n.clamp_min(tiny) + eta * z_known)
         x = x + to_state(torch.where(sigma >= n, sharp, blunt) - of_state(x))
     return problem.solution(x, times)
 
@@ -101,7 +104,7 @@ def ddrm(
 @torch.no_grad()
 def daps(
     model: AbstractDenoiser,
-    measurement: Measurement,
+    measurement: Seen,
     shape_or_x: Sequence[int] | Tensor,
     grid: Grid = 20,
     *,
@@ -135,9 +138,10 @@ def daps(
         | Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing (Zhang et al., 2025),
           arXiv:2407.01521, algorithm 1
     """
-    problem, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
     if data_std != math.inf:
         check.number("data_std", data_std, above=0)
+    measurement = seen.whitened()
     std, A, sde = measurement.require_noise("daps"), measurement.linear, model.sde
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = problem.steps
@@ -159,7 +163,7 @@ def daps(
 @checked
 def red_diff(
     model: AbstractDenoiser,
-    measurement: Measurement,
+    measurement: Seen,
     shape_or_x: Sequence[int] | Tensor,
     grid: Grid = 100,
     *,
@@ -178,7 +182,9 @@ def red_diff(
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with any differentiable operator; `weight` replaces `std`, which is not used.
+        measurement: Measurement with any differentiable operator. `weight` replaces one `std` of all entries; for other
+            Gaussian noise ‖·‖² is weighted by Σ⁻¹, scaled to a mean weight of 1, and for other noise the first term is
+            −log p(y | μ).
         shape_or_x: Initial state, or shape (B, *event) to start from A⁺y (from 0 if A is not linear).
         grid: Decreasing times, or a number of steps; a time with σ = 0 is skipped.
         lr: Learning rate of Adam.
@@ -190,15 +196,15 @@ def red_diff(
         | A Variational Perspective on Solving Inverse Problems with Diffusion Models (Mardani et al., 2024),
           arXiv:2305.04391, algorithm 1
     """
-    problem, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
+    problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
     draws, sde = problem.steps, model.sde
     if isinstance(shape_or_x, Tensor):
         mu = check.state("x", shape_or_x).detach().clone()
     else:
         dtype, device = problem.start.placement(model)
         mu = torch.zeros(check.shape("shape_or_x", shape_or_x), dtype=dtype, device=device)
-        if isinstance(measurement.operator, Linear):
-            mu = mu + measurement.operator.pinv(measurement.data(mu))
+        if isinstance(seen.operator, Linear):
+            mu = mu + seen.operator.pinv(seen.data(mu))
     check.number("lr", lr, above=0)
     adam = torch.optim.Adam([mu.requires_grad_()], lr=lr, betas=(0.9, 0.99))
     for k, t in enumerate(t for t in times if sde.sigma(t) > 0):
@@ -206,7 +212,17 @@ def red_diff(
             at = before_silence(sde, t)
             alpha, sigma = sde.alpha(at), sde.sigma(at)
             eps = draws.like(mu, k)
-            fit = gradient(lambda m: 0.5 * measurement.residual(m).flatten(1).square().sum(1), mu, measurement)
+            fit = gradient(lambda m: _misfit(seen, m), mu, seen)
             mu.grad = fit + weight * sigma / alpha * (problem.model.eps(alpha * mu + sigma * eps, at) - eps)
         adam.step()
     return problem.solution(mu.detach(), times)
+
+
+def _misfit(seen: Measurement, x0: Tensor) -> Tensor:
+    """Half the squared residual, weighted by Σ⁻¹; −log p(y | x0) if the noise is not Gaussian."""
+    if type(seen) is not Measurement:
+        return -seen.log_prob(x0)
+    r = seen.residual(x0)
+    if seen.covariance is None:
+        return 0.5 * r.flatten(1).square().sum(1)
+    return 0.5 * seen.covariance.whiten(r).square().sum(1) / seen.covariance.mean_precision().to(r)

@@ -42,4 +42,5 @@ class Stream(IntEnum):
     FITTED = 0x666974  # initial states of the trajectories that a table is fitted to
     FITTED_NOISE = 0x666975  # noise of these trajectories
     FITTED_SHIFTS = 0x666976  # directions in which initial states are shifted to measure how far trajectories part
+    MEASUREMENT = 0x6D6561  # noise of simulated measurements
     GRIDS = 0x6F7074  # samples that a grid is computed from

@@ -17,7 +17,8 @@ from scoresde.grids.zigzags import renoised, repaint
 from scoresde.guidance.classifier import ClassifierGuidance
 from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, PiGDM, dps_scale
 from scoresde.inverse.exact import log_evidence, posterior
-from scoresde.inverse.measurements import Counts, Measurement
+from scoresde.inverse.likelihoods import Counts
+from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Blur, Downsample, FourierMask, Grey, Linear, Mask, Matrix, Operator
 from scoresde.inverse.particles import twisted_smc
 from scoresde.inverse.replacement import Replacement

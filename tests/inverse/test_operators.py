@@ -11,7 +11,8 @@ from torch import Tensor
 
 import scoresde as ss
 from scoresde.inverse.krylov import conjugate_gradients, minimal_residual
-from scoresde.inverse.measurements import Counts, Measurement
+from scoresde.inverse.likelihoods import Counts
+from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import (
     Blur,
     Downsample,

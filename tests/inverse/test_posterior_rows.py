@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import scoresde as ss
 from scoresde.inverse.denoisers import DDNM, DPS, MMPS, TMPD, DiffPIR, LinearPosteriorDenoiser, PiGDM, PosteriorDenoiser
-from scoresde.inverse.measurements import Counts, Measurement
+from scoresde.inverse.likelihoods import Counts
+from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Downsample, Linear, Mask, Matrix, Operator
 from scoresde.inverse.samplers import daps, ddrm, red_diff
 

@@ -24,6 +24,7 @@ from scoresde import (
     processes,
     sampling,
     solvers,
+    steering,
     training,
 )
 from scoresde.denoisers import Denoiser, Gaussian, GaussianMixture, Preconditioning, check_denoiser
@@ -103,6 +104,7 @@ __all__ = [
     "sampling",
     "solve",
     "solvers",
+    "steering",
     "training",
 ]
 

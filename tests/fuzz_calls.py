@@ -95,6 +95,14 @@ REASONS: dict[str, str] = {
         Replacement.bind TensorBoard.images WandB WandB.on_start WandB.on_log WandB.images WandB.close""".split(),
         CALLED,
     ),
+    **dict.fromkeys(["Steered", "Steered.mean", "Steered.resampled", "Steered.lineage", "Steered.merged"], RESULT),
+    "Potential": "an abstract class; its subclasses are called",
+    **dict.fromkeys(
+        """Potential.log_value Potential.twist Potential.rows Reward.log_value Reward.twist Reward.rows
+        Smoothed.log_value Smoothed.twist Smoothed.rows Composition.exponents Resampling.choose multinomial
+        stratified systematic residual effective_size""".split(),
+        CALLED,
+    ),
     **dict.fromkeys(["Uncertain", "Uncertain.interval", "ReverseSDE.failure"], RESULT),
     "pauses": "a generator that wants answers; `tell` and `Stepper` are called",
     **dict.fromkeys(
@@ -245,6 +253,10 @@ SCHEDULER = {
 }
 
 
+def reward() -> ss.steering.Reward:
+    return ss.steering.Reward(lambda x: x[:, 0])
+
+
 def stepper(v: dict[str, Any]) -> Any:
     made = ss.sampling.Stepper(v["plan"], v["x"])
     made.ask()
@@ -324,6 +336,19 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ddrm": lambda v: {"grid": 2},
     "red_diff": lambda v: {"grid": 2},
     "twisted_smc": lambda v: {"grid": 2},
+    "steer": lambda v: {"potential": reward(), "solver": ss.DDPM(), "particles": 3, "grid": 2},
+    "Reward": lambda v: {"fn": lambda x: x[:, 0]},
+    "Smoothed": lambda v: {"potential": reward()},
+    "Resampling": lambda v: {},
+    "Composition": lambda v: {"models": [v["model"]], "log_density": lambda logs: logs[0]},
+    "power": lambda v: {"beta": 2.0},
+    "product": lambda v: {"models": [v["model"], v["model"]]},
+    "mixture": lambda v: {"models": [v["model"], v["model"]]},
+    "sample_composition": lambda v: {
+        "composition": ss.steering.power(v["model"], 2.0),
+        "grid": 2,
+        "particles": 3,
+    },
     "Linear.solve": lambda v: {"a": 1.0, "b": 1.0},
     "Blur.solve": lambda v: {"a": 1.0, "b": 1.0},
     "Matrix.solve": lambda v: {"a": 1.0, "b": 1.0},

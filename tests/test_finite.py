@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde import analysis, denoisers, fitting, integrators, inverse, likelihood, sampling
+from scoresde import analysis, denoisers, fitting, integrators, inverse, likelihood, sampling, steering
 
 F64 = torch.float64
 SDE = ss.VP()
@@ -66,6 +66,7 @@ def learned(m: denoisers.AbstractDenoiser) -> Tensor:
     return ss.sample(Wide(m), Z, sampling.LearnedVariance(), steps=4, seed=0)
 
 
+REWARD, PARTICLES = steering.Reward(lambda x: x[:, 0]), Z[:, None].expand(B, 3, 3)
 KEEP = ss.Watch(transitions=True)
 eight, steps = likelihood.Tolerance(steps=8), {"options": {"step_size": 0.5}}
 bytes_ = torch.arange(3 * B).reshape(B, 3) % 8
@@ -129,6 +130,11 @@ CALLS: dict[str, Call] = {
     "inverse.TMPD": under(lambda m: inverse.TMPD(m, measured())),
     "inverse.DDNM": under(lambda m: inverse.DDNM(m, measured())),
     "inverse.DiffPIR": under(lambda m: inverse.DiffPIR(m, measured())),
+    "steering.steer": lambda m: steering.steer(m, REWARD, PARTICLES, ss.DDPM(), particles=3, grid=4, seed=0),
+    "steering.steer, gradient": lambda m: steering.steer(
+        MIX, REWARD, PARTICLES, ss.DDPM(), particles=3, proposal=m, grid=4, seed=0
+    ),
+    "steering.power": lambda m: steering.sample_composition(steering.power(m, 1.5), PARTICLES, 4, particles=3, seed=0),
     "guidance.Clamp": under(ss.guidance.Clamp),
     "guidance.DynamicThreshold": under(ss.guidance.DynamicThreshold),
     "guidance.ClassifierGuidance": under(lambda m: ss.guidance.ClassifierGuidance(m, lambda x, t: -x.square().sum(1))),
@@ -171,7 +177,7 @@ def outcome(call: Call, model: denoisers.AbstractDenoiser) -> tuple[str, Any]:
 
 def test_the_list_holds_every_public_name_that_takes_a_model() -> None:
     listed = {name.split(",")[0] for name in CALLS} | set(OTHER)
-    for folder in (sampling, integrators, likelihood, fitting, analysis, inverse, denoisers, ss.guidance):
+    for folder in (sampling, integrators, likelihood, fitting, analysis, steering, inverse, denoisers, ss.guidance):
         for name in folder.__all__:
             value = getattr(folder, name)
             if not callable(value) or getattr(value, "__module__", "") == "typing":

@@ -2,7 +2,7 @@
 
 from scoresde.steering.compositions import Composition, mixture, power, product, sample_composition
 from scoresde.steering.particles import Steered
-from scoresde.steering.potentials import Potential, Reward, Smoothed, difference, maximum, total
+from scoresde.steering.potentials import Potential, Reward, Smoothed
 from scoresde.steering.resampling import (
     Resampling,
     effective_size,
@@ -20,9 +20,7 @@ __all__ = [
     "Reward",
     "Smoothed",
     "Steered",
-    "difference",
     "effective_size",
-    "maximum",
     "mixture",
     "multinomial",
     "power",
@@ -32,5 +30,4 @@ __all__ = [
     "steer",
     "stratified",
     "systematic",
-    "total",
 ]

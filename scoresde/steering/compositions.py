@@ -25,6 +25,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde._printing import short
 from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, same_process
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready
@@ -71,10 +72,7 @@ class Composition:
     log_density: LogDensity
 
     def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError("`models` must hold at least one denoiser, got none.")
-        for i, model in enumerate(self.models):
-            same_process(self.models[0], check_model(model, f"models[{i}]"), f"models[{i}]")
+        _check_models(self.models)
 
     @property
     def sde(self) -> SDE:
@@ -111,6 +109,7 @@ def product(models: Sequence[AbstractDenoiser], powers: Sequence[float] | None =
     References:
         | Feynman-Kac Correctors in Diffusion (Skreta et al., 2025), arXiv:2503.02819
     """
+    _check_models(models)
     beta = [1.0] * len(models) if powers is None else [check.number("powers", b) for b in powers]
     if len(beta) != len(models):
         raise ValueError(f"`powers` must have one entry for each of {len(models)} models, got {len(beta)}.")
@@ -138,6 +137,7 @@ def mixture(models: Sequence[AbstractDenoiser], weights: Sequence[float] | None 
         models: Denoisers on one process.
         weights: Weights w, positive; normalised to sum 1. By default equal.
     """
+    _check_models(models)
     w = [1.0] * len(models) if weights is None else [check.number("weights", v, above=0) for v in weights]
     if len(w) != len(models):
         raise ValueError(f"`weights` must have one entry for each of {len(models)} models, got {len(w)}.")
@@ -336,6 +336,13 @@ class _Chain:
         self.log_phi, self.phi = self.composition.exponents(self.logs)
         self.x = new
         return self.log_phi - before + forward - _log_normal(new, centre, 1 / precision)
+
+
+def _check_models(models: Sequence[AbstractDenoiser]) -> None:
+    if not isinstance(models, tuple | list) or len(models) == 0:
+        raise ValueError(f"`models` must be a list of at least one denoiser, got {short(models)}.")
+    for i, model in enumerate(models):
+        same_process(check_model(models[0], "models[0]"), check_model(model, f"models[{i}]"), f"models[{i}]")
 
 
 def _times(sde: SDE, grid: int | Tensor | Sequence[float]) -> list[float]:

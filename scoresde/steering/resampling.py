@@ -118,11 +118,17 @@ class Resampling:
 
 def as_resampling(given: str | Rule | Resampling) -> Resampling:
     """A :class:`Resampling` from what users give: the name of a rule, a rule, or a :class:`Resampling`."""
+    if isinstance(given, str):
+        check.choice("resample", given, tuple(RULES))
     return given if isinstance(given, Resampling) else Resampling(given)
 
 
 def effective_size(log_weights: Tensor) -> Tensor:
-    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of each population, (P, N) to (P,); 0 without weight."""
+    r"""Effective sample size :math:`(\sum w)^2 / \sum w^2` of each population, (P,); 0 without weight.
+
+    Arguments:
+        log_weights: Log-weights, (P, N), normalised or not.
+    """
     log = log_weights.double()
     size = (2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp()
     return size.nan_to_num(0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 import scoresde as ss
 from scoresde import inverse, steering
 from scoresde.analysis.moments import exact_moments
-from scoresde.steering import Resampling, Reward, Steered, steer
+from scoresde.steering import Resampling, Reward, Steered, potentials, steer
 
 F64 = torch.float64
 DOUBLE = ss.Start(dtype=F64)
@@ -109,9 +109,9 @@ def test_schedules_and_rules_change_no_target(options: dict[str, Any]) -> None:
 def test_the_schedules_are_those_of_the_paper() -> None:
     """The products of G over a path, with G = exp(difference), exp(max so far) and exp(sum so far)."""
     twists = torch.tensor([[1.0, 3.0, 2.0]])
-    assert steering.difference(twists).tolist() == [2.0]
-    assert steering.maximum(twists).tolist() == [1.0 + 3.0 + 3.0]
-    assert steering.total(twists).tolist() == [1.0 + 4.0 + 6.0]
+    assert potentials.difference(twists).tolist() == [2.0]
+    assert potentials.maximum(twists).tolist() == [1.0 + 3.0 + 3.0]
+    assert potentials.total(twists).tolist() == [1.0 + 4.0 + 6.0]
 
 
 @pytest.mark.parametrize(

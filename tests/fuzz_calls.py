@@ -28,7 +28,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         """ExactMoments Order Response Stability Work Diagnosis Kind Solution Particles SolverError Stats
         Accepted Path Step Unrolled Update Transition Elbo Estimate LogProb Comparison Moments Bound
-        Independent Divergence Record Snapshot Terms Leg Point Stream Independent.sample
+        Independent PrecisionRecall Divergence Record Snapshot Terms Leg Point Stream Independent.sample
         Independent.log_prob Independent.kl CheckpointError Unrolled.state Unrolled.plan Divergence.rows
         Divergence.products Divergence.standard_error Point.of Point.unbind Path.at Counter Counter.add
         Shared Prior Particles.resampled Frame Problem""".split(),
@@ -142,6 +142,11 @@ class Net(torch.nn.Module):
     def forward(self, x: Tensor, t: Any, **_: Any) -> Tensor:
         out: Tensor = self.linear(x)
         return out
+
+
+def solution(v: dict[str, Any]) -> ss.Solution:
+    """A run with its states."""
+    return ss.solve(v["model"], v["x"], steps=2, watch=ss.Watch(save_at="all"))
 
 
 @functools.cache
@@ -284,7 +289,13 @@ def image_net(v: dict[str, Any]) -> dict[str, Any]:
 CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "convergence_order": lambda v: {"steps": (2, 4), "n": 2, "reference": still},
     "exact_flow": lambda v: {"steps": 4},
-    "work_precision": lambda v: {"solvers": [ss.DDIM()], "nfes": (4,), "x": v["x"], "truth": v["x"]},
+    "work_precision": lambda v: {
+        "solvers": [ss.DDIM()],
+        "nfes": (4,),
+        "x": v["x"],
+        "truth": v["x"],
+        "table": [ss.analysis.Work("DDIM()", "karras", 5, 0.1, 0.2)],  # of the function of `plots`
+    },
     "weak_order": lambda v: {"steps": (4, 8)},
     "order_residuals": lambda v: {"plan": ss.UniPC(2).plan(v["sde"], [1.0, 0.7, 0.5, 0.3])},
     "response": lambda v: {"plan": v["plan"], "plans": [v["plan"]]},
@@ -362,6 +373,14 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "c2st": lambda v: {"steps": 2, "folds": 2, "batch": 2, "hidden": 2},
     "compare": lambda v: {"metric": ss.metrics.energy_distance, "n_permutations": 4},
     "sliced_w2": lambda v: {"n_projections": 4},
+    "precision_recall": lambda v: {"data": v["x"], "samples": v["y"], "k": 1},
+    "ranks": lambda v: {"truth": v["x"], "samples": v["x"][:, None]},
+    "ssim": lambda v: {"x": v["x"][..., None], "y": v["y"][..., None], "size": 1},
+    "animate": lambda v: {"solution": solution(v), "path": folder() / "run.gif", "seconds": 0.1, "dpi": 20},
+    "trajectory": lambda v: {"solution": solution(v)},
+    "calibration": lambda v: {"ranks": torch.tensor([0.2, 0.7])},
+    "loss_by_noise": lambda v: {"loss": [{"lam": 0.0, "error": 1.0, "count": 1.0, "bad": 0.0}]},
+    "orders": lambda v: {"table": ss.analysis.Order(1.0, 1, (2, 4), (0.2, 0.1))},
     "w2_1d": lambda v: {"x": v["x"][:, 0], "y": v["y"][:, 0]},
     "MLP": lambda v: {},
     "Conditioning": lambda v: {"time": ss.nn.Sinusoidal(8), "width": 8},

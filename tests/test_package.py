@@ -77,7 +77,7 @@ ORDER = (
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "_doors", "_printing", "noise"},
-    "metrics": {"_checks", "_doors", "_numerics", "_printing", "noise"},
+    "metrics": {"_checks", "_doors", "_numerics", "_printing", "noise", "metrics"},
     "nn": {"_build", "_checks", "_doors", "_printing", "noise", "nn"},
 }
 

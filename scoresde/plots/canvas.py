@@ -18,6 +18,8 @@ FAINT = "0.7"  # grey of lines that only guide the eye
 def axes_or_new(ax: Axes | None, size: tuple[float, float] | None = None) -> Axes:
     """The given axes, or those of a new figure."""
     if ax is not None:
+        if not hasattr(ax, "plot"):
+            raise TypeError(f"`ax` must be axes of matplotlib, such as plt.gca(), got {type(ax).__name__}.")
         return ax
     pyplot = _pyplot()
     made: Axes = pyplot.subplots(figsize=size)[1]
@@ -27,6 +29,8 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float] | None = None) -> Axe
 def figure_or_new(figure: Figure | None, size: tuple[float, float]) -> Figure:
     """The given figure without its old axes, or a new one."""
     if figure is not None:
+        if not hasattr(figure, "subplots"):
+            raise TypeError(f"`figure` must be a figure of matplotlib, such as plt.gcf(), got {type(figure).__name__}.")
         figure.clear()
         return figure
     made: Figure = _pyplot().figure(figsize=size)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,9 +39,10 @@ def figure_or_new(figure: Figure | None, size: tuple[float, float]) -> Figure:
     return made
 
 
-def array(x: Tensor) -> Any:
+def array(x: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """Numbers of a tensor for matplotlib: on the CPU, in float64, without gradients."""
-    return x.detach().to("cpu", torch.float64).numpy()
+    numbers: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = x.detach().to("cpu", torch.float64).numpy()
+    return numbers
 
 
 def is_image(event: tuple[int, ...]) -> bool:
@@ -78,7 +81,7 @@ def show_tiles(ax: Axes, picture: Tensor) -> None:
         spine.set_visible(False)
 
 
-def _pyplot() -> Any:
+def _pyplot() -> ModuleType:
     try:
         import matplotlib.pyplot as pyplot
     except ImportError:

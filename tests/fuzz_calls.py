@@ -53,7 +53,8 @@ REASONS: dict[str, str] = {
         Laplace.draw StudentT.draw Rounded.draw Censored.draw PNDM.leg Ancestral.leg AnnealedLangevin.leg Churn.leg
         Consistency.leg ExponentialRungeKutta.leg ExtendedReverse.leg Mixed.leg Multistep.leg
         NoiseCombination.leg ReverseSDE.leg RungeKutta.leg SingleStep.leg Solver.leg SongPredictor.leg
-        TwoStage.leg Multistep.after_noise Solver.after_noise Multistep.moments_of PublishedThree.moments_of
+        TwoStage.leg GivenDiffusion.leg Preserving.leg
+        Multistep.after_noise Solver.after_noise Multistep.moments_of PublishedThree.moments_of
         Multistep.corrected Divergence LossAware.observe Stratified.observe Times.observe
         Stratified.uniforms Times.uniforms Update.factor Split.sizes Gaussian.marginal Gaussian.log_det
         Gaussian.affine HybridVLB.bound Checkpoints.path Checkpoints.save Tape.spans Tape.rows Tape.paste
@@ -104,6 +105,7 @@ REASONS: dict[str, str] = {
         CALLED,
     ),
     **dict.fromkeys(["Uncertain", "Uncertain.interval", "ReverseSDE.failure"], RESULT),
+    **dict.fromkeys(["Rollout", "Transition.kl", "Transition.log_ratio"], RESULT),
     "pauses": "a generator that wants answers; `tell` and `Stepper` are called",
     **dict.fromkeys(
         """Blur.evaluate Blur.transpose Blur.solve FourierMask.evaluate FourierMask.transpose Mask.evaluate
@@ -536,6 +538,28 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "build": {"class": "torch.nn:Linear", "arguments": {}},
     },
     "load": lambda v: {"folder": saved(v), "path": file("state")},
+    "Preserving": lambda v: {"noise_level": 0.5},
+    "ReverseEuler": lambda v: {"diffusion": lambda t: t},
+    "rollout": lambda v: {"solver": ss.DDPM(), "steps": None},
+    "replay": lambda v: {"rollout": rollout(v), "rows": [1]},
+    "minibatches": lambda v: {"rollout": rollout(v), "rows": 1},
+    "Rollout.at": lambda v: {"rows": [1]},
+    "advantages": lambda v: {"rewards": v["x"][:, 0]},
+    "reward_to_go": lambda v: {"rewards": v["x"][:, 0], "kl": torch.ones(2, 4), "beta": 0.1},
+    "log_ratio": lambda v: {"new": rollout(v).at(), "old": rollout(v).at()},
+    "step_kl": lambda v: {"new": rollout(v).at(), "reference": rollout(v).at()},
+    "grpo_loss": lambda v: {"log_ratio": v["x"].mT, "advantages": v["x"][:, 0]},
+    "optimality": lambda v: {"advantages": v["x"][:, 0], "limit": 2.0},
+    "nft_loss": lambda v: {"old": v["model"], "t": torch.full((4,), 0.5), "reward": torch.full((4,), 0.5)},
+    "dpo_loss": lambda v: {
+        "reference": v["model"],
+        "chosen": v["x"],
+        "rejected": v["x"] + 1,
+        "t": torch.full((4,), 0.5),
+        "strength": 1.0,
+    },
+    "tilted": lambda v: {},
+    "start_share": lambda v: {},
     "EmbeddedRungeKutta": lambda v: {
         n: getattr(ss.integrators.DormandPrince(), n) for n in "a error of_order middle".split()
     },
@@ -544,6 +568,10 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def statistics(v: dict[str, Any]) -> Any:
     return ss.solvers.Statistics((-5.0, 0.0, 5.0), (0.0,) * 3, (0.0,) * 3, (0.0,) * 3)
+
+
+def rollout(v: dict[str, Any]) -> Any:
+    return ss.policies.rollout(v["model"], (4, 2), ss.DDPM(), grid=[1.0, 0.5, 0.1], seed=0)
 
 
 def still(x: Tensor, *times: float) -> Tensor:
@@ -571,6 +599,7 @@ def trainer(v: dict[str, Any]) -> ss.Trainer:
 # The object whose methods are called, where the class itself is abstract or needs more than `CALLS` says.
 OBJECTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "Stepper": stepper,
+    "Rollout": rollout,
     "AbstractDenoiser": lambda v: v["model"],
     "Denoiser": lambda v: ss.Denoiser(v["net"], v["sde"], predicts="eps"),
     "Given": lambda v: v["model"].given(),

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -1641,3 +1642,35 @@ def reverse_diffusion(D, x, t, alpha, sigma, *, z, trajectory=False):
         return (2 - A) * x + G2 * score + math.sqrt(G2) * next(noise)
 
     return _singlestep(rule, x, p.n, trajectory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rollouts of reinforcement learning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flow_sde(D: Model, x: Tensor, t: Tensor, a: float, z: Sequence[Tensor]) -> Tensor:
+    """Flow-SDE (Liu et al. 2025, arXiv:2505.05470, eq. 9) on alpha = 1 - t, sigma = t, with the velocity v = x_1 - x_0.
+
+    s_t = a sqrt(t / (1 - t)); at t = 1 the public code evaluates s at the second time. The leg into 0 returns D.
+    """
+    times = [float(u) for u in t]
+    for i, (s, u) in enumerate(pairwise(times)):
+        v = (x - D(x, s)) / s
+        if u == 0:
+            return x + v * (u - s)
+        at = s if s < 1 else times[1]
+        std = a * math.sqrt(at / (1 - at))
+        x = x + (v + std**2 / (2 * s) * (x + (1 - s) * v)) * (u - s) + std * math.sqrt(s - u) * z[i]
+    return x
+
+
+def cps(D: Model, x: Tensor, t: Tensor, alpha: Scalar, sigma: Scalar, eta: float, z: Sequence[Tensor]) -> Tensor:
+    """Coefficients-preserving sampling (Wang & Yu 2025, arXiv:2509.05952) with alpha for 1 - t and sigma for t."""
+    path = _Path(t, alpha, sigma)
+    for i in range(path.n):
+        d = D(x, path.t[i])
+        eps = (x - path.a[i] * d) / path.s[i]
+        old, new = math.cos(eta * math.pi / 2), math.sin(eta * math.pi / 2)
+        x = path.a[i + 1] * d + path.s[i + 1] * (old * eps + new * z[i])
+    return x

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde import analysis, denoisers, fitting, integrators, inverse, likelihood, sampling, steering
+from scoresde import analysis, denoisers, fitting, integrators, inverse, likelihood, policies, sampling, steering
 
 F64 = torch.float64
 SDE = ss.VP()
@@ -83,6 +83,8 @@ CALLS: dict[str, Call] = {
     "sampling.interpolate": lambda m: sampling.interpolate(m, X, X.flip(0), 3, steps=4).transpose(0, 1),
     "sampling.langevin": lambda m: sampling.langevin(m, X, 0.2, 0.01, n=3, seed=0),
     "sampling.transitions": lambda m: [*sampling.transitions(ss.DDPM().plan(SDE, FIVE), m, Z, ss.Noise(0))][-1].x,
+    "policies.rollout": lambda m: policies.rollout(m, Z, steps=4, seed=0).x,
+    "policies.replay": lambda m: policies.replay(policies.rollout(MIX, Z, steps=4, seed=0), m)[-1].mean,
     "sampling.mean_squared_score": lambda m: sampling.mean_squared_score(m, X, FIVE),
     "integrators.Adaptive": sampled(ss.Adaptive(), None),
     "integrators.AdaptiveSDE": sampled(integrators.AdaptiveSDE(), None),
@@ -151,6 +153,8 @@ TOGETHER = {"integrators.TorchSDE, adaptive"}
 OTHER = {
     "sampling.default_solver": "reads its kind",
     "sampling.plan_for": "reads its process and kind",
+    "policies.nft_loss": "a loss, which is not finite where its network is not",
+    "policies.dpo_loss": "a loss, which is not finite where its network is not",
     "denoisers.Wrapped": "a base",
     "denoisers.Given": "passes the call on",
     "denoisers.check_denoiser": "reports it in its message",
@@ -177,7 +181,8 @@ def outcome(call: Call, model: denoisers.AbstractDenoiser) -> tuple[str, Any]:
 
 def test_the_list_holds_every_public_name_that_takes_a_model() -> None:
     listed = {name.split(",")[0] for name in CALLS} | set(OTHER)
-    for folder in (sampling, integrators, likelihood, fitting, analysis, steering, inverse, denoisers, ss.guidance):
+    users = (fitting, analysis, policies, steering, inverse)
+    for folder in (sampling, integrators, likelihood, *users, denoisers, ss.guidance):
         for name in folder.__all__:
             value = getattr(folder, name)
             if not callable(value) or getattr(value, "__module__", "") == "typing":

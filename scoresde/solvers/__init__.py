@@ -2,8 +2,8 @@
 
 Published solvers by name are in ``deterministic`` and ``stochastic``; each is a setting of a class in ``multistep``
 (UniPC and its corrector, DPM-Solver(++), DEIS, SA-Solver), ``single_step``, ``runge_kutta``, ``exponential``,
-``ancestral`` or ``reverse_sde``. All weights of exponential solvers, also those of correctors, are computed in
-``quadrature``.
+``ancestral`` or ``reverse_sde``. Those made for reinforcement learning are in ``exploring``. All weights of exponential
+solvers, also those of correctors, are computed in ``quadrature``.
 """
 
 from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, Restart, TwoStage
@@ -32,6 +32,7 @@ from scoresde.solvers.deterministic import (
     VelocityAB,
     with_corrector,
 )
+from scoresde.solvers.exploring import CPS, FlowSDE, GivenDiffusion, Preserving, ReverseEuler
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, ExponentialTableau
 from scoresde.solvers.interpolants import (
     DATA,
@@ -87,6 +88,7 @@ from scoresde.solvers.stochastic import (
 from scoresde.solvers.tape import Leg, Tape
 
 __all__ = [
+    "CPS",
     "DATA",
     "DDIM",
     "DDPM",
@@ -138,6 +140,8 @@ __all__ = [
     "ExponentialRungeKutta",
     "ExponentialTableau",
     "ExtendedReverse",
+    "FlowSDE",
+    "GivenDiffusion",
     "Heun",
     "Leg",
     "Midpoint",
@@ -147,9 +151,11 @@ __all__ = [
     "Point",
     "Posterior",
     "Prediction",
+    "Preserving",
     "PublishedThree",
     "Restart",
     "ReverseDiffusion",
+    "ReverseEuler",
     "ReverseSDE",
     "RungeKutta",
     "RungeKutta4",

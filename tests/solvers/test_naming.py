@@ -141,6 +141,9 @@ CATALOGUE: dict[str, dict[str, list[Any]]] = {
     },
     "SEEDS": {"order": [3], "prediction": PREDICTIONS, "form": ["mid", "exact"], "r": [(), (0.2, 0.4)], "eta": ETAS},
     "ERSDE": {"order": ORDERS, "phi": [stochastic_module.er_sde_scale, square, lambda rho: rho**2, lambda rho: rho**3]},
+    "FlowSDE": {"noise_level": [0.0, 0.7, 1.0]},
+    "CPS": {"noise_level": [0.0, 0.5, 1.0]},
+    "ReverseEuler": {"diffusion": [half, wave, line(0.5), line(0.6), Slope(1.0), Slope(2.0)]},
     # Classes.
     "Multistep": {
         "nodes": ORDERS,
@@ -169,6 +172,8 @@ CATALOGUE: dict[str, dict[str, list[Any]]] = {
     "TwoStage": {"eta": ETAS, "r": [0.5, 0.3]},
     "ReverseSDE": {"eta": ETAS, "clock": CLOCKS, "heun": [False, True]},
     "ExtendedReverse": {"nodes": [3], "phi": [square, lambda rho: rho], "published": [False, True]},
+    "GivenDiffusion": {"diffusion": [None, half, wave, Slope(2.0)]},
+    "Preserving": {"noise_level": [0.0, 0.5, 1.0]},
     "SongPredictor": {},
     "Consistency": {},
 }

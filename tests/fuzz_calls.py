@@ -101,7 +101,8 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         """Potential.log_value Potential.twist Potential.rows Reward.log_value Reward.twist Reward.rows
         Smoothed.log_value Smoothed.twist Smoothed.rows Composition.exponents Resampling.choose multinomial
-        stratified systematic residual effective_size""".split(),
+        stratified systematic residual effective_size Likelihood.log_value Likelihood.twist
+        Likelihood.rows""".split(),
         CALLED,
     ),
     **dict.fromkeys(["Uncertain", "Uncertain.interval", "ReverseSDE.failure"], RESULT),
@@ -349,6 +350,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "ddrm": lambda v: {"grid": 2},
     "red_diff": lambda v: {"grid": 2},
     "twisted_smc": lambda v: {"grid": 2},
+    "Likelihood": lambda v: {},
     "steer": lambda v: {"potential": reward(), "solver": ss.DDPM(), "particles": 3, "grid": 2},
     "Reward": lambda v: {"fn": lambda x: x[:, 0]},
     "Smoothed": lambda v: {"potential": reward()},

@@ -19,6 +19,7 @@ from scoresde.inverse.particles import Particles, twisted_smc
 from scoresde.inverse.replacement import Replacement
 from scoresde.inverse.samplers import daps, ddrm, red_diff
 from scoresde.inverse.stacked import stack
+from scoresde.inverse.twists import Likelihood
 
 __all__ = [
     "DDNM",
@@ -34,6 +35,7 @@ __all__ = [
     "FourierMask",
     "Grey",
     "Laplace",
+    "Likelihood",
     "Linear",
     "LinearPosteriorDenoiser",
     "Mask",

@@ -18,12 +18,16 @@ from scoresde.denoisers.start import Start
 from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.integrators.method import Solution
 from scoresde.inverse.denoisers import isotropic_variance
-from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.problem import Grid, make_problem
-from scoresde.inverse.stacked import Seen
+from scoresde.inverse.stacked import Seen, check_measurement
+from scoresde.inverse.twists import Likelihood, likelihood_of
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
+from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
+from scoresde.solvers.rule import Solver
+from scoresde.steering.resampling import Resampling, effective_size, systematic
+from scoresde.steering.steer import steer
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,7 +49,7 @@ class Particles(Solution):
     def resampled(self, seed: int | Noise | None = None) -> Tensor:
         """Resample N particles with equal weights, (N, *event)."""
         noise = seed if isinstance(seed, Noise) else Noise(seed)
-        return self.x[systematic(self.log_weights, noise.fork(Stream.FINAL), 0)]
+        return self.x[_systematic(self.log_weights, noise.fork(Stream.FINAL), 0)]
 
 
 @checked
@@ -56,13 +60,14 @@ def twisted_smc(
     shape_or_x: Sequence[int] | Tensor,
     grid: Grid = 50,
     *,
+    solver: Solver | Plan | None = None,
     data_std: float = 1.0,
     threshold: float = 0.5,
     variance: str = "optimal",
     start: Start | Gaussian | None = None,
     seed: int | Noise | None = None,
 ) -> Particles:
-    r"""Twisted diffusion sampler: sequential Monte Carlo with guided proposals.
+    r"""Twisted diffusion sampler: sequential Monte Carlo with guided proposals, for any likelihood.
 
     With a Gaussian step :math:`p(x_s \mid x_t) = N(m, v)` of the prior and the twist
     :math:`\tilde p(y \mid x_t) = N(y; A D, \mathrm{std}^2 + r^2 A A^T)`,
@@ -79,16 +84,18 @@ def twisted_smc(
     is exact for isotropic Gaussian data; E is the mean over the particles. DDPM's own variance omits the second term:
     on Gaussian data its steps lose 14 % of the variance with 40 steps, and 4 % with 160, and so do the particles, in
     the directions that y does not see. Other data are not isotropic given x_t, so an error of the same order remains.
-    All particles are samples of one posterior.
+    All particles are samples of one posterior. For other likelihoods the twist is that of :class:`Likelihood`. With a
+    `solver` the steps are those of any stochastic solver or plan, by ``steering.steer``; that takes many problems too.
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with a linear operator, one y and std > 0.
+        measurement: Measurement with a likelihood and one y.
         shape_or_x: Shape (N, *event), or particles at the first time.
-        grid: Decreasing times, or a number of steps.
+        grid: Decreasing times, or a number of steps; a plan has its own.
+        solver: Stochastic solver or plan of the steps; by default the Gaussian steps above.
         data_std: Standard deviation s of the data in r², see :class:`PiGDM`.
         threshold: Fraction in [0, 1]; the particles are resampled when the effective sample size is below this × N.
-        variance: Variance v of the steps: ``"optimal"`` as above, or ``"small"`` for DDPM's, as in the paper. With
+        variance: Variance v of the default steps: ``"optimal"`` as above, or ``"small"``, DDPM's, as published. With
             ``"optimal"`` v depends on the particles, and the evidence has a bias of order 1/N.
         start: Scale, dtype and device of the initial particles, as in ``ss.solve``.
         seed: Seed of the noise, or a :class:`Noise`.
@@ -98,18 +105,15 @@ def twisted_smc(
         | Practical and Asymptotically Exact Conditional Sampling in Diffusion Models (Wu et al., 2023),
           arXiv:2306.17775, algorithm 1
     """
+    if solver is not None:
+        return _under(solver, model, measurement, shape_or_x, grid, data_std, threshold, start, seed)
     problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
-    measurement = seen.whitened()
-    if len(measurement.y) != 1:
-        raise ValueError(f"`y` must be one measurement, (1, *out), for all particles, got {len(measurement.y)} rows.")
+    twist = likelihood_of(seen, data_std, "twisted_smc")
     check.number("threshold", threshold, at_least=0, at_most=1)
     check.choice("variance", variance, ("optimal", "small"))
     sde, steps, choices = model.sde, problem.steps, problem.noise.fork(Stream.CHOICES)
     x = problem.draw(times[0])
-    if data_std != math.inf:
-        check.number("data_std", data_std, above=0)
-    twist = _Twist(problem.model, measurement, data_std, x)
-    x0, log_twist, slope = twist.evaluate(x, times[0])
+    x0, log_twist, slope = _evaluate(problem.model, twist, x, times[0])
     log_w, log_z, ess = log_twist, 0.0, []
     finite = check.Finite("the log-twists")  # one that is not finite changes the weights of all particles
     finite.add(log_twist, times[0])
@@ -117,7 +121,7 @@ def twisted_smc(
         ess.append(_effective(log_w))
         if ess[-1] < threshold * len(x):
             log_z += _log_mean(log_w)
-            rows = systematic(log_w, choices, k)
+            rows = _systematic(log_w, choices, k)
             x, x0, log_twist, slope = x[rows], x0[rows], log_twist[rows], slope[rows]
             log_w = torch.zeros_like(log_w)
         c_t, c_0, v = sde.posterior(s, t)
@@ -133,9 +137,9 @@ def twisted_smc(
             x = mean + shift + math.sqrt(v) * z
             log_pq = -(0.5 * shift**2 / v + shift * z / math.sqrt(v)).flatten(1).sum(1)
         if k == len(times) - 2:
-            new = measurement.log_prob(x)
+            new = twist.log_value(x)
         else:
-            x0, new, slope = twist.evaluate(x, s)
+            x0, new, slope = _evaluate(problem.model, twist, x, s)
             finite.add(new, s)
         log_w = log_w + log_pq + new - log_twist
         log_twist = new
@@ -155,6 +159,47 @@ def twisted_smc(
     )
 
 
+def _under(
+    solver: Solver | Plan,
+    model: AbstractDenoiser,
+    measurement: Seen,
+    shape_or_x: Sequence[int] | Tensor,
+    grid: Grid,
+    data_std: float,
+    threshold: float,
+    start: Start | Gaussian | None,
+    seed: int | Noise | None,
+) -> Particles:
+    """Twisted SMC under any stochastic solver or plan: steering of one problem with the gradient as proposal."""
+    potential = likelihood_of(check_measurement(measurement), data_std, "twisted_smc")
+    given = isinstance(shape_or_x, Tensor)
+    shape = tuple(shape_or_x.shape if isinstance(shape_or_x, Tensor) else check.shape("shape_or_x", shape_or_x))
+    own = isinstance(solver, Plan) and check.is_integer(grid) and grid == 50
+    run = steer(
+        model,
+        potential,
+        shape_or_x[None] if given else (1, *shape[1:]),  # type: ignore[call-overload]
+        solver,
+        particles=shape[0],
+        proposal="gradient",
+        grid=None if own else grid,
+        resample=Resampling(threshold=threshold),
+        start=start,
+        seed=seed,
+    )
+    return Particles(
+        x=run.x[0],
+        nfe=run.nfe,
+        calls=run.calls,
+        times=run.times,
+        seed=run.seed,
+        plan=run.plan,
+        log_weights=run.log_weights[0],
+        ess=run.ess[:, 0].tolist(),
+        log_evidence=float(run.log_z[0]),
+    )
+
+
 def _variance_of_data(sde: SDE, t: float, x: Tensor, x0: Tensor, log_w: Tensor, data_std: float) -> float:
     """Mean variance of x₀ given x_t over the weighted particles, at most that of data N(0, s² I)."""
     largest, alpha, sigma = isotropic_variance(sde, t, data_std), sde.alpha(t), sde.sigma(t)
@@ -165,54 +210,22 @@ def _variance_of_data(sde: SDE, t: float, x: Tensor, x0: Tensor, log_w: Tensor, 
     return min(largest, max(0.0, sigma**2 / alpha**2 * (1 - square)))
 
 
-class _Twist:
-    """The approximation N(y; A D, std² + r² A Aᵀ) of p(y | x_t).
-
-    Arguments:
-        model: Denoiser of the prior.
-        measurement: Measurement with a linear operator and std > 0.
-        data_std: Standard deviation s of the data in r².
-        like: State whose dtype and device the singular values follow.
-    """
-
-    def __init__(self, model: AbstractDenoiser, measurement: Measurement, data_std: float, like: Tensor) -> None:
-        self.model, self.measurement, self.data_std = model, measurement, data_std
-        self.std = measurement.require_noise("twisted_smc")
-        d, _, _, self.of_data = measurement.linear.spectrum()
-        self.d = d.to(like)
-        self.unseen = math.prod(measurement.linear.out) - len(self.d)  # dimensions of y outside the range of A
-
-    def evaluate(self, x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Data prediction, log-twist and the gradient of the log-twist."""
-        variance = isotropic_variance(self.model.sde, t, self.data_std)
-        graph = Graph(self.model, x, before_silence(self.model.sde, t), {})
-        slope = graph.pull(gradient(lambda x0: self.log_prob(x0, variance), graph.x0, self.model))
-        x0 = graph.x0.detach()
-        return x0, self.log_prob(x0, variance), slope
-
-    def log_prob(self, x0: Tensor, variance: float) -> Tensor:
-        """log N(y; A x0, std² + variance A Aᵀ) in nats, (B,)."""
-        r = self.measurement.residual(x0)
-        seen = self.of_data(r)
-        total = self.std**2 + variance * self.d**2
-        energy = (seen**2 / total + (2 * math.pi * total).log()).sum(1)
-        if self.unseen:
-            outside = (r.flatten(1).square().sum(1) - seen.square().sum(1)).clamp_min(0)
-            energy = energy + outside / self.std**2 + self.unseen * math.log(2 * math.pi * self.std**2)
-        return -0.5 * energy + self.measurement.log_volume.to(energy)
+def _evaluate(model: AbstractDenoiser, twist: Likelihood, x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Data prediction, log-twist and the gradient of the log-twist."""
+    sde = model.sde
+    graph = Graph(model, x, before_silence(sde, t), {})
+    slope = graph.pull(gradient(lambda x0: twist.twist(x, x0, t, sde), graph.x0, model))
+    x0 = graph.x0.detach()
+    return x0, twist.twist(x, x0, t, sde), slope
 
 
-def systematic(log_weights: Tensor, noise: Noise, draw: int) -> Tensor:
-    """Systematic resampling: row indices (N,) int64, where a row of weight w appears ⌊N w⌋ or ⌈N w⌉ times."""
-    n = len(log_weights)
-    u = noise.uniform((1, 1), draw, dtype=torch.float64)[0].to(log_weights.device)
-    places = (torch.arange(n, device=log_weights.device) + u) / n
-    edges = log_weights.double().softmax(0).cumsum(0)
-    return torch.searchsorted(edges / edges[-1], places).clamp_max(n - 1)
+def _systematic(log_weights: Tensor, noise: Noise, draw: int) -> Tensor:
+    u = noise.uniform((1, 1), draw, dtype=torch.float64).to(log_weights.device)
+    return systematic(log_weights.double().softmax(0)[None], u)[0]
 
 
 def _effective(log_w: Tensor) -> float:
-    return float((2 * log_w.double().logsumexp(0) - (2 * log_w.double()).logsumexp(0)).exp())
+    return float(effective_size(log_w))
 
 
 def _log_mean(log_w: Tensor) -> float:

@@ -196,11 +196,13 @@ def _outside(name: str, bad: float, T: float) -> ValueError:
 
 
 def expand(c: float | Tensor, x: Tensor, name: str = "t") -> float | Tensor:
-    """Reshape a coefficient, a number, () or (B,), to broadcast with a state (B, *event)."""
+    """Reshape a coefficient, a number, () or (B,), to broadcast with a state (B, *event); (1, *event) does already."""
     if not isinstance(c, Tensor):
         return c
     if c.ndim == 0:
         return c.to(x.dtype) if c.device == x.device else c.to(x)
+    if c.ndim > 1 and c.shape == (1, *x.shape[1:]):
+        return c.to(x)
     if c.shape[0] != x.shape[0]:
         raise ValueError(
             f"`{name}` has {c.shape[0]} entries and the state has {x.shape[0]} rows; "

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,8 @@ REASONS: dict[str, str] = {
         Tape.t_of_lam Tape.span Tape.ends BrownianPath.between LossByNoise.add AbstractDenoiser.convert
         SDE.inverse_lam EDM.inverse_lam VE.inverse_lam VP.inverse_lam Cosine.inverse_lam
         Discrete.inverse_lam Flow.inverse_lam SubVP.inverse_lam Trig.inverse_lam Polynomial.inverse_lam
-        Shifted.inverse_lam Shifted.base_time expand_conditions Statistics.prediction
+        Shifted.inverse_lam Shifted.base_time expand_conditions Statistics.prediction EntryMultistep.leg
+        slope_spline rate_spline damped
         AbstractDenoiser.extra_repr swapped Mask.as_output Operator.as_output""".split(),
         CALLED,
     ),
@@ -308,6 +310,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "equal_error": lambda v: {"fine": 6},
     "gits": lambda v: {"fine": 6},
     "estimate_statistics": lambda v: {"n": 4},
+    "estimate_entry_statistics": lambda v: {"n": 4},
     "expansion": lambda v: {},
     "fit": lambda v: {"solver": v["plan"], "steps": 1, "shape_or_x": (16, 2)},
     "index_grid": lambda v: {"sde": discrete()},
@@ -435,6 +438,10 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "slerp": lambda v: {"a": v["x"], "b": v["x"] + 1, "w": 0.5},
     "check_denoiser": lambda v: {"model": ss.Denoiser(v["model"].eps, v["sde"], predicts="eps")},
     "Churn": lambda v: {"s_churn": 1.0},
+    "EntryStatistics": lambda v: entry_tables(),
+    "EntryStatistics.mean": lambda v: {},
+    "EntryMultistep": lambda v: {"statistics": ss.solvers.EntryStatistics(**entry_tables()), "corrector": 4},
+    "load_statistics": lambda v: {"folder": published_tables(), "sde": v["sde"]},
     "DPMSolverV3": lambda v: {"statistics": statistics(v)},
     "ExponentialTableau": lambda v: {"c": ss.solvers.KROGSTAD4.c, "a": ss.solvers.KROGSTAD4.a, "order": 4, "name": "K"},
     "Tableau": lambda v: {"a": ((0.5,),), "b": (0.0, 1.0)},
@@ -574,6 +581,21 @@ def statistics(v: dict[str, Any]) -> Any:
 
 def rollout(v: dict[str, Any]) -> Any:
     return ss.policies.rollout(v["model"], (4, 2), ss.DDPM(), grid=[1.0, 0.5, 0.1], seed=0)
+
+
+def entry_tables() -> dict[str, Tensor]:
+    """Tables for states of two entries."""
+    return {"lam": torch.linspace(-5, 5, 3, dtype=F64), **{k: torch.zeros(3, 2, dtype=F64) for k in "lsb"}}
+
+
+@functools.cache
+def published_tables() -> str:
+    """A folder with tables in the format of DPM-Solver-v3's public code."""
+    folder = Path(tempfile.mkdtemp())
+    zero = np.zeros((3, 2))
+    np.savez(folder / "l.npz", l=zero)
+    np.savez(folder / "sb.npz", s=zero, b=zero)
+    return str(folder)
 
 
 def still(x: Tensor, *times: float) -> Tensor:

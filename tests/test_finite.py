@@ -115,6 +115,7 @@ CALLS: dict[str, Call] = {
     "fitting.equal_error": lambda m: fitting.equal_error(m, Z, 4, fine=12),
     "fitting.align_your_steps": lambda m: fitting.align_your_steps(m, X, 4, fine=12),
     "fitting.estimate_statistics": lambda m: fitting.estimate_statistics(m, X, n=6),
+    "fitting.estimate_entry_statistics": lambda m: fitting.estimate_entry_statistics(m, X, n=6).l,
     "fitting.expansion": lambda m: fitting.expansion(m, Z, ss.DDIM().plan(SDE, FIVE)),
     "analysis.convergence_order": lambda m: analysis.convergence_order(
         ss.DDIM(), m, steps=(5, 10), t_end=0.1, x=Z, reference=lambda x, s, t: x

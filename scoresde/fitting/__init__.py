@@ -2,7 +2,7 @@
 
 from scoresde.fitting.fit import Descent, Split, fit
 from scoresde.fitting.grids import align_your_steps, equal_error, gaussian_grid, gits
-from scoresde.fitting.statistics import estimate_statistics
+from scoresde.fitting.statistics import estimate_entry_statistics, estimate_statistics
 from scoresde.fitting.trajectories import expansion
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Split",
     "align_your_steps",
     "equal_error",
+    "estimate_entry_statistics",
     "estimate_statistics",
     "expansion",
     "fit",

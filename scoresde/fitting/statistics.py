@@ -7,12 +7,16 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde._numerics import Spline
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise
-from scoresde.solvers.statistics import Statistics, interpolate
+from scoresde.solvers.entry_statistics import EntryStatistics
+from scoresde.solvers.statistics import Statistics
 
-_RIDGE = 1e-3  # relative to the variance of the data
+_ROUNDING = 8.0  # f below this multiple of its own rounding error counts as 0
+
+_BEYOND = 2.0  # extension of the table of an exact model beyond t_min, in λ
 
 _STEP = 1e-2  # step in λ of the difference quotient
 
@@ -33,12 +37,14 @@ def estimate_statistics(
               l = \tfrac1D E\,\mathrm{tr}(\sigma\nabla_x\varepsilon), \qquad
               (s, b) = \arg\min E\left|\tfrac{df}{d\lambda} - s f - b\right|^2
 
+    The noise and the random directions of the trace are the same at all λ, so that their error varies slowly with λ.
+
     Arguments:
         model: Differentiable denoiser; conditions belong to it, as in ``model.given(label=y)``.
         data: Batch of real data, (B, *event); 256 samples are enough.
         n: Number of values of λ.
         t_start: First time of sampling, by default T, or 0.999 T if α(T) = 0.
-        t_end: Last positive time of sampling, by default ``sde.t_min``.
+        t_end: Last positive time of the table, by default ``sde.t_min``; for an exact model two units of λ further.
         seed: Seed of the noise.
 
     References:
@@ -51,46 +57,107 @@ def estimate_statistics(
         >>> ss.sample(model, (4, 2), ss.solvers.DPMSolverV3(statistics), steps=5, seed=0).shape
         torch.Size([4, 2])
     """
+    lam = _knots(model, data, n, t_start, t_end)
+    slopes, fits = _estimate(model, data, lam, seed, pooled=True)
+    s, b = fits
+    return Statistics(*(tuple(v.tolist()) for v in (lam, slopes, s, b)))
+
+
+@checked
+def estimate_entry_statistics(
+    model: AbstractDenoiser,
+    data: Tensor,
+    *,
+    n: int = 64,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    seed: int = 0,
+) -> EntryStatistics:
+    r"""Estimate the statistics of a model for each entry of a state, by the means of :func:`estimate_statistics`.
+
+    They need more data, some thousand samples: the mean is over the samples only.
+
+    Arguments:
+        model: Differentiable denoiser; conditions belong to it, as in ``model.given(label=y)``.
+        data: Batch of real data, (B, *event).
+        n: Number of values of λ.
+        t_start: First time of sampling, by default T, or 0.999 T if α(T) = 0.
+        t_end: Last positive time of the table, by default ``sde.t_min``; for an exact model two units of λ further.
+        seed: Seed of the noise.
+
+    References:
+        | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268, eqs. 5 to 11
+    """
+    lam = _knots(model, data, n, t_start, t_end)
+    slopes, (s, b) = _estimate(model, data, lam, seed, pooled=False)
+    return EntryStatistics(lam, slopes, s, b)
+
+
+def _knots(model: AbstractDenoiser, data: Tensor, n: int, t_start: float | None, t_end: float | None) -> Tensor:
+    """Values of λ, evenly from the first to the last time."""
     sde = check_ready(model).sde
     check.state("data", data)
     check.integer("n", n, at_least=2)
     check.window(sde.T, t_start, t_end)
     first = t_start if t_start is not None else sde.T if sde.alpha(sde.T) > 0 else 0.999 * sde.T
-    lam = torch.linspace(sde.lam(first), sde.lam(sde.t_min if t_end is None else t_end), n, dtype=torch.float64)
-    noise, slopes, finite = Noise(seed), [], check.Finite("the predictions or their derivatives")
-    for i, t in enumerate(map(sde.t_of_lam, lam.tolist())):
-        x = sde.perturb(data, t, noise.like(data, 2 * i)).requires_grad_()
+    last = sde.lam(sde.t_min) + _BEYOND * model.kind.exact if t_end is None else sde.lam(t_end)
+    return torch.linspace(sde.lam(first), last, n, dtype=torch.float64)
+
+
+def _estimate(
+    model: AbstractDenoiser, data: Tensor, lam: Tensor, seed: int, *, pooled: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The values l, (n, *event), or (n,) if entries are pooled; and those of s and b."""
+    eps, probe = Noise(seed).like(data, 0), Noise(seed).like(data, 1).sign()
+    slopes, finite = [], check.Finite("the predictions or their derivatives")
+    for t in map(model.sde.t_of_lam, lam.tolist()):
+        x = model.sde.perturb(data, t, eps).requires_grad_()
         with torch.enable_grad():
-            probe = noise.like(data, 2 * i + 1).sign()
             x0 = model.x0(x, t)
             (jd,) = torch.autograd.grad((x0 * probe).sum(), x)
         finite.add(torch.stack([x0, jd], 1), t)
-        slopes.append(1 - sde.alpha(t) * float((jd * probe).mean()))
+        slopes.append(1 - model.sde.alpha(t) * _mean((jd * probe).double(), pooled))
     finite.require()  # before the regression, whose sums would hide the sample
-    curve = torch.tensor(slopes, dtype=torch.float64)
-    fits = [_regress(model, data, lam, curve, i, noise.like(data, 2 * i)) for i in range(n)]
+    curve = torch.stack(slopes).cpu()
+    spline = Spline(lam, curve)
+    fits = [_regress(model, data, lam, spline, i, eps, pooled) for i in range(len(lam))]
     s, b = zip(*fits, strict=True)
-    return Statistics(tuple(lam.tolist()), tuple(slopes), tuple(s), tuple(b))
+    return curve, (torch.stack(s).cpu(), torch.stack(b).cpu())
+
+
+def _mean(v: Tensor, pooled: bool) -> Tensor:
+    """Mean over the samples, and over the entries too if they are pooled."""
+    return v.mean() if pooled else v.mean(0)
 
 
 def _regress(
-    model: AbstractDenoiser, data: Tensor, lam: Tensor, curve: Tensor, i: int, eps: Tensor
-) -> tuple[float, float]:
-    """Regress df/dλ at λ_i on f by a central difference along the flow; return s and b."""
+    model: AbstractDenoiser, data: Tensor, lam: Tensor, l_of: Spline, i: int, eps: Tensor, pooled: bool
+) -> tuple[Tensor, Tensor]:
+    """Regress df/dλ at λ_i on f by differences of second order along the flow; return s and b."""
     sde, at = model.sde, float(lam[i])
-    lo, hi = max(at - _STEP, float(lam[0])), min(at + _STEP, float(lam[-1]))
-    t, values = sde.t_of_lam(at), []
+    # Differences in the middle, and one-sided at the ends, since the flow is not defined beyond T.
+    steps, factors = {0: ((0, 1, 2), (-1.5, 2.0, -0.5)), len(lam) - 1: ((0, -1, -2), (1.5, -2.0, 0.5))}.get(
+        i, ((0, -1, 1), (0.0, -0.5, 0.5))
+    )
+    t, values, size = sde.t_of_lam(at), [], None
     with torch.no_grad():
         x = sde.perturb(data, t, eps)
-        for u in map(sde.t_of_lam, (lo, at, hi)):
+        for k in steps:
+            u = sde.t_of_lam(at + k * _STEP)
             y = _flow_step(model, x, t, u)
-            l_u = float(interpolate(lam, curve, torch.tensor([sde.lam(u)], dtype=torch.float64)))
-            values.append(((1 - l_u) * y - sde.alpha(u) * model.x0(y, u)).double() / sde.alpha(u))
-    slope, f = ((values[2] - values[0]) / (hi - lo)).reshape(-1), values[1].reshape(-1)
-    centred = f - f.mean()
-    # If f is almost constant, the regression is ill-conditioned and s has little effect; the ridge bounds s.
-    s = float((centred * slope).mean() / (centred.square().mean() + _RIDGE * data.double().var()))
-    return s, float(slope.mean()) - s * float(f.mean())
+            d, line = model.x0(y, u).double(), y.double() / sde.alpha(u)
+            l_u = l_of(torch.tensor(sde.lam(u), dtype=torch.float64)).to(line.device)
+            values.append((1 - l_u) * line - d)
+            size = ((1 - l_u) * line).square() + d.square() if size is None else size
+    assert size is not None
+    f, slope = values[0], sum(w * v for w, v in zip(factors, values, strict=True)) / _STEP
+    assert isinstance(slope, Tensor)
+    f_mean, slope_mean = _mean(f, pooled), _mean(slope, pooled)
+    # Where f is no more than the rounding error of its two terms, s is not determined, and the ridge makes it 0.
+    ridge = (_ROUNDING * torch.finfo(data.dtype).eps) ** 2 * _mean(size, pooled)
+    centred = f - f_mean
+    s = _mean(centred * slope, pooled) / (_mean(centred.square(), pooled) + ridge)
+    return s, slope_mean - s * f_mean
 
 
 def _flow_step(model: AbstractDenoiser, x: Tensor, s: float, t: float) -> Tensor:

@@ -358,5 +358,5 @@ def _line(r: int, row: Row) -> str:
 
 def _short(w: Weight, sign: str = "+") -> str:
     if isinstance(w, Tensor) and w.ndim:
-        return f"<{len(w)} values>"
+        return f"<{'×'.join(map(str, w.shape))} values>"
     return f"{as_number(w):{sign}.4g}"

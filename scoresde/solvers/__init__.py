@@ -33,6 +33,7 @@ from scoresde.solvers.deterministic import (
     with_corrector,
 )
 from scoresde.solvers.exploring import CPS, FlowSDE, GivenDiffusion, Preserving, ReverseEuler
+from scoresde.solvers.entry_statistics import EntryMultistep, EntryStatistics, load_statistics
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, ExponentialTableau
 from scoresde.solvers.interpolants import (
     DATA,
@@ -133,6 +134,8 @@ __all__ = [
     "DPMSolverV3",
     "EDMHeun",
     "EDMStochastic",
+    "EntryMultistep",
+    "EntryStatistics",
     "EtaWithin",
     "Euler",
     "EulerAncestral",
@@ -175,6 +178,7 @@ __all__ = [
     "Variable",
     "VelocityAB",
     "edm_prediction",
+    "load_statistics",
     "with_corrector",
 ]
 

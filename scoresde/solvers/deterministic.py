@@ -12,6 +12,7 @@ from scoresde._doors import checked
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.solvers.ancestral import Posterior
+from scoresde.solvers.entry_statistics import EntryMultistep, EntryStatistics
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, res3
 from scoresde.solvers.interpolants import DATA, LAM, NOISE, RHO, TAU, TIME, VELOCITY, Prediction
 from scoresde.solvers.multistep import Moments, Multistep
@@ -312,19 +313,29 @@ def VelocityAB(order: int = 3, start: str = "ramp") -> Solver:
 
 
 @published
-def DPMSolverV3(statistics: Statistics, order: int = 3, corrector: bool = True, start: str = "ramp") -> Solver:
-    """DPM-Solver-v3 with the same statistics for all entries of a state.
+def DPMSolverV3(
+    statistics: Statistics | EntryStatistics, order: int = 3, corrector: bool = True, start: str = "ramp"
+) -> Solver:
+    """DPM-Solver-v3, which interpolates the nonlinear part of the prediction by statistics of the model.
+
+    Statistics for each entry of a state make the weights of a plan tensors. On exact problems they have gained little
+    over those for all entries.
 
     Arguments:
-        statistics: Tables of l, s and b, for example from :func:`estimate_statistics`.
+        statistics: Tables of l, s and b: from :func:`estimate_statistics`, :func:`estimate_entry_statistics` or
+            :func:`load_statistics`.
         order: Number of nodes of the predictor.
         corrector: Whether to apply a corrector with `order` + 1 nodes, including the new one.
-        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
+        start: First steps: ``"ramp"``, or ``"self"`` for full order from the start, with statistics for all entries.
 
     References:
         | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268, algorithms 1 and 2
     """
     corrector_nodes = order_of(order) + 1 if corrector else 0
+    if isinstance(statistics, EntryStatistics):
+        if check.choice("start", start, ("ramp", "self")) == "self":
+            raise ValueError("`start`='self' needs statistics for all entries; use `statistics.mean()`.")
+        return EntryMultistep(statistics, order, corrector_nodes)
     return Multistep(order, statistics.prediction(), corrector=corrector_nodes, start=start)
 
 

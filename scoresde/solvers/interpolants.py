@@ -36,6 +36,8 @@ class Prediction:
         slope: Derivative dc/dλ as a function of c.
         needs_signal: Whether the prediction determines the data only where α > 0, default False.
         offset: Function B(λ), None by default: f − B is interpolated and B is integrated exactly.
+        decays: Whether the kernel falls like a power of σ/α towards σ = 0, so that a step to σ = 0 can interpolate in
+            λ; default False.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Prediction:
     slope: Callable[[Tensor], Tensor]
     needs_signal: bool = False
     offset: Callable[[Tensor], Tensor] | None = None
+    decays: bool = False
 
     def __repr__(self) -> str:
         return _constant(self.name)

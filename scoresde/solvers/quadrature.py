@@ -137,28 +137,11 @@ def weights(
     """
     u = variable.of(nodes.lam, nodes.t)
     k = nodes.t.shape[1]
-    finite = bool((s.lam.isfinite() & t.lam.isfinite()).all())
-    shape = s.t[..., None]
-    if finite:
-        h = t.lam - s.lam
-        lam = s.lam[..., None] + h[..., None] * LEGENDRE_NODES
-        kernel = _kernel(prediction, eta, lam, t) * h[..., None]
-    else:
-        if prediction == DATA and bool(t.lam.isinf().all()):
-            lam = t.lam[..., None]
-            kernel = t.alpha[..., None] * torch.ones_like(shape)
-            return lagrange(variable.of(lam, t.t[..., None]), u)[..., 0] * kernel[..., 0].unsqueeze(1)
-        a, b = prediction.clock(s.lam), prediction.clock(t.lam)
-        # From α = 0 the kernel behaves like (c − a)^{η²}, so the quadrature nodes are denser near a.
-        m = 4 if noisy(eta) else 1
-        c = a[..., None] + (b - a)[..., None] * LEGENDRE_NODES**m
-        lam = prediction.lam_of_clock(c)
-        kernel = (
-            _kernel(prediction, eta, lam, t)
-            * (b - a)[..., None]
-            / prediction.slope(c)
-            * (m * LEGENDRE_NODES ** (m - 1))
-        )
+    if prediction == DATA and bool(t.lam.isinf().all()):
+        lam = t.lam[..., None]
+        kernel = t.alpha[..., None] * torch.ones_like(lam)
+        return lagrange(variable.of(lam, t.t[..., None]), u)[..., 0] * kernel[..., 0].unsqueeze(1)
+    lam, kernel = _kernel_at_nodes(prediction, eta, s, t)
     at = t_of_lam(lam) if variable.uses_t else lam
     basis = lagrange(variable.of(lam, at), u)  # (R, k, [B,] Q)
     exact = (basis * (kernel * LEGENDRE_WEIGHTS).unsqueeze(1)).sum(-1)
@@ -168,13 +151,30 @@ def weights(
 
 
 def constant(prediction: Prediction, eta: float | Tensor, s: Point, t: Point, nodes: Point, W: Tensor) -> Tensor:
-    r"""Constant term from the offset, :math:`\int K B\,d\lambda - \sum_j W_j B_j`, if λ is finite at both ends."""
+    r"""Constant term from the offset, :math:`\int K B\,d\lambda - \sum_j W_j B_j`."""
     assert prediction.offset is not None
-    h = t.lam - s.lam
-    lam = s.lam[..., None] + h[..., None] * LEGENDRE_NODES
-    kernel = _kernel(prediction, eta, lam, t) * h[..., None]
+    lam, kernel = _kernel_at_nodes(prediction, eta, s, t)
     whole = (kernel * prediction.offset(lam)) @ LEGENDRE_WEIGHTS
     return whole - (W * prediction.offset(nodes.lam)).sum(1)
+
+
+def _kernel_at_nodes(prediction: Prediction, eta: float | Tensor, s: Point, t: Point) -> tuple[Tensor, Tensor]:
+    """Values of λ at the nodes of the quadrature, and the kernel times dλ there, without the quadrature's weights."""
+    if bool((s.lam.isfinite() & t.lam.isfinite()).all()):
+        h = (t.lam - s.lam)[..., None]
+        lam = s.lam[..., None] + h * LEGENDRE_NODES
+        return lam, _kernel(prediction, eta, lam, t) * h
+    if prediction.decays and bool(t.lam.isinf().all()):
+        # In σ/α = v⁴ (σ/α)_s the kernel times a power of λ, a logarithm of v, is smooth at v = 0.
+        lam = s.lam[..., None] - 4 * LEGENDRE_NODES.log()
+        return lam, _kernel(prediction, eta, lam, t) * 4 / LEGENDRE_NODES
+    a, b = prediction.clock(s.lam)[..., None], prediction.clock(t.lam)[..., None]
+    # From α = 0 the kernel behaves like (c − a)^{η²}, so the quadrature nodes are denser near a.
+    m = 4 if noisy(eta) else 1
+    c = a + (b - a) * LEGENDRE_NODES**m
+    lam = prediction.lam_of_clock(c)
+    speed = (b - a) * m * LEGENDRE_NODES ** (m - 1) / prediction.slope(c)
+    return lam, _kernel(prediction, eta, lam, t) * speed
 
 
 def _kernel(prediction: Prediction, eta: float | Tensor, lam: Tensor, t: Point) -> Tensor:

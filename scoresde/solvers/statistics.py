@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scoresde._doors import checked
+from scoresde._numerics import Spline
 from scoresde.solvers.interpolants import Bound, Prediction
 from scoresde.solvers.naming import constructor
 
@@ -22,7 +23,11 @@ from scoresde.solvers.naming import constructor
 @checked
 @dataclass(frozen=True)
 class Statistics:
-    """Tables of l, s and b over λ: piecewise linear, and constant outside the table.
+    """Tables of l, s and b over λ, interpolated by cubic splines.
+
+    Below the table they are constant. Above it l goes to 0, s goes to −2 if its last value is at most −1, both as
+    e^{−2λ}, and e^{−S} b is constant: this is the behaviour of models of data with a density. A step to σ = 0
+    interpolates g if s ends at −1 or less, and takes the data prediction otherwise.
 
     Arguments:
         lam: Increasing values of λ.
@@ -66,6 +71,7 @@ class Statistics:
             slope=torch.ones_like,
             needs_signal=True,
             offset=Bound(_Tables.offset, tables) if any(self.b) else None,
+            decays=self.s[-1] <= -1,
         )
 
 
@@ -84,36 +90,51 @@ class _Tables:
         return torch.tensor(self.of.lam, dtype=torch.float64)
 
     @cached_property
-    def slope(self) -> Tensor:
-        return torch.tensor(self.of.l, dtype=torch.float64)
+    def l(self) -> Spline:  # noqa: E743
+        return slope_spline(self.lam, torch.tensor(self.of.l, dtype=torch.float64))
 
     @cached_property
-    def integral_l(self) -> _Primitive:
-        return _Primitive(self.lam, self.slope)
+    def s(self) -> Spline:
+        return rate_spline(self.lam, torch.tensor(self.of.s, dtype=torch.float64))
 
     @cached_property
-    def integral_s(self) -> _Primitive:
-        return _Primitive(self.lam, torch.tensor(self.of.s, dtype=torch.float64))
-
-    @cached_property
-    def integral_b(self) -> _Primitive:
-        # ∫ e^{−S} b on a finer table: its integrand is not piecewise linear.
-        lam, b = self.lam, torch.tensor(self.of.b, dtype=torch.float64)
-        fine = torch.linspace(float(lam[0]), float(lam[-1]), 64 * len(lam) + 1, dtype=torch.float64)
-        return _Primitive(fine, (-self.integral_s(fine)).exp() * interpolate(lam, b, fine))
+    def b(self) -> Spline:
+        return damped(Spline(self.lam, torch.tensor(self.of.b, dtype=torch.float64)), self.s)
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return alpha * (-self.integral_l(_lam_of(alpha, sigma))).exp()
+        return alpha * (-self.l.integral(_lam_of(alpha, sigma))).exp()
 
     def p(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         at = _lam_of(alpha, sigma)
-        return (-self.integral_s(at)).exp() * (1 - interpolate(self.lam, self.slope, at)) / alpha
+        return (-self.s.integral(at)).exp() * (1 - self.l(at)) / alpha
 
     def q(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return -(-self.integral_s(_lam_of(alpha, sigma))).exp()
+        return -(-self.s.integral(_lam_of(alpha, sigma))).exp()
 
     def offset(self, lam: Tensor) -> Tensor:
-        return self.integral_b(lam)
+        return self.b.integral(lam)
+
+
+def slope_spline(lam: Tensor, l: Tensor) -> Spline:  # noqa: E741
+    """Spline of l, (K, *event), which goes to 0 as that of any data with a density."""
+    return Spline(lam, l, limit=torch.zeros_like(l[-1]))
+
+
+def rate_spline(lam: Tensor, s: Tensor) -> Spline:
+    """Spline of s, (K, *event), which goes to −2 if it ends at −1 or less, as that of any data with a density."""
+    return Spline(lam, s, limit=torch.where(s[-1] <= -1, -2.0, s[-1]))
+
+
+def damped(b: Spline, s: Spline) -> Spline:
+    """The function e^{−S} b as a spline with sixteen pieces between two knots.
+
+    Arguments:
+        b: Spline of b.
+        s: Spline of s, whose integral is S.
+    """
+    parts = torch.arange(16, dtype=torch.float64) / 16
+    fine = torch.cat([(b.x[:-1, None] + b.x.diff()[:, None] * parts).flatten(), b.x[-1:]])
+    return Spline(fine, (-s.integral(fine)).exp() * b(fine))
 
 
 def _same(c: Tensor) -> Tensor:
@@ -122,26 +143,3 @@ def _same(c: Tensor) -> Tensor:
 
 def _lam_of(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha.log() - sigma.log()
-
-
-def interpolate(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
-    """Evaluate the piecewise linear function with values y at knots x; it is constant outside the knots."""
-    i = (torch.searchsorted(x, at.detach().contiguous()) - 1).clamp(0, len(x) - 2)
-    w = ((at - x[i]) / (x[i + 1] - x[i])).clamp(0, 1)
-    return y[i] + w * (y[i + 1] - y[i])
-
-
-class _Primitive:
-    """The exact integral of a piecewise linear function from its first knot."""
-
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        self.x, self.y = x, y
-        self.sums = torch.cat([y.new_zeros(1), ((y[1:] + y[:-1]) / 2 * x.diff()).cumsum(0)])
-
-    def __call__(self, at: Tensor) -> Tensor:
-        i = (torch.searchsorted(self.x, at.detach().contiguous()) - 1).clamp(0, len(self.x) - 2)
-        inside = at.clamp(float(self.x[0]), float(self.x[-1]))
-        d = inside - self.x[i]
-        slope = (self.y[i + 1] - self.y[i]) / (self.x[i + 1] - self.x[i])
-        whole = self.sums[i] + d * (self.y[i] + slope * d / 2)
-        return whole + (at - inside) * torch.where(at < self.x[0], self.y[0], self.y[-1])

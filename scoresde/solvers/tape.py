@@ -25,7 +25,7 @@ from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
-from scoresde.solvers.interpolants import DATA, LAM, NOISE, Prediction, Variable
+from scoresde.solvers.interpolants import DATA, LAM, NOISE, RHO, Prediction, Variable
 from scoresde.solvers.quadrature import Point, constant, noise_std, noisy, transfer, weights
 
 
@@ -252,7 +252,7 @@ class Tape:
             t: Target time.
             nodes: Rows whose predictions are interpolated, nearest first. Nodes at an infinite u, or at the time of a
                 nearer node, are dropped. In a step to σ = 0, only the nearest node is used, with data prediction and
-                no noise, if η > 0 or u is infinite there.
+                no noise, if η > 0 or u is infinite there, unless the kernel of the prediction decays.
             evaluates: Whether the network is evaluated at the new state, default True.
             prediction: Prediction to interpolate. In a step from α = 0, data prediction replaces noise prediction; if
                 η > 0, it replaces every prediction.
@@ -273,10 +273,13 @@ class Tape:
             raise ValueError("`nodes` must hold at least one evaluated row, got none; use `nodes=[source]`.")
         nodes = self.distinct(nodes)
         random = noisy(eta)
-        if (random or variable.infinite) and self.no_noise(t, every=True):
-            nodes, prediction, eta, noise, through, random = nodes[:1], DATA, 0.0, (), (), False
         if (prediction.needs_signal or random) and self.no_signal(self._rows[source].t, every=True):
             prediction = DATA
+        if (random or variable.infinite) and self.no_noise(t, every=True):
+            if prediction.decays and not random:
+                variable, moments = RHO, None
+            else:
+                nodes, prediction, eta, noise, through, random = nodes[:1], DATA, 0.0, (), (), False
         self._check_source(source)
         if random and noise is None:
             noise = [*((self._drawn[k], 1.0) for k in through), (self.draw(), 1.0)]
@@ -343,15 +346,16 @@ class Tape:
         x: Sequence[tuple[int, Weight]] = (),
         d: Sequence[tuple[int, Weight]] = (),
         z: Sequence[tuple[int, Weight]] = (),
+        one: Weight = 0.0,
         evaluates: bool = True,
         node: int | None = None,
         note: str = "",
     ) -> int:
-        """Add a row with the given terms: any affine combination of earlier rows and normals."""
+        """Add a row with the given terms: any affine combination of earlier rows, normals and a constant."""
         if not isinstance(t, Tensor):
             check.number("t", t, at_least=0)
         row = len(self._rows)
-        self._rows.append(Row(t, tuple(x), tuple(d), tuple(z), evaluates, node, note))
+        self._rows.append(Row(t, tuple(x), tuple(d), tuple(z), evaluates, node, note, one))
         if x or d or z:
             self._appended.append(row)
         return row

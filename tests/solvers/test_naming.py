@@ -77,6 +77,7 @@ STATISTICS = [
     ss.solvers.Statistics(LONG, LONG, LONG),
     ss.solvers.Statistics(LONG, LONG, tuple(v + 1 for v in LONG)),
 ]
+ENTRIES = [ss.solvers.EntryStatistics(torch.arange(3.0), *torch.full((3, 3, 2), v)) for v in (0.1, 0.2)]
 ORDERS, STARTS, CLOCKS = [1, 2, 3], ["ramp", "self"], ["t", "lam"]
 PREDICTIONS = [DATA, NOISE]
 
@@ -109,6 +110,7 @@ CATALOGUE: dict[str, dict[str, list[Any]]] = {
     "RES": {"order": [3], "c2": [0.5, 0.4], "c3": [1.0, 0.8]},
     "ETDRK4": {},
     "VelocityAB": {"order": ORDERS, "start": STARTS},
+    "EntryMultistep": {"statistics": ENTRIES, "nodes": [2, 3], "corrector": [0, 3]},
     "DPMSolverV3": {"statistics": STATISTICS, "order": ORDERS, "corrector": [True, False], "start": STARTS},
     "PLMS": {},
     "IPNDM": {"order": [1, 2, 3, 4]},

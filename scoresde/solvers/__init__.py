@@ -32,8 +32,8 @@ from scoresde.solvers.deterministic import (
     VelocityAB,
     with_corrector,
 )
-from scoresde.solvers.exploring import CPS, FlowSDE, GivenDiffusion, Preserving, ReverseEuler
 from scoresde.solvers.entry_statistics import EntryMultistep, EntryStatistics, load_statistics
+from scoresde.solvers.exploring import CPS, FlowSDE, GivenDiffusion, Preserving, ReverseEuler
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, ExponentialTableau
 from scoresde.solvers.interpolants import (
     DATA,

@@ -66,7 +66,7 @@ class EntryStatistics:
             raise ValueError("`lam` must increase strictly; sort the values and remove repeated ones.")
 
     def __repr__(self) -> str:
-        return f"EntryStatistics({len(self.lam)} values of λ, event={self.event}, {self._digest})"
+        return f"EntryStatistics(<{len(self.lam)} × {self.event} values {self._digest}>)"
 
     @property
     def event(self) -> tuple[int, ...]:

@@ -63,7 +63,8 @@ REASONS: dict[str, str] = {
         Tape.t_of_lam Tape.span Tape.ends BrownianPath.between LossByNoise.add AbstractDenoiser.convert
         SDE.inverse_lam EDM.inverse_lam VE.inverse_lam VP.inverse_lam Cosine.inverse_lam
         Discrete.inverse_lam Flow.inverse_lam SubVP.inverse_lam Trig.inverse_lam Polynomial.inverse_lam
-        Shifted.inverse_lam Shifted.base_time expand_conditions Statistics.prediction EntryMultistep.leg
+        Shifted.inverse_lam Shifted.base_time expand_conditions Statistics.prediction
+        EntryMultistep.leg AnchoredResidual.leg
         slope_spline rate_spline damped
         AbstractDenoiser.extra_repr swapped Mask.as_output Operator.as_output""".split(),
         CALLED,
@@ -438,6 +439,8 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "slerp": lambda v: {"a": v["x"], "b": v["x"] + 1, "w": 0.5},
     "check_denoiser": lambda v: {"model": ss.Denoiser(v["model"].eps, v["sde"], predicts="eps")},
     "Churn": lambda v: {"s_churn": 1.0},
+    "AnchoredResidual": lambda v: {"std": 0.5},
+    "residual_prediction": lambda v: {"std": 0.5},
     "EntryStatistics": lambda v: entry_tables(),
     "EntryStatistics.mean": lambda v: {},
     "EntryMultistep": lambda v: {"statistics": ss.solvers.EntryStatistics(**entry_tables()), "corrector": 4},

@@ -7,6 +7,7 @@ solvers, also those of correctors, are computed in ``quadrature``.
 """
 
 from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, Restart, TwoStage
+from scoresde.solvers.anchored import AnchoredResidual, residual_prediction
 from scoresde.solvers.deterministic import (
     DDIM,
     DEIS,
@@ -122,6 +123,7 @@ __all__ = [
     "VELOCITY",
     "AcceleratedDDIM",
     "Ancestral",
+    "AnchoredResidual",
     "AnnealedLangevin",
     "Churn",
     "Consistency",
@@ -179,6 +181,7 @@ __all__ = [
     "VelocityAB",
     "edm_prediction",
     "load_statistics",
+    "residual_prediction",
     "with_corrector",
 ]
 

@@ -355,6 +355,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "red_diff": lambda v: {"grid": 2},
     "twisted_smc": lambda v: {"grid": 2},
     "Likelihood": lambda v: {},
+    "MPGD": lambda v: {},
     "steer": lambda v: {"potential": reward(), "solver": ss.DDPM(), "particles": 3, "grid": 2},
     "Reward": lambda v: {"fn": lambda x: x[:, 0]},
     "Smoothed": lambda v: {"potential": reward()},

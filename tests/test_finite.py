@@ -130,6 +130,7 @@ CALLS: dict[str, Call] = {
     "inverse.DPS": under(lambda m: inverse.DPS(m, measured())),
     "inverse.PiGDM": under(lambda m: inverse.PiGDM(m, measured())),
     "inverse.MMPS": under(lambda m: inverse.MMPS(m, measured())),
+    "inverse.MPGD": under(lambda m: inverse.MPGD(m, measured())),
     "inverse.TMPD": under(lambda m: inverse.TMPD(m, measured())),
     "inverse.DDNM": under(lambda m: inverse.DDNM(m, measured())),
     "inverse.DiffPIR": under(lambda m: inverse.DiffPIR(m, measured())),

@@ -25,8 +25,10 @@ from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped
 from scoresde.grids.grid import check_grid
 from scoresde.guidance.classifier import Graph, before_silence, gradient
 from scoresde.guidance.scale import Scale, check_scale, scale_at
+from scoresde.inverse.covariance import whitened_operator
 from scoresde.inverse.krylov import minimal_residual
 from scoresde.inverse.likelihoods import EntrywiseMeasurement
+from scoresde.inverse.linearized import Linearized
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear, ScaledIsometry, linear_operator
 from scoresde.inverse.stacked import Seen, check_measurement
@@ -97,8 +99,15 @@ class LinearPosteriorDenoiser(PosteriorDenoiser):
     entrywise: ClassVar[bool] = False
     """Whether the method has a formula for noise that is not Gaussian and independent between entries."""
 
+    linearizes: ClassVar[bool] = False
+    """Whether the method takes other operators than linear ones, linearised at the data prediction."""
+
     def __init__(self, model: AbstractDenoiser, measurement: Seen) -> None:
         super().__init__(model, measurement)
+        seen, linear = self.measurement, isinstance(self.measurement.operator, Linear)
+        if self.linearizes and not linear and not isinstance(seen, EntrywiseMeasurement):
+            seen.require_noise(type(self).__name__)
+            return
         if not (self.entrywise and isinstance(self.measurement, EntrywiseMeasurement) and self.measurement.smooth):
             self.measurement = self.measurement.whitened()
         linear_operator(self.measurement.operator)
@@ -108,6 +117,23 @@ class LinearPosteriorDenoiser(PosteriorDenoiser):
         """The operator."""
         seen = self.measurement
         return linear_operator(seen.operator) if isinstance(seen, EntrywiseMeasurement) else seen.linear
+
+    def system(self, x0: Tensor) -> tuple[Linear, Tensor, float]:
+        """Linear operator, residual y − A(x0) and standard deviation of the noise of a measurement, at `x0`.
+
+        For an operator that is not linear these are its derivative at `x0`, and the residual of itself.
+
+        Arguments:
+            x0: Data prediction, (B, *event).
+        """
+        seen = self.measurement
+        if isinstance(seen.operator, Linear):
+            return self.A, seen.residual(x0), seen.require_noise(type(self).__name__)
+        tangent, r = Linearized(seen.operator, x0), seen.residual(x0)
+        if seen.covariance is None:
+            return tangent, r, seen.require_noise(type(self).__name__)
+        operator, index = whitened_operator(tangent, seen.covariance)
+        return operator, seen.covariance.whiten(r)[:, index], 1.0
 
 
 @checked
@@ -199,13 +225,21 @@ class PiGDM(LinearPosteriorDenoiser):
               (r^2 A A^T + \mathrm{std}^2)^{-1}(y - A D), \qquad
               r^2 = \frac{\sigma^2 s^2}{\alpha^2 s^2 + \sigma^2}
 
-    The result is exact for data N(0, s² I).
+    The result is exact for data N(0, s² I). An operator that is not linear is linearised at D, or, as in the paper, the
+    residual is that of a generalised inverse h⁺ of the operator h, with :math:`h(h^+(h(x))) = h(x)`, and y is exact:
+
+    .. math:: \nabla\log p(y \mid x_t) \approx \left(\frac{\partial D}{\partial x_t}\right)^T
+              \frac{h^+(y) - h^+(h(D))}{r^2}
+
+    This needs no derivative of h, which may be a quantisation, or the compression of an image.
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with a linear operator; `std` may be 0.
+        measurement: Measurement with a linear operator, whose `std` may be 0; with any operator and `pinv`; or with a
+            differentiable one and std > 0.
         data_std: Standard deviation s of the data.
         through_net: Differentiate through the network; False uses ∂D/∂x_t = r² α/σ² and needs no backward pass.
+        pinv: Generalised inverse h⁺ of the operator, a function (B, *out) to (B, *event); `std` is then not used.
 
     References:
         | Pseudoinverse-Guided Diffusion Models for Inverse Problems (Song et al., 2023),
@@ -213,13 +247,24 @@ class PiGDM(LinearPosteriorDenoiser):
     """
 
     entrywise = True
+    linearizes = True
 
     def __init__(
-        self, model: AbstractDenoiser, measurement: Seen, *, data_std: float = 1.0, through_net: bool = True
+        self,
+        model: AbstractDenoiser,
+        measurement: Seen,
+        *,
+        data_std: float = 1.0,
+        through_net: bool = True,
+        pinv: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        super().__init__(model, measurement)
+        if pinv is None:
+            super().__init__(model, measurement)
+        else:
+            PosteriorDenoiser.__init__(self, model, measurement)
+        self.pinv = pinv
         seen = self.measurement
-        if isinstance(seen, EntrywiseMeasurement) and not isinstance(self.A, ScaledIsometry):
+        if pinv is None and isinstance(seen, EntrywiseMeasurement) and not isinstance(self.A, ScaledIsometry):
             raise TypeError(
                 f"PiGDM with {type(seen).__name__} needs an operator with A Aᵀ = g I, such as Mask, Downsample or "
                 f"Grey, got {type(self.A).__name__}: with others the entries of A x₀ given x_t are dependent; use TMPD "
@@ -229,7 +274,8 @@ class PiGDM(LinearPosteriorDenoiser):
         self.through_net = through_net
 
     def extra_repr(self) -> str:
-        return f"data_std={short(self.data_std)}, through_net={self.through_net}"
+        inverse = "" if self.pinv is None else f", pinv={short(self.pinv)}"
+        return f"data_std={short(self.data_std)}, through_net={self.through_net}{inverse}"
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         check.state("x", x)
@@ -242,16 +288,20 @@ class PiGDM(LinearPosteriorDenoiser):
         return graph.release(graph.x0 + tweedie_gain(self.sde, t, x) * graph.pull(self._pull(graph.x0, variance)))
 
     def _pull(self, x0: Tensor, variance: float | Tensor) -> Tensor:
-        A, seen = self.A, self.measurement
+        seen = self.measurement
+        if self.pinv is not None:
+            difference: Tensor = self.pinv(seen.data(x0)) - self.pinv(seen.operator(x0))
+            return check.match("pinv(y)", difference, "x0", x0) / check.expand(variance, x0)
         if isinstance(seen, EntrywiseMeasurement):
+            A = self.A
             assert isinstance(A, ScaledIsometry)
             v = check.expand(variance, x0) * A.gram
             v = v.reshape(-1, *[1] * len(A.out)) if isinstance(v, Tensor) and v.ndim else v
             return A.adjoint(gradient(lambda u: seen.smoothed(u, v), A(x0), self))
-        r = self.measurement.residual(x0)
-        if self.measurement.std == 0:
-            return A.pinv(r) / check.expand(variance, x0)
-        return A.adjoint(A.solve(r, check.expand(variance, r), self.measurement.require_noise("PiGDM") ** 2))
+        if seen.covariance is None and seen.std == 0:
+            return self.A.pinv(seen.residual(x0)) / check.expand(variance, x0)
+        operator, r, std = self.system(x0)
+        return operator.adjoint(operator.solve(r, check.expand(variance, r), std**2))
 
 
 @checked
@@ -264,10 +314,11 @@ class MMPS(LinearPosteriorDenoiser):
     The result is exact for a Gaussian prior. A Krylov method solves the linear system; each of its iterations costs one
     backward pass through the network, and one more follows. At high noise the V of a network is neither symmetric nor
     positive definite, and conjugate gradients may diverge. The method here minimises the residual, which never grows.
+    An operator that is not linear is linearised at D.
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with a linear operator and std > 0.
+        measurement: Measurement with a differentiable operator and std > 0.
         iterations: Number of Krylov iterations; rank(A V Aᵀ) + 1 are enough.
 
     References:
@@ -275,6 +326,8 @@ class MMPS(LinearPosteriorDenoiser):
           arXiv:2405.13712
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
     """
+
+    linearizes = True
 
     def __init__(self, model: AbstractDenoiser, measurement: Seen, iterations: int = 5) -> None:
         super().__init__(model, measurement)
@@ -290,20 +343,22 @@ class MMPS(LinearPosteriorDenoiser):
         t = before_silence(self.sde, t)
         graph = Graph(self.model, x, t, cond)
         gain = tweedie_gain(self.sde, t, x)
-        A = self.A
+        A, r, std = self._equation(graph.x0)
 
         def covariance(u: Tensor) -> Tensor:
             """V Aᵀ u, computed as (σ²/α)(∂D/∂x_t)ᵀ Aᵀ u: V is symmetric for an exact denoiser."""
             out: Tensor = gain * graph.pull(A.adjoint(u))
             return out
 
-        return graph.release(graph.x0 + covariance(self._solve(graph.x0, covariance)))
+        return graph.release(graph.x0 + covariance(self._solve(A, graph.x0, covariance, r, std)))
 
-    def _solve(self, x0: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
+    def _equation(self, x0: Tensor) -> tuple[Linear, Tensor, float]:
+        """Operator, residual and standard deviation of the linear system."""
+        return self.system(x0)
+
+    def _solve(self, A: Linear, x0: Tensor, covariance: Callable[[Tensor], Tensor], r: Tensor, std: float) -> Tensor:
         """Solution u of (std² + A V Aᵀ) u = y − A D, so that V Aᵀ u is the shift of the data prediction."""
-        A, r = self.A, self.measurement.residual(x0)
-        variance = self.measurement.require_noise("MMPS") ** 2
-        return minimal_residual(lambda u: variance * u + A(covariance(u)), r, self.iterations)
+        return minimal_residual(lambda u: std**2 * u + A(covariance(u)), r, self.iterations)
 
 
 @checked
@@ -319,7 +374,7 @@ class TMPD(MMPS):
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with a linear operator and std > 0.
+        measurement: Measurement with a differentiable operator and std > 0; linearised at D if it is not linear.
 
     References:
         | Tweedie Moment Projected Diffusions for Inverse Problems (Boys et al., 2024), arXiv:2310.06721
@@ -334,15 +389,71 @@ class TMPD(MMPS):
     def extra_repr(self) -> str:
         return ""
 
-    def _solve(self, x0: Tensor, covariance: Callable[[Tensor], Tensor]) -> Tensor:
-        seen, u = self.measurement, self.A(x0)
+    def _equation(self, x0: Tensor) -> tuple[Linear, Tensor, float]:
+        seen = self.measurement
+        linear = isinstance(seen.operator, Linear)
+        A = self.A if linear else Linearized(seen.operator, x0)
+        r = x0 if isinstance(seen, EntrywiseMeasurement) else seen.residual(x0)
+        return A, r, 0.0  # the noise has a variance for each entry
+
+    def _solve(self, A: Linear, x0: Tensor, covariance: Callable[[Tensor], Tensor], r: Tensor, std: float) -> Tensor:
+        seen, u = self.measurement, self.measurement.operator(x0)
         noise = seen.covariance
         ones = torch.ones_like(u) if noise is None else noise.ones(u)
-        diagonal = self.A(covariance(ones)).clamp_min(0)
+        diagonal = A(covariance(ones)).clamp_min(0)
         if isinstance(seen, EntrywiseMeasurement):
             return gradient(lambda u: seen.smoothed(u, diagonal), u, self)
-        r = seen.residual(x0)
         return r / (seen.std**2 + diagonal) if noise is None else noise.solve_plus(diagonal, r)
+
+
+@checked
+class MPGD(PosteriorDenoiser):
+    r"""Manifold preserving guidance: a gradient step on the data prediction, and a projection to the data's manifold.
+
+    .. math:: D' = \Pi\left(D - c\,\nabla_D\,\tfrac12\lVert y - A(D)\rVert^2\right)
+
+    The gradient is with respect to D, not to x_t, so no backward pass through the network is needed. Without Π, c = 1
+    and A Aᵀ = I this is :class:`DDNM`. The paper's Π is an autoencoder, ``lambda x: decode(encode(x))``.
+
+    Arguments:
+        model: Denoiser of the prior.
+        measurement: Measurement with any differentiable operator; `std` is not used, except with `likelihood`.
+        scale: Step size c: a number, (B,), or a function of t.
+        project: Projection Π, a function of states, by default none.
+        likelihood: Whether to ascend the log-likelihood log p(y | D) instead, for noise of any kind.
+
+    References:
+        | Manifold Preserving Guided Diffusion (He et al., 2024), arXiv:2311.16424, algorithms 1 and 2
+    """
+
+    per_sample = (*PosteriorDenoiser.per_sample, "scale")
+
+    def __init__(
+        self,
+        model: AbstractDenoiser,
+        measurement: Seen,
+        scale: Scale = 1.0,
+        *,
+        project: Callable[[Tensor], Tensor] | None = None,
+        likelihood: bool = False,
+    ) -> None:
+        super().__init__(model, measurement)
+        if likelihood:
+            self.measurement.require_likelihood("MPGD with `likelihood`=True")
+        self.scale, self.project, self.likelihood = check_scale(scale), project, likelihood
+
+    def extra_repr(self) -> str:
+        return fields(scale=self.scale, project=self.project, likelihood=self.likelihood)
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        x0 = self.model.x0(check.state("x", x), t, **cond)
+        seen = self.measurement
+
+        def fit(z: Tensor) -> Tensor:
+            return seen.log_prob(z) if self.likelihood else -0.5 * seen.residual(z).flatten(1).square().sum(1)
+
+        out: Tensor = x0 + scale_at(self.scale, t, x) * gradient(fit, x0, self)
+        return out if self.project is None else check.match("project(x0)", self.project(out), "x0", x0)
 
 
 class DDNM(LinearPosteriorDenoiser):

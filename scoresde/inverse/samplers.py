@@ -22,10 +22,12 @@ from scoresde.grids.spacings import quadratic_vp
 from scoresde.guidance.classifier import before_silence, gradient
 from scoresde.integrators.method import Solution
 from scoresde.inverse.denoisers import isotropic_variance
+from scoresde.inverse.likelihoods import EntrywiseMeasurement
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear
 from scoresde.inverse.problem import Grid, Seed, make_problem
 from scoresde.inverse.stacked import Seen
+from scoresde.noise.keyed import Noise
 from scoresde.sampling.solve import sample
 from scoresde.solvers.deterministic import DPMSolverPP
 from scoresde.solvers.rule import Solver
@@ -111,6 +113,7 @@ def daps(
     steps: int = 5,
     solver: Solver | None = None,
     data_std: float = 1.0,
+    langevin: int = 100,
     start: Start | Gaussian | None = None,
     seed: Seed = None,
 ) -> Solution:
@@ -120,17 +123,21 @@ def daps(
               x_0 \sim N(x_0; \hat x_0, r^2 I)\, N(y; A x_0, \mathrm{std}^2 I), \qquad
               x_s = \alpha_s x_0 + \sigma_s z, \qquad r^2 = \frac{\sigma^2 s^2}{\alpha^2 s^2 + \sigma^2}
 
-    The distribution of x₀ given y is Gaussian for a linear A and is sampled exactly; the paper runs Langevin dynamics.
+    The distribution of x₀ given y is Gaussian for a linear A and Gaussian noise, and is then sampled exactly. For any
+    other likelihood Langevin dynamics sample :math:`N(x_0; \hat x_0, r^2 I)\,p(y \mid x_0)`, as in the paper, here with
+    an acceptance test and a step size for each sample, so that no step size has to be tuned.
     ``data_std=math.inf`` gives the paper's r = σ/α; use it only if σ/α is not much larger than the data.
 
     Arguments:
         model: Denoiser of the prior.
-        measurement: Measurement with a linear operator and std > 0.
+        measurement: Measurement with a likelihood and a differentiable operator.
         shape_or_x: Shape (B, *event), or a state at the first time.
         grid: Decreasing times, or a number of noise levels.
         steps: Number of steps of each inner solve; all of them together take about ``steps`` × levels evaluations.
         solver: Solver of the inner solves; by default DPM-Solver++ of order 2.
         data_std: Standard deviation s of the data in r².
+        langevin: Number of Langevin steps at each noise level, for operators that are not linear and other noise than
+            Gaussian; they evaluate the operator, not the network.
         start: Scale, dtype and device of the initial state, as in ``ss.solve``.
         seed: Seed of the noise: an integer, one integer for each sample, or a :class:`Noise`.
 
@@ -141,8 +148,10 @@ def daps(
     problem, seen, times = make_problem(model, measurement, shape_or_x, grid, start, seed)
     if data_std != math.inf:
         check.number("data_std", data_std, above=0)
-    measurement = seen.whitened()
-    std, A, sde = measurement.require_noise("daps"), measurement.linear, model.sde
+    check.integer("langevin", langevin, at_least=1)
+    seen.require_likelihood("daps")
+    linear = isinstance(seen.operator, Linear) and not isinstance(seen, EntrywiseMeasurement)
+    measurement, sde = seen.whitened() if linear else seen, model.sde
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = problem.steps
     x = problem.draw(times[0])
@@ -151,13 +160,69 @@ def daps(
         x0 = sample(problem.model, x, inner_solver, grid=inner, seed=draws.fork(k))
         ratio = sde.sigma(t) / max(sde.alpha(t), 1e-12)
         var = ratio**2 if data_std == math.inf else isotropic_variance(sde, t, data_std)
-        # Matheron's rule: a prior sample, corrected with the residual of its own simulated measurement.
-        drawn = x0 + math.sqrt(var) * draws.like(x, 3 * k)
-        r = measurement.residual(drawn)
-        r = r + std * draws.normal(r.shape, 3 * k + 1, dtype=r.dtype, device=r.device)
-        x0 = drawn + var * A.adjoint(A.solve(r, var, std**2))
+        if linear:
+            x0 = _gaussian_draw(measurement, x0, var, draws, 3 * k)
+        else:
+            x0 = adjusted_langevin(measurement, x0, var, langevin, draws.fork(len(times) + k))
         x = sde.alpha(s) * x0 + sde.sigma(s) * draws.like(x, 3 * k + 2)
     return problem.solution(x, times)
+
+
+def _gaussian_draw(measurement: Measurement, centre: Tensor, variance: float, draws: Noise, draw: int) -> Tensor:
+    """Sample N(x₀; centre, variance I) N(y; A x₀, std²) by Matheron's rule, for a whitened measurement.
+
+    The rule corrects a sample of the first factor with the residual of its own simulated measurement.
+    """
+    std, A = measurement.require_noise("daps"), measurement.linear
+    drawn = centre + math.sqrt(variance) * draws.like(centre, draw)
+    r = measurement.residual(drawn)
+    r = r + std * draws.normal(r.shape, draw + 1, dtype=r.dtype, device=r.device)
+    out: Tensor = drawn + variance * A.adjoint(A.solve(r, variance, std**2))
+    return out
+
+
+def adjusted_langevin(measurement: Measurement, centre: Tensor, variance: float, steps: int, noise: Noise) -> Tensor:
+    r"""Sample :math:`N(x_0; c, r^2 I)\,p(y \mid x_0)` by the Metropolis-adjusted Langevin algorithm, from x₀ = c.
+
+    .. math:: x' = x + h\nabla\log\pi(x) + \sqrt{2h}\,z
+
+    The step size h of each sample adapts to an acceptance rate of 0.574, by less and less.
+
+    Arguments:
+        measurement: Measurement with a likelihood.
+        centre: Centre c, (B, *event).
+        variance: Variance r².
+        steps: Number of steps.
+        noise: Noise of the steps.
+
+    References:
+        | Exponential convergence of Langevin distributions and their discrete approximations (Roberts and Tweedie,
+          1996), Bernoulli 2(4)
+    """
+
+    def target(x: Tensor) -> Tensor:
+        return measurement.log_prob(x) - (x - centre).flatten(1).square().sum(1) / (2 * variance)
+
+    def rows(values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (centre.ndim - 1))
+
+    x = centre
+    log, slope = target(x), gradient(target, x, measurement)
+    log_h = torch.full_like(log, math.log(0.5 * variance))
+    for k in range(steps):
+        h = log_h.exp()
+        z = noise.like(x, 2 * k)
+        new = x + rows(h) * slope + rows((2 * h).sqrt()) * z
+        new_log, new_slope = target(new), gradient(target, new, measurement)
+        back = (x - new - rows(h) * new_slope).flatten(1).square().sum(1) / (4 * h)
+        ratio = new_log - log - back + 0.5 * z.flatten(1).square().sum(1)
+        u = noise.uniform((len(x), 1), 2 * k + 1, dtype=x.dtype, device=x.device)[:, 0]
+        accepted = u.log() < ratio
+        x, slope = (torch.where(rows(accepted), a, b) for a, b in ((new, x), (new_slope, slope)))
+        log = torch.where(accepted, new_log, log)
+        chance = ratio.clamp_max(0).exp().nan_to_num(0.0)
+        log_h = log_h + 2 / (1 + k) ** 0.6 * (chance - 0.574)
+    return x
 
 
 @checked

@@ -261,9 +261,10 @@ def test_methods_for_gaussian_noise_refuse_photons() -> None:
     for method in calls:
         with pytest.raises(TypeError, match="needs Gaussian noise"):
             method(prior, seen)
-    for sampler in (ddrm, daps, twisted_smc):
-        with pytest.raises(TypeError, match="needs Gaussian noise"):
-            sampler(prior, seen, (2, 4), 3)
+    with pytest.raises(TypeError, match="needs Gaussian noise"):
+        ddrm(prior, seen, (2, 4), 3)
+    for sampler in (daps, twisted_smc):
+        assert sampler(prior, seen, (2, 4), 3, seed=0).x.isfinite().all()
     with pytest.raises(ValueError, match="`y` must be counts, at least 0, got -1"):
         Counts(A, torch.tensor([[3.0, -1.0]]))
 
@@ -552,7 +553,7 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(TypeError, match="`measurement` must have a Mask as its operator"):
         Replacement(VP, SEEN)
     with pytest.raises(TypeError, match="`operator` must be Linear"):
-        PiGDM(prior, Measurement(Operator(torch.square, (4,)), torch.zeros(1, 4), 0.1))
+        DDNM(prior, Measurement(Operator(torch.square, (4,)), torch.zeros(1, 4), 0.1))
     with pytest.raises(TypeError, match="`measurement` must be Measurement"):
         DDNM(prior, A)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`mixture` must be a GaussianMixture"):

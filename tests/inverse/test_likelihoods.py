@@ -252,9 +252,9 @@ def test_methods_that_need_gaussian_noise_say_so() -> None:
     for method in calls:
         with pytest.raises(TypeError, match=r"needs Gaussian noise.*got StudentT.*DPS, PiGDM and TMPD"):
             method(prior, seen)
-    for sampler in (ddrm, daps):
-        with pytest.raises(TypeError, match=r"needs Gaussian noise.*got StudentT"):
-            sampler(prior, seen, (2, 1), 3)
+    with pytest.raises(TypeError, match=r"needs Gaussian noise.*got StudentT"):
+        ddrm(prior, seen, (2, 1), 3)
+    assert daps(prior, seen, (2, 1), 3, langevin=5, seed=0).x.isfinite().all()
     assert red_diff(prior, seen, (2, 1), 5, seed=0).x.isfinite().all()
     wide = StudentT(Matrix(torch.ones(2, 2)), torch.zeros(1, 2), 0.2)
     with pytest.raises(TypeError, match="PiGDM with StudentT needs an operator with A Aᵀ = g I"):

@@ -339,4 +339,4 @@ def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="of states of one shape"):
         stack([Measurement(A, y, 0.1), Measurement(Mask(torch.tensor([True, False])), torch.zeros(1, 1), 0.1)])
     with pytest.raises(TypeError, match="`operator` must be Linear"):
-        MMPS(prior, [Measurement(A, y, 0.1), Measurement(Operator(torch.square, (D,)), rand(1, D), 0.1)])
+        DiffPIR(prior, [Measurement(A, y, 0.1), Measurement(Operator(torch.square, (D,)), rand(1, D), 0.1)])

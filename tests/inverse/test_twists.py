@@ -89,7 +89,8 @@ LIKELIHOODS: dict[str, Any] = {
 @pytest.mark.parametrize("how", ["steer", "steer, no proposal", "twisted_smc"])
 @pytest.mark.parametrize("name", LIKELIHOODS)
 def test_any_likelihood_gives_its_posterior_and_evidence(name: str, how: str) -> None:
-    """Against an integral over the line; the slack is that of 1000 particles and 50 steps."""
+    """Against an integral over the line. The slack is four standard deviations, measured over ten seeds: 0.05 for
+    log p(y) from `twisted_smc`, 0.03 from `steer`, and 0.05 of the posterior's own for the mean."""
     potential = Likelihood(LIKELIHOODS[name])
     line = torch.linspace(-5, 5, 4001, dtype=F64)[:, None]
     log = MIX.log_prob(line) + potential.log_value(line)
@@ -104,9 +105,9 @@ def test_any_likelihood_gives_its_posterior_and_evidence(name: str, how: str) ->
         proposal = "gradient" if how == "steer" else None
         run = steer(MIX, potential, (1, 1), particles=1000, proposal=proposal, grid=50, seed=3, start=DOUBLE)
         w, x, found = run.log_weights[0].exp(), run.x[0, :, 0], float(run.log_z)
-    assert found == pytest.approx(log_z, abs=0.08)
-    assert float(w @ x) == pytest.approx(mean, abs=0.12 * sd)
-    assert float(w @ x**2) == pytest.approx(second, rel=0.1)
+    assert found == pytest.approx(log_z, abs=0.2 if how == "twisted_smc" else 0.12)
+    assert float(w @ x) == pytest.approx(mean, abs=0.2 * sd)
+    assert float(w @ x**2) == pytest.approx(second, rel=0.15)
 
 
 def test_the_closed_twist_is_exact_for_isotropic_data() -> None:

@@ -343,6 +343,11 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "StudentT": lambda v: {"y": torch.zeros(1, 1), "scale": 0.1},
     "Rounded": lambda v: {"y": torch.zeros(1, 1), "std": 0.1, "step": 0.5},
     "Censored": lambda v: {"y": torch.zeros(1, 1), "std": 0.1},
+    "UniformPrior": lambda v: {"low": torch.zeros(2), "high": torch.ones(2)},
+    "as_prior": lambda v: {
+        "prior": torch.distributions.Independent(torch.distributions.Uniform(-torch.ones(2), torch.ones(2)), 1)
+    },
+    "TallPosterior": lambda v: {"model": [v["model"]], "observations": None, "prior": v["model"], "method": "jac"},
     "stack": lambda v: {"measurements": [v["measurement"]]},
     "Downsample": lambda v: {"k": 2, "event": (1, 4, 4)},
     "FourierMask": lambda v: {"mask": torch.ones(8, dtype=torch.bool), "event": (1, 8)},

@@ -133,6 +133,7 @@ CALLS: dict[str, Call] = {
     "inverse.MPGD": under(lambda m: inverse.MPGD(m, measured())),
     "inverse.TMPD": under(lambda m: inverse.TMPD(m, measured())),
     "inverse.DDNM": under(lambda m: inverse.DDNM(m, measured())),
+    "inverse.TallPosterior": under(lambda m: inverse.TallPosterior([m, m], None, m, method="jac")),
     "inverse.DiffPIR": under(lambda m: inverse.DiffPIR(m, measured())),
     "steering.steer": lambda m: steering.steer(m, REWARD, PARTICLES, ss.DDPM(), particles=3, grid=4, seed=0),
     "steering.steer, gradient": lambda m: steering.steer(

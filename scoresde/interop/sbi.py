@@ -141,7 +141,7 @@ def observation(estimator: nn.Module, x_o: Tensor | Sequence[float]) -> Tensor:
         raise ValueError(
             f"`x_o` must be one observation of shape {shape}, got {tuple(row.shape)}. For one observation of each "
             f"sample use from_sbi(estimator).given(x_o=rows). For one θ behind several independent observations use "
-            f"sbi's own posterior, whose sampler combines their scores."
+            f"ss.inverse.TallPosterior(from_sbi(estimator), {{'x_o': rows}}, prior)."
         )
     return row.reshape(1, *shape)
 

@@ -17,9 +17,11 @@ from scoresde.inverse.likelihoods import Censored, Counts, EntrywiseMeasurement,
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Blur, Downsample, FourierMask, Grey, Linear, Mask, Matrix, Operator
 from scoresde.inverse.particles import Particles, twisted_smc
+from scoresde.inverse.priors import UniformPrior, as_prior
 from scoresde.inverse.replacement import Replacement
 from scoresde.inverse.samplers import daps, ddrm, red_diff
 from scoresde.inverse.stacked import stack
+from scoresde.inverse.tall import TallPosterior
 from scoresde.inverse.twists import Likelihood
 
 __all__ = [
@@ -50,6 +52,9 @@ __all__ = [
     "Replacement",
     "Rounded",
     "StudentT",
+    "TallPosterior",
+    "UniformPrior",
+    "as_prior",
     "daps",
     "ddrm",
     "dps_scale",

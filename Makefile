@@ -25,7 +25,7 @@ OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TORCH)
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest demo check measures docs doctest format constraints clean
+.PHONY: help test test-oldest demo check measures docs doctest package format constraints clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1/p' $(MAKEFILE_LIST) | while read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -77,12 +77,21 @@ measures: $(READY)  ## print how large the library is and how its parts hang tog
 # Everything is read anew: on a second run over unchanged pages Sphinx is silent about their warnings.
 docs: $(READY)  ## build the documentation; warnings are errors
 	@echo "docs: docs/_build/html/index.html"
-	@rm -rf docs/api/generated
+	@rm -rf docs/api/generated docs/gallery
 	@$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
 
 doctest: $(READY)  ## run the examples in docstrings, README and documentation
 	@echo "doctest: scoresde, README.md and docs"
 	@$(BIN)/python -m pytest -q --doctest-modules --doctest-glob='*.md' scoresde README.md $(wildcard docs/*.md docs/*/*.md)
+
+# The environment is outside of the checkout, so that what is imported is what was built.
+package: $(READY)  ## build wheel and sdist, install the wheel into an empty environment, and sample with it
+	@echo "package: dist/"
+	@rm -rf dist
+	@$(BIN)/python -m hatchling -q build
+	@place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && $(PYTHON) -m venv $$place/empty \
+		&& $$place/empty/bin/python $(INSTALL) -c constraints.txt dist/*.whl \
+		&& cp tests/smoke.py $$place && cd $$place && empty/bin/python smoke.py
 
 format: $(READY)  ## fix what ruff can fix
 	@echo "format: ruff check --fix, ruff format"
@@ -102,6 +111,6 @@ constraints:  ## find the newest releases of everything but torch, and write con
 	cp "$$env/constraints.txt" constraints.txt
 
 clean:  ## remove what the other targets made, except the environments
-	@echo "clean: caches, build/, dist/, docs/_build/, docs/api/generated/"
-	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist docs/_build docs/api/generated
+	@echo "clean: caches, build/, dist/, docs/_build/, docs/api/generated/, docs/gallery/"
+	@rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist docs/_build docs/api/generated docs/gallery docs/sg_execution_times.rst
 	@find scoresde tests docs experiments -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""Sphinx settings. The build downloads nothing; MathJax is fetched by the reader's browser."""
+"""Sphinx settings. Neither the build nor the pages need a network: MathJax is part of the pages."""
 
 import importlib
+import os
 import pkgutil
 import re
 import sys
@@ -24,9 +25,11 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinx-mathjax-offline",
 ]
 templates_path = ["_templates"]
-exclude_patterns = ["_build", "_templates"]
+exclude_patterns = ["_build", "_templates", "tutorials/*"]
 
 # Some folders export a function with the name of its module, as scoresde.sampling.encode. Here that name is the module.
 modules = [importlib.import_module(info.name) for info in pkgutil.walk_packages(scoresde.__path__, "scoresde.")]
@@ -72,3 +75,19 @@ def read_naturally(app: Sphinx, what: str, name: str, obj: object, options: obje
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", read_naturally)
+
+
+# The tutorials: scripts that are run when the pages are built, with their figures, and notebooks of them.
+os.environ.setdefault("MPLBACKEND", "Agg")
+sphinx_gallery_conf = {
+    "examples_dirs": "tutorials",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"\d\d_\w+\.py",
+    "within_subsection_order": "FileNameSortKey",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "min_reported_time": 1e9,
+    "thumbnail_size": (320, 220),
+}

@@ -29,7 +29,7 @@ REASONS: dict[str, str] = {
     **dict.fromkeys(
         """ExactMoments Order Response Stability Work Diagnosis Kind Solution Particles SolverError Stats
         Accepted Path Step Unrolled Update Transition Elbo Estimate LogProb Comparison Moments Bound
-        Independent PrecisionRecall Divergence Record Snapshot Terms Leg Point Stream Independent.sample
+        Independent PrecisionRecall Bits Divergence Record Snapshot Terms Leg Point Stream Independent.sample
         Independent.log_prob Independent.kl CheckpointError Unrolled.state Unrolled.plan Divergence.rows
         Divergence.products Divergence.standard_error Point.of Point.unbind Path.at Counter Counter.add
         Shared Prior Particles.resampled Frame Problem""".split(),
@@ -378,7 +378,12 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "Blur.solve": lambda v: {"a": 1.0, "b": 1.0},
     "Matrix.solve": lambda v: {"a": 1.0, "b": 1.0},
     "Standardize.fit": lambda v: {},
-    "bits_per_dim": lambda v: {"nats": torch.ones(4), "dims": 2, "levels": 4},
+    "bits_from_nats": lambda v: {"nats": torch.ones(4), "dims": 2, "levels": 4},
+    "bits_per_dim": lambda v: {
+        "images": torch.arange(8).reshape(4, 2),
+        "levels": 8,
+        "tolerance": ss.likelihood.Tolerance(steps=2),
+    },
     "dequantized_bits": lambda v: {"log_density": lambda x: -x.square().sum(1)},
     "denoiser_error": lambda v: {"exact": v["model"], "ts": [0.5]},
     "jacobian_products": lambda v: {"f": lambda x: 2 * x},

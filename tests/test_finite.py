@@ -110,6 +110,7 @@ CALLS: dict[str, Call] = {
     "likelihood.dequantized_bits": lambda m: likelihood.dequantized_bits(
         lambda x: ss.log_prob(m, x, tolerance=eight).value, bytes_, 8, n=2, seed=0
     ),
+    "likelihood.bits_per_dim": lambda m: ss.bits_per_dim(m, bytes_, 8, tolerance=eight, seed=0),
     "fitting.fit": lambda m: fitting.fit(ss.DDIM(), m, Z, grid=SHORT),
     "fitting.gits": lambda m: fitting.gits(m, Z, 4, fine=12),
     "fitting.equal_error": lambda m: fitting.equal_error(m, Z, 4, fine=12),

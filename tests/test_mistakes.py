@@ -103,7 +103,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "`start` is a Gaussian under Flow",
     ),
-    "bits without levels": (lambda: ss.bits_per_dim(torch.zeros(1), 64), TypeError, "`levels` must be.*256 for bytes"),
+    "bits without levels": (
+        lambda: ss.likelihood.bits_from_nats(torch.zeros(1), 64),
+        TypeError,
+        "`levels` must be.*256 for bytes",
+    ),
     "encode with noise": (
         lambda: ss.encode(MIX, DATA, ss.solvers.EulerAncestral()),
         ValueError,

@@ -1,4 +1,4 @@
-"""Bits per dimension of data on integer levels."""
+"""Bits per dimension from log-densities, of data on integer levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from scoresde.noise.keyed import Noise
 
 
 @checked
-def bits_per_dim(
+def bits_from_nats(
     nats: Tensor,
     dims: int,
     levels: int | None = None,
@@ -39,7 +39,7 @@ def bits_per_dim(
 
     Example:
         >>> import torch
-        >>> bits_per_dim(torch.zeros(1), 3072, levels=256)
+        >>> bits_from_nats(torch.zeros(1), 3072, levels=256)
         tensor([7.])
     """
     check.integer("dims", dims, at_least=1)
@@ -96,7 +96,7 @@ def dequantized_bits(
         ]
     )
     check.warn_unless_finite(logs.T, "the log-densities")
-    bits = bits_per_dim(logs.logsumexp(0) - math.log(n), dims, levels, interval)
+    bits = bits_from_nats(logs.logsumexp(0) - math.log(n), dims, levels, interval)
     if n == 1:
         return bits, torch.full_like(bits, math.nan)
     relative = (logs - logs.amax(0)).exp()

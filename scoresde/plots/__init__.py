@@ -4,7 +4,7 @@ from scoresde.plots.comparisons import calibration, loss_by_noise, orders, work_
 from scoresde.plots.fields import field
 from scoresde.plots.plans import plan, response, stability
 from scoresde.plots.runs import animate, trajectory
-from scoresde.plots.samples import samples
+from scoresde.plots.sample_sets import samples
 from scoresde.plots.schedules import grid, schedule
 
 __all__ = [

@@ -105,7 +105,7 @@ def animate(
     Returns:
         Path of the file.
     """
-    from scoresde.plots.samples import samples
+    from scoresde.plots.sample_sets import samples
 
     check.number("seconds", seconds, above=0)
     target = Path(path)

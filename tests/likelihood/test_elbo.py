@@ -168,14 +168,14 @@ def test_the_mass_of_bins_is_a_probability() -> None:
 
 
 def test_the_offset_is_that_of_the_bins() -> None:
-    assert float(ss.bits_per_dim(torch.zeros(()), 3072, 256)) == 7.0
-    assert float(ss.bits_per_dim(torch.zeros(()), 5, 256, (0.0, 1.0))) == 8.0
-    assert float(ss.bits_per_dim(torch.zeros(()), 5, 32, (-1.0, 1.0))) == 4.0
-    assert float(ss.bits_per_dim(torch.tensor(-6 * math.log(2.0)), 6, density=False)) == pytest.approx(1.0)
+    assert float(ss.likelihood.bits_from_nats(torch.zeros(()), 3072, 256)) == 7.0
+    assert float(ss.likelihood.bits_from_nats(torch.zeros(()), 5, 256, (0.0, 1.0))) == 8.0
+    assert float(ss.likelihood.bits_from_nats(torch.zeros(()), 5, 32, (-1.0, 1.0))) == 4.0
+    assert float(ss.likelihood.bits_from_nats(torch.tensor(-6 * math.log(2.0)), 6, density=False)) == pytest.approx(1.0)
     # uniform integers are worth log₂ levels bits on any scale
     for low, high in ((-1.0, 1.0), (0.0, 255.0), (-3.0, 5.0)):
         nats = torch.full((1,), -4 * math.log(high - low))
-        assert float(ss.bits_per_dim(nats, 4, 16, (low, high))) == pytest.approx(4.0, abs=1e-6)
+        assert float(ss.likelihood.bits_from_nats(nats, 4, 16, (low, high))) == pytest.approx(4.0, abs=1e-6)
 
 
 def test_dequantisation_fills_the_bins_and_bounds_the_truth() -> None:
@@ -282,7 +282,7 @@ def test_draws_and_bins_are_checked() -> None:
     with pytest.raises(ValueError, match="`levels` must be at least 1"):
         ss.likelihood.Bins(0)
     with pytest.raises(ValueError, match="low < high"):
-        ss.bits_per_dim(torch.zeros(1), 3, 256, (1.0, -1.0))
+        ss.likelihood.bits_from_nats(torch.zeros(1), 3, 256, (1.0, -1.0))
     with pytest.raises(TypeError, match="tensor of integers"):
         ss.data.dequantize(torch.zeros(2, 3), 256)
     with pytest.raises(ValueError, match=r"must lie in 0 … 3, got 0 … 4"):

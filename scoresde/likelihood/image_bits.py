@@ -14,7 +14,8 @@ from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.likelihood.bits import dequantized_bits
 from scoresde.likelihood.confidence import Uncertain
-from scoresde.likelihood.flow import Probes, Tolerance, log_prob
+from scoresde.likelihood.flow import Tolerance, log_prob
+from scoresde.likelihood.trace import Probes
 from scoresde.noise.keyed import Noise
 
 __all__ = ["Bits", "bits_per_dim"]

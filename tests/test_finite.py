@@ -155,7 +155,9 @@ TOGETHER = {"integrators.TorchSDE, adaptive"}
 
 # Public names with a model that evaluate none by themselves.
 OTHER = {
+    "sampling.default_grid": "reads its kind",
     "sampling.default_solver": "reads its kind",
+    "sampling.recommend": "reads its kind",
     "sampling.plan_for": "reads its process and kind",
     "policies.nft_loss": "a loss, which is not finite where its network is not",
     "policies.dpo_loss": "a loss, which is not finite where its network is not",

@@ -30,7 +30,7 @@ from scoresde.noise.streams import Stream
 from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.run import Step, run
 from scoresde.processes.sde import SDE
-from scoresde.sampling.solve import default_solver
+from scoresde.sampling.defaults import default_solver
 from scoresde.solvers.rule import Solver
 
 

@@ -21,7 +21,7 @@ from scoresde.noise.streams import Stream
 from scoresde.plan.matrices import Unrolled
 from scoresde.plan.run import run
 from scoresde.plan.table import Plan
-from scoresde.sampling.solve import default_solver
+from scoresde.sampling.defaults import default_solver
 
 CANDIDATES = 10  # candidates for each initial state near a fork
 

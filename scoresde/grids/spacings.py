@@ -9,6 +9,7 @@ noise of that time. Grids with equal steps in λ or in a power of ρ = σ/α can
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -183,6 +184,103 @@ def quadratic_vp(
         first, last = (clock.t_of_lam(max(lam, clock.lam(clock.T))) ** 0.5 for lam in lam_ends(sde, a, b))
         return times_of_lam(sde, clock.lam(inner_times(first, last, u) ** 2))
 
+    return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
+
+
+@checked
+def flow_time(
+    sde: SDE,
+    steps: int,
+    exponent: float = 1.0,
+    shift: float = 1.0,
+    *,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    t_min: float | None = None,
+) -> Tensor:
+    r"""Equal steps in a root of the flow time :math:`\tau = \sigma/(s\alpha + \sigma)`, on any process.
+
+    .. math:: \tau_i^{1/k} = (1 - u_i)\,\tau_{start}^{1/k} + u_i\,\tau_{end}^{1/k}
+
+    With exponent k = 1 and shift s = 1 on :class:`Flow` this is :func:`uniform_t`. At high noise τ hardly moves, so a
+    process with little signal at T, such as a cosine schedule, spends no steps there.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        exponent: Exponent k; a larger one makes the grid denser near data.
+        shift: Shift s > 0; a larger one makes the grid denser near noise.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+        t_min: Smallest last positive time if `t_end` is 0, default ``sde.t_min``.
+    """
+    back = math.log(check.number("shift", shift, above=0))
+    tau = lambda lam: torch.sigmoid(-lam - back)  # noqa: E731
+    lam_of_tau = lambda c: torch.log1p(-c) - c.log() - back  # noqa: E731
+    return _even_in(sde, steps, tau, lam_of_tau, exponent, t_start, t_end, t_min)
+
+
+@checked
+def log_noise(
+    sde: SDE,
+    steps: int,
+    scale: float = 0.4,
+    exponent: float = 1.0,
+    *,
+    t_start: float | None = None,
+    t_end: float = 0.0,
+    t_min: float | None = None,
+) -> Tensor:
+    r"""Equal steps in a root of :math:`c = \log(1 + \varrho/\varrho_0)` with the noise level ϱ = σ/α.
+
+    .. math:: c_i^{1/k} = (1 - u_i)\,c_{start}^{1/k} + u_i\,c_{end}^{1/k}
+
+    At noise levels above the scale ϱ₀ these are equal steps in λ, so that no step is long where an ε-network multiplies
+    its errors by σ/α. Below it they are equal steps in the noise level.
+
+    Arguments:
+        sde: The process.
+        steps: Number of steps; the grid has one more time.
+        scale: Noise level ϱ₀ below which the steps are equal in ϱ.
+        exponent: Exponent k; a larger one makes the grid denser near data.
+        t_start: First time, default T.
+        t_end: Last time, default 0, which gives the denoised state.
+        t_min: Smallest last positive time if `t_end` is 0, default ``sde.t_min``.
+    """
+    near = math.log(check.number("scale", scale, above=0))
+    clock = lambda lam: torch.nn.functional.softplus(-lam - near, threshold=60)  # noqa: E731
+    lam_of_clock = lambda c: -(torch.expm1(c).log() + near)  # noqa: E731
+    return _even_in(sde, steps, clock, lam_of_clock, exponent, t_start, t_end, t_min)
+
+
+def _even_in(
+    sde: SDE,
+    steps: int,
+    clock: Callable[[Tensor], Tensor],
+    lam_of_clock: Callable[[Tensor], Tensor],
+    exponent: float,
+    t_start: float | None,
+    t_end: float,
+    t_min: float | None,
+) -> Tensor:
+    """Equal steps in a root of a clock c(λ) that is 0 at data, with a last positive time of at least `t_min`."""
+    k = check.number("exponent", exponent, above=0)
+
+    def ends(a: float, b: float) -> tuple[float, float]:
+        lam = torch.tensor([sde.lam(a), *lam_ends(sde, a, b)], dtype=torch.float64, device="cpu")
+        at, near, last = clock(lam).tolist()
+        return at if math.isfinite(at) else near, last
+
+    def spacing(a: float, b: float, u: Tensor) -> Tensor:
+        first, last = (c ** (1 / k) for c in ends(a, b))
+        return times_of_lam(sde, lam_of_clock(inner_times(first, last, u) ** k))
+
+    start = sde.T if t_start is None else t_start
+    if check.integer("steps", steps, at_least=1) > 1 and 0 < start <= sde.T and t_end == 0 and sde.sigma(0.0) == 0:
+        first = torch.tensor(ends(start, 0.0)[0], dtype=torch.float64, device="cpu")
+        even = float(times_of_lam(sde, lam_of_clock(first / steps**k)))
+        least = sde.t_min if t_min is None else t_min
+        t_min = max(even, least) if 0 < least < start else even
     return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 
 

@@ -2,12 +2,13 @@
 
 from scoresde.denoisers.start import Start
 from scoresde.integrators.method import Solution, Watch
+from scoresde.sampling.defaults import Recommendation, default_grid, default_solver, recommend
 from scoresde.sampling.encode import decode, encode
 from scoresde.sampling.interpolate import interpolate, slerp
 from scoresde.sampling.langevin import LangevinCorrector, langevin
 from scoresde.sampling.learned_variance import LearnedVariance, mean_squared_score
 from scoresde.sampling.parallel import Parallel
-from scoresde.sampling.solve import default_solver, plan_for, sample, solve
+from scoresde.sampling.solve import plan_for, sample, solve
 from scoresde.sampling.stepper import Gathered, Stepper, gather
 from scoresde.sampling.transitions import Transition, transitions
 
@@ -16,12 +17,14 @@ __all__ = [
     "LangevinCorrector",
     "LearnedVariance",
     "Parallel",
+    "Recommendation",
     "Solution",
     "Start",
     "Stepper",
     "Transition",
     "Watch",
     "decode",
+    "default_grid",
     "default_solver",
     "encode",
     "gather",
@@ -29,6 +32,7 @@ __all__ = [
     "langevin",
     "mean_squared_score",
     "plan_for",
+    "recommend",
     "sample",
     "slerp",
     "solve",

@@ -23,10 +23,10 @@ from scoresde.integrators.method import GRADS, Method, Problem, Solution, Watch,
 from scoresde.noise.keyed import Noise
 from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
+from scoresde.sampling.defaults import bounded, default_grid
 from scoresde.sampling.few_steps import warn_of_few_steps
 from scoresde.sampling.memo import made, written
 from scoresde.sampling.transitions import transitions
-from scoresde.solvers.deterministic import DPMSolverPP, VelocityAB
 from scoresde.solvers.rule import Solver
 
 # Hints for the keywords of other libraries.
@@ -139,8 +139,8 @@ def solve(
             ``ss.Adaptive()`` or those of ``ss.integrators``; or None for :func:`default_solver`.
         steps: Number of steps of the grid, by default 20. A solver with k stages costs about k evaluations a step.
         nfe: Budget of evaluations of the denoiser, instead of `steps`. The run never exceeds it.
-        grid: Times from noise to data, or a function that makes them, such as ``ss.grids.karras``; by default
-            :func:`quadratic_vp`. Times that also rise are a ``ss.grids.zigzag``. Methods with error control choose
+        grid: Times from noise to data, or a function that makes them, such as ``ss.grids.karras``; by default that of
+            :func:`default_grid`. Times that also rise are a ``ss.grids.zigzag``. Methods with error control choose
             their own times.
         t_start: First time, by default T.
         t_end: Last time. Where σ = 0, as at the default of 0, the result is the denoised state.
@@ -258,24 +258,6 @@ class Tabulated(Method):
 
 
 @checked
-def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
-    """The solver of :func:`solve` when none is given.
-
-    The default is Adams–Bashforth on the velocity, of an order that rises with the budget. For networks that predict ε
-    or the score it is DPM-Solver++(2M), because their x₀ estimate is unreliable at high noise. Guidance and other
-    wrappers do not change the choice: it follows the network at the end of the chain, ``model.kind``.
-
-    Arguments:
-        nfe: Number of evaluations.
-        model: Denoiser.
-    """
-    check.integer("nfe", nfe, at_least=1)
-    if model is not None and model.kind.predicts in ("eps", "score"):
-        return DPMSolverPP(order=1 if nfe < 3 else 2)
-    return VelocityAB(order=1 if nfe < 3 else 2 if nfe < 7 else 3 if nfe < 12 else 4)
-
-
-@checked
 def plan_for(
     model: AbstractDenoiser,
     solver: Solver | Plan | None = None,
@@ -315,29 +297,28 @@ def plan_for(
     if grid is not None and not callable(grid):
         if t_start is not None or t_end != 0.0:
             raise ValueError("`grid` has its own ends; drop `t_start` and `t_end`, or cut it with `grids.window`.")
-        rule = default_solver(len(grid) - 1, model) if solver is None else solver
+        rule = bounded(len(grid) - 1, model) if solver is None else solver
         return written(rule, model.sde, torch.as_tensor(grid, dtype=torch.float64))
     count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
     if nfe is not None:
         check.integer("nfe", nfe, at_least=1)
-        rule = default_solver(nfe, model) if solver is None else solver
+        rule = bounded(nfe, model) if solver is None else solver
         rule, count = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
-        rule = default_solver(count, model) if solver is None else solver
-    plan = written(rule, model.sde, _make(model, grid, count, t_start, t_end))
+        rule = bounded(count, model) if solver is None else solver
+    maker = default_grid(nfe or count, model, solver) if grid is None else grid
+    plan = written(rule, model.sde, _make(model, maker, count, t_start, t_end))
     if nfe is not None and plan.nfe > nfe:
         raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
     return plan
 
 
-def _make(
-    model: AbstractDenoiser, grid: GridMaker | None, steps: int, t_start: float | None, t_end: float | None
-) -> Tensor:
+def _make(model: AbstractDenoiser, grid: GridMaker, steps: int, t_start: float | None, t_end: float | None) -> Tensor:
     """A grid of `steps` steps by a grid maker."""
     window: dict[str, float] = {} if t_start is None else {"t_start": t_start}
     if t_end:
         window["t_end"] = t_end
-    return made(quadratic_vp if grid is None else grid, model.sde, steps, tuple(window.items()))
+    return made(grid, model.sde, steps, tuple(window.items()))
 
 
 def _times_for(
@@ -354,7 +335,8 @@ def _times_for(
         raise TypeError(f"`nfe` has no meaning with {type(method).__name__}; give `steps` or `grid`.")
     if grid is None or callable(grid):
         count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
-        return _make(model, grid, count, t_start, t_end or (0.0 if method.to_data else model.sde.t_min))
+        maker = quadratic_vp if grid is None else grid  # these methods step in t or λ, as SDE solvers do
+        return _make(model, maker, count, t_start, t_end or (0.0 if method.to_data else model.sde.t_min))
     if steps is not None or t_start is not None or t_end != 0.0:
         raise ValueError("`grid` has its own ends; drop `steps`, `t_start` and `t_end`.")
     times = torch.as_tensor(grid, dtype=torch.float64)

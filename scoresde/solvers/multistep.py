@@ -47,6 +47,8 @@ class Multistep(Solver):
         start: Treatment of the first steps: ``"ramp"`` raises the order step by step, as published; ``"self"`` uses
             single steps of full order. With fewer steps than `nodes`, the ramp ends at the order of that many nodes,
             and the plan declares this order: ``UniPC(9)`` in 4 steps is ``UniPC(4)``.
+        final: Number of nodes of a step into σ = 0; 0 for as many as in other steps. With 1 the result is the newest
+            data prediction, which is more accurate than an extrapolation if the step is long.
     """
 
     nodes: int = 2
@@ -57,10 +59,12 @@ class Multistep(Solver):
     eta: Eta = 0.0
     moments: Moments = None
     start: str = "ramp"
+    final: int = 0
 
     def __post_init__(self) -> None:
         check.integer("nodes", self.nodes, at_least=1)
         check.integer("corrector", self.corrector)
+        check.integer("final", self.final)
         check.choice("start", self.start, ("ramp", "self"))
         check_eta("eta", self.eta)
         if self.start == "self" and self.nodes > 3:
@@ -137,7 +141,8 @@ class Multistep(Solver):
             new = move(nodes, evaluates=self.reevaluate, node=leg.node, note="correct")
             evaluated = new if self.reevaluate else predicted
         else:
-            evaluated = new = move(leg.history[: self.nodes], evaluates=leg.evaluates, node=leg.node, note="")
+            count = self.final if self.final and tape.no_noise(leg.t) else self.nodes
+            evaluated = new = move(leg.history[:count], evaluates=leg.evaluates, node=leg.node, note="")
         history = [evaluated, *leg.history][: max(self.nodes, self.corrector)] if leg.evaluates else leg.history
         return new, history
 

@@ -32,6 +32,10 @@ IN_TIME: dict[str, Builder] = {
     "beta_quantile 2 1": functools.partial(grids.beta_quantile, a=2.0, b=1.0),
     "cosine": grids.cosine,
     "shifted": functools.partial(grids.shifted, shift=3.0),
+    "flow_time": grids.flow_time,
+    "flow_time 2": functools.partial(grids.flow_time, exponent=2.0),
+    "log_noise": grids.log_noise,
+    "log_noise 1.5": functools.partial(grids.log_noise, scale=2.0, exponent=1.5),
 }
 IN_LAM: dict[str, Builder] = {
     "uniform_lam": grids.uniform_lam,
@@ -187,6 +191,23 @@ def test_karras_on_any_process_is_karras_in_sigma_over_alpha(sde: ss.SDE, rho: f
     root = (sde.sigma(inner(times)) / sde.alpha(inner(times))) ** (1 / rho)
     assert even(root, 1e-8), sde
     assert math.isclose(root[0] ** rho, sde.sigma(start) / sde.alpha(start), rel_tol=1e-9)
+
+
+@MOST
+@pytest.mark.parametrize("k", [1.0, 1.5])
+def test_clocks_of_noise_are_even_down_to_the_last_positive_time(sde: ss.SDE, k: float) -> None:
+    lam = sde.lam(inner(grids.flow_time(sde, 12, k)))
+    assert even(torch.sigmoid(-lam) ** (1 / k), 1e-7)
+    lam = sde.lam(inner(grids.log_noise(sde, 12, 0.5, k)))
+    reached = lam[1:] if sde.alpha(sde.T) == 0 else lam
+    assert even(torch.log1p((-reached).exp() / 0.5) ** (1 / k), 1e-6)
+
+
+def test_flow_time_on_flow_is_uniform_and_stops_at_t_min() -> None:
+    flow = ss.Flow()
+    assert torch.allclose(grids.flow_time(flow, 20), grids.uniform_t(flow, 20), rtol=1e-12, atol=1e-15)
+    assert float(grids.flow_time(flow, 40, 3.0)[-2]) == flow.t_min, "even steps would end below the training times"
+    assert float(grids.flow_time(flow, 40, 3.0, t_min=1e-6)[-2]) == pytest.approx(40.0**-3, rel=1e-9)
 
 
 def test_quadratic_vp_on_vp_is_quadratic_and_the_same_lam_elsewhere() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import scoresde as ss
 from scoresde.plan.run import Step
 from scoresde.plan.table import Plan
-from scoresde.sampling.solve import default_solver
+from scoresde.sampling.defaults import default_grid, default_solver
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.rule import Solver
 
@@ -138,7 +138,7 @@ def test_a_grid_of_ones_own_is_the_builders_to_the_bit(rule: Solver) -> None:
         assert torch.equal(ss.sample(MIX, START, rule, grid=times, seed=1), built)
         assert torch.equal(ss.sample(MIX, START, rule, grid=times.tolist(), seed=1), built)
         assert torch.equal(ss.sample(MIX, START, rule, grid=tuple(times.tolist()), seed=1), built)
-    assert torch.equal(ss.sample(MIX, START, rule, steps=7, grid=ss.grids.quadratic_vp, seed=1),
+    assert torch.equal(ss.sample(MIX, START, rule, steps=7, grid=default_grid(7, MIX, rule), seed=1),
                        ss.sample(MIX, START, rule, steps=7, seed=1)), "the default grid"  # fmt: skip
 
 

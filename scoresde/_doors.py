@@ -94,6 +94,15 @@ def checked_with(words: Mapping[str, str], own: Sequence[str] = ()) -> Callable[
     return decorate
 
 
+def constant(function: Decorated) -> Decorated:
+    """A method whose result torch.compile takes as a constant, as ``torch.compiler.assume_constant_result`` does.
+
+    That decorator imports the compiler, which would double the time of ``import scoresde``.
+    """
+    setattr(function, "_dynamo_marked_constant", True)  # noqa: B010
+    return function
+
+
 def _guard(
     function: Callable[..., object],
     words: Mapping[str, str],
@@ -113,16 +122,18 @@ def _guard(
         if found is not None:
             found(value)
 
-    @wraps(function)
-    def door(*args: object, **kwargs: object) -> object:
-        if torch.compiler.is_compiling():
-            return function(*args, **kwargs)
+    def examine(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         for name, value in zip(names, args, strict=False):
             test(name, value)
         for name, value in kwargs.items():
             if name in words and name not in signature.parameters:
                 raise _unknown(called, name, words[name])
             test(name, value)
+
+    @wraps(function)
+    def door(*args: object, **kwargs: object) -> object:
+        if not torch.compiler.is_compiling():  # torch.compile cannot trace the variables of `examine`
+            examine(args, kwargs)
         return function(*args, **kwargs)
 
     return door

@@ -32,7 +32,7 @@ REASONS: dict[str, str] = {
         Independent PrecisionRecall Bits Divergence Record Snapshot Terms Leg Point Stream Independent.sample
         Independent.log_prob Independent.kl CheckpointError Unrolled.state Unrolled.plan Divergence.rows
         Divergence.products Divergence.standard_error Point.of Point.unbind Path.at Counter Counter.add
-        Shared Prior Particles.resampled Frame Problem""".split(),
+        Shared Prior Particles.resampled Frame Problem Captured Profile""".split(),
         RESULT,
     ),
     **dict.fromkeys(
@@ -46,7 +46,9 @@ REASONS: dict[str, str] = {
         ProgressBar.on_start ProgressBar.on_step ProgressBar.on_log TensorBoard.on_start TensorBoard.on_log
         Loader.batches Hook.close ProgressBar.close TensorBoard.close Momentum.rows Posterior.leg Start.draw
         Start.normals Start.placement AbstractDenoiser.row_attributes AbstractDenoiser.counted
-        Wrapped.counted ClassifierFree.row_attributes ClassifierGuidance.row_attributes
+        AbstractDenoiser.outputs_at Denoiser.outputs_at Given.outputs_at Rescheduled.outputs_at
+        ClassifierFree.outputs_at AbstractDenoiser.keeps Denoiser.coefficients Denoiser.check_output
+        Plan.program_of Wrapped.counted ClassifierFree.row_attributes ClassifierGuidance.row_attributes
         Compose.row_attributes Measurement.require_likelihood Measurement.require_noise
         EntrywiseMeasurement.require_likelihood EntrywiseMeasurement.require_noise
         Counts.log_density Laplace.log_density StudentT.log_density Laplace.smoothed_density
@@ -118,7 +120,7 @@ REASONS: dict[str, str] = {
         "an operator's own arithmetic, without checks; `operator(x)` and `adjoint` check and call this",
     ),
     **dict.fromkeys(
-        "UNet.forward MLP.forward Conditioning.forward Sinusoidal.forward Fourier.forward".split(),
+        "Autocast.forward UNet.forward MLP.forward Conditioning.forward Sinusoidal.forward Fourier.forward".split(),
         "a layer, which a denoiser calls at every evaluation, and which is compiled",
     ),
 }
@@ -446,6 +448,9 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "encode": lambda v: {"steps": 3},
     "decode": lambda v: {"steps": 3},
     "plan_for": lambda v: {"steps": 3},
+    "Autocast": lambda v: {"net": torch.nn.Identity()},
+    "capture": lambda v: {"shape": tuple(v["x"].shape), "steps": 2},
+    "profile": lambda v: {"shape": tuple(v["x"].shape), "steps": 2, "repeats": 1},
     "log_prob": lambda v: {"tolerance": ss.likelihood.Tolerance(steps=2)},
     "slerp": lambda v: {"a": v["x"], "b": v["x"] + 1, "w": 0.5},
     "check_denoiser": lambda v: {"model": ss.Denoiser(v["model"].eps, v["sde"], predicts="eps")},

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from scoresde import _checks as check
-from scoresde._doors import checked, words
+from scoresde._doors import checked, constant, words
 from scoresde._printing import short
 from scoresde.denoisers.predictions import Coefficient, Want, as_form, conversion, form_of
+from scoresde.plan.folding import Outputs
 from scoresde.processes.sde import SDE
 
 if TYPE_CHECKING:
@@ -216,6 +217,29 @@ class AbstractDenoiser(nn.Module):
             return out if isinstance(of_out, float) and of_out == 1 else of_out * out
         result: Tensor = check.expand(of_x, x) * x + of_out * out
         return result
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        """This denoiser as a linear function of a network's output, for the evaluations of a run.
+
+        None, the default, says that it is none, or that something about each evaluation must be checked: the run then
+        evaluates :meth:`x0`.
+
+        Arguments:
+            times: Times of the evaluations.
+            x: Initial state, (B, *event).
+            **cond: Conditions of the network.
+        """
+        return None
+
+    @constant
+    def keeps(self, kind: type[AbstractDenoiser], names: tuple[str, ...] = ("x0",)) -> bool:
+        """Whether methods are those of a class: neither a subclass nor an attribute of the object replaces them.
+
+        Arguments:
+            kind: Class of the library.
+            names: Names of the methods.
+        """
+        return all(getattr(type(self), name) is getattr(kind, name) and name not in vars(self) for name in names)
 
     def _coefficients(self, kind: str, want: Want, t: float, s: float) -> tuple[float, float]:
         """Coefficients of x and of the output at a time `t` that is a number."""
@@ -552,6 +576,11 @@ class Given(Wrapped):
     def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self.model.predict(want, x, t, **{**self.cond, **cond})
 
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        if not self.keeps(Given):
+            return None
+        return self.model.outputs_at(times, x, **{**self.cond, **cond})
+
 
 class _Counted(Wrapped):
     """The end of a chain of denoisers, with a counter of its evaluations."""
@@ -594,3 +623,14 @@ class _Counted(Wrapped):
 
     def predict(self, want: Want, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         return self._count(x).predict(want, x, t, **cond)
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        inner = self.model.outputs_at(times, x, **cond)
+        if inner is None:
+            return None
+
+        def evaluate(x: Tensor, n: int) -> Tensor:
+            self.counter.add(x.shape[0])
+            return inner.evaluate(x, n)
+
+        return replace(inner, evaluate=evaluate)

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from scoresde import _checks as check
-from scoresde._doors import checked, checked_with, words
+from scoresde._doors import checked, checked_with, constant, words
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions, share
 from scoresde.denoisers.card import Card
+from scoresde.denoisers.outputs import Coefficients, Evaluation, tensors_of
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
+from scoresde.plan.folding import Outputs
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
@@ -46,6 +48,8 @@ eps eps_min t_min: the process has it, as in ss.VP(t_min=1e-5)
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
 
 Clock = Callable[[Tensor], Tensor]
+
+_STANDARD = ("x0", "predict", "output", "convert")  # methods that make a data prediction of an output of the network
 
 
 @checked
@@ -204,6 +208,24 @@ class Denoiser(AbstractDenoiser):
             net_x = check.expand(c_in, x) * x
         dtype = _dtype_of(self.net)
         out = self._evaluate(x, net_x if dtype is None else net_x.to(dtype), self._net_time(x, t), cond)
+        self.check_output(out, x)
+        out = out.to(x.dtype)
+        if self.check_finite and not bool(out.isfinite().all()):
+            row = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0, 0])
+            at = float(t[row] if isinstance(t, Tensor) and t.ndim else t)
+            raise ValueError(f"`net` returned a value that is not finite at t = {at:g}, first in sample {row}.")
+        if not self.learned_variance:
+            return out, None
+        mean, variance = out.chunk(2, dim=1)
+        return mean, variance
+
+    def check_output(self, out: object, x: Tensor) -> None:
+        """Raise an error unless an output of the network has the kind and the shape that the state asks for.
+
+        Arguments:
+            out: Output of the network.
+            x: State, (B, *event).
+        """
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
@@ -221,15 +243,46 @@ class Denoiser(AbstractDenoiser):
             if tuple(out.shape) == double:
                 hint = "it has twice the channels; if the second half is a variance, give `learned_variance`=True"
             raise ValueError(f"`net` returned shape {tuple(out.shape)} where {expected} was expected: {hint}.")
-        out = out.to(x.dtype)
-        if self.check_finite and not bool(out.isfinite().all()):
-            row = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0, 0])
-            at = float(t[row] if isinstance(t, Tensor) and t.ndim else t)
-            raise ValueError(f"`net` returned a value that is not finite at t = {at:g}, first in sample {row}.")
-        if not self.learned_variance:
-            return out, None
-        mean, variance = out.chunk(2, dim=1)
-        return mean, variance
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        if self.check_finite or not self.keeps(Denoiser, _STANDARD):
+            return None  # a subclass may change any evaluation, and the check of each is made by `output`
+        check.state("x", x)
+        if self.learned_variance and x.ndim == 1:
+            return None
+        numbers = self.coefficients(times)
+        if numbers is None:
+            return None
+        if cond:
+            cond = share(cond, self.shared) if self.shared else cond
+            check_conditions(cond, len(x))
+            cond = expand_conditions(cond, len(x))
+        halve = bool(self.learned_variance)
+        evaluate = Evaluation(self.net, numbers, _dtype_of(self.net), cond, x, self.check_output, halve)
+        return Outputs(numbers.p, numbers.q, evaluate)
+
+    @constant
+    def coefficients(self, times: tuple[float, ...]) -> Coefficients | None:
+        """Numbers of the network at the times of a run; None if the data prediction is not defined at one of them.
+
+        Arguments:
+            times: Times of the evaluations.
+        """
+
+        def compute() -> Coefficients | None:
+            levels = [self._coefficients(self.predicts, "x0", t, self.data_scale) for t in times]
+            scale = self.precondition
+            c_in = [1.0 if scale is None else float(scale.c_in(self.sde.alpha(t), self.sde.sigma(t))) for t in times]
+            labels = [] if callable(self.time) else [self._label(t) for t in times]
+            return Coefficients(tuple(p for p, _ in levels), tuple(q for _, q in levels), tuple(c_in), tuple(labels))
+
+        try:
+            out = self._cached(("run", self.predicts, self.precondition, self.time, times), compute)
+        except ValueError:
+            return None  # the evaluation at this time raises the error
+        if out is not None and callable(self.time):  # a user's clock may be a trainable module: it is not cached
+            return out._replace(labels=tuple(self._label(t) for t in times))
+        return out
 
     def _evaluate(self, x: Tensor, net_x: Tensor, time: Tensor, cond: dict[str, Condition]) -> Tensor:
         """Output of the network; raise an error if the network writes into the state or into a condition."""
@@ -237,10 +290,10 @@ class Denoiser(AbstractDenoiser):
             return self.net(net_x, time, **cond)
         if net_x is x:
             net_x = check.protected(x)
-        if cond and any(leaf.is_inference() for leaf in _tensors(cond)):
+        if cond and any(leaf.is_inference() for leaf in tensors_of(cond)):
             cond = tree_map(lambda leaf: check.protected(leaf) if isinstance(leaf, Tensor) else leaf, cond)
         before = check.writes(net_x)
-        received = [(name, leaf, check.writes(leaf)) for name, tree in cond.items() for leaf in _tensors(tree)]
+        received = [(name, leaf, check.writes(leaf)) for name, tree in cond.items() for leaf in tensors_of(tree)]
         out = self.net(net_x, time, **cond)
         if net_x is x:
             check.refuse_writes(x, before, "`net`", self.net)
@@ -366,11 +419,6 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
     if time == "sigma":
         return sde.sigma
     return sde.log_sigma if time == "log_sigma" else (lambda t: t)
-
-
-def _tensors(tree: Condition) -> list[Tensor]:
-    """Tensors of a condition, which is a tensor or a tree."""
-    return [tree] if isinstance(tree, Tensor) else [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _dtype_of(net: object) -> torch.dtype | None:

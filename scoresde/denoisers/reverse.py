@@ -11,6 +11,7 @@ from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Wrapped, check_model, check_sde
 from scoresde.denoisers.predictions import Coefficient, Form, form_of
+from scoresde.plan.folding import Outputs
 from scoresde.processes.sde import SDE
 
 
@@ -88,13 +89,32 @@ class Rescheduled(Wrapped):
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
         check.state("x", x)
+        if not isinstance(t, Tensor):
+            scale, u = self._cached(("place", t), lambda: self._place_of(t))
+            return self.model.x0(scale * x, u, **cond)
+        factor, time = self._place(check.time(t, self.sde.T))
+        return self.model.x0(check.expand(factor, x) * x, time, **cond)
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        if not self.keeps(Rescheduled):
+            return None
+        places = [self._cached(("place", t), lambda t=t: self._place_of(t)) for t in times]  # type: ignore[misc]
+        inner = self.model.outputs_at(tuple(u for _, u in places), x, **cond)
+        if inner is None:
+            return None
+        scales = [scale for scale, _ in places]
+        p = tuple(p * scale for p, scale in zip(inner.p, scales, strict=True))
+        return Outputs(p, inner.q, lambda x, n: inner.evaluate(scales[n] * x, n))
+
+    def _place_of(self, t: float) -> tuple[float, float]:
+        scale, u = self._place(check.time(t, self.sde.T))
+        return float(scale), float(u)
+
+    def _place(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale of the state and time on the old process."""
         old = self.model.sde
-        s = check.time(t, self.sde.T)
         lam = self.sde.lam(s).clamp(old.lam(old.T), old.lam(0.0))
         u = old.inverse_lam(lam).clamp(0.0, old.T)
         # α_u/α_t = σ_u/σ_t unless λ is clamped; divide by the larger of α_t and σ_t.
         signal, noise = old.alpha(u) / self.sde.alpha(s), old.sigma(u) / self.sde.sigma(s)
-        scale = torch.where(lam > 0, signal, noise)
-        if not isinstance(t, Tensor):
-            return self.model.x0(float(scale) * x, float(u), **cond)
-        return self.model.x0(check.expand(scale, x) * x, u, **cond)
+        return torch.where(lam > 0, signal, noise), u

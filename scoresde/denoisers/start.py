@@ -28,6 +28,8 @@ class Start:
         dtype: Dtype of the state when a shape is given; by default float64 if the model has float64 parameters, else
             float32.
         device: Device of the state when a shape is given; by default the device of the model's parameters and buffers.
+
+    A state of images is drawn in ``channels_last`` if the model's convolutions are.
     """
 
     data_std: float = 1.0
@@ -67,7 +69,8 @@ class Start:
             return self.gaussian.carry(self.normals(model, shape, noise), t)
         dtype, device = self.placement(model)
         source = noise.fork(Stream.START)
-        return model.sde.prior(t, std=self.data_std).sample(shape, source, dtype=dtype, device=device)
+        x = model.sde.prior(t, std=self.data_std).sample(shape, source, dtype=dtype, device=device)
+        return x.to(memory_format=torch.channels_last) if len(shape) == 4 and _is_channels_last(model) else x
 
     def normals(self, model: nn.Module, shape: Sequence[int], noise: Noise) -> Tensor:
         """Standard normals of a start: those that the prior is scaled from.
@@ -98,3 +101,9 @@ def as_start(start: Start | Gaussian | None) -> Start:
     if not isinstance(start, Start):
         raise TypeError(f"`start` must be a Start, a Gaussian or None, got {type(start).__name__}.")
     return start
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    """Whether the first kernel of a convolution is in channels_last."""
+    kernel = next((p for p in model.parameters() if p.ndim == 4 and p.shape[1:] != (p.shape[1], 1, 1)), None)
+    return kernel is not None and not kernel.is_contiguous() and kernel.is_contiguous(memory_format=torch.channels_last)

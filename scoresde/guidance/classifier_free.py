@@ -25,6 +25,7 @@ from scoresde.denoisers.base import (
 )
 from scoresde.guidance.rules import Rule, fresh_rule, linear, rule_of_rows
 from scoresde.guidance.scale import Scale, check_scale, scale_at
+from scoresde.plan.folding import Outputs
 
 
 class _Difference(Wrapped):
@@ -139,6 +140,30 @@ class ClassifierFree(_Difference):
         if _is(self.scale_at(t, x), 0):  # x0 then evaluates no condition
             return self.x0(x, t, **cond), self.model.x0_and_variance(x, t, **cond)[1]
         return super().x0_and_variance(x, t, **cond)
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        """Plain guidance in two forward passes is linear in the guided output, with the coefficients of the network."""
+        if self.rule is not linear or self.one_forward or not self.keeps(ClassifierFree):
+            return None
+        known = {**self.model.conditions, **cond}
+        check_conditions(known, len(x))
+        self._check_names(known)
+        null = {name: _null_of(name, known[name], value, len(x), self._samples) for name, value in self.null.items()}
+        strong, weak = self.model.outputs_at(times, x, **cond), self.model.outputs_at(times, x, **{**cond, **null})
+        if strong is None or weak is None:
+            return None
+        scales = [self.scale_at(t, x) for t in times]
+
+        def evaluate(x: Tensor, n: int) -> Tensor:
+            scale = scales[n]
+            if _is(scale, 1):
+                return strong.evaluate(x, n)
+            if _is(scale, 0):
+                return weak.evaluate(x, n)
+            first = strong.evaluate(x, n)
+            return torch.lerp(weak.evaluate(x, n), first, scale)
+
+        return Outputs(strong.p, strong.q, evaluate)
 
     def _doubled(
         self, x: Tensor, t: float | Tensor, cond: dict[str, Condition], null: dict[str, Condition]

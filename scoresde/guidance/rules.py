@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -275,11 +276,15 @@ def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callabl
     scales = scale / -torch.expm1(lam[:-1] - lam[1:])
     starts = times[:-1].flip(0).contiguous()
     by_start = scales.flip(0)
+    ends: list[float] = starts.tolist()
+    numbers: list[float] = by_start.tolist()
 
     def of_t(t: Value) -> Value:
+        if not isinstance(t, Tensor):
+            return numbers[min(bisect_left(ends, t * (1 - 1e-9)), len(numbers) - 1)]
         at = torch.as_tensor(t, dtype=torch.float64, device="cpu") * (1 - 1e-9)
         leg = torch.searchsorted(starts, at).clamp_max(len(starts) - 1)
-        return by_start[leg].to(t.device) if isinstance(t, Tensor) else float(by_start[leg])
+        return by_start[leg].to(t.device)
 
     return of_t
 

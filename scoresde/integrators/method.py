@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 
 from scoresde import _checks as check
 from scoresde._doors import checked
-from scoresde.denoisers.base import AbstractDenoiser, Counter
+from scoresde.denoisers.base import AbstractDenoiser, Condition, Counter, Wrapped
 from scoresde.denoisers.start import Start
 from scoresde.integrators.dense import Path
 from scoresde.noise.keyed import Noise
 from scoresde.noise.streams import Stream
+from scoresde.plan.folding import Outputs
 from scoresde.plan.run import Hook, Step
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -120,6 +121,26 @@ class Solution:
     sde: SDE | None = field(default=None, init=False, repr=False)
 
 
+class Checkpointed(Wrapped):
+    """A denoiser whose evaluations are made again in the backward pass, which saves their memory."""
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: Condition) -> Tensor:
+        out: Tensor = checkpoint(lambda y: self.model.x0(y, t, **cond), x, use_reentrant=False)
+        return out
+
+    def outputs_at(self, times: tuple[float, ...], x: Tensor, **cond: Condition) -> Outputs | None:
+        inner = self.model.outputs_at(times, x, **cond)
+        if inner is None:
+            return None
+        evaluate = inner.evaluate
+
+        def again(x: Tensor, n: int) -> Tensor:
+            out: Tensor = checkpoint(lambda y: evaluate(y, n), x, use_reentrant=False)
+            return out
+
+        return replace(inner, evaluate=again)
+
+
 @dataclass(frozen=True)
 class Problem:
     """What a method has to solve; made by :func:`solve`.
@@ -161,10 +182,7 @@ class Problem:
 
     def denoise(self, x: Tensor, t: Any) -> Tensor:
         """Data prediction under the problem's gradient mode."""
-        if self.grad == "checkpoint":
-            out: Tensor = checkpoint(lambda y: self.model.x0(y, t), x, use_reentrant=False)
-            return out
-        return self.model.x0(x, t)
+        return (Checkpointed(self.model) if self.grad == "checkpoint" else self.model).x0(x, t)
 
     def solution(self, x: Tensor, times: list[Any], **fields: Any) -> Solution:
         """A :class:`Solution` with its counts and seed; warns if `x` is not finite."""

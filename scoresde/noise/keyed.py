@@ -288,6 +288,40 @@ def as_noise(seed: int | Sequence[int] | Tensor | Noise | None) -> Noise:
     return seed if isinstance(seed, Noise) else Noise(seed)
 
 
+class Laid(Noise):
+    """A source whose seeds and indices lie on a device, so that no draw copies a number from the host.
+
+    A CUDA graph reads them anew at every replay: :meth:`load` gives it the seeds of another run.
+
+    Arguments:
+        noise: Source of the numbers.
+        rows: Number of rows of the states.
+        device: Device of the states.
+    """
+
+    def __init__(self, noise: Noise, rows: int, device: torch.device) -> None:
+        for name in ("seed", "offset", "indices", "path"):
+            object.__setattr__(self, name, getattr(noise, name))
+        keys = tuple(word.expand(rows, 1).clone() for word in noise._keys(rows, device))
+        object.__setattr__(self, "words", keys)
+
+    def load(self, noise: Noise) -> None:
+        """Take the seeds and indices of another source.
+
+        Arguments:
+            noise: Source of as many rows.
+        """
+        words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
+        for mine, new in zip(words, noise._keys(len(words[0]), words[0].device), strict=True):
+            mine.copy_(new)
+
+    def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
+        if len(words[0]) != rows:
+            raise ValueError(f"the source was laid for {len(words[0])} rows and the state has {rows}; lay it again.")
+        return words
+
+
 class Ahead:
     """A source for draws in increasing order: for small states, one call computes several draws.
 
@@ -309,7 +343,7 @@ class Ahead:
         first = draw - draw % many
         chunk = self._chunk  # one attribute, so that threads which share the source agree
         if chunk is None or chunk[0] != first:
-            draws = torch.arange(first, min(first + many, self._draws))
+            draws = torch.arange(first, min(first + many, self._draws), device=x.device)
             chunk = first, self._noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
             self._chunk = chunk
         return chunk[1][draw - first]

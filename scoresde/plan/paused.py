@@ -34,7 +34,8 @@ class Paused:
         row: Row of the state.
         done: Whether `x` is the result.
         nfe: Number of evaluations that were received.
-        stored: Earlier states and denoised states that later rows use, by index: x_r at 2r and d_r at 2r + 1.
+        stored: Earlier states and evaluations that later rows use, by index: x_r at 2r, and at 2r + 1 the denoised
+            state d_r or a sum d_r + c x_r, see :mod:`scoresde.plan.folding`.
         noise: Source of the normals, as it was given.
         source: The same source, prepared for the plan.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,6 +142,8 @@ class Line(NamedTuple):
         keep_d: Whether a later row uses the denoised state.
         drop: Indices to free after the sum.
         reuse: Whether the memory of the first state in the sum may hold the result.
+        mix: Number c of the sum F + c x that is stored instead of the output F of the evaluation.
+        tail: Terms after the first one, or after the first two if their weights sum to 1.
     """
 
     t: Weight
@@ -157,16 +159,18 @@ class Line(NamedTuple):
     keep_d: bool
     drop: tuple[int, ...]
     reuse: bool
+    mix: float = 0.0
+    tail: Terms = ()
 
 
-def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, ...]) -> tuple[Line, ...]:
+def compile_rows(rows: tuple[Row, ...], mixes: Sequence[float] = ()) -> tuple[Line, ...]:
     """Prepare the rows for the loop.
 
     Arguments:
         rows: Rows of the plan.
-        of_x: Last row that uses each state.
-        of_d: Last row that uses each denoised state.
+        mixes: Number c of every row, see :class:`Line`; by default 0.
     """
+    of_x, of_d = last_uses(rows)
     drop: list[list[int]] = [[] for _ in range(len(rows) + 1)]
     for k, row in enumerate(rows):
         if of_x[k] > k:
@@ -177,6 +181,7 @@ def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, 
     for r, row in enumerate(rows):
         plain = not any(isinstance(w, Tensor) for c in (row.x, row.d, row.z, ((0, row.one),)) for _, w in c)
         terms = (*((2 * k, w) for k, w in row.x), *((2 * k + 1, w) for k, w in row.d))
+        lerp = plain and len(terms) > 1 and abs(as_number(terms[0][1]) + as_number(terms[1][1]) - 1) < 1e-15
         lines.append(
             Line(
                 t=row.t,
@@ -187,12 +192,14 @@ def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, 
                 draws=row.z,
                 one=row.one,
                 plain=plain,
-                lerp=plain and len(terms) > 1 and abs(as_number(terms[0][1]) + as_number(terms[1][1]) - 1) < 1e-15,
+                lerp=lerp,
                 keep_x=of_x[r] > r,
                 keep_d=of_d[r] > r,
                 drop=tuple(drop[r]),
                 # the memory of the start belongs to the caller
                 reuse=bool(row.x) and row.x[0][0] > 0 and 2 * row.x[0][0] in drop[r],
+                mix=mixes[r] if mixes else 0.0,
+                tail=terms[1 + lerp :],
             )
         )
     return tuple(lines)
@@ -200,7 +207,9 @@ def compile_rows(rows: tuple[Row, ...], of_x: tuple[int, ...], of_d: tuple[int, 
 
 def with_ones(program: tuple[Line, ...], index: int) -> tuple[Line, ...]:
     """Replace the constant of each row by a term of the vector of ones, which the loop stores at `index`."""
-    return tuple(
-        line._replace(terms=(*line.terms, (index, line.one)), one=0.0) if nonzero(line.one) else line
-        for line in program
-    )
+
+    def changed(line: Line) -> Line:
+        one = ((index, line.one),)
+        return line._replace(terms=line.terms + one, tail=line.tail + one if line.terms else (), one=0.0)
+
+    return tuple(changed(line) if nonzero(line.one) else line for line in program)

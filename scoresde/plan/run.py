@@ -20,7 +20,8 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde.noise.brownian import PathNoise
-from scoresde.noise.keyed import Ahead, Noise
+from scoresde.noise.keyed import Ahead, Laid, Noise
+from scoresde.plan.folding import Outputs
 from scoresde.plan.rows import Line, Terms, Weight, nonzero, with_ones
 from scoresde.plan.table import Plan
 
@@ -81,7 +82,8 @@ class Pause(NamedTuple):
         row: Index of the row.
         t: Time of the state.
         x: State to evaluate, (B, *event).
-        stored: Earlier states and denoised states that later rows use, by index: x_r at 2r and d_r at 2r + 1.
+        stored: Earlier states and evaluations that later rows use, by index: x_r at 2r, and at 2r + 1 the denoised
+            state d_r or a sum d_r + c x_r, see :mod:`scoresde.plan.folding`.
     """
 
     row: int
@@ -93,7 +95,7 @@ class Pause(NamedTuple):
 @checked
 def run(
     plan: Plan,
-    denoise: Denoise,
+    denoise: Denoise | Outputs,
     x: Tensor,
     noise: Noise | Normals | None = None,
     *,
@@ -106,7 +108,8 @@ def run(
 
     Arguments:
         plan: Plan to run.
-        denoise: Denoiser D(x, t), a function of a state (B, *event) and a time.
+        denoise: Denoiser D(x, t), a function of a state (B, *event) and a time, or the outputs of its network that
+            ``model.outputs_at(plan.evaluation_times, x)`` prepared.
         x: Initial state, (B, *event).
         noise: Source of the normals; required if the plan is stochastic.
         ones: Vector that the constants of the rows multiply, a tensor that broadcasts to the shape of `x`; by default
@@ -222,23 +225,27 @@ def _check_noise(plan: Plan, noise: Noise | Normals | None) -> None:
         raise ValueError(f"the plan draws {plan.draws} normals; give it a `noise`, as in Noise(seed).")
 
 
-def normals_of(plan: Plan, noise: Noise | Normals | None) -> Normals | None:
+def normals_of(plan: Plan, noise: Noise | Normals | None, x: Tensor | None = None) -> Normals | None:
     """The normals of a plan: increments of Brownian paths, several draws in one call, or `noise` itself.
 
     Arguments:
         plan: Plan to run.
         noise: Source of the normals.
+        x: State; if it is given, seeds and indices of samples are moved to its device.
     """
     if plan.stochastic and isinstance(noise, Noise) and noise.path:
         return PathNoise(noise, plan.spans)
-    if plan.stochastic and type(noise) is Noise:  # a subclass of Noise is evaluated draw by draw
+    if plan.stochastic and type(noise) in (Noise, Laid):  # another subclass of Noise is evaluated draw by draw
+        assert isinstance(noise, Noise)
+        if x is not None and (noise.indices is not None or isinstance(noise.seed, tuple)) and type(noise) is Noise:
+            noise = Laid(noise, len(x), x.device)
         return Ahead(noise, plan.draws)
     return noise
 
 
 def _loop(
     plan: Plan,
-    denoise: Denoise | None,
+    denoise: Denoise | Outputs | None,
     x: Tensor,
     noise: Noise | Normals | None,
     ones: Tensor | None,
@@ -249,11 +256,13 @@ def _loop(
     stored: Mapping[int, Tensor] | None = None,
 ) -> Generator[Step | Update | Pause, Tensor | None, Tensor]:
     """The loop, from row `first` on; without `denoise` it pauses at every evaluation."""
-    source = normals_of(plan, noise)
+    source = normals_of(plan, noise, x)
     saved: list[Tensor] = [None] * (2 * len(plan.rows))  # type: ignore[list-item]  # x_r at 2r, d_r at 2r + 1
     for k, value in (stored or {}).items():
         saved[k] = value
-    program = plan.program
+    # The mean of an update is that of its denoised states, to the bit, so that a caller can compute it again.
+    outputs = None if watch == "updates" else outputs_at(plan, denoise, x)
+    program = plan.program if outputs is None else plan.program_of(outputs.p, outputs.q)
     if ones is not None:
         program = with_ones(program, len(saved))
         saved.append(ones.expand_as(x))
@@ -261,6 +270,7 @@ def _loop(
     nodes, updated = watch == "nodes", watch == "updates"
     kept = nodes or hook is not None  # callers may keep the states that they see
     nfe, shape = 0, x.shape
+    traced = torch.compiler.is_compiling()  # then torch does not count writes
     for r, line in enumerate(program[first:], first):
         if r > first:
             if updated:
@@ -273,20 +283,27 @@ def _loop(
                 saved[k] = None  # type: ignore[call-overload]
         if hook is not None and line.node is not None:
             x = _hooked(hook, line.node, line.t, x, shape)
-        x0 = None
+        out = x0 = None
         if line.evaluates:
-            t = _moved(line.t, x) if isinstance(line.t, Tensor) else line.t
-            before = check.writes(x)
-            if denoise is None:
-                pause = Pause(r, t, x, {k: v for k, v in enumerate(saved) if v is not None})
-                x0 = cast(Tensor, (yield pause))
-                check.refuse_writes(x, before, "the code in a pause", None)
+            before = -1 if traced or x.is_inference() else x._version
+            if outputs is not None:
+                out = outputs.evaluate(x, nfe)
+                if nodes and line.shown:
+                    x0 = torch.add(x * outputs.p[nfe], out, alpha=outputs.q[nfe])
             else:
-                x0 = denoise(x, t)
+                t = _moved(line.t, x) if isinstance(line.t, Tensor) else line.t
+                if denoise is None:
+                    pause = Pause(r, t, x, {k: v for k, v in enumerate(saved) if v is not None})
+                    out = cast(Tensor, (yield pause))
+                    check.refuse_writes(x, before, "the code in a pause", None)
+                else:
+                    out = denoise(x, t)  # type: ignore[operator]  # Outputs were handled above
+                x0 = out
+            if before >= 0 and x._version != before:
                 check.refuse_writes(x, before, "`denoise`", denoise)
             nfe += 1
             if line.keep_d:
-                saved[2 * r + 1] = x0
+                saved[2 * r + 1] = torch.add(out, x, alpha=line.mix) if line.mix else out
         if line.keep_x:
             saved[2 * r] = x
         if nodes and line.shown:
@@ -294,6 +311,23 @@ def _loop(
             yield Step(-1 if line.node is None else line.node, line.t, check.protected(x), x0, nfe)
             check.refuse_writes(x, before, "the code between two steps", None, copy="step.x")
     return x
+
+
+def outputs_at(plan: Plan, denoise: object, x: Tensor) -> Outputs | None:
+    """The denoiser of a run as a linear function of a network's output, or None for any other function.
+
+    Arguments:
+        plan: Plan to run.
+        denoise: A denoiser, its method `x0`, or a function.
+        x: Initial state, (B, *event).
+    """
+    if isinstance(denoise, Outputs):
+        return denoise
+    owner = denoise
+    if getattr(denoise, "__name__", "") == "x0":
+        owner = getattr(denoise, "__self__", None)
+    prepare = getattr(owner, "outputs_at", None)
+    return prepare(plan.evaluation_times, x) if prepare is not None and plan.plain else None
 
 
 def _hooked(hook: Hook, node: int, t: Weight, x: Tensor, shape: torch.Size) -> Tensor:
@@ -329,21 +363,22 @@ def _update(
 
 def _add_numbers(line: Line, saved: list[Tensor], noise: Normals | None, like: Tensor, in_place: bool) -> Tensor:
     """Compute Σ a x + Σ b d + Σ c z + one, in place on a new tensor or on the first state."""
-    terms = line.terms
     out: Any = None  # a tensor after the first term
-    if terms:
-        (k, w), terms = terms[0], terms[1:]
+    if line.terms:
+        k, w = line.terms[0]
         out = saved[k]
         if line.lerp:
-            (k, w), terms = terms[0], terms[1:]
+            k, w = line.terms[1]
             out = out.lerp_(saved[k], w) if in_place else torch.lerp(out, saved[k], w)
         else:
             out = out.mul_(w) if in_place else out * w
-    for k, w in terms:
-        out.add_(saved[k], alpha=w)
+        for k, w in line.tail:
+            out.add_(saved[k], alpha=w)
     for k, w in line.draws:
         z = noise.like(like, k)  # type: ignore[union-attr]
         out = z * w if out is None else out.add_(z, alpha=w)
+    if out is None:  # all weights are 0
+        out = torch.zeros_like(like)
     if line.one:
         out.add_(line.one)
     return out  # type: ignore[no-any-return]

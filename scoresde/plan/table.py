@@ -25,8 +25,9 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde import _files as files
-from scoresde._doors import checked
+from scoresde._doors import checked, constant
 from scoresde.noise.brownian import Span
+from scoresde.plan.folding import fold, is_plain
 from scoresde.plan.rows import (
     Line,
     Row,
@@ -41,6 +42,8 @@ from scoresde.plan.rows import (
 )
 
 _COLUMNS = ("x", "d", "z")
+
+_PROGRAMS = 16  # largest number of networks whose conversions a plan keeps in its weights
 
 _FOLDED = 20  # largest number of rows that a notebook shows unfolded
 
@@ -59,6 +62,12 @@ class Plan:
         sde: ``repr`` of the process.
         spans: Interval of a Brownian path for each draw, or None for a draw of fresh noise.
         meta: Numbers and strings that say where the table came from, such as how it was fitted; saved with the plan.
+
+    Attributes:
+        nfe: Number of network evaluations.
+        draws: Number of standard normals drawn for each element of the state.
+        plain: Whether all times and weights are floats: no number per sample, and none that requires grad.
+        evaluation_times: Times of the evaluations, in their order.
     """
 
     rows: tuple[Row, ...]
@@ -67,24 +76,39 @@ class Plan:
     sde: str = ""
     spans: tuple[Span | None, ...] = field(default=(), repr=False)
     meta: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
-    last_use: tuple[tuple[int, ...], tuple[int, ...]] = field(init=False, repr=False, compare=False)
-    program: tuple[Line, ...] = field(init=False, repr=False, compare=False)
+    nfe: int = field(init=False, repr=False, compare=False)
+    draws: int = field(init=False, repr=False, compare=False)
+    plain: bool = field(init=False, repr=False, compare=False)
+    evaluation_times: tuple[Weight, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         validate(self.rows)
-        object.__setattr__(self, "last_use", last_uses(self.rows))
-        object.__setattr__(self, "program", compile_rows(self.rows, *self.last_use))
+        times = tuple(row.t for row in self.rows if row.evaluates)
+        object.__setattr__(self, "nfe", len(times))
+        object.__setattr__(self, "draws", 1 + max((k for row in self.rows for k, _ in row.z), default=-1))
+        object.__setattr__(self, "plain", is_plain(self.rows))
+        object.__setattr__(self, "evaluation_times", times)
 
-    @cached_property
-    def nfe(self) -> int:
-        """Number of network evaluations."""
-        return sum(row.evaluates for row in self.rows)
+    @property
+    def program(self) -> tuple[Line, ...]:
+        """Rows prepared for the loop, for evaluations that return denoised states."""
+        return self.program_of(None, None)
 
-    @cached_property
-    def draws(self) -> int:
-        """Number of standard normals drawn for each element of the state."""
-        return 1 + max((k for row in self.rows for k, _ in row.z), default=-1)
+    @constant  # a compiled run does not guard its numbers
+    def program_of(self, p: tuple[float, ...] | None, q: tuple[float, ...] | None) -> tuple[Line, ...]:
+        """Rows prepared for the loop, for evaluations that return outputs F of a network.
+
+        Arguments:
+            p: Coefficient of the state in the denoised state, one for each evaluation; None for 0.
+            q: Coefficient of the output, one for each evaluation; None for 1.
+        """
+        programs: dict[object, tuple[Line, ...]] = self.__dict__.setdefault("_programs", {})
+        if (p, q) not in programs:
+            if len(programs) >= _PROGRAMS:
+                programs.clear()
+            programs[p, q] = compile_rows(*fold(self.rows, p, q)) if self.plain else compile_rows(self.rows)
+        return programs[p, q]
 
     @property
     def stochastic(self) -> bool:
@@ -121,10 +145,11 @@ class Plan:
     @property
     def memory(self) -> int:
         """Largest number of states and denoised states that are stored between two rows."""
-        of_x, of_d = self.last_use
+        rows = fold(self.rows)[0] if self.plain else self.rows
+        of_x, of_d = last_uses(rows)
         alive = [
-            sum(of_x[k] > r for k in range(r + 1)) + sum(self.rows[k].evaluates and of_d[k] > r for k in range(r + 1))
-            for r in range(len(self.rows))
+            sum(of_x[k] > r for k in range(r + 1)) + sum(rows[k].evaluates and of_d[k] > r for k in range(r + 1))
+            for r in range(len(rows))
         ]
         return max(alive)
 

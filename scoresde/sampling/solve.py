@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.denoisers.start import Start, as_start
 from scoresde.grids.grid import check_grid
 from scoresde.grids.spacings import quadratic_vp
-from scoresde.integrators.method import GRADS, Method, Problem, Solution, Watch, as_watch
+from scoresde.integrators.method import GRADS, Checkpointed, Method, Problem, Solution, Watch, as_watch
 from scoresde.noise.keyed import Noise
 from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
@@ -248,7 +248,7 @@ class Tabulated(Method):
             bar.to(step.nfe)
 
         observed = save is not None or watch.callback is not None or bool(watch.progress)
-        denoise = replace(problem, model=model).denoise if problem.grad == "checkpoint" else model.x0
+        denoise = Checkpointed(model) if problem.grad == "checkpoint" else model
         with Bar(watch.progress, plan.nfe, plan.name, "eval") as bar:
             # The start is drawn in the call, so that only the run holds it.
             x = run(plan, denoise, problem.draw(first), noise, hook=hook, callback=observe if observed else None)

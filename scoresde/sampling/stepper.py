@@ -31,8 +31,8 @@ from scoresde.solvers.rule import Solver
 class Stepper:
     """A run of a plan that the caller drives: it gives states to evaluate, and is told what the network returned.
 
-    The result equals that of :func:`scoresde.plan.run.run` to the bit. :class:`~scoresde.plan.paused.Paused` is the
-    same as a value that does not change.
+    The result equals that of :func:`scoresde.plan.run.run` with the same function to the bit, and that of a run of the
+    model to rounding. :class:`~scoresde.plan.paused.Paused` is the same as a value that does not change.
 
     Arguments:
         plan: Plan to run.

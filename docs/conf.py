@@ -1,10 +1,12 @@
 """Sphinx settings. Neither the build nor the pages need a network: MathJax is part of the pages."""
 
 import importlib
+import importlib.util
 import os
 import pkgutil
 import re
 import sys
+from pathlib import Path
 
 from accelerate import Accelerator
 from sphinx.application import Sphinx
@@ -26,7 +28,6 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
-    "sphinx-mathjax-offline",
 ]
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates", "tutorials/*"]
@@ -62,6 +63,12 @@ myst_heading_anchors = 3
 copybutton_prompt_is_regexp = True
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 html_theme = "furo"
+
+# The files of MathJax, which a package holds; the pages need no network.
+_mathjax = importlib.util.find_spec("sphinx-mathjax-offline")
+assert _mathjax is not None and _mathjax.origin is not None, "pip install sphinx-mathjax-offline"
+html_static_path = [str(Path(_mathjax.origin).parent / "static")]
+mathjax_path = "mathjax/tex-chtml.js"
 html_title = f"scoresde {version}"
 
 

@@ -64,7 +64,7 @@ def samples(
         ax.hist(flat[:, 0], bins=max(10, min(80, round(len(x) ** 0.5))), density=True, alpha=0.7)
         ax.set(xlabel="x", ylabel="density")
     elif event == (2,):
-        ax.plot(flat[:, 0], flat[:, 1], ".", ms=max(1.0, 6 - len(x) ** 0.2), alpha=0.5, mew=0)
+        ax.plot(flat[:, 0], flat[:, 1], ".", ms=max(2.0, 9 - len(x) ** 0.25), alpha=0.5, mew=0)
         if contours and len(x) >= 50:
             _contour(ax, x, contours)
         ax.set(xlabel="$x_1$", ylabel="$x_2$", aspect="equal")

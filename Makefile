@@ -25,7 +25,7 @@ OLDEST_READY := $(OLDEST)/.ready-$(OLDEST_TORCH)
 TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-oldest demo check measures docs doctest package format constraints clean
+.PHONY: help test test-oldest demo check measures docs browse doctest package format constraints clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*##/\1/p' $(MAKEFILE_LIST) | while read -r name what; do printf '  make %-12s %s\n' "$$name" "$$what"; done
@@ -79,6 +79,10 @@ docs: $(READY)  ## build the documentation; warnings are errors
 	@echo "docs: docs/_build/html/index.html"
 	@rm -rf docs/api/generated docs/gallery
 	@$(BIN)/python -m sphinx -q -E -W --keep-going -b html docs docs/_build/html
+
+browse: $(READY)  ## look at the built documentation in a browser without a network, where there is a Chromium
+	@echo "browse: docs/_build/html"
+	@$(BIN)/python tests/browse.py docs/_build/html $(ARGS)
 
 doctest: $(READY)  ## run the examples in docstrings, README and documentation
 	@echo "doctest: scoresde, README.md and docs"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.run import Step, run
 from scoresde.processes.sde import SDE
 from scoresde.sampling.defaults import default_solver
+from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.rule import Solver
 
 
@@ -257,7 +259,10 @@ def _pilot(
     times = uniform_lam(sde, check.integer("fine", fine, at_least=2))
     x = Start().draw(model, shape_or_x, sde.T, Noise(seed).fork(Stream.GRIDS))
     visited: list[Step] = []
-    plan = default_solver(fine, model).plan(sde, times)
+    rule = default_solver(fine, model)
+    if isinstance(rule, Multistep):
+        rule = replace(rule, corrector=0)  # the states of the nodes are then those that the model is evaluated at
+    plan = rule.plan(sde, times)
     with torch.no_grad():
         run(plan, model.x0, x, callback=visited.append)
     finite = check.Finite("the trajectories")

@@ -16,7 +16,7 @@ from scoresde._doors import checked
 from scoresde.integrators.method import Solution
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
-from scoresde.steering.resampling import Resampling, effective_size, systematic
+from scoresde.steering.resampling import Resampling, effective_size, multinomial, systematic
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -192,14 +192,17 @@ class Population:
 
         .. math:: 1 - \left(\frac{N}{N - 1}\right)^{m + 1} \sum_{E_i \neq E_j} W_i W_j
 
-        after m resamplings. Times Z² it is unbiased for multinomial resampling. It is an approximation for the other
-        rules, whose choices depend on each other.
+        After m multinomial resamplings it is unbiased if multiplied by Z². Each of them adds about 1/N to the sum of
+        the squared weights of families, which the factor takes away again. The other rules add next to nothing, so
+        they count as m = 0 here.
         """
         P, N = self.shape
         weights = self.log_w.softmax(1).nan_to_num(0.0)
         of_root = torch.zeros_like(weights).scatter_add_(1, self.roots, weights)
         together = of_root.square().sum(1)
-        scale = (N / (N - 1)) ** (self.events + 1) if N > 1 else torch.full_like(self.events, math.inf)
+        noisy = self.resampling.rule in ("multinomial", multinomial)
+        events = self.events if noisy else torch.zeros_like(self.events)
+        scale = (N / (N - 1)) ** (events + 1) if N > 1 else torch.full_like(events, math.inf)
         variance = 1 - scale * (1 - together)
         alone = (self.events > 0) & (self.roots == self.roots[:, :1]).all(1)
         return torch.where(alone | variance.isnan(), math.nan, variance)

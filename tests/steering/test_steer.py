@@ -218,8 +218,8 @@ def test_the_estimated_variance_of_z_is_unbiased(proposal: str | None) -> None:
 
 
 def test_the_error_of_log_z_is_of_the_right_size_for_every_rule() -> None:
-    """1 for multinomial resampling, to the error of a standard deviation from 400 runs, 3.5 %; about 1 for others."""
-    for rule, slack in (("systematic", 0.3), ("stratified", 0.3), ("residual", 0.2), ("multinomial", 0.1)):
+    """1 for multinomial resampling, to three errors of a deviation from 400 runs, 3.5 % each; about 1 for others."""
+    for rule, slack in (("systematic", 0.2), ("stratified", 0.2), ("residual", 0.2), ("multinomial", 0.11)):
         run = steer(NORMAL, LINEAR, (400, 1), PLAN, particles=100, resample=rule, seed=11, start=DOUBLE)
         z = run.log_z.exp()
         estimate = (z.square() * run.z_variance).mean().sqrt()

@@ -121,7 +121,7 @@ def c2st(run: Steered, target: Target, n: int) -> float:
     """Accuracy of a classifier between one particle system's draws and exact samples."""
     drawn = run.merged().resampled(seed=1)[0]
     drawn = drawn[torch.arange(n) * len(drawn) // n]
-    return ss.metrics.c2st(drawn, target.exact.sample(n, seed=2), folds=3, steps=150)
+    return ss.metrics.c2st(drawn, target.exact.sample(n, seed=2), folds=3, steps=min(150, n))
 
 
 def steered(target: Target, twist: str, particles: int, options: Options, **given: Any) -> Steered:
@@ -163,7 +163,7 @@ def by_particles(options: Options) -> list[list[str]]:
 
 
 def c2st_floor(target: Target, n: int) -> float:
-    return ss.metrics.c2st(target.exact.sample(n, seed=3), target.exact.sample(n, seed=2), folds=3, steps=150)
+    return ss.metrics.c2st(target.exact.sample(n, seed=3), target.exact.sample(n, seed=2), folds=3, steps=min(150, n))
 
 
 def by_rule(options: Options) -> list[list[str]]:
@@ -266,11 +266,12 @@ def draw(rows: list[list[str]], counts: list[int], path: Path) -> None:
             axes[line][column].loglog(counts, (guide[0] / guide).sqrt() * 0.5, ":", color="grey", lw=1)
         axes[0][column].set_title(target, fontsize=9)
         axes[1][column].set_xlabel("particles")
-        axes[1][column].legend(fontsize=6)
     axes[0][0].set_ylabel("error of the mean / sd")
     axes[1][0].set_ylabel("error of log Z")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    handles, labels = axes[0][-1].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, ncol=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     print(f"wrote {path}")
 
@@ -282,5 +283,5 @@ if __name__ == "__main__":
         parser.add_argument(f"--{option.name}", type=type(option.default), default=None)
     given = vars(parser.parse_args())
     quick = given.pop("quick")
-    small = {"particles": "8,16", "dims": "2", "problems": 2, "steps": 6, "samples": 40} if quick else {}
+    small = {"particles": "8,16", "dims": "2", "problems": 2, "steps": 5, "samples": 20} if quick else {}
     main(Options(**{**small, **{name: value for name, value in given.items() if value is not None}}))

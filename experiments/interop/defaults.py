@@ -1,0 +1,202 @@
+"""Our default beside the best of diffusers' schedulers on networks that diffusers' code trained.
+
+    python experiments/interop/defaults.py --samples 24     # an hour on two cores; a second run reads its cache
+    python experiments/interop/defaults.py --quick          # seconds, for CI
+
+Six UNets are trained on MNIST by the loops of diffusers' examples. The defaults were chosen on the first three of them,
+on exact problems and on 8 × 8 digits; the other networks were looked at once, after the choice. At each number of
+evaluations the script runs, from the same states, our default and the schedulers of diffusers with their spacings and
+the options that matter (`_peers.py`). All of them run at 5 and 10 evaluations; at the other budgets run those that were
+among the best there. The tables show the error of each to a fine solve of the same network (median over the samples,
+and root mean square), the Fréchet distance to held-out digits in the features of a classifier, and our default over the
+best of diffusers in hindsight, for each measure by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _judging import from_command_line, write
+from _mnist import Judge, load
+from _peers import Peer, peers, run
+from _trained import OUT, QUICK, SCHEDULES, Recipe, diffusers_network, scheduler
+from torch import Tensor
+
+import scoresde as ss
+
+BUDGETS = (4, 5, 6, 8, 10, 15, 20, 50)
+HELD_OUT = ("epsilon, scaled linear", "velocity, shifted flow", "x0, cosine")
+
+
+@dataclass
+class Options:
+    """Options of the command line."""
+
+    samples: int = 24
+    fine: int = 400
+    kinds: str = ";".join(SCHEDULES)
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """Samples of one sampler at one budget.
+
+    Arguments:
+        name: Name of the sampler.
+        calls: Number of evaluations.
+        median: Median over the samples of the root mean square distance to the fine solve, per pixel.
+        rmse: Root mean square of the same distance.
+        frechet: Fréchet distance to held-out digits.
+    """
+
+    name: str
+    calls: int
+    median: float
+    rmse: float
+    frechet: float
+
+
+class Cache:
+    """Tensors by name in a file, so that each sampler runs once.
+
+    Arguments:
+        path: Path of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: dict[str, tuple[Tensor, int]] = torch.load(path) if path.exists() else {}
+
+    def get(self, name: str, make: Callable[[], tuple[Tensor, int]]) -> tuple[Tensor, int]:
+        """The tensor and the number of evaluations of this name, computed if they are new."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.kept, self.path)
+
+
+class Network:
+    """A trained network with the fine solve from its starts.
+
+    Arguments:
+        kind: Name of the network's schedule.
+        options: Options of the command line.
+        jury: Judge of images.
+    """
+
+    def __init__(self, kind: str, options: Options, jury: Judge) -> None:
+        self.kind, self.jury = kind, jury
+        self.net = diffusers_network(kind, QUICK if options.quick else Recipe())
+        self.model = ss.interop.from_diffusers(self.net, scheduler(kind))
+        self.x = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))[: options.samples]
+        size = "quick" if options.quick else options.samples
+        self.cache = Cache(OUT.parent / "defaults" / f"{kind.replace(', ', '-').replace(' ', '_')}-{size}.pt")
+        grid = ss.grids.power_t(self.model.sde, options.fine, 1.5)
+        fine = lambda: (ss.sample(self.model, self.x, ss.VelocityAB(2), grid=grid), options.fine)  # noqa: E731
+        self.fine = self.cache.get(f"fine {options.fine}", fine)[0].double()
+        self.cache.save()
+
+    def default(self, budget: int) -> Result:
+        """Our default."""
+        made = ss.sampling.recommend(budget, self.model)
+        times = made.grid(self.model.sde, budget)
+        name = f"{made.solver!r} {[round(t, 4) for t in times.tolist()]}"
+        return self.judged("default", *self.cache.get(name, lambda: self.solved(budget)))
+
+    def solved(self, budget: int) -> tuple[Tensor, int]:
+        """Samples of our default, and its number of evaluations."""
+        solution = ss.solve(self.model, self.x, nfe=budget)
+        return solution.x, solution.nfe
+
+    def peer(self, peer: Peer, budget: int) -> Result:
+        """A scheduler of diffusers; one that fails has an infinite error."""
+
+        def samples() -> tuple[Tensor, int]:
+            try:
+                return run(self.net, peer.made(self.kind), peer.calls(budget), self.x)
+            except (IndexError, AssertionError, ValueError, RuntimeError):  # too few steps for this scheduler
+                return torch.full_like(self.x, math.inf), budget
+
+        return self.judged(str(peer), *self.cache.get(f"{peer}, {budget}", samples))
+
+    def judged(self, name: str, x: Tensor, calls: int) -> Result:
+        """Measures of samples."""
+        gap = (x.double() - self.fine).flatten(1).square().mean(1).sqrt().nan_to_num(nan=math.inf)
+        finite = bool(x.isfinite().all())
+        frechet = self.jury.frechet(x) if finite else math.inf
+        return Result(name, calls, float(gap.median()), float(gap.square().mean().sqrt()), frechet)
+
+    def theirs(self, quick: bool) -> dict[int, list[Result]]:
+        """Schedulers by budget; those that need more evaluations than the budget are left out."""
+        every = list(peers(self.kind))[:: 20 if quick else 1]
+        at = {n: {peer: self.peer(peer, n) for peer in every} for n in (5, 10)}
+        self.cache.save()
+        few, some, many = _best(at[5], 14) | _best(at[10], 10), _best(at[10], 12), _best(at[10], 5)
+        for budget in BUDGETS:
+            if budget not in at:
+                chosen = few if budget < 10 else some if budget < 50 else many | _best(at[20], 5)
+                at[budget] = {peer: self.peer(peer, budget) for peer in chosen}
+        self.cache.save()
+        return {n: [r for r in found.values() if r.calls <= n] for n, found in at.items()}
+
+
+def _best(results: dict[Peer, Result], count: int) -> set[Peer]:
+    """Samplers with the smallest errors, by the median and by the root mean square."""
+    by = [sorted(results, key=lambda peer, k=key: getattr(results[peer], k))[:count] for key in ("median", "rmse")]
+    return set(by[0]) | set(by[1])
+
+
+def table(network: Network, options: Options) -> tuple[list[str], list[tuple[float, ...]]]:
+    """Rows of a Markdown table, and the ratios of our default to the best scheduler in each measure."""
+    theirs = network.theirs(options.quick)
+    lines = [
+        "| evaluations | best of diffusers (median error) | median | RMSE | Fréchet | default: median | RMSE | Fréchet "
+        "| default / best: median | RMSE | Fréchet |",
+        "| ---: | --- | " + " | ".join(["---:"] * 9) + " |",
+    ]
+    ratios = []
+    for budget in BUDGETS:
+        found, ours = theirs[budget], network.default(budget)
+        assert ours.calls == budget
+        best = {key: min(found, key=lambda r, k=key: getattr(r, k)) for key in ("median", "rmse", "frechet")}
+        ratio = tuple(getattr(ours, key) / getattr(best[key], key) for key in best)
+        low = [f"{best[key].__getattribute__(key):.3g}" for key in best]
+        mine = [f"{getattr(ours, key):.3g}" for key in best]
+        shown = [f"{r:.2f}" for r in ratio]
+        lines.append(f"| {budget} | {best['median'].name} | " + " | ".join([*low, *mine, *shown]) + " |")
+        ratios.append(ratio)
+    network.cache.save()
+    return lines, ratios
+
+
+def mean(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def main(options: Options) -> str:
+    jury = Judge(load(), steps=20 if options.quick else 600)
+    lines: list[str] = []
+    for kind in options.kinds.split(";")[: 2 if options.quick else None]:
+        rows, ratios = table(Network(kind, options, jury), options)
+        median, rmse, frechet = (list(column) for column in zip(*ratios, strict=True))
+        lines += ["", f"{kind}{' (not looked at before the choice)' if kind in HELD_OUT else ''}:", "", *rows, ""]
+        lines += [
+            f"default / best, geometric mean and largest: median {mean(median):.2f}; {max(median):.2f}, "
+            f"RMSE {mean(rmse):.2f}; {max(rmse):.2f}, Fréchet {mean(frechet):.2f}; {max(frechet):.2f}"
+        ]
+    floor = f"floor of the Fréchet distance at {options.samples} samples: {jury.floor(options.samples)}"
+    return write("defaults", [*lines, "", floor])
+
+
+if __name__ == "__main__":
+    small = {"samples": 4, "fine": 8}
+    main(from_command_line(Options, __doc__.splitlines()[0], small))

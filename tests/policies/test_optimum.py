@@ -110,3 +110,51 @@ def test_the_reverse_process_of_the_tilted_mixture_reaches_the_bound() -> None:
     error = 4 * float(best.std()) / math.sqrt(4000)
     assert abs(float(best.mean()) - log_z) < error + 0.02
     assert float(none.mean()) < log_z - 0.1
+
+
+class Shifted(ss.denoisers.Wrapped):
+    """A denoiser plus one learned number for each time."""
+
+    def __init__(self, model: ss.denoisers.AbstractDenoiser, times: list[float]) -> None:
+        super().__init__(model)
+        self.times = times
+        self.shift = torch.nn.Parameter(torch.zeros(len(times), dtype=F64))
+
+    def x0(self, x: Tensor, t: float | Tensor, **cond: object) -> Tensor:
+        return self.model.x0(x, t) + self.shift[self.times.index(float(t))]
+
+
+def test_policy_gradients_reach_the_law_with_the_exponential_weight() -> None:
+    """Gaussian data and a linear reward: the policy class has the optimum, whose mean and value are known."""
+    sde, c, slope, beta = ss.VP(), 0.25, 0.6, 0.5
+    base = ss.GaussianMixture(sde, [[0.2]], std=c**0.5)
+    grid = torch.tensor([1.0, 0.7, 0.45, 0.25, 0.1, 0.02], dtype=F64)
+    plan = ss.SDEDPMSolverPP(2).plan(sde, grid)
+    model = Shifted(base, grid.tolist())
+    optimiser = torch.optim.Adam([model.shift], 0.05)
+    for update in range(120):
+        optimiser.param_groups[0]["lr"] = 0.05 * (1 - update / 120)
+        run = policies.rollout(model, (512, 1), plan, seed=update, start=ss.Start(dtype=F64))
+        with torch.no_grad():
+            theirs = policies.replay(run, base)
+        returns = policies.reward_to_go(slope * run.x[:, 0], policies.step_kl(run.at(), theirs), beta)
+        new = policies.replay(run, model)
+        loss = policies.grpo_loss(
+            policies.log_ratio(new, run.at()),
+            policies.advantages(returns),
+            kl=policies.step_kl(new, theirs),
+            beta=beta,
+        )
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    shift, best = best_shifts(plan, sde, c, slope / beta)
+    untrained = ss.analysis.exact_moments(plan, sde, mean=0.2, spectrum=[c], start="prior")
+    with torch.no_grad():
+        run = policies.rollout(model, (20_000, 1), plan, seed=999, start=ss.Start(dtype=F64))
+        value = slope * run.x[:, 0] - beta * policies.step_kl(run.at(), policies.replay(run, base)).sum(0)
+    noise = 4 * float(run.x.std()) / math.sqrt(20_000)
+    assert abs(float(run.x.mean()) - float(untrained.mean) - shift) < 0.03 * shift + noise
+    bound = slope * float(untrained.mean) + beta * best
+    assert bound - 0.03 * beta * best - slope * noise < float(value.mean()) < bound + slope * noise
+    assert abs(shift - c * slope / beta) < 0.06 * c * slope / beta, "close to the shift of p exp(r/β)/Z itself"

@@ -47,6 +47,8 @@ class EntrywiseMeasurement(Measurement):
         torch.Size([3])
     """
 
+    gaussian = False
+
     smooth: ClassVar[bool] = False
     """Whether :meth:`smoothed_density` is defined."""
 
@@ -107,7 +109,7 @@ class EntrywiseMeasurement(Measurement):
         also = "DPS, PiGDM and TMPD" if self.smooth else "DPS"
         raise TypeError(
             f"{who} needs Gaussian noise, Measurement(operator, y, std), got {name}: its formula is a Gaussian "
-            f"integral; {also}, red_diff and ClassifierGuidance accept {name}."
+            f"integral; {also}, daps, steering with Likelihood, red_diff and ClassifierGuidance accept {name}."
         )
 
 

@@ -46,6 +46,9 @@ class Measurement(nn.Module):
     per_sample: ClassVar[tuple[str, ...]] = ("operator", "y", "covariance", "log_volume")
     """Names of attributes that hold one entry for each sample; :meth:`rows` selects them."""
 
+    gaussian: ClassVar[bool] = True
+    """Whether the noise is Gaussian."""
+
     operator: Operator
     y: Tensor
     covariance: Covariance | None

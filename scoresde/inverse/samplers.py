@@ -22,7 +22,6 @@ from scoresde.grids.spacings import quadratic_vp
 from scoresde.guidance.classifier import before_silence, gradient
 from scoresde.integrators.method import Solution
 from scoresde.inverse.denoisers import isotropic_variance
-from scoresde.inverse.likelihoods import EntrywiseMeasurement
 from scoresde.inverse.measurements import Measurement
 from scoresde.inverse.operators import Linear
 from scoresde.inverse.problem import Grid, Seed, make_problem
@@ -150,7 +149,7 @@ def daps(
         check.number("data_std", data_std, above=0)
     check.integer("langevin", langevin, at_least=1)
     seen.require_likelihood("daps")
-    linear = isinstance(seen.operator, Linear) and not isinstance(seen, EntrywiseMeasurement)
+    linear = isinstance(seen.operator, Linear) and seen.gaussian
     measurement, sde = seen.whitened() if linear else seen, model.sde
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = problem.steps

@@ -91,6 +91,7 @@ class _Several(Measurement):
     """
 
     per_sample: ClassVar[tuple[str, ...]] = ()
+    gaussian = False
 
     def __init__(self, parts: Sequence[Measurement]) -> None:
         operator = stacked_operator([part.operator for part in parts])

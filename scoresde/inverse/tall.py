@@ -43,9 +43,9 @@ class TallPosterior(Wrapped):
     - ``"jac"``: :math:`P_j^{-1} = \frac{\sigma^2}{\alpha}\,\partial D_j/\partial\theta_t`, by one backward pass for
       each entry of θ.
     - ``"fnpe"``: :math:`s = \sum_j s_j + (1 - n)(1 - t/T)\nabla\log p(\theta)`. These are the scores of densities that
-      lead to the posterior at t = 0, but not those of a diffusion. Sample them with annealed Langevin steps, as in
-      ``ss.solvers.AnnealedLangevin(20, r=0.6 / n)``. On a VP process they exist if the prior has at least unit variance
-      in all directions, so scale θ. A :class:`UniformPrior` counts as ∇ log p = 0.
+      lead to the posterior at t = 0, but not those of a diffusion. Sample them with Langevin steps at falling times,
+      ``x = ss.sampling.langevin(model, x, t, 0.3 * sde.sigma(t)**2 / n, 10)``. On a VP process they exist if the prior
+      has at least unit variance in all directions, so scale θ. A :class:`UniformPrior` counts as ∇ log p = 0.
 
     ``"gauss"`` and ``"jac"`` are exact if prior and posteriors are Gaussian, and work with every solver. Where an
     observation would make a direction wider than the prior does, which errors of a network or of an estimate can do and

@@ -49,7 +49,7 @@ class Likelihood(Potential):
         self.data_std = data_std if data_std == math.inf else check.number("data_std", data_std, above=0)
         self.points = check.integer("points", points, at_least=2)
         operator = self.measurement.operator
-        gaussian = not isinstance(self.measurement, EntrywiseMeasurement)
+        gaussian = self.measurement.gaussian
         self._linear = isinstance(operator, Linear) and gaussian
         seen = self.measurement
         self._isometry = isinstance(operator, ScaledIsometry) and isinstance(seen, EntrywiseMeasurement) and seen.smooth

@@ -221,6 +221,9 @@ def test_a_list_may_mix_kinds_of_noise() -> None:
     assert torch.equal(both.rows(torch.tensor([1, 2])).log_prob(x[1:3]), both.log_prob(x)[1:3])
     with pytest.raises(TypeError, match=r"needs Gaussian noise.*got Rounded"):
         MMPS(prior, [a, b])
+    assert daps(prior, [a, b], (2, 2), 3, seed=0).x.isfinite().all()
+    run = ss.steering.steer(prior, ss.inverse.Likelihood([a, b]), (1, 2), particles=50, seed=0)
+    assert run.x.isfinite().all()
 
 
 @each_kind

@@ -169,7 +169,8 @@ def sample_composition(
 
     the trace from one backward pass with a random probe, or with ``variance="small"`` DDPM's alone. On isotropic
     Gaussian data the first is exact with any number of steps. The estimate of log Z is that of the integral
-    :math:`\int\Phi(p^1, \ldots, p^n)\,e^r\,dx` over normalised models.
+    :math:`\int\Phi(p^1, \ldots, p^n)\,e^r\,dx` over normalised models. If the exponents sum to more than 1, as in a
+    product of experts, the weights have heavy tails: run several problems, and compare their log Z.
 
     Arguments:
         composition: Models and their composition.

@@ -34,10 +34,10 @@ def test_powers_of_a_gaussian_are_exact_with_few_steps(sde: ss.SDE, beta: float)
     std, dims = 0.6, 2
     model = ss.GaussianMixture(sde, torch.zeros(1, dims, dtype=F64), std=std)
     start = ss.Start(dtype=F64, data_std=std)
-    run = sample_composition(power(model, beta), (1000, dims), 8, particles=30, start=start, seed=0)
+    run = sample_composition(power(model, beta), (600, dims), 8, particles=30, start=start, seed=0)
     log_z = dims * (0.5 * (1 - beta) * math.log(2 * math.pi * std**2) - 0.5 * math.log(beta))
     ratio = (run.log_z - log_z).exp()
-    assert float((ratio.mean() - 1).abs() / ratio.std()) * 1000**0.5 < 3.5
+    assert float((ratio.mean() - 1).abs() / ratio.std()) * 600**0.5 < 3.5
     square = run.merged().mean(torch.square)[0]
     torch.testing.assert_close(square, torch.full_like(square, std**2 / beta), rtol=0.06, atol=0)
 
@@ -54,10 +54,11 @@ def test_powers_of_a_gaussian_are_exact_with_few_steps(sde: ss.SDE, beta: float)
     ids=["product", "guidance", "mixture", "mixture times a model", "power"],
 )
 def test_compositions_of_mixtures(composition: Composition, log_density: object) -> None:
-    """Errors: 0.04 of the particles, the rest of the steps, which are Gaussian and isotropic."""
+    """log Z to four standard errors between eight runs, whose weights have heavy tails, and 0.05 for the steps."""
     log_z, mean, variance = integrals(log_density(A.log_prob(POINTS, 0.0), B.log_prob(POINTS, 0.0)))  # type: ignore[operator]
     run = sample_composition(composition, (8, 2), 60, particles=1000, start=DOUBLE, seed=1).merged()
-    assert float(run.log_z) == pytest.approx(log_z, abs=0.12)
+    assert float(run.log_z_error) < 0.15, "the test has power"
+    assert float(run.log_z) == pytest.approx(log_z, abs=4 * float(run.log_z_error) + 0.05)
     assert float(((run.mean()[0] - mean) / variance.sqrt()).abs().max()) < 0.1
     second = run.mean(lambda x: (x - mean).square())[0]
     torch.testing.assert_close(second, variance, rtol=0.1, atol=0)
@@ -91,13 +92,14 @@ def test_small_variances_are_exact_in_the_limit_of_many_steps() -> None:
 
 def test_a_reward_tilts_a_composition() -> None:
     tilt = torch.tensor([0.8, -0.5], dtype=F64)
-    log = A.log_prob(POINTS, 0.0) + B.log_prob(POINTS, 0.0) + POINTS @ tilt
+    log = 0.5 * A.log_prob(POINTS, 0.0) + 0.5 * B.log_prob(POINTS, 0.0) + POINTS @ tilt
     log_z, mean, variance = integrals(log)
     reward = Reward(lambda x: x @ tilt)
     run = sample_composition(
-        product([A, B]), (8, 2), 60, particles=1000, potential=reward, start=DOUBLE, seed=5
+        product([A, B], [0.5, 0.5]), (8, 2), 50, particles=800, potential=reward, start=DOUBLE, seed=5
     ).merged()
-    assert float(run.log_z) == pytest.approx(log_z, abs=0.12)
+    assert float(run.log_z_error) < 0.15, "the test has power"
+    assert float(run.log_z) == pytest.approx(log_z, abs=4 * float(run.log_z_error) + 0.05)
     assert float(((run.mean()[0] - mean) / variance.sqrt()).abs().max()) < 0.1
 
 

@@ -1,20 +1,22 @@
-"""Error against the number of evaluations: all solvers on all grids, on problems with known flows, and diffusers.
+"""Error against the number of evaluations: the default, all our solvers, and the samplers of three other libraries.
 
-    python experiments/work_precision.py            # two processes
-    python experiments/work_precision.py --quick    # seconds, for CI
+    pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
+    python experiments/work_precision.py             # minutes; writes the tables into docs/work-precision.md
+    python experiments/work_precision.py --networks  # also networks that experiments/interop has trained
+    python experiments/work_precision.py --again     # the default alone; the rest from the CSV of the last run
+    python experiments/work_precision.py --quick     # seconds, for CI
 
-The problems are three exact denoisers (a ring of eight modes in 2-D; ten anisotropic Gaussians in 32-D; twenty of low
-rank in 192-D), each under VP and EDM. All samplers start from the same states at T, and each result is compared with
-the same fine solve of the probability flow to t = 0. The error is the distance per number of a state: its median over
-the states, and its root mean square, to which the states between modes contribute most. At every budget the frontier is
-the smallest error over all our solvers × grids that use no statistics of the data. The table shows the ratio of the
-default to the frontier, as its geometric mean and its maximum. DPM-Solver-v3, whose weights use statistics of the
-model, has a column of its own.
+The problems of ``_problems.py`` are exact mixtures, alone and with the smooth error of a network that predicts v (1 and
+5 %) or ε (1 %). They are in two halves: solvers and defaults may be chosen on the first half; the second half is only
+printed. All samplers start from the same states at T, and each result is compared with a fine solve of the same flow to
+t = 0. The error is the distance per number of a state: its median over the states, and its root mean square.
 
-diffusers' schedulers run on the same processes as lists of a thousand β, from the same states to the same end, with all
-their grids. The exact network is evaluated at the noise level that a scheduler intends, not at the rounded label.
-
-The script writes a CSV of all results, a figure and a table.
+In each case, a problem with a budget, the frontier is the smallest error over all our solvers × grids and over all
+samplers of the other libraries × their grids and options (``_peers.py``), chosen in hindsight for each case and for the
+median and the RMSE apart. Tables show ratios to the frontier: geometric mean, and the largest. Two rules that use the
+data have columns of their own and are not in the frontier: DPM-Solver-v3 with statistics of the model, and the anchored
+residual with the data's standard deviation. Of both the same pair is used in all cases of a half and a budget: the best
+on the first half.
 """
 
 from __future__ import annotations
@@ -23,80 +25,71 @@ import argparse
 import csv
 import math
 import statistics
-import warnings
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, fields
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from _peers import LIBRARIES, beta_list, installed, scheduled
+from _problems import CASES, PROBLEMS, PROCESSES, Case, Network, anisotropic, model_of, problem, ring, solved
 from torch import Tensor
 
 import scoresde as ss
 from scoresde import grids
-from scoresde.analysis.work import work_precision
 from scoresde.plan import run
 from scoresde.solvers.interpolants import LAM, NOISE, RHO, TAU, VELOCITY, V
 from scoresde.solvers.multistep import Multistep
-from scoresde.solvers.runge_kutta import RK4, RungeKutta
 
-PROCESSES: dict[str, ss.SDE] = {"VP": ss.VP(), "EDM": ss.EDM()}
-NFES = (5, 6, 8, 10, 12, 15, 20, 30, 50)
+__all__ = ["PROBLEMS", "PROCESSES", "anisotropic", "beta_list", "our_grids", "our_solvers", "problem", "ring"]
+
+NFES = (4, 5, 6, 8, 10, 15, 20, 50)
+PAGE = Path(__file__).parents[1] / "docs" / "work-precision.md"
+BEGIN, END = "<!-- the tables of experiments/work_precision.py -->", "<!-- end of these tables -->"
+TRAINED = ("v, cosine", "epsilon, linear")
 
 
 @dataclass
 class Options:
     """Options of the command line."""
 
-    points: int = 128
+    points: int = 48
     seed: int = 0
     workers: int = 2
     nfes: str = ",".join(map(str, NFES))
     out: Path = Path(__file__).parent / "out"
+    percent: str = "0,1,5"
+    networks: bool = False
+    again: bool = False
     quick: bool = False
 
-
-# Problems.
-
-
-def ring(sde: ss.SDE) -> ss.GaussianMixture:
-    angle = torch.arange(8) * (math.pi / 4)
-    return ss.GaussianMixture(sde, torch.stack([angle.cos(), angle.sin()], dim=1), std=0.1)
+    @property
+    def budgets(self) -> list[int]:
+        return [int(n) for n in self.nfes.split(",")]
 
 
-def anisotropic(sde: ss.SDE) -> ss.GaussianMixture:
-    make = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    means = 0.5 * make(10, 32)
-    axes = torch.linalg.qr(make(10, 32, 32))[0]
-    std = torch.linspace(math.log(0.03), math.log(0.5), 32, dtype=torch.float64).exp()
-    return ss.GaussianMixture(sde, means, cov=(axes * std**2) @ axes.mT)
+@dataclass
+class Result:
+    """Errors of one sampler at one budget on one problem."""
+
+    half: str
+    problem: str
+    network: str
+    who: str  # ours, default, statistics, anchored, or the name of a library
+    solver: str
+    grid: str
+    nfe: int
+    spent: int
+    median: float
+    rmse: float
 
 
-def low_rank(sde: ss.SDE) -> ss.GaussianMixture:
-    make = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return ss.GaussianMixture(sde, 0.5 * make(20, 192), factor=0.15 * make(20, 192, 8), std=0.03)
-
-
-PROBLEMS = {"ring 2-D": ring, "anisotropic 32-D": anisotropic, "low rank 192-D": low_rank}
-
-
-@cache
-def problem(name: str, process: str, points: int, seed: int) -> tuple[ss.GaussianMixture, Tensor, Tensor]:
-    """Denoiser, initial states and their ends, by the classical Runge–Kutta method in flow time, uniform in λ."""
-    sde = PROCESSES[process]
-    model = PROBLEMS[name](sde)
-    std = float(model.covariance().diagonal().mean().sqrt())
-    x = sde.prior(std=std).sample((points, *model.event), ss.Noise(seed), dtype=torch.float64)
-    near = sde.t_of_lam(sde.lam(sde.t_min) + 4.0)
-    fine = ss.grids.uniform_lam(sde, 400, t_end=near)
-    return model, x, model.x0(run(RungeKutta(RK4, VELOCITY).plan(sde, fine), model.x0, x), near)
-
-
-# Solvers of this library.
+# Samplers.
 
 
 def our_solvers(quick: bool) -> dict[str, ss.solvers.Solver]:
@@ -149,6 +142,13 @@ def our_solvers(quick: bool) -> dict[str, ss.solvers.Solver]:
     }
 
 
+# The multistep solvers that have been the best of some case of the first half, and their neighbours.
+MULTISTEP = (
+    "DDIM|DPM-Solver++ 2M|UniPC-2|UniPC-3|UniPC-3 noise|DPM-Solver 2M|DEIS tAB-3|VelocityAB-2|VelocityAB-3|"
+    "VelocityAB-4|VelocityAB-2 + UniC|VelocityAB-3 + UniC|velocity in λ, 3|v in ρ, 3"
+).split("|")
+
+
 def our_grids(process: str, quick: bool) -> dict[str, Callable[..., Tensor]]:
     makers = {"karras": grids.karras, "quadratic_vp": grids.quadratic_vp}
     if quick:
@@ -164,41 +164,60 @@ def our_grids(process: str, quick: bool) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-@dataclass
-class Result:
-    """Errors of one solver at one budget on one problem."""
-
-    problem: str
-    process: str
-    who: str  # ours, default or diffusers
-    solver: str
-    grid: str
-    nfe: int
-    spent: int
-    median: float
-    rmse: float
+def shown_grids(quick: bool) -> dict[str, Callable[..., Tensor]]:
+    makers = our_grids("", quick)
+    return (
+        makers if quick else {name: makers[name] for name in ("quadratic_vp", "uniform_lam", "power_t(2)", "uniform_t")}
+    )
 
 
-def ours(name: str, process: str, options: Options) -> Iterator[Result]:
-    model, x, truth = problem(name, process, options.points, options.seed)
-    size = math.sqrt(x[0].numel())
-    nfes = [int(n) for n in options.nfes.split(",")]
-    for grid, maker in our_grids(process, options.quick).items():
-        for word, solver in our_solvers(options.quick).items():
-            for n in nfes:
-                for work in work_precision([solver], model, [maker], [n], x=x, truth=truth):
-                    yield Result(name, process, "ours", word, grid, n, work.nfe, work.median / size, work.rmse / size)
-    for n in nfes:
-        solution = ss.solve(model, x, nfe=n)
-        yield Result(name, process, "default", "default", "default", n, solution.nfe, *error(solution.x, truth))
-    statistics = ss.fitting.estimate_statistics(model, model.sample(256, seed=options.seed + 1))
-    orders = (3,) if options.quick else (2, 3)
-    informed = {f"DPM-Solver-v3 {p}": ss.solvers.DPMSolverV3(statistics, p) for p in orders}
-    for grid, maker in our_grids(process, options.quick).items():
-        for word, solver in informed.items():
-            for work in work_precision([solver], model, [maker], nfes, x=x, truth=truth):
-                errors = work.median / size, work.rmse / size
-                yield Result(name, process, "statistics", word, grid, work.nfe, work.nfe, *errors)
+Sampler = Callable[[Any, Tensor, int], tuple[Tensor, int] | None]
+
+
+def planned(solver: ss.solvers.Solver, maker: Callable[..., Tensor], model: Any, x: Tensor, n: int) -> Any:
+    rule, steps = solver.for_nfe(n)
+    plan = rule.plan(model.sde, maker(model.sde, steps))
+    return (run(plan, model.x0, x), plan.nfe) if plan.nfe <= n else None
+
+
+def default(model: Any, x: Tensor, n: int) -> tuple[Tensor, int]:
+    solution = ss.solve(model, x, nfe=n)
+    return solution.x, solution.nfe
+
+
+def informed(case: Case, model: Any, quick: bool) -> Iterator[tuple[str, str, str, Sampler]]:
+    """Rules that use the data."""
+    mixture = model.mixture if isinstance(model, Network) else model
+    data = mixture.sample(128, seed=1)
+    tables = ss.fitting.estimate_statistics(model, data, n=12 if quick else 48)
+    std = float(data.var(0).mean().sqrt())
+    for grid, maker in shown_grids(quick).items():
+        for order in (2, 3):
+            yield (
+                "statistics",
+                f"DPM-Solver-v3 {order}",
+                grid,
+                partial(planned, ss.solvers.DPMSolverV3(tables, order), maker),
+            )
+        for nodes in (3, 4):
+            rule = ss.solvers.AnchoredResidual(std, nodes)
+            yield "anchored", f"anchored {nodes}", grid, partial(planned, rule, maker)
+
+
+def samplers(case: Case, model: Any, libraries: list[str], options: Options) -> Iterator[tuple[str, str, str, Sampler]]:
+    quick = options.quick
+    yield "default", "default", "default", default
+    if options.again:
+        return
+    for word, solver in our_solvers(quick).items():
+        for grid, maker in shown_grids(quick).items():
+            if quick or word in MULTISTEP:
+                yield "ours", word, grid, partial(planned, solver, maker)
+    yield from informed(case, model, quick)
+    for library in libraries:
+        for i, (word, grid, sampler) in enumerate(LIBRARIES[library](case.process, model.sde)):
+            if not quick or i % 20 == 0:
+                yield library, word, grid, sampler
 
 
 def error(x: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -207,277 +226,286 @@ def error(x: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(gap.median()), float(gap.square().mean().sqrt())
 
 
-# diffusers, on VP as a list of a thousand β. States of EDM are those of a VP that ends at σ/α = 80, divided by α.
+def results_of(job: tuple[Case | str, list[str], Options]) -> list[Result]:
+    torch.set_num_threads(1)
+    case, libraries, options = job
+    if isinstance(case, str):
+        with torch.no_grad():
+            return network_results(case, libraries, options)
+    model, rows, started = model_of(case), [], time.monotonic()
+    with torch.no_grad():
+        x, truth = solved(model, options.points, options.seed)
+        for who, word, grid, sampler in samplers(case, model, libraries, options):
+            for n in options.budgets:
+                found = sampler(model, x, n)
+                if found is not None and bool(found[0].isfinite().all()):
+                    rows.append(
+                        Result(
+                            case.half, case.name, case.network, who, word, grid, n, found[1], *error(found[0], truth)
+                        )
+                    )
+    print(f"{case.name}: {time.monotonic() - started:.0f} s", flush=True)
+    return rows
 
 
-def vp_of(process: str) -> ss.SDE:
-    return ss.VP() if process == "VP" else ss.VP(T=ss.VP(T=2.0).t_of_lam(-math.log(ss.EDM().T)))
+# Trained networks.
 
 
-def beta_list(sde: ss.SDE, N: int = 1000) -> list[float]:
-    log_alpha = sde.log_alpha(torch.linspace(0, sde.T, N + 1, dtype=torch.float64))
-    return (-torch.expm1(2 * log_alpha.diff())).tolist()
+def network_results(kind: str, libraries: list[str], options: Options) -> list[Result]:
+    """A UNet that diffusers' own loop has trained, with the schedulers of diffusers on two spacings."""
+    import sys
 
-
-def their_schedulers(process: str, betas: list[float]) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    sys.path.append(str(Path(__file__).parent / "interop"))
     import diffusers as d
+    from _trained import Recipe, diffusers_network, scheduler
 
-    spacing = {"linspace": {"timestep_spacing": "linspace"}, "trailing": {"timestep_spacing": "trailing"}}
-    sigmas = {**spacing, "karras": {"use_karras_sigmas": True}, "exponential": {"use_exponential_sigmas": True}}
-    every = {**sigmas, "lu": {"use_lu_lambdas": True}}
-    single = {"linspace": {}, **{grid: sigmas[grid] for grid in ("karras", "exponential")}}
-    table: list[tuple[str, Any, dict[str, Any], dict[str, dict[str, Any]]]] = [
-        ("DDIM", d.DDIMScheduler, {"clip_sample": False}, spacing),
-        ("PNDM", d.PNDMScheduler, {"skip_prk_steps": True}, {"trailing": spacing["trailing"]}),
-        ("Euler", d.EulerDiscreteScheduler, {}, sigmas),
-        ("Heun", d.HeunDiscreteScheduler, {}, sigmas),
-        ("LMS", d.LMSDiscreteScheduler, {}, sigmas),
-        ("2M", d.DPMSolverMultistepScheduler, {"solver_order": 2}, every),
-        ("3M", d.DPMSolverMultistepScheduler, {"solver_order": 3}, every),
-        ("2M noise", d.DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "dpmsolver"}, sigmas),
-        ("3S", d.DPMSolverSinglestepScheduler, {"solver_order": 3}, single),
-        ("UniPC-2", d.UniPCMultistepScheduler, {"solver_order": 2}, sigmas),
-        ("UniPC-3", d.UniPCMultistepScheduler, {"solver_order": 3}, sigmas),
-        ("UniPC-3 bh1", d.UniPCMultistepScheduler, {"solver_order": 3, "solver_type": "bh1"}, sigmas),
-        ("DEIS-2", d.DEISMultistepScheduler, {"solver_order": 2}, sigmas),
-        ("DEIS-3", d.DEISMultistepScheduler, {"solver_order": 3}, sigmas),
-    ]
-    for solver, cls, settings, grid_table in table:
-        for grid, more in grid_table.items():
-            if solver == "2M noise":
-                more = {**more, "final_sigmas_type": "sigma_min"}
-            yield solver, grid, partial(cls, trained_betas=betas, **settings, **more)
-    if process == "EDM":
-        for grid in ("karras", "exponential"):
-            edm = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": grid}
-            yield "EDM Euler", grid, partial(d.EDMEulerScheduler, **edm)
-            for order in (2, 3):
-                make = partial(d.EDMDPMSolverMultistepScheduler, solver_order=order, **edm)
-                yield f"EDM {order}M", grid, make
-
-
-def theirs(name: str, process: str, options: Options) -> Iterator[Result]:
-    try:
-        import diffusers
-    except ImportError:
-        return
-    diffusers.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="diffusers")
-    model, x, truth = problem(name, process, options.points, options.seed)
-    vp = vp_of(process)
-    for solver, grid, make in their_schedulers(process, beta_list(vp)):
-        if options.quick and (solver, grid) not in {("DDIM", "trailing"), ("2M", "karras"), ("EDM 2M", "karras")}:
-            continue
-        for n in (int(n) for n in options.nfes.split(",")):
-            scheduler = make()
-            try:
-                scheduler.set_timesteps((n + 1) // 2 if solver == "Heun" else n)
-                if solver.startswith("EDM"):
-                    out, spent = edm_loop(scheduler, model, x)
-                else:
-                    out, spent = vp_loop(scheduler, model.under(vp), x * vp.alpha(vp.T) / model.sde.alpha(model.sde.T))
-            except (ValueError, IndexError, NotImplementedError):
-                continue  # the scheduler does not have this grid, or fails on it
-            yield Result(name, process, "diffusers", solver, grid, n, spent, *error(out, truth))
-
-
-def vp_loop(scheduler: Any, model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
-    """Run a scheduler from a state at T; the state of those in σ/α is x/α."""
+    started = time.monotonic()
+    net = diffusers_network(kind, Recipe())
+    model = ss.interop.from_diffusers(net, scheduler=scheduler(kind))
     sde = model.sde
-    if type(scheduler).__name__ in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "LMSDiscreteScheduler"):
-        x = x / sde.alpha(sde.T)
-    sigmas = getattr(scheduler, "sigmas", None)
-    for i, label in enumerate(scheduler.timesteps):
-        if sigmas is None:
-            t = (float(label) + 1) * (sde.T / scheduler.config.num_train_timesteps)
-        else:
-            t = sde.t_of_lam(min(sde.lam(1e-6), max(sde.lam(sde.T), -math.log(sigmas[i]))))
-        x = scheduler.step(model.eps(scheduler.scale_model_input(x, label), t), label, x).prev_sample
-    return x, len(scheduler.timesteps)
+    betas = list(sde.betas)
+    x = ss.Noise(options.seed).normal((8, 1, 28, 28), 0) * sde.sigma(sde.T)
+    even = partial(grids.uniform_t)
+    truth = run(ss.UniPC(2).plan(sde, even(sde, 100)), model.x0, x)
+    tables: list[tuple[str, str, str, Sampler]] = [("default", "default", "default", default)]
+    for word, solver in {
+        "UniPC-2": ss.UniPC(2),
+        "VelocityAB-2 + UniC": ss.solvers.with_corrector(ss.VelocityAB(2)),
+    }.items():
+        tables.append(("ours", word, "uniform_t", partial(planned, solver, even)))
+    tables.append(
+        ("anchored", "anchored 3", "uniform_t", partial(planned, ss.solvers.AnchoredResidual(0.519, 3), even))
+    )
+    if "diffusers" in libraries:
+        for word, cls, more in (
+            ("DDIM", d.DDIMScheduler, {"clip_sample": False}),
+            ("2M", d.DPMSolverMultistepScheduler, {}),
+            ("UniPC-2", d.UniPCMultistepScheduler, {}),
+            ("DEIS-2", d.DEISMultistepScheduler, {}),
+        ):
+            for grid in ("linspace", "trailing"):
+                make = partial(cls, trained_betas=betas, timestep_spacing=grid, **more)
+                tables.append(("diffusers", word, grid, partial(scheduled_network, make, sde)))
+    rows, tables = [], tables[:1] if options.again else tables
+    predicts = "eps" if "epsilon" in kind else "v"
+    for who, word, grid, sampler in tables:
+        for n in (5, 8):
+            found = sampler(model, x, n)
+            if found is not None and bool(found[0].isfinite().all()):
+                rows.append(
+                    Result("networks", f"UNet, {kind}", predicts, who, word, grid, n, found[1], *error(found[0], truth))
+                )
+    print(f"UNet, {kind}: {time.monotonic() - started:.0f} s", flush=True)
+    return rows
 
 
-def edm_loop(scheduler: Any, model: ss.GaussianMixture, x: Tensor) -> tuple[Tensor, int]:
-    """Run an EDM scheduler, whose network predicts F."""
-    s = 0.5
-    for i, label in enumerate(scheduler.timesteps):
-        sigma = float(scheduler.sigmas[i])
-        root = math.hypot(sigma, s)
-        d = model.x0(x, min(sigma, model.sde.T))
-        scheduler.scale_model_input(x, label)
-        x = scheduler.step((d - (s / root) ** 2 * x) * (root / (sigma * s)), label, x).prev_sample
-    return x, len(scheduler.timesteps)
+class _Same:
+    """A model on its own process, as :func:`scheduled` expects it."""
+
+    def __init__(self, model: Any) -> None:
+        self.sde, self.x0, self.eps = model.sde, model.x0, model.eps
+
+    def under(self, sde: ss.SDE) -> _Same:
+        return self
 
 
-# Results.
+def scheduled_network(make: Callable[[], Any], sde: ss.SDE, model: Any, x: Tensor, n: int) -> Any:
+    return scheduled(make, sde, _Same(model), x, n)
+
+
+# The report.
+
+Key = tuple[str, int]
 
 
 def collect(options: Options) -> list[Result]:
-    jobs = [(fn, name, process, options) for name in PROBLEMS for process in PROCESSES for fn in (ours, theirs)]
-    if options.quick:
-        jobs = [job for job in jobs if job[1] != "low rank 192-D"]
+    libraries = installed()
+    few = [("ring 2-D", "v", 1), ("lattice 2-D", "eps", 1)]
+    cases: list[Case | str] = [c for c in CASES if not options.quick or (c.data, c.network, c.percent) in few]
+    sizes = [int(v) for v in options.percent.split(",")]
+    cases = [c for c in cases if not isinstance(c, Case) or c.network == "eps" or c.percent in sizes]
+    if options.networks:
+        cases = [*TRAINED, *cases]
+    jobs = [(case, libraries, options) for case in cases]
     if options.workers < 2:
         return [row for job in jobs for row in results_of(job)]
-    jobs.sort(key=lambda job: job[1], reverse=True)  # longest first: low rank, ring, anisotropic
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         return [row for rows in pool.map(results_of, jobs) for row in rows]
 
 
-def results_of(job: tuple[Any, ...]) -> list[Result]:
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
-    fn, *rest = job
-    return list(fn(*rest))
+def last_run(path: Path) -> list[Result]:
+    """Results of an earlier run."""
+    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Result)}
+    with path.open(newline="") as file:
+        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
-Case = tuple[str, str, int]
+def best(rows: list[Result], measure: str) -> Result:
+    return min(rows, key=lambda row: getattr(row, measure))
 
 
-def by_case(rows: list[Result], who: str) -> dict[Case, dict[tuple[str, str], Result]]:
-    out: dict[Case, dict[tuple[str, str], Result]] = defaultdict(dict)
-    for row in rows:
-        if row.who == who and math.isfinite(row.median):
-            out[row.problem, row.process, row.nfe][row.solver, row.grid] = row
+def cell(ratios: list[float]) -> str:
+    if not ratios:
+        return "–"
+    return f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f}; {max(ratios):.2f}"
+
+
+NOT_FRONTIER = ("default", "statistics", "anchored")
+
+
+def ratios(table: dict[Key, list[Result]], who: str, measure: str, pair: tuple[str, str] | None = None) -> list[float]:
+    """Error of the best of a group, or of one pair of it, over the frontier, in each case."""
+    out = []
+    for rows in table.values():
+        mine = [row for row in rows if row.who == who and pair in (None, (row.solver, row.grid))]
+        if mine:
+            floor = best([row for row in rows if row.who not in NOT_FRONTIER], measure)
+            out.append(getattr(best(mine, measure), measure) / getattr(floor, measure))
     return out
 
 
-def best(of: dict[tuple[str, str], Result], measure: str) -> Result:
-    return min(of.values(), key=lambda row: getattr(row, measure))
+def chosen(table: dict[Key, list[Result]], who: str) -> tuple[str, str] | None:
+    """The pair of a group with the smallest mean ratio to the frontier in the median."""
+    pairs = {(row.solver, row.grid) for rows in table.values() for row in rows if row.who == who}
+    score = {pair: ratios(table, who, "median", pair) for pair in pairs}
+    whole = {pair: sum(map(math.log, r)) for pair, r in score.items() if len(r) == len(table)}
+    return min(whole, key=lambda pair: (whole[pair], pair)) if whole else None
 
 
-def mean(ratios: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(r) for r in ratios))
+def by_case(rows: list[Result], half: str, eps: bool, n: int) -> dict[Key, list[Result]]:
+    table: dict[Key, list[Result]] = defaultdict(list)
+    for row in rows:
+        if row.half == half and (row.network == "eps") == eps and n in (0, row.nfe):
+            table[row.problem, row.nfe].append(row)
+    return table
 
 
 def report(rows: list[Result], options: Options) -> str:
-    mine, default, informed, peers = (by_case(rows, who) for who in ("ours", "default", "statistics", "diffusers"))
-    nfes = sorted({case[2] for case in mine})
+    peers = sorted({row.who for row in rows} & set(LIBRARIES))
     lines = [
-        "# Work and precision",
-        "",
-        f"{options.points} initial states; error per number, median over the states.",
+        f"{options.points} initial states. Each cell has the geometric mean and the largest ratio to the frontier, "
+        f"over the problems of a table; libraries in the frontier beside ours: {', '.join(peers) or 'none'}.",
         "",
     ]
-    for case_of in sorted({case[:2] for case in mine}):
-        lines += [f"## {case_of[0]}, {case_of[1]}", ""]
-        lines += [
-            "| NFE | best of ours | median | RMSE | default / best | statistics / best | best of diffusers "
-            "| diffusers / best |"
-        ]
-        lines += ["|--:|:--|--:|--:|--:|--:|:--|--:|"]
-        for n in nfes:
-            case = (*case_of, n)
-            top, used, other = (best(table[case], "median") for table in (mine, default, informed))
-            line = (
-                f"| {n} | {top.solver}, {top.grid} | {top.median:.2e} | {top.rmse:.2e} "
-                f"| {used.median / top.median:.2f} | {other.median / top.median:.2f} |"
-            )
-            if case in peers:
-                peer = best(peers[case], "median")
-                line += f" {peer.solver}, {peer.grid} | {peer.median / top.median:.2f} |"
-            lines.append(line)
-        lines.append("")
-    lines += ["## Over all problems and processes (geometric mean; worst)", ""]
-    lines += [
-        "| NFE | best single pair | its ratio | default | default, RMSE | diffusers' best | default / diffusers |"
-    ]
-    lines += ["|--:|:--|--:|--:|--:|--:|--:|"]
-    for n in [*nfes, 0]:
-        cases = [case for case in mine if n in (0, case[2])]
-        rank = ranking(mine, cases, "median")
-        pair, (average, worst) = rank[0]
-        line = f"| {n or 'all'} | {', '.join(pair)} | {average:.2f}; {worst:.2f} |"
-        for measure in ("median", "rmse"):
-            r = [getattr(best(default[c], measure), measure) / getattr(best(mine[c], measure), measure) for c in cases]
-            line += f" {mean(r):.2f}; {max(r):.2f} |"
-        shared = [case for case in cases if case in peers]
-        if shared:
-            r = [best(peers[c], "median").median / best(mine[c], "median").median for c in shared]
-            q = [best(default[c], "median").median / best(peers[c], "median").median for c in shared]
-            line += f" {mean(r):.2f}; {min(r):.2f} at least | {mean(q):.2f}; {max(q):.2f} |"
-        lines.append(line)
-    lines += ["", "Pairs by their mean ratio to the frontier, over all budgets:", ""]
-    lines += [f"* {', '.join(pair)}: {a:.2f}; {w:.2f}" for pair, (a, w) in ranking(mine, list(mine), "median")[:12]]
+    for half in ("choose", "held out"):
+        for eps in (False, True):
+            problems = sorted({row.problem for row in rows if row.half == half and (row.network == "eps") == eps})
+            if not problems:
+                continue
+            kind = "ε networks" if eps else "exact models and v networks"
+            lines += [f"## {'Held out' if half == 'held out' else 'To choose on'}: {kind}", ""]
+            lines += ["; ".join(problems) + ".", ""]
+            head = ["NFE", "default, median", "default, RMSE", "best of ours, median", "DPM-Solver-v3, median"]
+            head += ["DPM-Solver-v3, RMSE", "anchored, median", *(f"best of {peer}, median" for peer in peers)]
+            lines += ["| " + " | ".join(head) + " |", "|" + "--:|" * len(head)]
+            for n in [*options.budgets, 0]:
+                table = by_case(rows, half, eps, n)
+                first = by_case(rows, "choose", eps, n)
+                cells = [str(n or "all")]
+                cells += [cell(ratios(table, "default", measure)) for measure in ("median", "rmse")]
+                cells.append(cell(ratios(table, "ours", "median")))
+                v3, anchor = chosen(first, "statistics"), chosen(first, "anchored")
+                cells += [cell(ratios(table, "statistics", measure, v3)) for measure in ("median", "rmse")]
+                cells.append(cell(ratios(table, "anchored", "median", anchor)))
+                cells += [cell(ratios(table, peer, "median")) for peer in peers]
+                lines.append("| " + " | ".join(cells) + " |")
+            lines.append("")
+    lines += frontier_table(rows, options) + networks_table(rows)
     return "\n".join(lines)
 
 
-def ranking(
-    table: dict[Case, dict[tuple[str, str], Result]], cases: list[Case], measure: str
-) -> list[tuple[tuple[str, str], tuple[float, float]]]:
-    """Pairs of a solver and a grid that have every budget, by their mean ratio to the frontier."""
-    pairs = set.intersection(*(set(table[case]) for case in cases))
-    floor = {case: getattr(best(table[case], measure), measure) for case in cases}
-    scores = {}
-    for pair in pairs:
-        ratios = [getattr(table[case][pair], measure) / floor[case] for case in cases]
-        scores[pair] = (mean(ratios), max(ratios))
-    return sorted(scores.items(), key=lambda item: item[1])
+def frontier_table(rows: list[Result], options: Options) -> list[str]:
+    """The frontier itself, on the held-out half."""
+    lines = ["## The frontier on the held-out half", ""]
+    lines += ["| problem | NFE | frontier | by | default / frontier, median | RMSE |", "|:--|--:|--:|:--|--:|--:|"]
+    table: dict[Key, list[Result]] = defaultdict(list)
+    for row in rows:
+        if row.half == "held out":
+            table[row.problem, row.nfe].append(row)
+    for (name, n), found in sorted(table.items()):
+        top = best([row for row in found if row.who not in NOT_FRONTIER], "median")
+        own = [cell(ratios({(name, n): found}, "default", measure)).split(";")[0] for measure in ("median", "rmse")]
+        lines.append(f"| {name} | {n} | {top.median:.2e} | {top.who}: {top.solver}, {top.grid} | {own[0]} | {own[1]} |")
+    return [*lines, ""]
+
+
+def networks_table(rows: list[Result]) -> list[str]:
+    found = [row for row in rows if row.half == "networks"]
+    if not found:
+        return []
+    lines = ["## Trained networks", ""]
+    lines += ["| network | NFE | sampler | grid | median | RMSE |", "|:--|--:|:--|:--|--:|--:|"]
+    for row in sorted(found, key=lambda row: (row.problem, row.nfe, row.median)):
+        lines.append(
+            f"| {row.problem} | {row.nfe} | {row.who}: {row.solver} | {row.grid} | {row.median:.3f} | {row.rmse:.3f} |"
+        )
+    return [*lines, ""]
 
 
 def draw(rows: list[Result], page: Path) -> None:
+    """Ratio of each group to the frontier against the budget, on the held-out half."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tables = {who: by_case(rows, who) for who in ("ours", "statistics", "diffusers", "default")}
-    panels = sorted({case[:2] for case in tables["ours"]}, key=lambda c: (c[1], c[0]))
-    columns = len({name for name, _ in panels})
-    shape = (-(-len(panels) // columns), columns)
-    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.4 * shape[0]), squeeze=False)
-    styles = {
-        "ours": ("C0", "-", "best of ours"),
-        "statistics": ("C2", "-.", "with statistics of the data"),
-        "diffusers": ("C3", "--", "best of diffusers"),
-        "default": ("k", ":", "default"),
-    }
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        for pair in sorted({pair for case in tables["ours"] for pair in tables["ours"][case]}):
-            points = [(c[2], of[pair].median) for c, of in tables["ours"].items() if c[:2] == panel and pair in of]
-            ax.plot(*zip(*sorted(points), strict=True), color="0.85", lw=0.5, zorder=0)
-        for who, (colour, line, label) in styles.items():
-            points = sorted((c[2], best(of, "median").median) for c, of in tables[who].items() if c[:2] == panel)
-            if points:
-                ax.plot(*zip(*points, strict=True), color=colour, ls=line, marker=".", label=label)
-        ax.set(xscale="log", yscale="log", title=", ".join(panel), xlabel="evaluations", xticks=NFES)
+    names = [who for who in ("default", "ours", "statistics", *LIBRARIES) if any(row.who == who for row in rows)]
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), sharey=True)
+    budgets = sorted({row.nfe for row in rows if row.half == "held out"})
+    for ax, eps in zip(axes, (False, True), strict=True):
+        for who in names:
+            points = [(n, ratios(by_case(rows, "held out", eps, n), who, "median")) for n in budgets]
+            means = [(n, math.exp(statistics.fmean(map(math.log, r)))) for n, r in points if r]
+            if means:
+                label = {"ours": "best of ours", "statistics": "with statistics, best"}.get(who, who)
+                ax.plot(*zip(*means, strict=True), marker=".", label=label, color="k" if who == "default" else None)
+        ax.set(
+            xscale="log", yscale="log", xlabel="evaluations", title="ε networks" if eps else "exact models, v networks"
+        )
+        ax.set_xticks(budgets, [str(n) for n in budgets])
         ax.set_xticks([], minor=True)
-        ax.set_xticklabels(NFES)
-        low = min(best(of, "median").median for c, of in tables["ours"].items() if c[:2] == panel)
-        ax.set_ylim(low / 2, 1)
-    axes[0, 0].legend(fontsize=8)
-    for row in axes:
-        row[0].set_ylabel("median error per number")
+    axes[0].set_ylabel("median error / frontier")
+    axes[0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(page, dpi=110)
     plt.close(figure)
 
 
 def main(options: Options) -> Path:
+    if options.quick:
+        options.points, options.nfes, options.workers = min(options.points, 8), "4,8", 1
+    started = time.monotonic()
     rows = collect(options)
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.again:
+        rows += [row for row in last_run(options.out / "work_precision.csv") if row.who != "default"]
     with (options.out / "work_precision.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(Result.__dataclass_fields__)
+        writer.writerow([field.name for field in fields(Result)])
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
+    page = options.out / "work_precision.png"
+    draw(rows, page)
     text = report(rows, options)
     (options.out / "work_precision.md").write_text(text + "\n")
     print(text)
-    page = options.out / "work_precision.png"
-    draw(rows, page)
-    print(f"\nfigure: {page}")
+    print(f"{time.monotonic() - started:.0f} s")
+    if not options.quick:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+        (PAGE.parent / page.name.replace("_", "-")).write_bytes(page.read_bytes())
     return page
 
 
-def parse() -> Options:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in vars(Options()).items():
-        if name != "quick":
-            parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="few solvers, budgets and states, for CI")
-    given = vars(parser.parse_args())
-    if given["quick"]:
-        given.update(points=32, nfes="5,10", workers=1)
-    return Options(**given)
-
-
 if __name__ == "__main__":
-    main(parse())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=Options.points, help="number of initial states")
+    parser.add_argument("--seed", type=int, default=Options.seed, help="seed of the initial states")
+    parser.add_argument("--workers", type=int, default=Options.workers, help="number of processes")
+    parser.add_argument("--nfes", default=Options.nfes, help="budgets of evaluations, separated by commas")
+    parser.add_argument("--out", type=Path, default=Options.out, help="folder of the results")
+    parser.add_argument("--percent", default=Options.percent, help="sizes of the errors of v networks; 0 is exact")
+    parser.add_argument("--networks", action="store_true", help="also networks that experiments/interop has trained")
+    parser.add_argument("--again", action="store_true", help="run the default alone; the rest from the last run's CSV")
+    parser.add_argument("--quick", action="store_true", help="a small run for CI")
+    main(Options(**vars(parser.parse_args())))

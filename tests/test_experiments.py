@@ -276,3 +276,37 @@ def test_files_are_read_as_what_they_say(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         train.load(small(train, data=tmp_path / "none"))
+
+
+# Work and precision.
+
+
+def test_errors_of_networks_have_their_size_in_what_the_network_predicts() -> None:
+    from _problems import Network, lattice
+
+    sde = ss.VP()
+    exact = lattice(sde)
+    for predicts, form in (("v", "v"), ("eps", "eps")):
+        network = Network(exact, predicts, 0.05)
+        assert network.kind.predicts == predicts
+        assert not network.kind.exact
+        gaps = []
+        for i, t in enumerate((0.05, 0.2, 0.4, 0.6, 0.8)):
+            x = exact.sample(500, t, seed=i)
+            gaps.append(getattr(network, form)(x, t) - getattr(exact, form)(x, t))
+        size = float(torch.cat(gaps).square().mean().sqrt())
+        assert 0.03 < size < 0.07, predicts  # two waves at five times: a mean of few cosines
+
+
+def test_the_loop_of_schedulers_takes_the_steps_of_ddim() -> None:
+    """Schedulers of diffusers store their table in float32."""
+    from _peers import of_diffusers
+    from _problems import ring
+
+    model = ring(ss.VP())
+    x = ss.Noise(0).normal((4, 2), 0, dtype=torch.float64)
+    (sampler,) = (s for name, grid, s in of_diffusers("VP", model.sde) if (name, grid) == ("DDIM", "trailing"))
+    found = sampler(model, x, 5)
+    assert found is not None and found[1] == 5
+    plan = ss.DDIM().plan(model.sde, [1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
+    assert torch.allclose(found[0], ss.plan.run(plan, model.x0, x), atol=1e-4)

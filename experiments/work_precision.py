@@ -64,6 +64,7 @@ class Options:
     nfes: str = ",".join(map(str, NFES))
     out: Path = Path(__file__).parent / "out"
     percent: str = "0,1,5"
+    data: str = ""
     networks: bool = False
     again: bool = False
     quick: bool = False
@@ -324,6 +325,7 @@ def collect(options: Options) -> list[Result]:
     cases: list[Case | str] = [c for c in CASES if not options.quick or (c.data, c.network, c.percent) in few]
     sizes = [int(v) for v in options.percent.split(",")]
     cases = [c for c in cases if not isinstance(c, Case) or c.network == "eps" or c.percent in sizes]
+    cases = [c for c in cases if not isinstance(c, Case) or not options.data or c.data in options.data.split(",")]
     if options.networks:
         cases = [*TRAINED, *cases]
     jobs = [(case, libraries, options) for case in cases]
@@ -505,6 +507,7 @@ if __name__ == "__main__":
     parser.add_argument("--nfes", default=Options.nfes, help="budgets of evaluations, separated by commas")
     parser.add_argument("--out", type=Path, default=Options.out, help="folder of the results")
     parser.add_argument("--percent", default=Options.percent, help="sizes of the errors of v networks; 0 is exact")
+    parser.add_argument("--data", default=Options.data, help="names of mixtures, separated by commas; all by default")
     parser.add_argument("--networks", action="store_true", help="also networks that experiments/interop has trained")
     parser.add_argument("--again", action="store_true", help="run the default alone; the rest from the last run's CSV")
     parser.add_argument("--quick", action="store_true", help="a small run for CI")

@@ -4,6 +4,7 @@
     python experiments/work_precision.py             # minutes; writes the tables into docs/work-precision.md
     python experiments/work_precision.py --networks  # also networks that experiments/interop has trained
     python experiments/work_precision.py --again     # the default alone; the rest from the CSV of the last run
+    python experiments/work_precision.py --resume    # go on after an interruption
     python experiments/work_precision.py --quick     # seconds, for CI
 
 The problems of ``_problems.py`` are exact mixtures, alone and with the smooth error of a network that predicts v (1 and
@@ -67,6 +68,7 @@ class Options:
     data: str = ""
     networks: bool = False
     again: bool = False
+    resume: bool = False
     quick: bool = False
 
     @property
@@ -328,11 +330,31 @@ def collect(options: Options) -> list[Result]:
     cases = [c for c in cases if not isinstance(c, Case) or not options.data or c.data in options.data.split(",")]
     if options.networks:
         cases = [*TRAINED, *cases]
+    path = options.out / "work_precision.csv"
+    rows = last_run(path) if options.again or (options.resume and path.exists()) else []
+    rows = [row for row in rows if not (options.again and row.who == "default")]
+    if options.resume:
+        there = {row.problem for row in rows}
+        cases = [case for case in cases if name_of(case) not in there]
     jobs = [(case, libraries, options) for case in cases]
     if options.workers < 2:
-        return [row for job in jobs for row in results_of(job)]
+        return [*rows, *(row for job in jobs for row in results_of(job))]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(results_of, jobs) for row in rows]
+        for found in pool.map(results_of, jobs):
+            rows += found
+            write(rows, path)
+    return rows
+
+
+def name_of(case: Case | str) -> str:
+    return case.name if isinstance(case, Case) else f"UNet, {case}"
+
+
+def write(rows: list[Result], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in fields(Result)])
+        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
 
 
 def last_run(path: Path) -> list[Result]:
@@ -477,14 +499,9 @@ def main(options: Options) -> Path:
     if options.quick:
         options.points, options.nfes, options.workers = min(options.points, 8), "4,8", 1
     started = time.monotonic()
-    rows = collect(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.again:
-        rows += [row for row in last_run(options.out / "work_precision.csv") if row.who != "default"]
-    with (options.out / "work_precision.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Result)])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
+    rows = collect(options)
+    write(rows, options.out / "work_precision.csv")
     page = options.out / "work_precision.png"
     draw(rows, page)
     text = report(rows, options)
@@ -510,5 +527,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", default=Options.data, help="names of mixtures, separated by commas; all by default")
     parser.add_argument("--networks", action="store_true", help="also networks that experiments/interop has trained")
     parser.add_argument("--again", action="store_true", help="run the default alone; the rest from the last run's CSV")
+    parser.add_argument("--resume", action="store_true", help="take the problems that the CSV has from there")
     parser.add_argument("--quick", action="store_true", help="a small run for CI")
     main(Options(**vars(parser.parse_args())))

@@ -23,6 +23,7 @@ from scoresde.processes.sde import SDE
 
 if TYPE_CHECKING:
     from scoresde.denoisers.card import Card
+    from scoresde.denoisers.gaussian import Gaussian
 
 _MEMO = 4096  # largest number of entries in the cache of a denoiser
 
@@ -132,6 +133,11 @@ class AbstractDenoiser(nn.Module):
     def kind(self) -> Kind:
         """The network, or exact model, that this denoiser ends in."""
         return Kind("x0", self.sde)
+
+    @property
+    def gaussian(self) -> Gaussian | None:
+        """Gaussian approximation of the data that the network was trained on, if the denoiser knows one."""
+        return None
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -495,6 +501,10 @@ class Wrapped(AbstractDenoiser):
     @property
     def kind(self) -> Kind:
         return self.model.kind
+
+    @property
+    def gaussian(self) -> Gaussian | None:
+        return self.model.gaussian
 
     @property
     def conditions(self) -> dict[str, Condition]:

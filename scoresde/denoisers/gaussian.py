@@ -166,6 +166,10 @@ class Gaussian(AbstractDenoiser):
         return self._mean, self._spectrum, axes[0] if self._flat else axes or None, self.rest
 
     @property
+    def gaussian(self) -> Gaussian:
+        return self
+
+    @property
     def kind(self) -> Kind:
         return Kind("x0", self.sde, exact=True)
 

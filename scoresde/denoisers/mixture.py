@@ -25,6 +25,8 @@ from scoresde.processes.sde import SDE
 
 Numbers = float | Tensor | Sequence["Numbers"]  # a number, a tensor, or nested lists of numbers
 
+_LARGEST = 1024  # largest number of dimensions whose covariance is computed
+
 _CHUNK = 1 << 18  # largest number of entries of a temporary tensor of differences
 
 
@@ -155,6 +157,13 @@ class GaussianMixture(_Exact):
     def means(self) -> Tensor:
         """Means μ_k, (K, *event)."""
         return self._points.reshape(-1, *self.event)
+
+    @property
+    def gaussian(self) -> Gaussian | None:
+        """Gaussian with the mean and the covariance of the data; None above 1,024 dimensions."""
+        if self._points.shape[1] > _LARGEST:
+            return None
+        return self._cached("gaussian", lambda: Gaussian.of(self.sde, self.mean(), self.covariance()))
 
     @property
     def weights(self) -> Tensor:

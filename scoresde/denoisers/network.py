@@ -21,6 +21,7 @@ from scoresde._doors import checked, checked_with, constant, words
 from scoresde._printing import fields
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Kind, check_conditions, expand_conditions, share
 from scoresde.denoisers.card import Card
+from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.outputs import Coefficients, Evaluation, tensors_of
 from scoresde.denoisers.predictions import PREDICTIONS, Coefficient, Want, form_of
 from scoresde.plan.folding import Outputs
@@ -176,6 +177,11 @@ class Denoiser(AbstractDenoiser):
     def kind(self) -> Kind:
         variance = "range" if self.learned_variance is True else self.learned_variance or None
         return Kind(self.predicts, self.sde, variance=variance)
+
+    @property
+    def gaussian(self) -> Gaussian | None:
+        """Gaussian approximation of the data, that of the card, which is saved with the model."""
+        return None if self.card is None else self.card.gaussian
 
     @property
     def shared_conditions(self) -> tuple[str, ...]:

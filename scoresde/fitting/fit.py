@@ -29,7 +29,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.fitting.clocks import hides_time
+from scoresde.fitting.starts import begin_plans
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
     CANDIDATES,
@@ -63,6 +64,8 @@ from scoresde.solvers.rule import Solver
 _ROUND = 25  # iterations between two evaluations of the held-out errors
 
 _PATIENCE = 3  # rounds without improvement before the fit stops
+
+_TRIED, _TRIAL = 3, 8  # starts that are fitted before one is chosen, and iterations of each
 
 
 @checked
@@ -117,7 +120,7 @@ class Descent:
 
 @checked
 def fit(
-    solver: Plan | Solver,
+    solver: Plan | Solver | int,
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,
     *,
@@ -134,7 +137,9 @@ def fit(
     """Fit the coefficients of a plan to a model.
 
     Arguments:
-        solver: Plan; or a solver, whose weights follow the times and are corrected by the fit.
+        solver: Plan to begin from; a solver, whose weights follow the times and are corrected by the fit; or a number
+            of evaluations. The fit then begins from several plans, :func:`begin_plans`, and goes on with the one that
+            is best after some iterations.
         model: Denoiser; its parameters do not change. Conditions belong to it, as in ``model.given(label=y)``, with one
             row for each trajectory.
         shape_or_x: Shape (B, *event) of the trajectories, held-out ones included; or their initial states, at T with
@@ -142,7 +147,8 @@ def fit(
         grid: Times from noise to data, for a solver.
         what: Parts to fit, of ``"times"`` (of the states), ``"network_times"`` (of the evaluations) and ``"weights"``;
             by default all; for stochastic plans the last two, and their noise is not changed. If the network hides its
-            time from autograd, by rounded or detached labels, the default is the weights, with a warning.
+            time from autograd, by rounded or detached labels, the times of the evaluations stay where they are, and
+            the default is the levels of the states and the weights, with a warning.
         teacher: Fine plan from T (without a Gaussian start, from the first time of the plan), or its results,
             (B, *event); by default the default solver with 200 evaluations. The teacher of a stochastic plan must draw
             the same normals. A coarse plan cannot reproduce all of their effect, so its samples have slightly less
@@ -158,6 +164,8 @@ def fit(
 
     Returns:
         A plan with its origin in ``plan.meta``. The geometric mean of its held-out errors is at most that of `solver`.
+        ``plan.meta["far"]`` counts the held-out samples that end farther from the teacher than half a standard
+        deviation of its results: those that end in another basin, before and after the fit.
 
     Example:
         >>> import torch, scoresde as ss
@@ -174,13 +182,20 @@ def fit(
     check.integer("steps", steps, at_least=1)
     start, split, descent = as_start(start), split or Split(), descent or Descent()
     gaussian = start.gaussian and check_gaussian("start", start.gaussian, model.sde)
-    table = Table(solver, model.sde, grid, what, gaussian is not None)
+    solvers: list[Plan | Solver] = [solver] if isinstance(solver, Plan | Solver) else []
+    if not solvers:
+        if grid is not None:
+            raise ValueError("`grid` has no meaning if `solver` is a number of evaluations; drop it.")
+        solvers = [*begin_plans(check.integer("solver", solver, at_least=1), model, gaussian)]
     own = Noise(seed.seed) if isinstance(seed, Noise) else Noise(seed)
+    tables = [Table(s, model.sde, grid, what, gaussian is not None) for s in solvers]
+    table = tables[0]
     x = draw_starts(shape_or_x, table, model, start, own)
-    if "weights" not in table.what or len(table.what) > 1:
-        table = _with_times_that_move(
-            table, model, x, what, lambda: Table(solver, model.sde, grid, ("weights",), gaussian is not None)
-        )
+    if what is None or set(what) & {"times", "network_times"}:
+        still, parts = _what_may_move(table, model, x, what)
+        if still:
+            tables = [Table(s, model.sde, grid, parts, gaussian is not None, still=True) for s in solvers]
+            table = tables[0]
     if split.forks:
         if isinstance(shape_or_x, Tensor) or isinstance(teacher, Tensor) or table.plan.stochastic:
             raise ValueError(
@@ -194,6 +209,9 @@ def fit(
     check_teacher(teacher, table, source)
     truth, teacher_name = teacher_ends(teacher, table, model, x, gaussian, source)
     rows = Trajectories(model, x, truth, _normals(table.plan, source, x), gaussian, descent.batch, descent.grad)
+    tried: dict[str, list[float]] = {}
+    if len(tables) > 1:
+        table, tried = _best_start(tables, rows, train, descent.robust)
     before = {"train": rows.errors(table.start, train), "held_out": rows.errors(table.start, held)}
     with Bar(progress, steps, f"fit {table.name}") as bar:
         best, best_held, spent = _rounds(table, rows, (train, held), before, descent.robust, steps, bar)
@@ -211,6 +229,8 @@ def fit(
         "seed": own.seed,
         "trajectories": {"train": len(train), "held_out": len(held)},
         "levels": [float(t) for t in table.levels_of(best)],
+        **({"tried": tried} if tried else {}),
+        "far": {"before": rows.far(before["held_out"]), "after": rows.far(best_held)},
         **{k: {"before": _summary(before[k]), "after": _summary(after[k])} for k in ("train", "held_out")},
     }
     if best is table.start:
@@ -220,27 +240,46 @@ def fit(
     return replace(plan, name=f"{table.plan.name}, fitted", order=None, meta=meta)
 
 
-def _with_times_that_move(
-    table: Table, model: AbstractDenoiser, x: Tensor, what: Sequence[str] | None, weights: Callable[[], Table]
-) -> Table:
-    """The table, or that of the weights alone if the network hides its time from autograd."""
+def _what_may_move(
+    table: Table, model: AbstractDenoiser, x: Tensor, what: Sequence[str] | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the times of the evaluations must stay because the network hides its time; and the parts to fit."""
     times = [float(t) for t in table.start.t[:-1]]
     times = times if len(times) > 1 else [times[0], times[0] / 2]
     if not hides_time(model, x, times):
-        return table
+        return False, table.what
     reason = (
         "the network changes with its time, but autograd sees no derivative: its time labels are rounded or detached, "
-        "as with time='nearest_index' or float(time), so times cannot be fitted"
+        "as with time='nearest_index' or float(time), so the times of the evaluations cannot be fitted"
     )
-    if what is not None:
+    if what is not None and "network_times" in what:
         raise ValueError(
-            f"{reason}; give `what`=('weights',), or make the labels differentiable, as time='index' does."
+            f"{reason}; give `what`=('times', 'weights'), or make the labels differentiable, as time='index' does."
         )
-    warnings.warn(
-        f"{reason}, and only the weights are; time='index' gives labels between the steps.",
-        stacklevel=check.levels_to_user(),
-    )
-    return weights()
+    moves = table.solver is None and table.levels.may_move
+    parts = ("times", "weights") if moves and not table.plan.stochastic else ("weights",)
+    if what is None:
+        warnings.warn(
+            f"{reason}, and only {'the levels of the states and ' * (len(parts) > 1)}the weights are; time='index' "
+            f"gives labels between the steps.",
+            stacklevel=check.levels_to_user(),
+        )
+    return True, parts if what is None else tuple(what)
+
+
+def _best_start(
+    tables: Sequence[Table], rows: Trajectories, train: range, robust: float
+) -> tuple[Table, dict[str, list[float]]]:
+    """The table that is best after some iterations, of those with the smallest errors; and the errors of all."""
+    first = [rows.errors(table.start, train) for table in tables]
+    tried = {table.name: [_mean_log(e)] for table, e in zip(tables, first, strict=True)}
+    order = sorted(range(len(tables)), key=lambda i: _mean_log(first[i]))
+    scores: dict[int, float] = {}
+    for i in order[:_TRIED]:
+        _descend(tables[i], rows, train, max(robust * float(first[i].median()), 1e-12), _TRIAL)
+        scores[i] = _mean_log(rows.errors(tables[i].now(detach=True), train))
+        tried[tables[i].name].append(scores[i])
+    return tables[min(scores, key=lambda i: scores[i])], tried
 
 
 def _normals(plan: Plan, noise: Noise, x: Tensor) -> list[Tensor]:

@@ -40,7 +40,18 @@ class Table:
         grid: Tensor | Sequence[float] | None,
         what: Sequence[str] | None,
         starts_free: bool,
+        still: bool = False,
     ) -> None:
+        """Make the table.
+
+        Arguments:
+            solver: Plan or solver to start from.
+            sde: Process.
+            grid: Times of a solver.
+            what: Parts to fit.
+            starts_free: Whether the first time may move.
+            still: Whether the times of the evaluations stay where they are when the states move.
+        """
         self.sde = sde
         self.solver: Solver | None = None
         if isinstance(solver, Plan):
@@ -78,6 +89,8 @@ class Table:
         self.base = torch.tensor(times, dtype=torch.float64)
         gaps = sde.lam(torch.tensor([float(t) for t in self.start.t[:-1]], dtype=torch.float64)) - lam
         self.shifts = torch.where(gaps.isfinite(), gaps, 0.0)
+        self.told = torch.tensor([float(t) for t in self.start.t[:-1]], dtype=torch.float64)
+        self.still = still
         self.weights = torch.zeros(n + 1, n, dtype=torch.float64)
         self.mask = torch.ones(n + 1, n, dtype=torch.float64).tril(-1)
         self.parameters = list(self.levels.parameters)
@@ -131,13 +144,16 @@ class Table:
         return x, self.start.d * torch.where(old != 0, new / torch.where(old != 0, old, 1.0), 1.0)[:, None]
 
     def _network_times(self, levels: Tensor) -> tuple[Any, ...]:
+        if self.still:
+            return (*self.told, levels[-1])
         if "network_times" not in self.what and not bool(self.shifts.any()):
             return tuple(levels)
         lam = self.sde.lam(levels[:-1])
         moves = lam.detach().isfinite()
         shifted = torch.where(moves, lam, 0.0) + self.shifts
         t = self.sde.inverse_lam(shifted.clamp(self.sde.lam(self.sde.T), self.max_lam)).clamp(0.0, self.sde.T)
-        return (*torch.where(moves, t, levels[:-1]), levels[-1])
+        # a first time without signal cannot move: it is T, or the one at which the plan evaluates a scaled state
+        return (*torch.where(moves, t, self.told), levels[-1])
 
 
 class Levels:
@@ -147,9 +163,10 @@ class Levels:
         self.sde = sde
         self.times = torch.tensor(times, dtype=torch.float64)
         self.parameters: list[Tensor] = []
+        self.may_move = bool((self.times.diff() < 0).all())
         if not free:
             return
-        if not bool((self.times.diff() < 0).all()):
+        if not self.may_move:
             raise ValueError(
                 "`what` must not hold 'times' for a plan whose times do not all decrease, such as one with stages at "
                 "the time of the next node; give a solver and its `grid` instead, or drop 'times'."

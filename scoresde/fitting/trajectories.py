@@ -92,6 +92,11 @@ class Trajectories:
         with torch.no_grad():
             return torch.cat([self.error(table, part) for part in self.parts(which)])
 
+    def far(self, errors: Tensor) -> int:
+        """Number of errors above half the standard deviation of the teacher's results, per entry."""
+        spread = (self.truth - self.truth.mean(0)).square().mean().sqrt()
+        return int((errors > 0.5 * float(spread)).sum())
+
     def error(self, table: Unrolled, part: slice) -> Tensor:
         """Distance from the teacher, root mean square over the entries of a state."""
         gap = self.run(table, part).double() - self.truth[part]

@@ -170,7 +170,8 @@ def solve(
     _check_support(method, watch, check.gradient_mode(grad, GRADS))
     plan = times = None
     if method.grid == "plan":
-        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end)
+        gaussian = as_start(start).gaussian
+        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end, gaussian)
         if watch.hook is None:  # a hook may correct the states
             warn_of_few_steps(plan, model.sde, as_start(start).data_std)
     elif method.grid == "times":
@@ -266,6 +267,7 @@ def plan_for(
     grid: Tensor | Sequence[float] | GridMaker | None = None,
     t_start: float | None = None,
     t_end: float = 0.0,
+    gaussian: Gaussian | None = None,
 ) -> Plan:
     """The plan that :func:`solve` runs with the same arguments.
 
@@ -277,6 +279,7 @@ def plan_for(
         grid: Times, or a function that makes them.
         t_start: First time, by default T.
         t_end: Last time.
+        gaussian: Gaussian of the start, if there is one.
     """
     if isinstance(solver, Plan):
         if steps is not None or nfe is not None or grid is not None or t_start is not None or t_end != 0.0:
@@ -298,6 +301,7 @@ def plan_for(
         if t_start is not None or t_end != 0.0:
             raise ValueError("`grid` has its own ends; drop `t_start` and `t_end`, or cut it with `grids.window`.")
         rule = bounded(len(grid) - 1, model) if solver is None else solver
+        rule = rule.suited(model, len(grid) - 1, gaussian)
         return written(rule, model.sde, torch.as_tensor(grid, dtype=torch.float64))
     count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
     if nfe is not None:
@@ -306,6 +310,7 @@ def plan_for(
         rule, count = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
     else:
         rule = bounded(count, model) if solver is None else solver
+    rule = rule.suited(model, count, gaussian)
     maker = default_grid(nfe or count, model, solver) if grid is None else grid
     plan = written(rule, model.sde, _make(model, maker, count, t_start, t_end))
     if nfe is not None and plan.nfe > nfe:

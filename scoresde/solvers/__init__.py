@@ -88,6 +88,7 @@ from scoresde.solvers.stochastic import (
     StochasticHeun,
 )
 from scoresde.solvers.tape import Leg, Tape
+from scoresde.solvers.universal import Universal
 
 __all__ = [
     "CPS",
@@ -176,6 +177,7 @@ __all__ = [
     "Tape",
     "TwoStage",
     "UniPC",
+    "Universal",
     "V",
     "Variable",
     "VelocityAB",

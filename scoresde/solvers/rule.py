@@ -12,6 +12,8 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.gaussian import Gaussian
 from scoresde.grids.zigzags import Zigzag
 from scoresde.noise.brownian import Span
 from scoresde.plan.rows import Row, Weight
@@ -162,6 +164,16 @@ class Solver:
         """
         check.integer("nfe", nfe, at_least=1)
         return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
+
+    def suited(self, model: AbstractDenoiser, nfe: int, gaussian: Gaussian | None = None) -> Solver:
+        """Return the solver with the options that it takes from a model; by default it takes none.
+
+        Arguments:
+            model: Denoiser.
+            nfe: Number of steps.
+            gaussian: Gaussian of the start, if there is one.
+        """
+        return self
 
     @checked
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:

@@ -1,0 +1,116 @@
+"""Problems to select and to judge universal tables on: trained networks and exact mixtures, with fine solves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import scoresde as ss
+
+sys.path.insert(0, str(Path(__file__).parent / "interop"))
+
+SELECTION = ("epsilon, linear", "v, cosine", "velocity, flow", "digits")
+HELD_OUT = ("epsilon, scaled linear", "velocity, shifted flow", "x0, cosine")
+EXACT = ("ring 2-D", "anisotropic 32-D", "low rank 192-D")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with initial states at T and the ends of their trajectories.
+
+    Arguments:
+        name: Name.
+        model: Denoiser.
+        x: Initial states, (B, *event).
+        end: Ends of a fine solve, (B, *event).
+        gaussian: Gaussian of the data.
+    """
+
+    name: str
+    model: ss.denoisers.AbstractDenoiser
+    x: Tensor
+    end: Tensor
+    gaussian: ss.Gaussian
+
+    def error(self, solver: ss.solvers.Solver | ss.Plan, *, start: ss.Gaussian | None = None, **how: object) -> float:
+        """Root mean square distance to the fine solve for each sample, per entry; its median over the samples."""
+        return self.errors(solver, start=start, **how)[0]
+
+    def errors(
+        self, solver: ss.solvers.Solver | ss.Plan | None, *, start: ss.Gaussian | None = None, **how: object
+    ) -> tuple[float, float]:
+        """Median over the samples of the distance to the fine solve, and its root mean square, per entry."""
+        x = ss.sample(self.model, self.x, solver, start=start, **how)  # type: ignore[arg-type]
+        e = (x - self.end).flatten(1).double().square().mean(1).sqrt()
+        return float(e.median()), float(e.square().mean().sqrt())
+
+
+def fine(model: ss.denoisers.AbstractDenoiser, x: Tensor, nfe: int = 150) -> Tensor:
+    """Ends of trajectories by a fine solve."""
+    return ss.sample(model, x, ss.VelocityAB(3), grid=ss.grids.power_t(model.sde, nfe, 2.0))
+
+
+def network(name: str, out: Path, n: int) -> Case:
+    """A network that diffusers trained on MNIST; the fine solve is kept in a file."""
+    from _mnist import load
+    from _trained import Recipe, diffusers_network, scheduler
+
+    model = ss.interop.from_diffusers(diffusers_network(name, Recipe()), scheduler(name))
+    model.requires_grad_(False)
+    x = ss.Noise(11).normal((n, 1, 28, 28), 0, dtype=torch.float32) * model.sde.sigma(model.sde.T)
+    return kept(name, model, x, ss.Gaussian.estimate(model.sde, load().images), out)
+
+
+def digits(out: Path, n: int, steps: int = 1200) -> Case:
+    """A v network on 8 × 8 digits; its weights and the fine solve are kept in files."""
+    from _digits import load, small_unet
+
+    data = load().images
+    model = ss.Denoiser(small_unet(), ss.VP(), predicts="v")
+    page = out / f"digits-{steps}.pt"
+    if page.exists():
+        model.load_state_dict(torch.load(page))
+    else:
+        g = torch.Generator().manual_seed(0)
+        loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss(data[torch.randint(len(data), (64,), generator=g)]).mean().backward()
+            optimiser.step()
+            decay.step()
+        torch.save(model.state_dict(), page)
+    model.eval().requires_grad_(False)
+    x = ss.Noise(12).normal((n, 1, 8, 8), 0, dtype=torch.float32)
+    return kept("digits", model, x, ss.Gaussian.estimate(model.sde, data), out)
+
+
+def exact(name: str, n: int) -> Case:
+    """An exact mixture of ``work_precision.py`` under VP."""
+    from work_precision import problem
+
+    model, x, end = problem(name, "VP", n, 3)
+    gaussian = model.gaussian
+    assert gaussian is not None
+    return Case(name, model, x, end, gaussian)
+
+
+def kept(name: str, model: ss.denoisers.AbstractDenoiser, x: Tensor, gaussian: ss.Gaussian, out: Path) -> Case:
+    page = out / f"ends-{name.replace(', ', '-').replace(' ', '_')}-{len(x)}.pt"
+    if page.exists():
+        end = torch.load(page)
+    else:
+        end = fine(model, x)
+        torch.save(end, page)
+    return Case(name, model, x, end, gaussian)
+
+
+def cases(names: tuple[str, ...], out: Path, n: int = 24) -> Iterator[Case]:
+    """Cases by their names."""
+    for name in names:
+        yield exact(name, 4 * n) if name in EXACT else digits(out, n) if name == "digits" else network(name, out, n)

@@ -1,0 +1,154 @@
+"""Random exact mixtures of many kinds, with errors like those of networks: the problems of ``universal.py``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scoresde.fitting.mixtures import Mixtures, Problems, Waves, from_spectrum, merge, stack
+from scoresde.solvers.universal import unit_of
+
+F64 = torch.float64
+FIRST = (24.0, 80.0, 152.0, 300.0, 2e4)  # σ/α at T, in units of the data: of scaled linear β, EDM, linear β, cosine β
+
+
+def log_uniform(g: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    """Numbers whose logarithm is uniform."""
+    return (math.log(low) + math.log(high / low) * torch.rand(*shape, generator=g, dtype=F64)).exp()
+
+
+def random_weights(g: torch.Generator, p: int, k: int) -> Tensor:
+    a = log_uniform(g, 0.1, 1.0, p, k)
+    return a / a.sum(1, keepdim=True)
+
+
+def clusters(g: torch.Generator, p: int, k: int, d: int, low: float = 0.03, high: float = 0.9) -> Mixtures:
+    """Clusters of unequal widths in every direction."""
+    means = log_uniform(g, 0.3, 1.2, p, 1, 1) * torch.randn(p, k, d, generator=g, dtype=F64)
+    narrow = log_uniform(g, low, 0.3, p, 1, 1)
+    wide = torch.maximum(log_uniform(g, 0.1, high, p, 1, 1), 1.5 * narrow)
+    std = narrow * (wide / narrow) ** torch.rand(p, k, d, generator=g, dtype=F64)
+    return Mixtures(random_weights(g, p, k), means, std.square())
+
+
+def sheet(g: torch.Generator, p: int, k: int, d: int, latent: int) -> Mixtures:
+    """Many small components on a curved sheet of few dimensions."""
+    z = torch.randn(p, k, latent, generator=g, dtype=F64)
+    a, b = torch.randn(2, p, latent, d, generator=g, dtype=F64)
+    means = torch.sin(z @ a + 0.5 * torch.randn(p, 1, d, generator=g, dtype=F64)) + 0.5 * z @ b / latent**0.5
+    return Mixtures(random_weights(g, p, k), means, (log_uniform(g, 0.02, 0.25, p, 1, 1) ** 2).expand(p, k, d))
+
+
+def heavy(g: torch.Generator, p: int, k: int, d: int) -> Mixtures:
+    """One centre and several scales: heavy tails."""
+    scale = (0.8 * torch.randn(p, k, 1, generator=g, dtype=F64)).exp()
+    means = 0.1 * torch.rand(p, 1, 1, generator=g, dtype=F64) * torch.randn(p, k, d, generator=g, dtype=F64)
+    return Mixtures(random_weights(g, p, k), means, scale.square().expand(p, k, d))
+
+
+def few(g: torch.Generator, p: int, k: int, d: int) -> Mixtures:
+    """Few separate components of one width."""
+    means = torch.randn(p, k, d, generator=g, dtype=F64)
+    return Mixtures(random_weights(g, p, k), means, (log_uniform(g, 0.04, 0.4, p, 1, 1) ** 2).expand(p, k, d))
+
+
+def tree(g: torch.Generator, p: int, branches: int, depth: int, spectrum: Tensor) -> Mixtures:
+    """Components that branch again and again: the leaves of a tree whose splits become finer."""
+    problems = []
+    for _ in range(p):
+        means = torch.zeros(1, len(spectrum), dtype=F64)
+        finer = float(0.35 + 0.4 * torch.rand(1, generator=g))
+        for level in range(depth):
+            # finer splits reach directions of smaller variance
+            tilt = (spectrum / spectrum.max()) ** (0.5 * (1 - level / depth))
+            step = (spectrum * tilt).sqrt() * finer**level
+            split = torch.randn(len(means), branches, len(spectrum), generator=g, dtype=F64) * step
+            means = (means[:, None] + split).flatten(0, 1)
+        inside = spectrum * float(log_uniform(g, 0.002, 0.1, 1))
+        k = len(means)
+        weights = torch.full((1, k), 1 / k, dtype=F64)
+        problems.append(Mixtures(weights, means[None], inside.expand(1, k, -1).contiguous()))
+    return stack(problems)
+
+
+def image_spectrum(n: int, power: float, floor: float = 1e-3, channels: int = 1) -> Tensor:
+    """Variances 1/f^power of n × n images in the basis of cosines, with mean 1."""
+    i = torch.arange(n, dtype=F64)
+    f2 = (i[:, None] ** 2 + i**2).flatten()
+    c = (0.3 + f2) ** (-power / 2)
+    c = torch.cat([c * 0.3**k for k in range(channels)])
+    c = c / c.mean() + floor
+    return c / c.mean()
+
+
+def log_spread(d: int, ratio: float) -> Tensor:
+    """Variances whose logarithms are even, with mean 1."""
+    c = torch.linspace(0, math.log(ratio), d, dtype=F64).exp()
+    return c / c.mean()
+
+
+def standardised(m: Mixtures) -> Mixtures:
+    """Each problem with mean 0 and with the unit of levels of its spectrum, :func:`unit_of`, equal to 1."""
+    m = m.centred()
+    if m.means.shape[-1] <= 64:
+        spectra = torch.linalg.eigvalsh(m.covariance())
+    else:
+        spectra = m.variance()  # nearly diagonal
+    return m.scaled(torch.tensor([1 / unit_of(c) for c in spectra], dtype=F64))
+
+
+def mixtures(seed: int, largest: int = 4096) -> list[Mixtures]:
+    """Mixtures of all kinds, each standardised; half of them have spectra like those of images.
+
+    Arguments:
+        seed: Seed.
+        largest: Largest number of dimensions.
+    """
+    g = torch.Generator().manual_seed(seed)
+    powers = (2 + 2 * torch.rand(5, generator=g, dtype=F64)).tolist()
+    steep = [image_spectrum(8, a, floor=float(log_uniform(g, 1e-4, 1e-2, 1))) for a in powers]
+    white = torch.ones(12, dtype=F64)
+    found = [
+        *(from_spectrum(c, 2, 1, seed + i) for i, c in enumerate(steep[:3])),  # Gaussians
+        *(from_spectrum(c, 3, 3, seed + 10 + i) for i, c in enumerate(steep)),
+        from_spectrum(steep[0], 2, 12, seed + 20),
+        tree(g, 3, 3, 2, steep[1]),
+        tree(g, 2, 4, 2, log_spread(24, 30.0)),
+        from_spectrum(white, 2, 8, seed + 21),
+        from_spectrum(log_spread(32, 600.0), 3, 8, seed + 22),
+        clusters(g, 4, 10, 2),
+        clusters(g, 2, 8, 6),
+        clusters(g, 3, 8, 24),
+        sheet(g, 3, 16, 3, 2),
+        heavy(g, 2, 5, 12),
+        few(g, 3, 6, 2),
+        from_spectrum(image_spectrum(28, 3.0), 1, 4, seed + 31),
+        from_spectrum(image_spectrum(32, 2.5, channels=3), 1, 3, seed + 32),
+    ]
+    return [standardised(m) for m in found if m.means.shape[-1] <= largest]
+
+
+def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
+    """Mixtures with errors of a network, in batches.
+
+    The errors are from 0.5 to 6 per cent of the prediction; the scale of each problem is known to some 15 per cent.
+
+    Arguments:
+        seed: Seed.
+        predicts: ``"data"`` for x0, v and velocity networks, ``"noise"`` for ε networks, ``"any"`` for both.
+        largest: Largest number of dimensions.
+    """
+    g = torch.Generator().manual_seed(seed + 5)
+    small, large = [], []
+    for i, m in enumerate(mixtures(seed, largest)):
+        p, k, d = m.means.shape
+        m = m.scaled((0.15 * torch.randn(p, generator=g, dtype=F64)).exp())
+        kind = {"noise": "eps", "data": ("v", "v", "x0")[i % 3], "any": ("v", "eps", "x0")[i % 3]}[predicts]
+        size = log_uniform(g, 0.005, 0.06, p)
+        drift = float(log_uniform(g, 0.4, 1.6, 1))
+        first = torch.tensor(FIRST, dtype=F64)[torch.randint(len(FIRST), (p,), generator=g)]
+        batch = Problems.of(m, first, Waves.draw(p, d, predicts=kind, size=size, drift=drift, seed=seed + 10 + i))
+        (large if d > 64 else small).append(batch)
+    return [merge(small), *large]

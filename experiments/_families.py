@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from scoresde.fitting.mixtures import Mixtures, Problems, Waves, from_spectrum, merge, stack
+from scoresde.fitting.mixtures import Bends, Mixtures, Problems, Waves, from_spectrum, merge, stack
 from scoresde.solvers.universal import unit_of
 
 F64 = torch.float64
@@ -92,48 +92,57 @@ def log_spread(d: int, ratio: float) -> Tensor:
 def standardised(m: Mixtures) -> Mixtures:
     """Each problem with mean 0 and with the unit of levels of its spectrum, :func:`unit_of`, equal to 1."""
     m = m.centred()
-    if m.means.shape[-1] <= 64:
-        spectra = torch.linalg.eigvalsh(m.covariance())
-    else:
-        spectra = m.variance()  # nearly diagonal
+    # the covariances of the large ones are nearly diagonal
+    spectra = torch.linalg.eigvalsh(m.covariance()) if m.means.shape[-1] <= 64 else m.variance()
     return m.scaled(torch.tensor([1 / unit_of(c) for c in spectra], dtype=F64))
 
 
 def mixtures(seed: int, largest: int = 4096) -> list[Mixtures]:
-    """Mixtures of all kinds, each standardised; half of them have spectra like those of images.
+    """Exact mixtures of all kinds, each standardised.
 
     Arguments:
         seed: Seed.
         largest: Largest number of dimensions.
     """
     g = torch.Generator().manual_seed(seed)
-    powers = (2 + 2 * torch.rand(5, generator=g, dtype=F64)).tolist()
-    steep = [image_spectrum(8, a, floor=float(log_uniform(g, 1e-4, 1e-2, 1))) for a in powers]
-    white = torch.ones(12, dtype=F64)
+    steep = [image_spectrum(8, float(a)) for a in 2 + 2 * torch.rand(2, generator=g, dtype=F64)]
     found = [
-        *(from_spectrum(c, 2, 1, seed + i) for i, c in enumerate(steep[:3])),  # Gaussians
-        *(from_spectrum(c, 3, 3, seed + 10 + i) for i, c in enumerate(steep)),
-        from_spectrum(steep[0], 2, 12, seed + 20),
-        tree(g, 3, 3, 2, steep[1]),
-        tree(g, 2, 4, 2, log_spread(24, 30.0)),
-        from_spectrum(white, 2, 8, seed + 21),
-        from_spectrum(log_spread(32, 600.0), 3, 8, seed + 22),
-        clusters(g, 4, 10, 2),
-        clusters(g, 2, 8, 6),
-        clusters(g, 3, 8, 24),
-        sheet(g, 3, 16, 3, 2),
+        *(from_spectrum(c, 2, 3, seed + i) for i, c in enumerate(steep)),
+        tree(g, 2, 3, 2, steep[1]),
+        from_spectrum(log_spread(24, 1e3), 2, 8, seed + 20),
+        from_spectrum(torch.ones(12, dtype=F64), 2, 8, seed + 21),
+        clusters(g, 3, 10, 2),
+        clusters(g, 2, 8, 24),
+        sheet(g, 2, 16, 3, 2),
         heavy(g, 2, 5, 12),
-        few(g, 3, 6, 2),
+        few(g, 2, 6, 2),
         from_spectrum(image_spectrum(28, 3.0), 1, 4, seed + 31),
         from_spectrum(image_spectrum(32, 2.5, channels=3), 1, 3, seed + 32),
     ]
     return [standardised(m) for m in found if m.means.shape[-1] <= largest]
 
 
-def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
-    """Mixtures with errors of a network, in batches.
+def bent(seed: int, p: int = 24, d: int = 32) -> tuple[Mixtures, Bends]:
+    """Gaussians with even logarithms of the variances, and smooth nonlinear parts, as networks of images have."""
+    g = torch.Generator().manual_seed(seed + 77)
+    ratios = log_uniform(g, 3e2, 1e5, p)
+    c = torch.stack([log_spread(d, float(r)) for r in ratios])
+    flat = Mixtures(torch.ones(p, 1, dtype=F64), torch.zeros(p, 1, d, dtype=F64), c[:, None])
+    data = scale_jitter(standardised(flat), g)
+    strength = log_uniform(g, 0.3, 1.8, p)
+    reach = float(log_uniform(g, 1.2, 2.5, 1))
+    return data, Bends.draw(data.variance(), strength=strength, reach=reach, drift=0.3, seed=seed + 78)
 
-    The errors are from 0.5 to 6 per cent of the prediction; the scale of each problem is known to some 15 per cent.
+
+def scale_jitter(m: Mixtures, g: torch.Generator) -> Mixtures:
+    """Scales that are known to some 15 per cent."""
+    return m.scaled((0.15 * torch.randn(len(m.weights), generator=g, dtype=F64)).exp())
+
+
+def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
+    """Exact mixtures, and Gaussians with smooth nonlinear parts, all with errors of a network, in batches.
+
+    The errors are from 0.3 to 6 per cent of the prediction.
 
     Arguments:
         seed: Seed.
@@ -142,13 +151,16 @@ def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
     """
     g = torch.Generator().manual_seed(seed + 5)
     small, large = [], []
-    for i, m in enumerate(mixtures(seed, largest)):
-        p, k, d = m.means.shape
-        m = m.scaled((0.15 * torch.randn(p, generator=g, dtype=F64)).exp())
-        kind = {"noise": "eps", "data": ("v", "v", "x0")[i % 3], "any": ("v", "eps", "x0")[i % 3]}[predicts]
-        size = log_uniform(g, 0.005, 0.06, p)
-        drift = float(log_uniform(g, 0.4, 1.6, 1))
+
+    def batch(i: int, m: Mixtures, bends: Bends | None = None) -> Problems:
+        p, _, d = m.means.shape
+        kind = {"noise": "eps", "data": "v", "any": ("v", "eps")[i % 2]}[predicts]
+        size = log_uniform(g, 0.003, 0.06, p)
+        drift = float(log_uniform(g, 0.2, 1.0, 1))
         first = torch.tensor(FIRST, dtype=F64)[torch.randint(len(FIRST), (p,), generator=g)]
-        batch = Problems.of(m, first, Waves.draw(p, d, predicts=kind, size=size, drift=drift, seed=seed + 10 + i))
-        (large if d > 64 else small).append(batch)
-    return [merge(small), *large]
+        waves = Waves.draw(p, d, predicts=kind, size=size, drift=drift, seed=seed + 10 + i)
+        return Problems.of(m, first, waves, bends)
+
+    for i, m in enumerate(mixtures(seed, largest)):
+        (large if m.means.shape[-1] > 64 else small).append(batch(i, scale_jitter(m, g)))
+    return [merge(small), *(batch(100 + k, *bent(seed + k, 12)) for k in range(2)), *large]

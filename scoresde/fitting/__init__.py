@@ -4,6 +4,7 @@ from scoresde.fitting.fit import Descent, Split, fit
 from scoresde.fitting.grids import align_your_steps, equal_error, gaussian_grid, gits
 from scoresde.fitting.statistics import estimate_entry_statistics, estimate_statistics
 from scoresde.fitting.trajectories import expansion
+from scoresde.fitting.without_model import fit_to_data
 
 __all__ = [
     "Descent",
@@ -14,6 +15,7 @@ __all__ = [
     "estimate_statistics",
     "expansion",
     "fit",
+    "fit_to_data",
     "gaussian_grid",
     "gits",
 ]

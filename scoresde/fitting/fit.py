@@ -138,8 +138,8 @@ def fit(
 
     Arguments:
         solver: Plan to begin from; a solver, whose weights follow the times and are corrected by the fit; or a number
-            of evaluations. The fit then begins from several plans, :func:`begin_plans`, and goes on with the one that
-            is best after some iterations.
+            of evaluations. The fit then begins from the default plan, two others on the network's own times and the
+            universal plan, and goes on with the one that is best after some iterations.
         model: Denoiser; its parameters do not change. Conditions belong to it, as in ``model.given(label=y)``, with one
             row for each trajectory.
         shape_or_x: Shape (B, *event) of the trajectories, held-out ones included; or their initial states, at T with

@@ -79,7 +79,9 @@ class Mixtures:
 
 @dataclass(frozen=True)
 class Waves:
-    r"""Smooth errors of networks: of their predictions, of the size η in each entry,
+    r"""Smooth errors of networks.
+
+    The error of a prediction has the size η in each entry. That of the denoised state is
 
     .. math:: \delta(y, s) = \eta\,h(s) \sum_j a_j \cos\!\Big(b_j^T \frac{y}{\sqrt{1 + s^2}} + \nu_j \log s + c_j\Big)
 
@@ -119,7 +121,9 @@ class Waves:
         height = size[:, None] * torch.tensor([[float(predicts == kind) for kind in KINDS]], dtype=torch.float64)
         phases = 2 * torch.pi * torch.rand(p, 1, _PHASES, generator=g, dtype=torch.float64)
         directions = 1.5 * normal(p, d, _PHASES) / d**0.5
-        return cls(height, directions, drift * normal(p, 1, _PHASES), phases, normal(p, _PHASES, d) * (2 / _PHASES) ** 0.5)
+        return cls(
+            height, directions, drift * normal(p, 1, _PHASES), phases, normal(p, _PHASES, d) * (2 / _PHASES) ** 0.5
+        )
 
     def __call__(self, y: Tensor, s: Tensor) -> Tensor:
         """Error of the data prediction.
@@ -135,6 +139,55 @@ class Waves:
 
 
 @dataclass(frozen=True)
+class Bends:
+    r"""Smooth nonlinear parts of the denoised state, for data whose linear part is Gaussian with variances c.
+
+    .. math:: \delta_i(y, s) = \kappa\,\frac{c_i\,s}{c_i + s^2} \sum_j a_{ji}
+              \cos\!\Big(b_j^T \frac{y}{\sqrt{c + s^2}} + \nu_j \log s + \varphi_j\Big)
+
+    The factor has the size of the posterior's standard deviation at low noise and vanishes at high noise, as what a
+    network that generalises adds to the linear part. Every direction weighs by its share of the variance.
+
+    Arguments:
+        variances: Variances c, (P, 1, D).
+        strength: Sizes κ, (P, 1, 1).
+        waves: Directions b, frequencies ν, phases φ and directions a.
+    """
+
+    variances: Tensor
+    strength: Tensor
+    waves: Waves
+
+    @classmethod
+    def draw(cls, variances: Tensor, *, strength: Tensor, reach: float, drift: float, seed: int) -> Bends:
+        """Random nonlinear parts.
+
+        Arguments:
+            variances: Variances of the data, (P, D).
+            strength: Sizes κ, (P,).
+            reach: Standard deviation of the phase over the states.
+            drift: Standard deviation of ν.
+            seed: Seed.
+        """
+        p, d = variances.shape
+        waves = Waves.draw(p, d, predicts="x0", size=strength, drift=drift, seed=seed)
+        share = (variances / variances.sum(1, keepdim=True)).sqrt() * (reach / 1.5 * d**0.5)
+        waves = replace(waves, directions=waves.directions * share[..., None])
+        return cls(variances[:, None], strength[:, None, None], waves)
+
+    def __call__(self, y: Tensor, s: Tensor) -> Tensor:
+        """Nonlinear part of the denoised state.
+
+        Arguments:
+            y: States, (P, B, D).
+            s: Noise levels, () or (P, 1, 1).
+        """
+        total, w = self.variances + s.square(), self.waves
+        wave = torch.cos((y / total.sqrt()) @ w.directions + w.drifts * s.log() + w.phases) @ w.outputs
+        return self.strength * (self.variances * s / total) * wave
+
+
+@dataclass(frozen=True)
 class Problems:
     """A batch of mixtures, with errors of networks or without, whose flows begin at given noise levels.
 
@@ -143,25 +196,30 @@ class Problems:
         first: Noise levels at T, (P, 1, 1).
         dimensions: Numbers of dimensions before the padding, (P,).
         waves: Errors of the networks.
+        bends: Nonlinear parts that are added to the exact posterior means.
     """
 
     data: Mixtures
     first: Tensor
     dimensions: Tensor
     waves: Waves | None = None
+    bends: Bends | None = None
 
     @classmethod
-    def of(cls, data: Mixtures, first: float | Tensor, waves: Waves | None = None) -> Problems:
+    def of(
+        cls, data: Mixtures, first: float | Tensor, waves: Waves | None = None, bends: Bends | None = None
+    ) -> Problems:
         """Problems of equal shapes.
 
         Arguments:
             data: Exact mixtures.
             first: Noise level at T, of all problems or of each.
             waves: Errors of the networks.
+            bends: Nonlinear parts that are added to the exact posterior means.
         """
         p, _, d = data.means.shape
         levels = torch.as_tensor(first, dtype=torch.float64).expand(p).reshape(p, 1, 1)
-        return cls(data, levels, torch.full((p,), float(d), dtype=torch.float64), waves)
+        return cls(data, levels, torch.full((p,), float(d), dtype=torch.float64), waves, bends)
 
     def __len__(self) -> int:
         return len(self.dimensions)
@@ -173,8 +231,10 @@ class Problems:
             y: States, (P, B, D).
             s: Noise levels, () or (P, 1, 1).
         """
-        exact = self.data.x0(y, s)
-        return exact if self.waves is None else exact + self.waves(y, s)
+        out = self.data.x0(y, s)
+        for part in (self.waves, self.bends):
+            out = out if part is None else out + part(y, s)
+        return out
 
     def draw(self, n: int, seed: int) -> Tensor:
         """Initial states of pure noise, (P, n, D); 0 in dimensions of the padding.
@@ -216,7 +276,9 @@ class Problems:
 
 
 def merge(parts: Sequence[Problems]) -> Problems:
-    """Several batches, all with errors or all without, as one, padded to the largest numbers of components and dimensions.
+    """Several batches without bends as one, padded to the largest numbers of components and of dimensions.
+
+    Either all have errors of networks, or none has.
 
     Arguments:
         parts: Batches.

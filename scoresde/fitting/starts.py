@@ -40,9 +40,7 @@ def begin_plans(nfe: int, model: AbstractDenoiser, gaussian: Gaussian | None) ->
         std = float(gaussian.spectrum.mean().sqrt())
         low, high = sde.lam(sde.T), sde.lam(sde.t_min)
         ends = [sde.t_of_lam(min(max(-math.log(s * std), low), high)) for s in (_SECOND, _LAST)]
-        makers.append(
-            lambda: VelocityAB(2).plan(sde, uniform_lam(sde, nfe, t_start=ends[0], t_min=ends[1]))
-        )
+        makers.append(lambda: VelocityAB(2).plan(sde, uniform_lam(sde, nfe, t_start=ends[0], t_min=ends[1])))
     if nfe in tables("data"):
         makers.append(lambda: plan_for(model, Universal(), nfe=nfe, gaussian=gaussian))
     plans = []

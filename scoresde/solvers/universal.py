@@ -165,8 +165,8 @@ class Universal(Solver):
         if nfe not in found:
             allowed = ", ".join(map(str, sorted(found)))
             raise ValueError(
-                f"Universal has tables for {allowed} evaluations, got {nfe}; take one of these numbers, or a solver for "
-                f"any number, such as ss.default_solver({nfe}, model)."
+                f"Universal has tables for {allowed} evaluations, got {nfe}; take one of these numbers, or a solver "
+                f"for any number, such as ss.sampling.default_solver({nfe}, model)."
             )
         return found[nfe]
 

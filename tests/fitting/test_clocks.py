@@ -84,16 +84,21 @@ def test_other_denoisers_pass(name: str) -> None:
     assert not hides_time(SEEN[name](), X, TIMES)
 
 
-def test_a_fit_to_rounded_labels_fits_the_weights_and_gains() -> None:
+def test_a_fit_to_rounded_labels_fits_levels_and_weights_and_gains() -> None:
     model = HIDDEN["nearest index"]()
     options: dict[str, Any] = {"start": ss.Start(dtype=torch.float64), "steps": 8, "teacher": TEACHER}
-    with pytest.warns(UserWarning, match="autograd sees no derivative: .*nearest_index.*only the weights are"):
+    with pytest.warns(UserWarning, match="autograd sees no derivative: .*nearest_index.*only the levels of the states"):
         plan = ss.fit(PLAN, model, (24, 1), **options)
-    assert plan.meta["what"] == ["weights"]
+    assert plan.meta["what"] == ["times", "weights"]
+    evaluated = [[row.t for row in p.rows if row.evaluates] for p in (plan, PLAN)]
+    assert evaluated[0] == pytest.approx(evaluated[1]), "the times of the evaluations stay"
+    assert plan.meta["levels"][1:-1] != pytest.approx(evaluated[0][1:]), "and the levels of the states move"
     errors = plan.meta["held_out"]
     assert errors["after"]["mean_log"] < 0.9 * errors["before"]["mean_log"]
-    for what in (("times",), ("network_times", "weights")):
-        with pytest.raises(ValueError, match=r"times cannot be fitted; give `what`=\('weights',\), or make the labels"):
+    for what in (("network_times",), ("network_times", "weights")):
+        with pytest.raises(
+            ValueError, match=r"cannot be fitted; give `what`=\('times', 'weights'\), or make the labels"
+        ):
             ss.fit(PLAN, model, (24, 1), what=what, **options)
 
 

@@ -330,3 +330,53 @@ PLAN = ss.VelocityAB(2).plan(SDE, ss.grids.karras(SDE, 4))
 def test_bad_input_is_refused(call: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()
+
+
+# From where a fit begins.
+
+
+def test_a_number_of_evaluations_begins_from_the_best_of_several_plans() -> None:
+    x, truth = ends(48)
+    fresh, target = ends(128, seed=1)
+    plan = fit(5, MODEL, x, teacher=truth, steps=15)
+    tried = plan.meta["tried"]
+    assert len(tried) >= 4 and plan.nfe == 5
+    scores = {name: values[-1] for name, values in tried.items() if len(values) == 2}
+    assert len(scores) == 3 and plan.meta["from"] == min(scores, key=lambda name: scores[name])
+    first = {name: values[0] for name, values in tried.items()}
+    assert set(scores) == set(sorted(first, key=lambda name: first[name])[:3]), "the best few are tried"
+    begun = ss.UniPC(2).plan(SDE, ss.grids.uniform_t(SDE, 5))
+    assert median(ss.sample(MODEL, fresh, plan), target) < 0.25 * median(ss.sample(MODEL, fresh, begun), target)
+
+
+@pytest.mark.parametrize("sde", [ss.Flow(), ss.Cosine(), ss.EDM()], ids=repr)
+def test_fits_begin_from_the_universal_plan_on_every_process(sde: ss.SDE) -> None:
+    model = mixture(sde)
+    x = sde.sigma(sde.T) * normals(24, 8, seed=3)
+    begun = ss.solvers.Universal(0.8).plan(sde, ss.grids.uniform_t(sde, 5))
+    plan = fit(begun, model, x, steps=10)
+    errors = plan.meta["held_out"]
+    assert errors["after"]["mean_log"] < errors["before"]["mean_log"]
+    assert abs(point_mass_defect(plan, sde)) < 1e-9
+    found = (
+        (ss.sample(model, x[:8], begun) - ss.sample(model, x[:8], ss.VelocityAB(3), steps=200)).square().mean(1).sqrt()
+    )
+    assert float(found.log().mean().exp()) == pytest.approx(errors["before"]["mean_log"], rel=0.2), (
+        "begins where it said"
+    )
+
+
+def test_a_gaussian_start_has_starts_of_its_own() -> None:
+    x, truth = ends(24)
+    plan = fit(4, MODEL, x, start=START, teacher=truth, steps=5)
+    assert plan.nfe == 4 and len(plan.meta["tried"]) == 2 and plan.times[0] < SDE.T
+
+
+def test_samples_in_another_basin_are_counted() -> None:
+    x, truth = ends(24)
+    moved = truth.clone()
+    moved[:3] += 10.0  # three of the held-out samples
+    begun = ss.VelocityAB(3).plan(SDE, ss.grids.quadratic_vp(SDE, 20))
+    plan = fit(begun, MODEL, x, teacher=moved, what=("weights",), steps=1)
+    assert plan.meta["far"]["before"] == 3
+    assert fit(begun, MODEL, x, teacher=truth, what=("weights",), steps=1).meta["far"]["before"] == 0

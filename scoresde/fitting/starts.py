@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 from scoresde.denoisers.base import AbstractDenoiser
@@ -35,13 +36,14 @@ def begin_plans(nfe: int, model: AbstractDenoiser, gaussian: Gaussian | None) ->
     if gaussian is None:
         corrected = with_corrector(VelocityAB(2))
         makers.append(lambda: plan_for(model, nfe=nfe))
-        makers += [lambda rule=rule: rule.plan(sde, uniform_t(sde, nfe)) for rule in (UniPC(2), corrected)]
+        makers += [partial(rule.plan, sde, uniform_t(sde, nfe)) for rule in (UniPC(2), corrected)]
     else:
         std = float(gaussian.spectrum.mean().sqrt())
         low, high = sde.lam(sde.T), sde.lam(sde.t_min)
         ends = [sde.t_of_lam(min(max(-math.log(s * std), low), high)) for s in (_SECOND, _LAST)]
         makers.append(lambda: VelocityAB(2).plan(sde, uniform_lam(sde, nfe, t_start=ends[0], t_min=ends[1])))
-    if nfe in tables("data"):
+    kind = "noise" if model.kind.predicts in ("eps", "score") else "data"
+    if nfe in tables("gaussian" if gaussian is not None else kind):
         makers.append(lambda: plan_for(model, Universal(), nfe=nfe, gaussian=gaussian))
     plans = []
     with warnings.catch_warnings():

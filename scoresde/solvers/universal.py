@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,14 +75,14 @@ class UniversalTable:
         """The table for data of another scale: all levels times `scale`."""
         return replace(self, levels=self.levels * scale, network_levels=self.network_levels * scale)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, list[float] | list[list[float]]]:
         """Lists of numbers with six digits; of the weights, the lower triangle."""
         rows = [[_digits(w) for w in row[:r].tolist()] for r, row in enumerate(self.weights)][1:]
         levels, network_levels = ([_digits(v) for v in t.tolist()] for t in (self.levels, self.network_levels))
         return {"levels": levels, "network_levels": network_levels, "weights": rows}
 
     @classmethod
-    def from_dict(cls, table: Mapping[str, Any]) -> UniversalTable:
+    def from_dict(cls, table: Mapping[str, Sequence[float] | Sequence[Sequence[float]]]) -> UniversalTable:
         """The table of :meth:`to_dict`; each row of weights sums to one exactly.
 
         Arguments:

@@ -69,7 +69,7 @@ def value_of(thing: object) -> Hashable:
 
 def _by_name(function: FunctionType) -> FunctionType:
     """A function of the library that can be found by its name, which therefore has no variables of its own."""
-    if function.__module__.startswith(_PACKAGE):
+    if (function.__module__ or "").startswith(_PACKAGE):  # code that was executed from a text has no module
         found: object = sys.modules.get(function.__module__)
         for name in function.__qualname__.split("."):
             found = getattr(found, name, None)

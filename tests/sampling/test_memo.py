@@ -246,3 +246,11 @@ def test_equal_numbers_of_different_types_are_different_values() -> None:
     things = [1, 1.0, True, "1", None, (1,), (1.0,), (True,), ((1.0,),), ()]
     values = [value_of(thing) for thing in things]
     assert len(set(values)) == len(things)
+
+
+def test_a_function_that_was_executed_from_a_text_has_no_module_and_no_value() -> None:
+    space: dict[str, Any] = {}
+    exec("def square(x): return x * x", space)
+    assert space["square"].__module__ is None
+    with pytest.raises(Unknown):
+        value_of(space["square"])

@@ -118,3 +118,24 @@ def test_inductor_runs_a_plan() -> None:
     compiled = torch.compile(lambda x: run(plan, model.x0, x), fullgraph=True)
     (x,) = states()[0]
     torch.testing.assert_close(compiled(x), run(plan, model.x0, x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_inductor_makes_one_pass_of_an_update() -> None:
+    if reason := no_compiler():
+        pytest.skip(reason)
+    from torch._inductor import metrics
+
+    rows = (ss.plan.Row(1.0, evaluates=True), ss.plan.Row(0.5, x=((0, 0.9),), d=((0, 0.3),), z=((0, 0.2),), one=0.1))
+    plan, (x,), d, z = ss.Plan(rows), states()[0], torch.ones(4, 2), torch.full((4, 2), 2.0)
+
+    class Given:
+        def like(self, x: Tensor, draw: int) -> Tensor:
+            return z
+
+    source = Given()
+    compiled = torch.compile(lambda x: run(plan, lambda x, t: d, x, source), fullgraph=True)
+    metrics.reset()
+    torch.testing.assert_close(compiled(x), 0.9 * x + 0.3 * d + 0.2 * z + 0.1)
+    assert metrics.generated_kernel_count == 1

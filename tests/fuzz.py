@@ -58,9 +58,8 @@ SIGNED = "seed draw offset lap stream value k t index step row order rows node".
 POSITIVE = """T t_min t_start t_end t s rtol atol tol data_std sigma_data sigma_min sigma_max std lr bandwidth
         first_step safety beta_start max_beta margin robust size decay drop sigma beta_min quantile
         threshold s_churn s_noise""".split()
-FREE = (
-    "name note sde path folder device save_device message who limit progress prefix entry reason licence notes".split()
-)  # texts of any words
+FREE = """name note sde path folder device save_device message who limit progress prefix entry reason licence notes
+        why""".split()  # texts of any words
 
 
 # targets

@@ -458,6 +458,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "encode": lambda v: {"steps": 3},
     "decode": lambda v: {"steps": 3},
     "plan_for": lambda v: {"steps": 3},
+    "Recommendation": lambda v: {"solver": ss.DDIM(), "grid": ss.grids.karras, "why": "It is simple."},
     "Autocast": lambda v: {"net": torch.nn.Identity()},
     "capture": lambda v: {"shape": tuple(v["x"].shape), "steps": 2},
     "profile": lambda v: {"shape": tuple(v["x"].shape), "steps": 2, "repeats": 1},

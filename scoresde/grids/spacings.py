@@ -279,7 +279,7 @@ def _even_in(
     if check.integer("steps", steps, at_least=1) > 1 and 0 < start <= sde.T and t_end == 0 and sde.sigma(0.0) == 0:
         first = torch.tensor(ends(start, 0.0)[0], dtype=torch.float64, device="cpu")
         even = float(times_of_lam(sde, lam_of_clock(first / steps**k)))
-        least = sde.t_min if t_min is None else t_min
+        least = sde.t_min if t_min is None else check.number("t_min", t_min, above=0)
         t_min = max(even, least) if 0 < least < start else even
     return make_grid(sde, steps, t_start, t_end, spacing, t_min, reaches_zero=False)
 

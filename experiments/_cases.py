@@ -12,7 +12,7 @@ from torch import Tensor
 
 import scoresde as ss
 
-sys.path.insert(0, str(Path(__file__).parent / "interop"))
+sys.path.append(str(Path(__file__).parent / "interop"))
 
 SELECTION = ("epsilon, linear", "v, cosine", "velocity, flow", "digits")
 HELD_OUT = ("epsilon, scaled linear", "velocity, shifted flow", "x0, cosine")

@@ -99,7 +99,7 @@ def scheduled(make: Callable[[], Any], vp: ss.SDE, model: Any, x: Tensor, n: int
         if type(scheduler).__name__.startswith("EDM"):
             return edm_loop(scheduler, model, x)
         return vp_loop(scheduler, model.under(vp), x * (vp.alpha(vp.T) / model.sde.alpha(model.sde.T)))
-    except (ValueError, IndexError, NotImplementedError, RuntimeError):
+    except (ValueError, IndexError, NotImplementedError, RuntimeError, AssertionError):
         return None  # the scheduler does not have this grid, or fails on it
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+ItemT = TypeVar("ItemT")
 
 
 class Bar:
@@ -39,3 +42,19 @@ class Bar:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def each(items: Iterable[ItemT], show: bool | str, text: str, unit: str = "step") -> Iterator[ItemT]:
+    """The items, under a bar that moves by one when the next is asked for.
+
+    Arguments:
+        items: Items.
+        show: Whether to show the bar, as in :class:`Bar`.
+        text: Text before the bar.
+        unit: Name of an item.
+    """
+    known = list(items)
+    with Bar(show, len(known), text, unit) as bar:
+        for k, item in enumerate(known):
+            yield item
+            bar.to(k + 1)

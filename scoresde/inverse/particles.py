@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde._progress import each
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.start import Start
@@ -66,6 +67,7 @@ def twisted_smc(
     variance: str = "optimal",
     start: Start | Gaussian | None = None,
     seed: int | Noise | None = None,
+    progress: bool | str = False,
 ) -> Particles:
     r"""Twisted diffusion sampler: sequential Monte Carlo with guided proposals, for any likelihood.
 
@@ -99,6 +101,7 @@ def twisted_smc(
             ``"optimal"`` v depends on the particles, and the evidence has a bias of order 1/N.
         start: Scale, dtype and device of the initial particles, as in ``ss.solve``.
         seed: Seed of the noise, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     References:
         | Analytic-DPM (Bao et al., 2022), arXiv:2201.06503, theorem 1, for the variance
@@ -117,7 +120,7 @@ def twisted_smc(
     log_w, log_z, ess = log_twist, 0.0, []
     finite = check.Finite("the log-twists")  # one that is not finite changes the weights of all particles
     finite.add(log_twist, times[0])
-    for k, (t, s) in enumerate(pairwise(times)):
+    for k, (t, s) in enumerate(each(pairwise(times), progress, "twisted SMC")):
         ess.append(_effective(log_w))
         if ess[-1] < threshold * len(x):
             log_z += _log_mean(log_w)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde._progress import each
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.start import Start
@@ -44,6 +45,7 @@ def ddrm(
     eta_b: float = 1.0,
     start: Start | Gaussian | None = None,
     seed: Seed = None,
+    progress: bool | str = False,
 ) -> Solution:
     r"""Denoising diffusion restoration (DDRM): DDIM in the singular coordinates of A, each with its own noise level.
 
@@ -66,6 +68,7 @@ def ddrm(
         eta_b: Weight η_b of the measurement where σ_s ≥ n, in [0, 1].
         start: Scale, dtype and device of the initial state, as in ``ss.solve``.
         seed: Seed of the noise: an integer, one integer for each sample, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     References:
         | Denoising Diffusion Restoration Models (Kawar et al., 2022), arXiv:2201.11793
@@ -86,7 +89,7 @@ def ddrm(
         c = of_state(x)
         x = x + to_state(torch.where(left > 0, alpha * y + left.clamp_min(0).sqrt() * c / sigma, c) - c)
     c_eps = math.sqrt(1 - eta**2)
-    for k, (t, s) in enumerate(pairwise(times)):
+    for k, (t, s) in enumerate(each(pairwise(times), progress, "ddrm")):
         x0 = problem.model.x0(x, t)
         alpha, sigma = sde.alpha(s), sde.sigma(s)
         z = steps.like(x, k)
@@ -115,6 +118,7 @@ def daps(
     langevin: int = 100,
     start: Start | Gaussian | None = None,
     seed: Seed = None,
+    progress: bool | str = False,
 ) -> Solution:
     r"""Decoupled annealing (DAPS): at each noise level, solve to data, sample given y, and add noise again.
 
@@ -139,6 +143,7 @@ def daps(
             Gaussian; they evaluate the operator, not the network.
         start: Scale, dtype and device of the initial state, as in ``ss.solve``.
         seed: Seed of the noise: an integer, one integer for each sample, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     References:
         | Improving Diffusion Inverse Problem Solving with Decoupled Noise Annealing (Zhang et al., 2025),
@@ -154,7 +159,7 @@ def daps(
     inner_solver = DPMSolverPP(2) if solver is None else solver
     draws = problem.steps
     x = problem.draw(times[0])
-    for k, (t, s) in enumerate(pairwise(times)):
+    for k, (t, s) in enumerate(each(pairwise(times), progress, "daps")):
         inner = quadratic_vp(sde, steps if t > sde.t_min else 1, t_start=t)
         x0 = sample(problem.model, x, inner_solver, grid=inner, seed=draws.fork(k))
         ratio = sde.sigma(t) / max(sde.alpha(t), 1e-12)
@@ -235,6 +240,7 @@ def red_diff(
     weight: float = 0.25,
     start: Start | None = None,
     seed: Seed = None,
+    progress: bool | str = False,
 ) -> Solution:
     r"""Regularisation by denoising (RED-diff): Adam on a state μ, with one step for each time of the grid.
 
@@ -255,6 +261,7 @@ def red_diff(
         weight: Weight w of the regulariser.
         start: Dtype and device of the state, if a shape is given.
         seed: Seed of ε: an integer, one integer for each sample, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     References:
         | A Variational Perspective on Solving Inverse Problems with Diffusion Models (Mardani et al., 2024),
@@ -271,7 +278,7 @@ def red_diff(
             mu = mu + seen.operator.pinv(seen.data(mu))
     check.number("lr", lr, above=0)
     adam = torch.optim.Adam([mu.requires_grad_()], lr=lr, betas=(0.9, 0.99))
-    for k, t in enumerate(t for t in times if sde.sigma(t) > 0):
+    for k, t in enumerate(each((t for t in times if sde.sigma(t) > 0), progress, "red_diff")):
         with torch.no_grad():
             at = before_silence(sde, t)
             alpha, sigma = sde.alpha(at), sde.sigma(at)

@@ -151,6 +151,7 @@ def log_prob(
     scale: Standardize | None = None,
     seed: int | Sequence[int] | Noise | None = None,
     grad: str = "off",
+    progress: bool | str = False,
 ) -> LogProb:
     r"""Log-density of each sample in nats, by the probability flow from data to noise.
 
@@ -169,6 +170,7 @@ def log_prob(
         scale: Map of the data to the scale of the model; `x` is given before it, and its log-determinant is added.
         seed: Seed of the probes: an integer, one for each sample, or a :class:`Noise`.
         grad: ``"off"``, or ``"full"`` to differentiate in `x` and in the parameters of the network.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     Example:
         >>> import torch, scoresde as ss
@@ -193,7 +195,7 @@ def log_prob(
         flow = RelativeFlow.make(model.counted(counter), counter, gaussian, z, t_min, model.sde.T)
         solver = _Solver(flow, as_probes(probes).draw(z, noise.fork(Stream.PROBES)), tolerance or Tolerance(), to_zero)
         y = solver.at_data(z).whiten(z)
-        end = solver.run(y, forward=True)
+        end = solver.run(y, forward=True, show=progress)
         result = solver.result(end, end.y, z, scale, noise.seed)
     check.warn_unless_finite(result.value, "the log-densities")
     return result

@@ -26,6 +26,7 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde._printing import short
+from scoresde._progress import each
 from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, same_process
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready
@@ -158,6 +159,7 @@ def sample_composition(
     resample: str | Rule | Resampling = "systematic",
     start: Start | Gaussian | None = None,
     seed: Seed = None,
+    progress: bool | str = False,
 ) -> Steered:
     r"""Sample a composition of models with weighted particles.
 
@@ -183,6 +185,7 @@ def sample_composition(
         resample: Rule of resampling, as in :func:`steer`.
         start: Scale, dtype and device of the initial particles, as in ``ss.solve``; without a Gaussian.
         seed: Seed of the noise: an integer, one integer for each problem, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     References:
         | Feynman-Kac Correctors in Diffusion (Skreta et al., 2025), arXiv:2503.02819
@@ -216,7 +219,7 @@ def sample_composition(
     log_h: Tensor | float = 0.0
     factor = chain.log_factor
     every = population.resampling.every
-    for k, (t, s) in enumerate(pairwise(times)):
+    for k, (t, s) in enumerate(each(pairwise(times), progress, "composition")):
         chain.evaluate(t)
         if potential is not None and k % every == 0:
             new = potential.twist(chain.x, chain.x0(), t, sde).double()

@@ -214,7 +214,7 @@ def test_deterministic_rules_that_extrapolate_too_far_warn() -> None:
 
 @pytest.mark.parametrize("predicts", ["velocity", "eps"])
 def test_the_defaults_warn_only_where_the_result_is_bad(predicts: str) -> None:
-    """With at least three evaluations; the only such results are those of ε-networks under SubVP with few steps."""
+    """With at least three evaluations; the only such results: ε-networks on cosine lists of β with few steps."""
     bad = set()
     for name, sde in {**PROCESSES, "Discrete cosine": COSINE}.items():
         if predicts == "eps" and sde.alpha(sde.T) < 1e-12:
@@ -227,7 +227,7 @@ def test_the_defaults_warn_only_where_the_result_is_bad(predicts: str) -> None:
                 assert abs(found - 1) > 0.25, (name, nfe, found)
                 bad.add((name, nfe))
             assert warned(plan, sde) or nfe < 3 or found < 1.25, (name, nfe, found)
-    assert bad == ({("SubVP", nfe) for nfe in range(4, 9)} if predicts == "eps" else set())
+    assert bad == ({("Discrete cosine", nfe) for nfe in range(3, 6)} if predicts == "eps" else set())
 
 
 def test_a_run_that_ends_in_noise_is_measured_by_the_noise() -> None:

@@ -3,13 +3,13 @@
     python experiments/interop/defaults.py --samples 24     # an hour on two cores; a second run reads its cache
     python experiments/interop/defaults.py --quick          # seconds, for CI
 
-Six UNets are trained on MNIST by the loops of diffusers' examples. The defaults were chosen on the first three of them,
-on exact problems and on 8 × 8 digits; the other networks were looked at once, after the choice. At each number of
-evaluations the script runs, from the same states, our default and the schedulers of diffusers with their spacings and
-the options that matter (`_peers.py`). All of them run at 5 and 10 evaluations; at the other budgets run those that were
-among the best there. The tables show the error of each to a fine solve of the same network (median over the samples,
-and root mean square), the Fréchet distance to held-out digits in the features of a classifier, and our default over the
-best of diffusers in hindsight, for each measure by itself.
+Six UNets are trained on MNIST by the loops of diffusers' examples. The defaults were chosen on the first three of
+them, on exact problems and on 8 × 8 digits; the other networks were looked at once, after the choice. At each number
+of evaluations the script runs, from the same states, our default and the schedulers of diffusers with their spacings
+and the options that matter (`_schedulers.py`). All of them run at 5 and 10 evaluations; at the other budgets run
+those that were among the best there. The tables show the error of each to a fine solve of the same network (median
+over the samples, and root mean square), the Fréchet distance to held-out digits in the features of a classifier, and
+our default over the best of diffusers in hindsight, for each measure by itself. The figure shows the median errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from _judging import from_command_line, write
 from _mnist import Judge, load
-from _peers import Peer, peers, run
+from _schedulers import Peer, peers, run
 from _trained import OUT, QUICK, SCHEDULES, Recipe, diffusers_network, scheduler
 from torch import Tensor
 
@@ -155,8 +155,14 @@ def _best(results: dict[Peer, Result], count: int) -> set[Peer]:
     return set(by[0]) | set(by[1])
 
 
-def table(network: Network, options: Options) -> tuple[list[str], list[tuple[float, ...]]]:
-    """Rows of a Markdown table, and the ratios of our default to the best scheduler in each measure."""
+Curves = tuple[list[int], list[float], list[float]]
+
+
+def table(network: Network, options: Options) -> tuple[list[str], list[tuple[float, ...]], Curves]:
+    """Rows of a Markdown table, the ratios of our default to the best scheduler in each measure, and the errors.
+
+    The errors are lists: numbers of evaluations, median errors of the default, and those of the best scheduler.
+    """
     theirs = network.theirs(options.quick)
     lines = [
         "| evaluations | best of diffusers (median error) | median | RMSE | Fréchet | default: median | RMSE | Fréchet "
@@ -164,6 +170,7 @@ def table(network: Network, options: Options) -> tuple[list[str], list[tuple[flo
         "| ---: | --- | " + " | ".join(["---:"] * 9) + " |",
     ]
     ratios = []
+    curves: Curves = ([], [], [])
     for budget in QUICK_BUDGETS if options.quick else BUDGETS:
         found, ours = theirs[budget], network.default(budget)
         assert ours.calls == budget
@@ -174,8 +181,35 @@ def table(network: Network, options: Options) -> tuple[list[str], list[tuple[flo
         shown = [f"{r:.2f}" for r in ratio]
         lines.append(f"| {budget} | {best['median'].name} | " + " | ".join([*low, *mine, *shown]) + " |")
         ratios.append(ratio)
+        for curve, value in zip(curves, (budget, ours.median, best["median"].median), strict=True):
+            curve.append(value)
     network.cache.save()
-    return lines, ratios
+    return lines, ratios, curves
+
+
+def picture(found: dict[str, Curves]) -> None:
+    """Draw the errors of all networks into a file among the results."""
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.7 * lines), sharex=True, squeeze=False)
+    for ax, (kind, (counts, ours, theirs)) in zip(axes.flat, found.items(), strict=False):
+        ax.plot(counts, theirs, marker="s", ms=4, color="0.55", label="best scheduler of diffusers, in hindsight")
+        ax.plot(counts, ours, marker="o", ms=4, color="C0", label="scoresde, no option given")
+        ax.set(xscale="log", yscale="log", title=kind + (" (held out)" if kind in HELD_OUT else ""))
+        ax.title.set_fontsize(9)
+        ax.set_xticks(counts, [str(n) for n in counts])
+        ax.minorticks_off()
+        ax.grid(alpha=0.25)
+    for ax in axes[-1]:
+        ax.set_xlabel("evaluations of the network")
+    for row in axes:
+        row[0].set_ylabel("error")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(OUT / "defaults.png", dpi=110)
+    plt.close(figure)
 
 
 def mean(values: list[float]) -> float:
@@ -186,14 +220,16 @@ def mean(values: list[float]) -> float:
 def main(options: Options) -> str:
     jury = Judge(load(), steps=20 if options.quick else 600)
     lines: list[str] = []
+    found: dict[str, Curves] = {}
     for kind in options.kinds.split(";")[: 1 if options.quick else None]:
-        rows, ratios = table(Network(kind, options, jury), options)
+        rows, ratios, found[kind] = table(Network(kind, options, jury), options)
         median, rmse, frechet = (list(column) for column in zip(*ratios, strict=True))
         lines += ["", f"{kind}{' (not looked at before the choice)' if kind in HELD_OUT else ''}:", "", *rows, ""]
         lines += [
             f"default / best, geometric mean and largest: median {mean(median):.2f}; {max(median):.2f}, "
             f"RMSE {mean(rmse):.2f}; {max(rmse):.2f}, Fréchet {mean(frechet):.2f}; {max(frechet):.2f}"
         ]
+    picture(found)
     floor = f"floor of the Fréchet distance at {options.samples} samples: {jury.floor(options.samples)}"
     return write("defaults", [*lines, "", floor])
 

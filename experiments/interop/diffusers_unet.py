@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 from _judging import from_command_line, write
-from _peers import run
+from _schedulers import run
 from _trained import QUICK, Recipe, diffusers_network, scheduler
 from torch import Tensor
 

@@ -67,7 +67,6 @@ REASONS: dict[str, str] = {
         Discrete.inverse_lam Flow.inverse_lam SubVP.inverse_lam Trig.inverse_lam Polynomial.inverse_lam
         Shifted.inverse_lam Shifted.base_time expand_conditions Statistics.prediction
         EntryMultistep.leg AnchoredResidual.leg
-        slope_spline rate_spline damped
         AbstractDenoiser.extra_repr swapped Mask.as_output Operator.as_output""".split(),
         CALLED,
     ),
@@ -326,6 +325,7 @@ CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         "start": "prior",
     },
     "Universal": lambda v: {"predicts": "data", "start": "prior"},
+    "Universal.plan": lambda v: {"times": torch.linspace(1, 0, 6, dtype=F64)},
     "index_grid": lambda v: {"sde": discrete()},
     "churn": lambda v: {"s_churn": 0.5},
     "plus_plus": lambda v: {},

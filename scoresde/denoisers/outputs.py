@@ -87,13 +87,15 @@ class Evaluation:
             net_x = net_x.to(self.dtype)
         elif net_x is x:
             net_x = check.protected(x)
-        before = [check.writes(leaf) for _, leaf in self.received]
+        watched = [("state", "x", x)] if net_x is x and not torch.compiler.is_compiling() else []
+        watched += [(f"condition `{name}`", name, leaf) for name, leaf in self.received]
+        before = [check.writes(leaf) for *_, leaf in watched]
         out = self.net(net_x, self.labels[n], **self.cond)
         if self.shape is None or not isinstance(out, Tensor) or out.shape != self.shape:
             self.check_output(out, x)
             self.shape = out.shape
-        for (name, leaf), count in zip(self.received, before, strict=True):
-            check.refuse_writes(leaf, count, "`net`", self.net, what=f"condition `{name}`", copy=name)
+        for (what, copy, leaf), count in zip(watched, before, strict=True):
+            check.refuse_writes(leaf, count, "`net`", self.net, what=what, copy=copy)
         if out.dtype is not x.dtype:
             out = out.to(x.dtype)
         return out.chunk(2, dim=1)[0] if self.halve else out

@@ -68,6 +68,14 @@ class EntryStatistics:
     def __repr__(self) -> str:
         return f"EntryStatistics(<{len(self.lam)} × {self.event} values {self._digest}>)"
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EntryStatistics):
+            return NotImplemented
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in ("lam", "l", "s", "b"))
+
+    def __hash__(self) -> int:
+        return hash((EntryStatistics, self._digest))
+
     @property
     def event(self) -> tuple[int, ...]:
         """Shape of a state without the batch."""

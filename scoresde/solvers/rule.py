@@ -165,6 +165,7 @@ class Solver:
         check.integer("nfe", nfe, at_least=1)
         return self, max(1, (nfe - 1) // self.stages + 1 if clean else nfe // self.stages)
 
+    @checked
     def suited(self, model: AbstractDenoiser, nfe: int, gaussian: Gaussian | None = None) -> Solver:
         """Return the solver with the options that it takes from a model; by default it takes none.
 

@@ -146,6 +146,7 @@ class Universal(Solver):
             check.choice("predicts", self.predicts, PREDICTS)
         check.choice("start", self.start, STARTS)
 
+    @checked
     def suited(self, model: AbstractDenoiser, nfe: int, gaussian: Gaussian | None = None) -> Solver:
         predicts = self.predicts or ("noise" if model.kind.predicts in ("eps", "score") else "data")
         own = replace(self, predicts=predicts, start="gaussian" if gaussian is not None else self.start)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scoresde import metrics
-from scoresde.metrics import c2st, compare, energy_distance, frechet, mmd_rbf, moments, sliced_w2, w2_1d
+from scoresde.metrics import c2st, compare, distances, energy_distance, frechet, mmd_rbf, moments, sliced_w2, w2_1d
 from scoresde.noise.keyed import Noise
 
 
@@ -101,7 +100,7 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: metric(x, y) for name, metric in SYMMETRIC.items()}
     floors = {name: compare(SYMMETRIC[name], x, y, 20) for name in ("energy", "mmd")}
     for size in (1, 100, 1000):
-        monkeypatch.setattr(metrics, "_CHUNK", size)
+        monkeypatch.setattr(distances, "CHUNK", size)
         for name, metric in SYMMETRIC.items():
             assert close(metric(x, y), whole[name]), (name, size)
         for name, floor in floors.items():
@@ -330,7 +329,7 @@ def test_median_distance() -> None:
     for z in (draw(2, 100, 5), draw(3, 3, 1), cluster):
         z = z - z.mean(0)
         exact = float(torch.pdist(z).quantile(0.5, interpolation="lower"))
-        assert math.isclose(metrics._median_distance(z), exact, rel_tol=1e-3), len(z)
+        assert math.isclose(distances._median_distance(z), exact, rel_tol=1e-3), len(z)
 
 
 # The classifier

@@ -101,7 +101,7 @@ class Covariance(nn.Module):
         return self.rotate_back(torch.where(self.measured.to(z.device), z * self.scale.to(z), 0.0))
 
     def log_volume(self) -> Tensor:
-        """Logarithm of |det W|, (1,) or (B,)."""
+        """Logarithm of the absolute determinant of W, (1,) or (B,)."""
         return -torch.where(self.measured, self.scale, 1.0).log().sum(1)
 
     def ones(self, like: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def as_covariance(operator: Operator, std: Tensor | None, cov: Tensor | None) ->
 
     Arguments:
         operator: Operator, whose output they describe.
-        std: Standard deviations that broadcast to *out or (B, *out).
+        std: Standard deviations that broadcast to (*out) or (B, *out).
         cov: Covariance, (M, M) or (B, M, M).
     """
     out, M = operator.out, math.prod(operator.out)

@@ -194,7 +194,7 @@ class Laplace(_Smooth):
     Arguments:
         operator: Operator A.
         y: Observed values, (1, *out) or (B, *out).
-        scale: Scale b: a number, or a tensor that broadcasts to *out or (B, *out). The standard deviation is √2 b.
+        scale: Scale b: a number, or a tensor that broadcasts to (*out) or (B, *out). The standard deviation is √2 b.
     """
 
     def __init__(self, operator: Operator, y: Tensor, scale: Scale) -> None:
@@ -225,7 +225,7 @@ class StudentT(_Smooth):
     Arguments:
         operator: Operator A.
         y: Observed values, (1, *out) or (B, *out).
-        scale: Scale s: a number, or a tensor that broadcasts to *out or (B, *out).
+        scale: Scale s: a number, or a tensor that broadcasts to (*out) or (B, *out).
         df: Degrees of freedom ν; 1 is the Cauchy distribution.
     """
 

@@ -29,8 +29,8 @@ class Measurement(nn.Module):
     Arguments:
         operator: Operator A; most methods need a :class:`Linear` one.
         y: Observed values: (1, *out), one measurement for all samples, or (B, *out), one for each.
-        std: Standard deviation of the noise: a number, or a tensor that broadcasts to *out or to (B, *out). The number
-            0 stands for an exact measurement, which some methods do not accept.
+        std: Standard deviation of the noise: a number, or a tensor that broadcasts to (*out) or to (B, *out). The
+            number 0 stands for an exact measurement, which some methods do not accept.
         cov: Covariance of the noise of the flattened y instead of `std`: (M, M), or (B, M, M).
 
     Example:

@@ -39,6 +39,7 @@ EXAMPLES = {
     "Method": "a Method",
     "Measurement": "a Measurement(operator, y, std)",
     "Operator": "an Operator such as Mask(mask)",
+    "Potential": "a Potential such as ss.steering.Reward(fn)",
     "Gaussian": "a Gaussian",
     "GaussianMixture": "a GaussianMixture(sde, means, std=...)",
     "Noise": "a Noise(seed)",
@@ -341,6 +342,8 @@ def _fix(name: str, value: object, kinds: list[object]) -> str:
             return "; give its averaged model, trainer.ema_model"
     if isinstance(value, nn.Module | types.FunctionType) and {"AbstractDenoiser", "Denoiser"} & set(wanted):
         return "; wrap a network, Denoiser(net, sde, predicts=...)"
+    if callable(value) and not isinstance(value, type) and "Potential" in wanted:
+        return "; wrap the function, ss.steering.Reward(fn)"
     if isinstance(value, type | types.FunctionType) and not any(typing.get_origin(k) is abc.Callable for k in kinds):
         made = value.__name__
         return f"; call it, {f'grid=ss.grids.{made}(sde, 10)' if name == 'grid' else f'{made}()'}" * made.isidentifier()

@@ -77,12 +77,26 @@ class Measurement(nn.Module):
                 raise ValueError(
                     f"the noise has {len(self.covariance.std)} rows and `y` has {len(y)}; give one for each y."
                 )
+        self._require_numbers()
         self.register_buffer("log_volume", torch.zeros(1, dtype=torch.float64))
 
     @property
     def std(self) -> float | Tensor:
         """Standard deviation of the noise: a number, or (1, *out) or (B, *out)."""
         return self._std if self.covariance is None else self.covariance.std.reshape(-1, *self.operator.out)
+
+    def _require_numbers(self) -> None:
+        """Raise an error for an entry of y that is not finite and counts as measured."""
+        known, y = self.operator.known_entries, self.y
+        bad = ~y.isfinite() if known is None else ~y.isfinite() & known.to(y.device)
+        if self.covariance is not None and self.covariance.matrix is None:
+            bad = bad & self.covariance.std.isfinite().reshape(-1, *self.operator.out).to(y.device)
+        if y.device.type != "meta" and bool(bad.any()):
+            first = tuple(int(i) for i in bad.nonzero()[0])
+            raise ValueError(
+                f"`y` is not finite in {int(bad.sum())} entries, the first is y{list(first)}; where an entry was not "
+                f"measured, give it std=inf, as in torch.where(y.isnan(), torch.inf, std), or leave it out with Mask."
+            )
 
     def extra_repr(self) -> str:
         noise = f"std={self._std:g}"

@@ -21,17 +21,22 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde._doors import checked
+from scoresde._doors import checked, checked_with, words
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.noise.keyed import Noise, as_noise
 from scoresde.noise.streams import Stream
 from scoresde.plan.table import Plan
+from scoresde.sampling.solve import WORDS as SAMPLING
 from scoresde.sampling.solve import GridMaker, plan_for
 from scoresde.sampling.transitions import Transition, transitions
 from scoresde.solvers.rule import Solver
 from scoresde.solvers.stochastic import DDPM
+
+WORDS = {name: hint for name, hint in SAMPLING.items() if "`watch`" not in hint and "`grad`" not in hint} | words("""
+nfe: use `steps`
+""")
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Rollout:
         return replace(self, start=self.start[chosen], transitions=tuple(map(pick, self.transitions)), seed=None)
 
 
-@checked
+@checked_with(WORDS)
 def rollout(
     model: AbstractDenoiser,
     shape_or_x: Sequence[int] | Tensor,

@@ -49,6 +49,7 @@ class Steered(Solution):
     def log_z_error(self) -> Tensor:
         """Standard error of `log_z`, (P,): the root of `z_variance`, 0 where this is negative.
 
+        It is that of the particles; the error of the steps of the plan stays for any number of them.
         It is noisy if particles are few. Independent runs as problems of one batch, and :meth:`merged`, give a better
         one.
         """
@@ -206,6 +207,24 @@ class Population:
         variance = 1 - scale * (1 - together)
         alone = (self.events > 0) & (self.roots == self.roots[:, :1]).all(1)
         return torch.where(alone | variance.isnan(), math.nan, variance)
+
+    def warn_if_collapsed(self) -> None:
+        """Warn if fewer than two particles had all the weight at a time, or if all descend from one initial particle.
+
+        Populations of less than 20 particles collapse by chance, and runs of a batch of many may: no warning there.
+        """
+        few = torch.stack(self.ess).amin(0) < 2
+        single = self.variance().isnan()
+        collapsed = (few | single) & (self.log_w > -math.inf).any(1)
+        P, N = self.shape
+        if N >= 20 and int(collapsed.sum()) > P // 10:
+            warnings.warn(
+                f"the particles collapsed in {int(collapsed.sum())} of {P} problems: the effective sample size fell to "
+                f"{float(torch.stack(self.ess)[:, collapsed].amin()):.2g} of {N}, or all particles descend from one; "
+                f"mean and log Z are not reliable. Take a twist that is less sure at high noise, "
+                f"Reward(fn, anneal=lambda t: (1 - t) ** 2) or Smoothed(potential), or more `particles`.",
+                stacklevel=check.levels_to_user(),
+            )
 
     def result(self) -> Weighted:
         """The fields of :class:`Steered` that come from the weights; raises an error if one is not a number."""

@@ -2,13 +2,14 @@ r"""Steering: particles of any stochastic plan, weighted and resampled towards :
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde._doors import checked
+from scoresde._doors import checked_with, words
 from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, same_process
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready
@@ -29,8 +30,18 @@ from scoresde.steering.resampling import Resampling, Rule, as_resampling
 
 Seed = int | Sequence[int] | Noise | None
 
+# Hints for the words of other doors and libraries.
+WORDS = words("""
+nfe steps num_steps n_steps num_inference_steps timesteps: use `grid`, a number of steps or a list of times
+reward fn likelihood log_likelihood: use `potential`, as in potential=ss.steering.Reward(fn)
+num_particles n_particles num_samples n_samples batch_size: use `particles`, the number of particles of each problem
+generator rng random_state manual_seed: use `seed`, an integer or a Noise
+device dtype: use `start`, as in start=ss.Start(device=..., dtype=...)
+resampling resampler: use `resample`, as in resample="systematic"
+""")
 
-@checked
+
+@checked_with(WORDS)
 @torch.no_grad()
 def steer(
     model: AbstractDenoiser,
@@ -104,6 +115,8 @@ def steer(
     x = _run(plan, evaluate, x, Driven(plan, noise.fork(Stream.STEPS), shape), population, as_schedule(schedule))
     log_value = evaluate.potential.log_value(x)
     check.warn_unless_finite(x.unflatten(0, shape))
+    if population.finite.problem() is not None:
+        evaluate.blame()
     out = Steered(
         x=x.unflatten(0, shape),
         nfe=-(-counter.states // max(1, len(x))),
@@ -115,6 +128,7 @@ def steer(
         **population.result(),
     )
     object.__setattr__(out, "sde", model.sde)
+    population.warn_if_collapsed()
     return out
 
 
@@ -151,6 +165,7 @@ def _run(
     except StopIteration as end:
         last: Tensor = end.value
     final = evaluate.potential.log_value(last)
+    evaluate.record(last, final, plan.rows[-1].t)
     population.add(_with(final - log_h, normals.take()), number(plan.rows[-1].t))
     return last
 
@@ -180,6 +195,7 @@ class Evaluation:
             )
         self.model = model.rows(index).counted(counter)
         self.potential = potential.rows(index)
+        self.wrong: list[tuple[Tensor, Weight]] = []
         self.gradient = isinstance(proposal, str)
         self.proposal: AbstractDenoiser | None = None
         if isinstance(proposal, str):
@@ -187,6 +203,27 @@ class Evaluation:
         elif proposal is not None:
             same_process(model, check_model(proposal, "proposal"), "proposal")
             self.proposal = proposal.rows(index).counted(counter)
+
+    def record(self, x0: Tensor, value: Tensor, t: Weight) -> None:
+        """Record whether the potential is NaN or +∞, or its gradient not finite, for finite samples.
+
+        Arguments:
+            x0: Samples that the potential has seen, (P N, *event).
+            value: Its values, (P N,), or its gradient, (P N, *event).
+            t: Time.
+        """
+        bad = value.isnan() | (value == math.inf)
+        self.wrong.append(((bad.flatten(1).any(1) if bad.ndim > 1 else bad) & x0.isfinite().flatten(1).all(1), t))
+
+    def blame(self) -> None:
+        """Raise an error that names the potential, if it was the first that was not finite."""
+        for bad, t in self.wrong:
+            if bool(bad.any()):
+                raise ValueError(
+                    f"`potential`, a {type(self.potential).__name__}, is NaN or +∞, or its gradient is, for "
+                    f"{int(bad.sum())} of {len(bad)} particles at t = {number(t):g}, where the samples are finite; "
+                    f"mend its function. −∞ is allowed and excludes a sample."
+                )
 
     def __call__(self, x: Tensor, t: Weight, *, twist: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Data prediction, the score that the proposal adds, and the twist."""
@@ -197,7 +234,10 @@ class Evaluation:
         slope = None
         if self.proposal is not None:
             slope = added_score(sde.alpha(number(t)), sde.sigma(number(t)), self.proposal.x0(x, t) - x0)
-        return x0, slope, potential.twist(x, x0, t, sde) if twist else None
+        value = potential.twist(x, x0, t, sde) if twist else None
+        if value is not None:
+            self.record(x0, value, t)
+        return x0, slope, value
 
     def _by_gradient(self, x: Tensor, t: Weight) -> tuple[Tensor, Tensor, Tensor]:
         sde, potential = self.model.sde, self.potential
@@ -210,7 +250,10 @@ class Evaluation:
             slope = graph.pull(gradient(lambda z: potential.twist(x, z, at, sde), x0, self.model))
         if number(at) != number(t):
             x0 = self.model.x0(x, t)  # the model's own step, which the limit of the gradient must not change
-        return x0, slope, potential.twist(x, x0, t, sde)
+        value = potential.twist(x, x0, t, sde)
+        self.record(x0, value, t)
+        self.record(x0, slope, t)
+        return x0, slope, value
 
 
 def plan_of(model: AbstractDenoiser, solver: Solver | Plan | None, grid: int | Tensor | Sequence[float] | None) -> Plan:

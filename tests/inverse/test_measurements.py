@@ -340,3 +340,16 @@ def test_errors_name_what_is_wrong() -> None:
         stack([Measurement(A, y, 0.1), Measurement(Mask(torch.tensor([True, False])), torch.zeros(1, 1), 0.1)])
     with pytest.raises(TypeError, match="`operator` must be Linear"):
         DiffPIR(prior, [Measurement(A, y, 0.1), Measurement(Operator(torch.square, (D,)), rand(1, D), 0.1)])
+
+
+def test_an_entry_of_y_that_is_not_finite_needs_an_infinite_std() -> None:
+    both, y = ss.inverse.Mask(torch.tensor([True, True])), torch.tensor([[0.5, torch.nan]])
+    noises: list[dict[str, Tensor | float]] = [
+        {"std": 0.1},
+        {"std": torch.tensor([torch.inf, 0.1])},
+        {"cov": torch.eye(2)},
+    ]
+    for noise in noises:
+        with pytest.raises(ValueError, match=r"`y` is not finite in 1 entries, the first is y\[0, 1\].*std=inf"):
+            Measurement(both, y, **noise)  # type: ignore[arg-type]
+    assert bool(Measurement(both, y, torch.tensor([0.1, torch.inf])).log_prob(torch.zeros(1, 2)).isfinite())

@@ -234,3 +234,11 @@ def test_errors_name_the_argument_and_the_fix() -> None:
         policies.log_ratio(run.at(), other.at())
     with pytest.raises(ValueError, match="give the same rows twice"):
         policies.log_ratio(run.at(), run.at()[:1])
+
+
+def test_the_words_of_other_doors_get_the_fix() -> None:
+    mix = ss.GaussianMixture(ss.VP(), torch.zeros(1, 1), std=1.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nfe'; use `steps`"):
+        policies.rollout(mix, (2, 1), nfe=5)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'eta'; it belongs to the solver"):
+        policies.rollout(mix, (2, 1), eta=1.0)  # type: ignore[call-arg]

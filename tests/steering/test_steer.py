@@ -391,9 +391,7 @@ def test_errors_name_what_is_wrong() -> None:
         steer(NORMAL, LINEAR, torch.zeros(2, 3, 1), PLAN, particles=4)
     with pytest.raises(ValueError, match="`proposal` is on"):
         steer(NORMAL, LINEAR, (1, 1), PLAN, proposal=NORMAL.under(ss.Flow()))
-    with pytest.raises(
-        ValueError, match="log-weights of the particles are not all finite: 1 of 2, the first is sample 1"
-    ):
+    with pytest.raises(ValueError, match=r"`potential`, a Reward, is NaN.* for 1 of 6 particles at t = 1, where the"):
         steer(
             NORMAL,
             Reward(lambda x: torch.where(torch.arange(len(x)) == 4, math.nan, x[:, 0])),
@@ -401,3 +399,39 @@ def test_errors_name_what_is_wrong() -> None:
             PLAN,
             particles=3,
         )
+
+
+def test_the_potential_is_blamed_only_where_the_model_is_finite() -> None:
+    root = Reward(lambda x: torch.where(x[:, 0] > 0, x[:, 0].sqrt(), 0.0))  # its gradient is not a number below 0
+    with pytest.raises(ValueError, match=r"`potential`, a Reward, is NaN or .*, or its gradient is"):
+        steer(NORMAL, root, (1, 1), PLAN, particles=6, proposal="gradient", seed=0)
+
+    class Broken(ss.denoisers.AbstractDenoiser):
+        def x0(self, x: Tensor, t: float | Tensor, **cond: Any) -> Tensor:
+            return x * math.nan
+
+    with (
+        pytest.warns(UserWarning, match="the samples are not all finite"),
+        pytest.raises(ValueError, match="the log-weights of the particles are not all finite"),
+    ):
+        steer(Broken(SDE), LINEAR, (1, 1), PLAN, particles=6, seed=0)
+
+
+def test_a_collapse_warns_and_good_twists_do_not() -> None:
+    """A sharp reward far in the tail: its twist at high noise leaves one particle."""
+    sharp = Reward(lambda x: -200 * (x[:, 0] - 1.5).square())
+    with pytest.warns(UserWarning, match=r"collapsed in 1 of 1 problems: .* of 50.*Reward\(fn, anneal=.*Smoothed"):
+        run = steer(NORMAL, sharp, (1, 1), PLAN, particles=50, seed=0)
+    assert float(run.ess.min()) < 2 or bool(run.log_z_error.isnan())
+    run = steer(NORMAL, steering.Smoothed(sharp, points=64), (1, 1), PLAN, particles=2000, seed=0)  # no warning
+    assert float(run.ess.min()) >= 2 and bool(run.log_z_error.isfinite())
+
+
+def test_a_function_as_potential_and_other_words_get_the_fix() -> None:
+    with pytest.raises(
+        TypeError, match=r"`potential` must be a Potential such as .*; wrap the function, ss.steering.R"
+    ):
+        steer(NORMAL, lambda x: x[:, 0], (1, 1))  # type: ignore[arg-type]
+    for word in ("nfe", "steps"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{word}'; use `grid`, a number of steps"):
+            steer(NORMAL, LINEAR, (1, 1), **{word: 10})  # type: ignore[arg-type]

@@ -109,9 +109,11 @@ def bits_per_dim(
         True
     """
     if not isinstance(images, Tensor) or images.is_floating_point() or images.is_complex():
+        signed = isinstance(images, Tensor) and images.numel() > 0 and not bool((images >= 0).all())
+        how = "((x + 1) * 127.5)" if signed else "(x * 255)"
         raise TypeError(
             "`images` must be a tensor of integers, as they were before any scaling; "
-            "undo the scaling, as in ((x + 1) * 127.5).round().to(torch.uint8)."
+            f"undo the scaling, as in {how}.round().to(torch.uint8)."
         )
     if levels is None:
         if images.dtype != torch.uint8:

@@ -91,13 +91,15 @@ def loss_by_noise(loss: LossByNoise | Sequence[Mapping[str, float]], ax: Axes | 
     """Plot the mean error of a network against the noise level, λ = log(α/σ).
 
     Arguments:
-        loss: Collector of errors, whose sums this call reads and sets to zero, or the rows of its :meth:`read`.
+        loss: Collector of errors, such as ``dsm.levels``, or the rows of its method `read`.
         ax: Axes to draw into, by default new ones.
     """
-    rows = loss.read() if isinstance(loss, LossByNoise) else list(loss)
+    rows = loss.read(reset=False) if isinstance(loss, LossByNoise) else list(loss)
     rows = [row for row in rows if row["count"]]
     if not rows:
-        raise ValueError("`loss` holds no finite errors; add some with `loss.add(t, error)` first.")
+        raise ValueError(
+            "`loss` holds no finite errors since it was last read; train for some steps, or `loss.add(t, error)`."
+        )
     ax = axes_or_new(ax)
     ax.plot([row["lam"] for row in rows], [row["error"] for row in rows], marker=".")
     ax.set(xlabel="λ = log(α/σ): noise on the left, data on the right", ylabel="mean error", yscale="log")

@@ -24,7 +24,7 @@ MOST_SIGNALS = 16
 def samples(
     x: Tensor,
     columns: int | None = None,
-    value_range: tuple[float, float] = (-1.0, 1.0),
+    value_range: tuple[float, float] | None = None,
     contours: int = 5,
     ax: Axes | None = None,
 ) -> Axes:
@@ -37,7 +37,7 @@ def samples(
     Arguments:
         x: Samples.
         columns: Number of images in a line, by default about as many as lines.
-        value_range: Values of black and of white; values beyond them are cut.
+        value_range: Values of black and of white, by default −1 and 1, and 0 and 255 for uint8; values beyond are cut.
         contours: Number of contours around points; 0 draws dots alone.
         ax: Axes to draw into, by default new ones.
 
@@ -48,10 +48,14 @@ def samples(
     """
     event = tuple(x.shape[1:])
     check.integer("contours", contours, at_least=0)
+    if value_range is None:
+        value_range = (0.0, 255.0) if x.dtype == torch.uint8 else (-1.0, 1.0)
     if not value_range[0] < value_range[1]:
         raise ValueError(f"`value_range` must be (black, white) with black < white, got {value_range}.")
     if x.ndim == 0 or len(x) == 0:
         raise ValueError(f"`x` must have shape (B, *event) with at least one sample, got {tuple(x.shape)}.")
+    if not bool(x.isfinite().any()):
+        raise ValueError("`x` holds no finite number, so there is nothing to draw.")
     if is_image(event) and event[-2] > 1:
         wide = math.ceil(math.sqrt(len(x))) if columns is None else check.integer("columns", columns, at_least=1)
         picture = tiles(x, wide, value_range)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde._printing import fields
 from scoresde.analysis.moments import amplification
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.grids.spacings import flow_time, log_noise, quadratic_vp
@@ -47,6 +48,12 @@ class Recommendation:
     grid: GridMaker
     why: str
 
+    def __repr__(self) -> str:
+        grid = getattr(self.grid, "__name__", "grid")
+        if isinstance(self.grid, partial):
+            grid = f"{self.grid.func.__name__}({fields(**self.grid.keywords)})"
+        return f"Recommendation(solver={self.solver!r}, grid={grid}, why={self.why!r})"
+
 
 @checked
 def recommend(nfe: int, model: AbstractDenoiser | None = None) -> Recommendation:
@@ -67,6 +74,22 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None) -> Recommendation
         >>> [round(t, 2) for t in choice.grid(net.sde, 4).tolist()]
         [1.0, 0.5, 0.29, 0.12, 0.0]
     """
+    choice = _choice(nfe, model)
+    if model is None or not isinstance(bound := bounded(nfe, model), Bounded):
+        return choice
+    _, steps = bound.for_nfe(nfe, clean=True)
+    solver = bound.choose(model.sde, choice.grid(model.sde, steps))
+    if solver == choice.solver:
+        return choice
+    why = (
+        f"{choice.solver!r} would multiply the network's errors too much on this process, or give data of a wrong "
+        f"standard deviation, so {solver!r} takes its place."
+    )
+    return Recommendation(solver, choice.grid, why)
+
+
+def _choice(nfe: int, model: AbstractDenoiser | None) -> Recommendation:
+    """The choice before its plan is checked."""
     check.integer("nfe", nfe, at_least=1)
     kind = None if model is None else model.kind
     if kind is not None and kind.predicts in ("eps", "score"):
@@ -79,8 +102,8 @@ def _of_noise(nfe: int) -> Recommendation:
     return Recommendation(
         UniPC(1 if nfe < 2 else 2, "exact"),
         partial(log_noise, scale=scale, exponent=exponent),
-        "The error of an ε-network is multiplied by σ/α in its x₀, so the grid has no long step at high noise, and the "
-        "solver is UniPC of order 2, whose corrector soon replaces the evaluations made there.",
+        "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the solver is "
+        "UniPC of order 2, which corrects each step by the next evaluation.",
     )
 
 
@@ -135,7 +158,7 @@ def default_grid(nfe: int, model: AbstractDenoiser | None = None, solver: Solver
         solver: Solver that runs on the grid, by default :func:`default_solver`.
     """
     exponential = solver is None or (isinstance(solver, Multistep | SingleStep) and solver.eta == 0)
-    return recommend(nfe, model).grid if exponential else quadratic_vp
+    return _choice(nfe, model).grid if exponential else quadratic_vp
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,16 +189,26 @@ class Bounded(Solver):
         return self, self.solver.for_nfe(nfe, clean=clean)[1]
 
     def plan(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Plan:
-        plan = self.solver.plan(sde, times, up=up)
+        return self.choose(sde, times, up=up).plan(sde, times, up=up)
+
+    def choose(self, sde: SDE, times: Tensor | Sequence[float], *, up: str = "diffuse") -> Solver:
+        """The solver whose plan is taken.
+
+        Arguments:
+            sde: Process.
+            times: Grid.
+            up: Steps that go up in time, as in :meth:`plan`.
+        """
+        plan, lowest = self.solver.plan(sde, times, up=up), VelocityAB(1)
         if plan.nfe > _LONG or not _single(plan):
-            return plan
-        first = Multistep(1).plan(sde, times, up=up)
+            return self.solver
+        first = lowest.plan(sde, times, up=up)
         most = self.bound * float(amplification(first, sde, self.predicts).max())
         for rule in (self.solver, *_lower(self.solver)):
             plan = rule.plan(sde, times, up=up)
             if float(amplification(plan, sde, self.predicts).max()) <= most and verdict(plan, sde) is None:
-                return plan
-        return first
+                return rule
+        return lowest
 
 
 def bounded(nfe: int, model: AbstractDenoiser) -> Solver:
@@ -185,7 +218,7 @@ def bounded(nfe: int, model: AbstractDenoiser) -> Solver:
         nfe: Number of evaluations.
         model: Denoiser.
     """
-    solver = recommend(nfe, model).solver
+    solver = _choice(nfe, model).solver
     return Bounded(solver, model.kind.predicts) if isinstance(solver, Multistep) and not model.kind.exact else solver
 
 

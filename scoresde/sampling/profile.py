@@ -54,7 +54,7 @@ class Profile:
     @property
     def network_share(self) -> float:
         """Part of the run that the network takes, in [0, 1]."""
-        return self.network / (self.network + self.update)
+        return min(1.0, self.network / self.total)
 
     def __str__(self) -> str:
         numbers = (

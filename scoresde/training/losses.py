@@ -367,8 +367,11 @@ class LossByNoise(nn.Module):
         self.count.index_add_(0, k, finite.to(self.count))
         self.bad.index_add_(0, k, (~finite).to(self.bad))
 
-    def read(self) -> list[dict[str, float]]:
+    def read(self, reset: bool = True) -> list[dict[str, float]]:
         """Return one row per level that has errors, and set all sums to zero.
+
+        Arguments:
+            reset: Whether to set the sums to zero.
 
         Returns:
             Rows with ``lam`` (middle of the level), ``error`` (mean of the finite errors), ``count`` (their number) and
@@ -376,7 +379,7 @@ class LossByNoise(nn.Module):
         """
         middle = (self.edges[1:] + self.edges[:-1]) / 2
         columns = torch.stack([middle, self.total / self.count.clamp_min(1), self.count, self.bad], dim=1).tolist()
-        for buffer in (self.total, self.count, self.bad):
+        for buffer in (self.total, self.count, self.bad) if reset else ():
             buffer.zero_()
         return [dict(zip(("lam", "error", "count", "bad"), row, strict=True)) for row in columns if row[2] + row[3]]
 

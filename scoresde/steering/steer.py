@@ -114,9 +114,9 @@ def steer(
     population = Population(*shape, as_resampling(resample), noise, x.device)
     x = _run(plan, evaluate, x, Driven(plan, noise.fork(Stream.STEPS), shape), population, as_schedule(schedule))
     log_value = evaluate.potential.log_value(x)
-    check.warn_unless_finite(x.unflatten(0, shape))
     if population.finite.problem() is not None:
         evaluate.blame()
+    check.warn_unless_finite(x.unflatten(0, shape))
     out = Steered(
         x=x.unflatten(0, shape),
         nfe=-(-counter.states // max(1, len(x))),

@@ -135,7 +135,7 @@ def test_the_package_is_pure_python_with_types() -> None:
     assert "Root-Is-Purelib: true" in wheel and re.findall(r"^Tag: (.*)$", wheel, re.M) == ["py3-none-any"]
     assert (PACKAGE / "py.typed").is_file()
     kinds = {path.suffix for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
-    assert kinds == {".py", ".typed"}, "nothing to compile"
+    assert kinds == {".py", ".typed", ".json"}, "nothing to compile; the tables of universal plans are data"
     assert importlib.metadata.version("scoresde") == ss.__version__
 
 
@@ -146,6 +146,8 @@ def test_a_built_wheel_holds_the_types(tmp_path: Path, monkeypatch: pytest.Monke
     assert name.endswith("-py3-none-any.whl")
     held = set(zipfile.ZipFile(tmp_path / name).namelist())
     assert {str(path.relative_to(PACKAGE.parent)) for path in SOURCES} | {"scoresde/py.typed"} <= held
+    tables = {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.json")}
+    assert tables and tables <= held
 
 
 # A device that has no float64 and that nobody waits for: tensors on "meta" hold no numbers, so reading one back raises.

@@ -11,7 +11,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Real
 
 import numpy as np
@@ -66,10 +66,11 @@ def integer(name: str, value: object, *, at_least: int = 0) -> int:
     return out
 
 
-def choice(name: str, value: object, allowed: tuple[str, ...]) -> str:
-    """Return `value` if it is one of `allowed`."""
+def choice(name: str, value: object, allowed: tuple[str, ...], elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return `value` if it is one of `allowed`; `elsewhere` has our words for those of other libraries."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        ours = (elsewhere or {}).get(str(value))
+        near = [ours] if ours else difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
     return str(value)
@@ -108,11 +109,26 @@ def device(name: str, value: object) -> torch.device:
 def timelike(name: str, value: object) -> None:
     """Raise an error unless `value` is a number or a tensor; for the loop, where :func:`time` is called later."""
     if not isinstance(value, float | Tensor | Real):
-        raise TypeError(f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}"
+            f"{of_array(name, value)}."
+        )
+
+
+def of_array(name: str, value: object, *, indices: bool = False) -> str:
+    """The fix, for an error, of an array or a list where a tensor is needed; empty for other values."""
+    if not isinstance(value, np.ndarray | list | tuple):
+        return ""
+    return f"; use torch.as_tensor({name})" if indices else f"; use torch.as_tensor({name}, dtype=torch.float32)"
 
 
 def shape(name: str, value: object) -> tuple[int, ...]:
     """Return a shape (B, *event) as a tuple of integers."""
+    if isinstance(value, np.ndarray) and (value.ndim != 1 or value.dtype.kind not in "iu"):
+        raise TypeError(
+            f"`{name}` must be a state, a torch.Tensor, or a shape (B, *event), got a NumPy array of shape "
+            f"{value.shape}{of_array(name, value)}."
+        )
     if not isinstance(value, Iterable) or isinstance(value, str) or not len(out := tuple(value)):
         raise ValueError(f"`{name}` must be a state or a shape (B, *event), got {value!r}.")
     return tuple(integer("shape", n) for n in out)
@@ -121,10 +137,14 @@ def shape(name: str, value: object) -> tuple[int, ...]:
 def state(name: str, x: object) -> Tensor:
     """Check a state (B, *event) of float32 or float64 and return it."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"`{name}` must be a torch.Tensor of shape (B, *event), got {type(x).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a torch.Tensor of shape (B, *event), got {type(x).__name__}{of_array(name, x)}."
+        )
     if x.dtype not in FLOATS:
         if x.is_complex():
             fix = f"use torch.view_as_real(`{name}`), which has the real and imaginary parts as a last axis"
+        elif not x.is_floating_point():
+            fix = f"use `{name}`.float(), or `{name}`.float() / 127.5 - 1 for images with values 0 … 255"
         else:
             fix = f"use `{name}`.float(); the input of a network in half precision is cast automatically"
         raise TypeError(f"`{name}` must be float32 or float64, got {str(x.dtype)[6:]}: {fix}.")
@@ -162,7 +182,10 @@ def real(name: str, value: object) -> Tensor:
             )
         return value
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}.")
+        raise TypeError(
+            f"`{name}` must be a number or a tensor of shape () or (B,), got {type(value).__name__}"
+            f"{of_array(name, value)}."
+        )
     return torch.tensor(float(value), dtype=torch.float64)
 
 

@@ -21,6 +21,9 @@ GUIDED = ss.ClassifierFree(MIX, 2.0, null={"lable": 0.0})
 FOREIGN = ss.Gaussian(ss.Flow(), torch.zeros(2), torch.ones(2))
 
 
+NET = ss.Denoiser(ss.nn.MLP(2, hidden=8, depth=1, classes=3, seed=0), VP, predicts="eps")
+
+
 class Unfinished(ss.solvers.Solver):
     """A solver without a step."""
 
@@ -138,6 +141,36 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"the condition lable is missing.*guided\.given\(lable=",
     ),
+    "an array for a state": (
+        lambda: ss.sample(MIX, DATA.numpy(), steps=2),  # type: ignore[arg-type]
+        TypeError,
+        r"`shape_or_x` must be a state.*got a NumPy array of shape \(8, 2\); use torch.as_tensor\(shape_or_x, dtype=",
+    ),
+    "an array for data": (
+        lambda: MIX.x0(DATA.numpy(), 0.5),  # type: ignore[arg-type]
+        TypeError,
+        r"got ndarray; use torch.as_tensor\(x, dtype=torch.float32\)",
+    ),
+    "bytes of images": (
+        lambda: ss.DSM(NET)(torch.zeros(4, 2, dtype=torch.uint8)),
+        TypeError,
+        r"got uint8: use `x`.float\(\), or `x`.float\(\) / 127.5 - 1 for images",
+    ),
+    "a list of labels": (
+        lambda: ss.sample(NET.given(label=[0, 1]), (2, 2), steps=2),
+        TypeError,
+        r"`label` must be None, a number or a tensor, got list; use torch.as_tensor\(label\)",
+    ),
+    "an array among tensors": (
+        lambda: ss.Trainer(ss.DSM(NET), {"x": DATA, "label": DATA[:, 0].long().numpy()}),  # type: ignore[dict-item]
+        TypeError,
+        r"`data`\['label'\] must be a torch.Tensor, got ndarray; use torch.as_tensor\(data\['label'\]\)",
+    ),
+    "a condition that the network does not have": (
+        lambda: NET.given(labels=torch.tensor([0])),
+        TypeError,
+        "`labels` is no condition of the network, which takes label, context; did you mean label=",
+    ),
     "a rule without a leg": (
         lambda: Unfinished().plan(VP, [1.0, 0.5, 0.1]),
         NotImplementedError,
@@ -156,6 +189,19 @@ def test_a_mistake_is_told_with_its_fix(what: str) -> None:
     go, error, said = MISTAKES[what]
     with pytest.raises(error, match=re.compile(said, re.S)):
         go()
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("v_prediction", "v"), ("epsilon", "eps"), ("noise", "eps"), ("sample", "x0"), ("flow", "velocity")],
+)
+def test_the_predictions_of_other_libraries_are_known(theirs: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"`predicts` must be one of .*; did you mean '{ours}'"):
+        ss.Denoiser(NET.net, VP, predicts=theirs)
+
+
+def test_a_network_with_open_conditions_takes_every_name() -> None:
+    ss.Denoiser(lambda x, t, **cond: cond["other"] * x, VP, predicts="x0").given(other=torch.ones(1, 1))
 
 
 def test_exact_denoisers_say_what_they_are() -> None:

@@ -169,7 +169,11 @@ class AbstractDenoiser(nn.Module):
             >>> model.rows(torch.tensor([2])).x0(torch.ones(1, 2), 0.5)
             tensor([[2., 2.]])
         """
+        self._refuse_misspelled((*cond, *(shared or {})))
         return Given(self, **share(cond, self.shared_conditions), **share(shared or {}, tuple(shared or ())))
+
+    def _refuse_misspelled(self, names: tuple[str, ...]) -> None:
+        """Raise an error if a name is nearly that of a condition of the network; other denoisers pass theirs on."""
 
     def x0_and_variance(self, x: Tensor, t: float | Tensor, **cond: Condition) -> tuple[Tensor, Tensor]:
         """Data prediction and the network's variance output, for networks that learn a variance."""

@@ -33,7 +33,7 @@ def check_ready(model: object) -> AbstractDenoiser:
             f"eval() on the network before the run, and train() after it.",
             stacklevel=check.levels_to_user(),
         )
-    if "label" not in denoiser.conditions and any(_takes_label(module) for module in denoiser.modules()):
+    if "label" not in denoiser.conditions and takes_label(denoiser):
         warnings.warn(
             "the network takes class labels and none is given, so it uses its index of no class, which only condition "
             "dropout trains, as in DSM(model, drop=0.1, null={'label': classes}); fix the classes by "
@@ -64,8 +64,16 @@ def warn_untrained(model: AbstractDenoiser, t: float) -> None:
     )
 
 
-def _takes_label(module: nn.Module) -> bool:
-    """Whether a denoiser has a class-conditional network of this library."""
+def takes_label(model: AbstractDenoiser) -> bool:
+    """Whether a denoiser has a class-conditional network of this library, itself or inside.
+
+    Arguments:
+        model: Denoiser.
+    """
+    return any(_has_classes(module) for module in model.modules())
+
+
+def _has_classes(module: nn.Module) -> bool:
     condition = getattr(module.net, "condition", None) if isinstance(module, Denoiser) else None
     embedding = sys.modules.get("scoresde.nn.embedding")  # if it is not loaded, the network is not of this library
     return embedding is not None and isinstance(condition, embedding.Conditioning) and condition.classes is not None

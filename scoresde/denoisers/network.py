@@ -7,6 +7,8 @@ two linear equations convert any prediction into any other.
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +31,14 @@ from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
 VARIANCES = ("range", "log", "value")
+# Our words for the predictions of other libraries.
+ELSEWHERE = {
+    **dict.fromkeys(("epsilon", "noise", "pred_noise", "eps_prediction"), "eps"),
+    **dict.fromkeys(("sample", "x_start", "start_x", "pred_x0", "x_0", "data", "denoised"), "x0"),
+    **dict.fromkeys(("v_prediction", "v-prediction", "pred_v"), "v"),
+    **dict.fromkeys(("flow", "flow_prediction", "vector_field", "drift"), "velocity"),
+    **dict.fromkeys(("edm", "raw"), "F"),
+}
 # Hints for the keywords of other libraries.
 WORDS = words("""
 prediction_type parameterization parametrization objective prediction predict target mean_type: use `predicts`
@@ -134,7 +144,7 @@ class Denoiser(AbstractDenoiser):
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
         super().__init__(sde)
-        check.choice("predicts", predicts, PREDICTIONS)
+        check.choice("predicts", predicts, PREDICTIONS, ELSEWHERE)
         if not isinstance(learned_variance, bool):
             check.choice("learned_variance", learned_variance, VARIANCES)
         if not (precondition is None or isinstance(precondition, Preconditioning)):
@@ -182,6 +192,24 @@ class Denoiser(AbstractDenoiser):
     def gaussian(self) -> Gaussian | None:
         """Gaussian approximation of the data, that of the card, which is saved with the model."""
         return None if self.card is None else self.card.gaussian
+
+    def _refuse_misspelled(self, names: tuple[str, ...]) -> None:
+        function = self.net.forward if isinstance(self.net, nn.Module) else self.net
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError):
+            return  # functions of C have no signature
+        by_name = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return
+        own = by_name[2:]
+        for name in names:
+            near = [] if name in own else difflib.get_close_matches(name, own, n=1)
+            if near:
+                raise TypeError(
+                    f"`{name}` is no condition of the network, which takes {', '.join(own)}; "
+                    f"did you mean {near[0]}=...?"
+                )
 
     @property
     def shared_conditions(self) -> tuple[str, ...]:

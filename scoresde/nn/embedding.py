@@ -144,6 +144,8 @@ class Conditioning(nn.Module):
         assert self.classes is not None
         if label is None:
             label = self.classes
+        if fix := check.of_array("label", label, indices=True):
+            raise TypeError(f"`label` must be None, a number or a tensor, got {type(label).__name__}{fix}.")
         given = label if isinstance(label, Tensor) else torch.full((), check.integer("label", label), device=x.device)
         if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
             raise TypeError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
@@ -144,6 +145,7 @@ class Loader:
         if not (self.unpack is None or callable(self.unpack)):
             raise TypeError(f"`unpack` must be a function of a batch, got {type(self.unpack).__name__}.")
         check.integer("workers", self.workers)
+        _check_entries(self.data)
         size(self.data)
         tensors = self.data.tensors if type(self.data) is TensorDataset else self.data
         if self.unpack is None and isinstance(tensors, tuple) and len(tensors) > 1 and _tensors(tensors):
@@ -282,6 +284,15 @@ def size(data: Data) -> int:
 def _tensors(data: object) -> bool:
     leaves = tree_leaves(data)
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves)
+
+
+def _check_entries(data: object) -> None:
+    """Raise an error if an entry of a dictionary of data is an array or a list, which no batch could be taken from."""
+    for name, value in data.items() if isinstance(data, dict) else ():
+        if isinstance(value, np.ndarray | list | tuple) and not _tensors(value):
+            floats = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+            fix = check.of_array(f"data[{name!r}]", value, indices=not floats)
+            raise TypeError(f"`data`[{name!r}] must be a torch.Tensor, got {type(value).__name__}{fix}.")
 
 
 def _unpack(batch: object) -> tuple[Tensor, dict[str, Condition]]:

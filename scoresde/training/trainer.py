@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -23,6 +24,7 @@ from scoresde.training.data_order import Data, DataOrder, Loader, parts, size, s
 from scoresde.training.describe import describe
 from scoresde.training.draws import Draws
 from scoresde.training.ema import EMA, PowerEMA
+from scoresde.training.first_batch import check_first_batch
 from scoresde.training.hooks import Hook, ProgressBar, Record, Row
 from scoresde.training.identity import differences, identity, keep_own_options, loss_identity
 from scoresde.training.losses import DSM
@@ -162,7 +164,7 @@ class Trainer:
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.newest: tuple[int, int] | None = None  # the newest checkpoint of the folder, if it is of this run
         self.history: list[Row] = []
-        self._fitting = False
+        self._fitting = self._examined = self._trained = False
 
         optimiser = _optimiser_of(loss, optimiser)
         self._loss_identity = loss_identity(loss)
@@ -209,6 +211,12 @@ class Trainer:
             steps: Total number of optimiser steps, counted from the beginning of the run.
         """
         check.integer("steps", steps)
+        if self._trained and steps <= self.step:  # a finished run that is resumed is usual
+            warnings.warn(
+                f"`steps`={steps} is reached, the run is at step {self.step}, so fit does nothing: `steps` counts from "
+                f"the beginning of the run; to train {steps} more, call fit({self.step + steps}).",
+                stacklevel=check.levels_to_user(),
+            )
         self._wrapped.train()
         rows = parts(self.order, self.step, self.rank, self.world, self.update.accumulate)
         source = self.loader.batches(rows, self.accelerator.device)
@@ -249,6 +257,7 @@ class Trainer:
         n = self.order.batch // (self.world * count)
         for m in range(count):
             x, cond = next(source)
+            self._examine(x, cond)
             self._generator.manual_seed(stream(self.order.seed, "noise", self.step))
             noise = Draws(self._generator, (m * self.world + self.rank) * n, self.order.batch)
             with nullcontext() if m == count - 1 else self.accelerator.no_sync(self._wrapped):
@@ -259,8 +268,14 @@ class Trainer:
         self.accelerator.unscale_gradients()
         norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, self.update.largest_norm)))
         self._apply(total, norm)
-        self.step += 1
+        self.step, self._trained = self.step + 1, True
         return total, norm
+
+    def _examine(self, x: Tensor, cond: dict[str, Condition]) -> None:
+        """Check the first batch of this trainer."""
+        if not self._examined and self.is_main and isinstance(self.loss, DSM) and isinstance(x, Tensor):
+            check_first_batch(self.loss.model, x, cond)
+        self._examined = True
 
     def _apply(self, loss: Tensor, norm: float) -> None:
         """Update the weights and the average if the gradient, equal on all processes, is finite; else skip or raise."""
@@ -373,7 +388,7 @@ class Trainer:
                 self.ema.load_state_dict({**state["ema"], **kept})
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        self.step, self.skipped, self._trained = int(state["step"]), int(state["skipped"]), False
         if self.rank < len(state["rng"]):
             fingerprint.set_rng_state(state["rng"][self.rank])
 

@@ -60,10 +60,10 @@ def test_data_sets_and_loaders_are_the_tensors_in_them() -> None:
     assert runs[1].identity["data"] == runs[2].identity["data"] and make(batch=None).order.batch == 128
     pairs = TensorDataset(DATA, LABELS)
     named = make(data={"x": DATA, "label": LABELS})
+    named.fit(3)
     for data in (pairs, DataLoader(pairs, 16, shuffle=True)):
         trainer = make(data=Loader(data, unpack=labelled))
         trainer.fit(3)
-        named.fit(3)
         assert losses(trainer) == losses(named)
         with pytest.raises(TypeError, match=r"`data` has 2 tensors; say what they are, as in .*unpack=lambda"):
             make(data=data)

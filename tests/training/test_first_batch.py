@@ -1,0 +1,73 @@
+"""The trainer warns of data and labels that would train silently wrong, and of a run that has ended."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import scoresde as ss
+
+
+def trainer(sde: ss.processes.SDE, data: Any, classes: int | None = None, **options: Any) -> ss.Trainer:
+    net = ss.nn.MLP(2, classes=classes, seed=0)
+    model = ss.Denoiser(net, sde, predicts="x0", **options)
+    return ss.Trainer(ss.DSM(model), data, batch=32)
+
+
+UNIT = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+EDM = {"precondition": ss.Preconditioning(0.5)}
+
+
+@pytest.mark.parametrize(
+    ("sde", "data", "options"),
+    [
+        (ss.VP(), 127.5 + 70 * UNIT, {}),
+        (ss.VP(), 0.03 * UNIT, {}),
+        (ss.Flow(), 8 * UNIT, {}),
+        (ss.VP(), UNIT + 10, {}),
+        (ss.EDM(), 70 * UNIT, EDM),
+    ],
+)
+def test_data_on_another_scale_are_named_once(sde: ss.processes.SDE, data: torch.Tensor, options: Any) -> None:
+    run = trainer(sde, data, **options)
+    with pytest.warns(UserWarning, match=r"standard deviation .*Standardize\.fit\(data") as seen:
+        run.fit(3)
+    assert len(seen) == 1
+    target = options["precondition"].sigma_data if options else 1.0
+    trainer(sde, ss.data.Standardize.fit(data, target=target)(data), **options).fit(1)
+
+
+@pytest.mark.parametrize(
+    ("sde", "data", "options"),
+    [
+        (ss.VP(), (UNIT > 0).float(), {}),
+        (ss.EDM(), 0.5 * UNIT, EDM),
+        (ss.EDM(), 70 * UNIT, {}),
+        (ss.VE(), 70 * UNIT, {}),
+    ],
+)
+def test_usual_data_pass(sde: ss.processes.SDE, data: torch.Tensor, options: Any) -> None:
+    trainer(sde, data, **options).fit(1)
+
+
+def test_forgotten_labels_are_named() -> None:
+    run = trainer(ss.VP(), UNIT, classes=3)
+    with pytest.warns(UserWarning, match="takes class labels and the data have none") as seen:
+        run.fit(3)
+    assert len(seen) == 1
+    trainer(ss.VP(), {"x": UNIT, "label": torch.zeros(64, dtype=torch.long)}, classes=3).fit(1)
+
+
+def test_a_run_that_has_ended_says_so() -> None:
+    run = trainer(ss.VP(), UNIT)
+    run.fit(3)
+    with pytest.warns(UserWarning, match=r"does nothing.*call fit\(6\)"):
+        run.fit(3)
+    assert run.step == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.fit(4)
+    assert run.step == 4

@@ -27,16 +27,19 @@ def ours(pattern: str) -> str:
     return found[1]
 
 
+def first_python(requires: str, oldest: int) -> tuple[int, int]:
+    """Minor and micro version of the first Python from 3.oldest on that a requirement allows."""
+    allowed = SpecifierSet(requires)
+    return next((k, m) for k in range(oldest, 100) for m in range(100) if f"3.{k}.{m}" in allowed)
+
+
 def main() -> None:
     oldest = int(ours(r'^requires-python = ">=3\.(\d+)"'))
     left_out = {canonicalize_name(ours(r'^name = "(.*)"')), "pip"}
     installed = {canonicalize_name(package.metadata["Name"]): package for package in distributions()}
     packages = {name: installed[name] for name in sorted(installed.keys() - left_out)}
-    since = {  # minor version of the first Python of each
-        name: next(
-            k for k in range(oldest, 100) if f"3.{k}.99" in SpecifierSet(package.metadata["Requires-Python"] or "")
-        )
-        for name, package in packages.items()
+    since = {
+        name: first_python(package.metadata["Requires-Python"] or "", oldest) for name, package in packages.items()
     }
     needs = [
         (name, canonicalize_name(other.name))
@@ -49,7 +52,10 @@ def main() -> None:
             since[b] = max(since[a], since[b])
     print(HEAD)
     for name, package in packages.items():
-        marker = f'; python_version >= "3.{since[name]}"' if since[name] > oldest else ""
+        minor, micro = since[name]
+        marker = f'; python_full_version >= "3.{minor}.{micro}"' if micro else f'; python_version >= "3.{minor}"'
+        if (minor, micro) == (oldest, 0):
+            marker = ""
         print(f"{name}=={Version(package.version).public}{marker}")
 
 

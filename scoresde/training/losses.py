@@ -367,6 +367,7 @@ class LossByNoise(nn.Module):
         self.count.index_add_(0, k, finite.to(self.count))
         self.bad.index_add_(0, k, (~finite).to(self.bad))
 
+    @checked
     def read(self, reset: bool = True) -> list[dict[str, float]]:
         """Return one row per level that has errors, and set all sums to zero.
 

@@ -20,6 +20,10 @@ _BEYOND = 2.0  # extension of the table of an exact model beyond t_min, in λ
 
 _STEP = 1e-2  # step in λ of the difference quotient
 
+# Range of s. It is 0 at high noise and −2 at low noise; far beyond lie errors of l or of the network, whose exponential
+# in the weights would grow without bound.
+_RATES = (-6.0, 2.0)
+
 
 @checked
 def estimate_statistics(
@@ -157,6 +161,7 @@ def _regress(
     ridge = (_ROUNDING * torch.finfo(data.dtype).eps) ** 2 * _mean(size, pooled)
     centred = f - f_mean
     s = _mean(centred * slope, pooled) / (_mean(centred.square(), pooled) + ridge)
+    s = s.clamp(*_RATES)
     return s, slope_mean - s * f_mean
 
 

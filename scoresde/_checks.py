@@ -117,7 +117,7 @@ def timelike(name: str, value: object) -> None:
 
 def of_array(name: str, value: object, *, indices: bool = False) -> str:
     """The fix, for an error, of an array or a list where a tensor is needed; empty for other values."""
-    if not isinstance(value, np.ndarray | list | tuple):
+    if not isinstance(value, (np.ndarray, list, tuple)):  # a union of types is not traced by torch.compile
         return ""
     return f"; use torch.as_tensor({name})" if indices else f"; use torch.as_tensor({name}, dtype=torch.float32)"
 

@@ -92,7 +92,7 @@ doctest: $(READY)  ## run the examples in docstrings, README and documentation
 package: $(READY)  ## build wheel and sdist, install the wheel into an empty environment, and sample with it
 	@echo "package: dist/"
 	@rm -rf dist
-	@$(BIN)/python -m hatchling -q build
+	@$(BIN)/python -m hatchling build >/dev/null
 	@place=$$(mktemp -d) && trap 'rm -rf "$$place"' EXIT && $(PYTHON) -m venv $$place/empty \
 		&& $$place/empty/bin/python $(INSTALL) -c constraints.txt dist/*.whl \
 		&& cp tests/smoke.py $$place && cd $$place && empty/bin/python smoke.py

@@ -37,7 +37,7 @@ def field(
         t: Time, with σ(t) > 0.
         limits: Smallest and largest coordinate.
         arrows: Number of arrows in a line.
-        predicts: What the arrows are: ``"score"``, or another prediction, such as ``"velocity"``.
+        predicts: Prediction that the arrows show: ``"score"``, ``"velocity"`` or another.
         ax: Axes to draw into, by default new ones.
 
     Example:

@@ -29,9 +29,8 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.denoisers.modes import check_ready
 from scoresde.denoisers.start import Start, as_start
 from scoresde.fitting.clocks import hides_time
+from scoresde.fitting.descent import lbfgs_round
 from scoresde.fitting.starts import begin_plans
 from scoresde.fitting.table import Table
 from scoresde.fitting.trajectories import (
@@ -329,31 +329,11 @@ def _summary(errors: Tensor) -> dict[str, float]:
 
 def _descend(table: Table, rows: Trajectories, which: range, delta: float, steps: int) -> int:
     """Run a round of L-BFGS; return its number of iterations."""
-    optimiser = torch.optim.LBFGS(
-        table.parameters, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
 
-    def closure() -> float:
-        total = 0.0
-        gradients = [torch.zeros_like(k) for k in table.parameters]
+    def losses() -> Iterator[Callable[[], Tensor]]:
         for part in rows.parts(which):
-            with torch.enable_grad():
-                e = rows.error(table.now(), part)
-                loss = 0.5 * (e**2 + delta**2).log().sum() / len(which)
-                parts = torch.autograd.grad(loss, table.parameters, allow_unused=True)
-            total += float(loss.detach())
-            for g, p in zip(gradients, parts, strict=True):
-                g += 0 if p is None else p
-        good = math.isfinite(total) and all(bool(g.isfinite().all()) for g in gradients)
-        for k, g in zip(table.parameters, gradients, strict=True):
-            k.grad = g if good else torch.zeros_like(g)
-        return total if good else 1e6
+            yield lambda part=part: (  # type: ignore[misc]
+                0.5 * (rows.error(table.now(), part) ** 2 + delta**2).log().sum() / len(which)
+            )
 
-    saved = [k.detach().clone() for k in table.parameters]
-    optimiser.step(closure)
-    if not all(bool(k.isfinite().all()) for k in table.parameters):
-        with torch.no_grad():
-            for k, value in zip(table.parameters, saved, strict=True):
-                k.copy_(value)
-    state: dict[str, Any] = next(iter(optimiser.state.values()), {})
-    return max(1, int(state.get("n_iter", 1)))
+    return lbfgs_round(table.parameters, losses, steps)

@@ -13,13 +13,13 @@ mixtures: their trajectories cost no evaluation of a network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from scoresde.fitting.descent import lbfgs_round
 from scoresde.fitting.mixtures import Problems
 from scoresde.solvers.universal import UniversalTable
 
@@ -190,32 +190,12 @@ def descend(
 
 def _round(parameters: Parameters, train: Sequence[Group], scales: Sequence[Tensor], steps: int) -> int:
     """Run a round of L-BFGS; return its number of iterations."""
-    optimiser = torch.optim.LBFGS(
-        parameters.free, max_iter=steps, history_size=40, line_search_fn="strong_wolfe", tolerance_change=1e-12
-    )
     problems = sum(len(s) for s in scales)
 
-    def closure() -> float:
-        total = 0.0
-        gradients = [torch.zeros_like(k) for k in parameters.free]
+    def losses() -> Iterator[Callable[[], Tensor]]:
         for group, delta in zip(train, scales, strict=True):
-            with torch.enable_grad():
-                e = group.errors(parameters())
-                loss = 0.5 * (e.square() + delta.square()).log().mean(1).sum() / problems
-                parts = torch.autograd.grad(loss, parameters.free, allow_unused=True)
-            total += float(loss.detach())
-            for g, p in zip(gradients, parts, strict=True):
-                g += 0 if p is None else p
-        good = math.isfinite(total) and all(bool(g.isfinite().all()) for g in gradients)
-        for k, g in zip(parameters.free, gradients, strict=True):
-            k.grad = g if good else torch.zeros_like(g)
-        return total if good else 1e6
+            yield lambda group=group, delta=delta: (  # type: ignore[misc]
+                0.5 * (group.errors(parameters()).square() + delta.square()).log().mean(1).sum() / problems
+            )
 
-    saved = [k.detach().clone() for k in parameters.free]
-    optimiser.step(closure)
-    if not all(bool(k.isfinite().all()) for k in parameters.free):
-        with torch.no_grad():
-            for k, value in zip(parameters.free, saved, strict=True):
-                k.copy_(value)
-    state: dict[str, Any] = next(iter(optimiser.state.values()), {})
-    return max(1, int(state.get("n_iter", 1)))
+    return lbfgs_round(parameters.free, losses, steps)

@@ -28,7 +28,6 @@ from scoresde.sampling.few_steps import warn_of_few_steps
 from scoresde.sampling.memo import made, written
 from scoresde.sampling.transitions import transitions
 from scoresde.solvers.rule import Solver
-from scoresde.solvers.universal import Universal
 
 # Hints for the keywords of other libraries.
 WORDS = CONDITIONS | words("""
@@ -293,8 +292,8 @@ def plan_for(
         return solver
     if solver is not None and not isinstance(solver, Solver):
         raise _not_a_solver(solver)
-    if isinstance(solver, Universal) and grid is not None:
-        raise ValueError("Universal has its own times for each number of evaluations; drop `grid`, and give `nfe`.")
+    if solver is not None and solver.own_times and grid is not None:
+        raise ValueError(f"{solver!r} has its own times for each number of evaluations; drop `grid`, and give `nfe`.")
     if isinstance(grid, str):
         raise TypeError(f"`grid` must be times or a grid maker such as ss.grids.karras, got {grid!r}.")
     has_times = grid is not None and not callable(grid)

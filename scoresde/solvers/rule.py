@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -88,6 +88,7 @@ class Solver:
         stages: Number of function evaluations per step, 1 by default; a step into σ = 0 may need only one.
         memoryless: Whether no step reads the history and all steps have one form, so that they can be computed in one
             batch, with tensors of times; False by default.
+        own_times: Whether the solver has times of its own, so that no grid may be given; False by default.
 
     Example:
         A solver of order 2 that evaluates the network at the middle of each step in λ, and steps with that prediction:
@@ -118,6 +119,8 @@ class Solver:
         >>> ss.sample(data, (8, 2), Middle(), nfe=15, seed=0).shape
         torch.Size([8, 2])
     """
+
+    own_times: ClassVar[bool] = False
 
     made_by: Call | None = field(default=None, kw_only=True, repr=False)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -134,6 +135,8 @@ class Universal(Solver):
     """
 
     order = 0  # a table for one number of evaluations has no order
+
+    own_times: ClassVar[bool] = True
 
     data_std: float | None = None
     predicts: str | None = None

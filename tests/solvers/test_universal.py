@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,3 +187,11 @@ def test_plans_are_plans() -> None:
     plan = write_plan(tables("data")[5].scaled(0.5), sde, sde.T)
     assert ss.Plan.from_dict(plan.to_dict()) == plan
     assert ss.solvers.Solver.from_dict(Universal(0.5).to_dict()) == Universal(0.5)
+
+
+@pytest.mark.parametrize("grid", [ss.grids.karras, [1.0, 0.5, 0.2, 0.1, 0.01, 0.0]])
+def test_a_grid_is_refused_as_the_times_are_fitted(grid: Any) -> None:
+    model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.2)
+    nfe = 5 if callable(grid) else None
+    with pytest.raises(ValueError, match="has its own times"):
+        ss.sample(model, (2, 1), Universal(), nfe=nfe, grid=grid, seed=0)

@@ -88,7 +88,8 @@ def insist(folder: Path, init: int, log: Path) -> None:
                 run(folder, init)
             return
         except (RuntimeError, FileExistsError) as error:
-            known = ("is writing to", "took over", "has the checkpoints of a run")  # the last: they began at once
+            # The last two: the other process began, or wrote, between what this one read and its lock.
+            known = ("is writing to", "took over", "has the checkpoints of a run", "another run wrote to")
             kind = next((words for words in known if words in str(error)), None)
             if kind is None:
                 raise

@@ -310,3 +310,41 @@ def test_the_loop_of_schedulers_takes_the_steps_of_ddim() -> None:
     assert found is not None and found[1] == 5
     plan = ss.DDIM().plan(model.sde, [1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
     assert torch.allclose(found[0], ss.plan.run(plan, model.x0, x), atol=1e-4)
+
+
+# Climate.
+
+
+def test_kriging_is_the_exact_posterior() -> None:
+    import climate
+
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    mean, cov = torch.randn(1, 2, 3, generator=generator, dtype=torch.float64), root @ root.mT + torch.eye(6)
+    where, std, y = torch.tensor([1, 4]), torch.tensor([0.2, 0.7]), torch.tensor([[0.3, -1.0]], dtype=torch.float64)
+    mask = torch.zeros(6, dtype=torch.bool)
+    mask[where] = True
+    seen = ss.inverse.Measurement(ss.inverse.Mask(mask.reshape(1, 2, 3)), y, std=std)
+    exact = ss.inverse.posterior(ss.GaussianMixture(ss.VP(), mean[None], cov=cov[None]), seen)
+    centre, deviation = climate.kriging(ss.Gaussian.of(ss.VP(), mean, cov), where, std, y)
+    torch.testing.assert_close(centre[0], exact.mean())
+    torch.testing.assert_close(deviation.flatten().square(), exact.component_covariances()[0].diagonal())
+
+
+def test_scores_of_samples_are_those_of_their_distribution() -> None:
+    import climate
+
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(1, 1, 60, 50, generator=generator, dtype=torch.float64)
+    drawn = torch.randn(1, 16, 1, 60, 50, generator=generator, dtype=torch.float64)
+    weight = torch.ones(60, 1, dtype=torch.float64)
+
+    def scores(row: str) -> list[float]:
+        return [float(v) for v in row.split("|")[2:7]]
+
+    _, crps, spread, ratio, inside = scores(climate.of_gaussian("", truth, 0 * truth, 1 + 0 * truth, weight))
+    _, crps_drawn, _, ratio_drawn, inside_drawn = scores(climate.of_samples("", truth, drawn, weight))
+    # 3000 cells: standard errors below 0.01 each.
+    assert abs(crps - torch.pi**-0.5) < 0.03 and abs(crps_drawn - crps) < 0.03
+    assert spread == 1 and abs(ratio - 1) < 0.05 and abs(ratio_drawn - 1) < 0.05
+    assert abs(inside - 0.9) < 0.03 and abs(inside_drawn - 0.9) < 0.03

@@ -237,7 +237,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="few samples and repeats, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(batch=8, repeats=2)
+        given.update(batch=4, repeats=1)
     return Options(**given)
 
 

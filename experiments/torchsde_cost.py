@@ -181,7 +181,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="few rounds, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(rounds=3, steps=25)
+        given.update(rounds=2, steps=10)
     return Options(**given)
 
 

@@ -1,7 +1,7 @@
 """Cost of the trainer compared with a plain PyTorch loop of the same network and loss.
 
     python experiments/trainer_cost.py
-    python experiments/trainer_cost.py --quick    # a minute, for CI
+    python experiments/trainer_cost.py --quick    # seconds, for CI
 
 Four loops take the same steps of the same network, with the same loss: ``Trainer`` with its defaults; a loop by hand
 with the same work (it draws a batch, clips, and averages the weights); the trainer without clipping and average; and
@@ -134,7 +134,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="small sizes, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
-        given.update(rounds=15)
+        given.update(rounds=3, steps=3)
     return Options(**given)
 
 

@@ -181,7 +181,7 @@ def test_conditions_belong_to_the_denoiser() -> None:
 
 
 def test_states_are_freed_as_in_the_loop() -> None:
-    plan = Multistep(3, eta=1.0).plan(MODEL.sde, ss.grids.karras(MODEL.sde, 30))
+    plan = Multistep(3, eta=1.0).plan(MODEL.sde, ss.grids.karras(MODEL.sde, 8))
     alive: list[weakref.ref[Tensor]] = []
     at_network = []
 

@@ -8,9 +8,9 @@ covariance. Fields of the run E1 are measured at stations, each with a noise lev
 which both runs have the same field is never used for a test. The anomaly of a field is its difference from the mean of
 the training run.
 
-Kriging is the exact posterior of a Gaussian with the training covariance. `MMPS` with the exact denoiser of this
-Gaussian shows the error of the sampler; with the UNet it adds that of the network. Without the packages the script
-makes synthetic fields of the same shape, and says so.
+Kriging is `ss.inverse.posterior` of a Gaussian with the training covariance, which is exact. `MMPS` with the exact
+denoiser of this Gaussian shows the error of the sampler; with the UNet it adds that of the network. Without the
+packages the script makes synthetic fields of the same shape, and says so.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ def train(x: Tensor, options: Options) -> ss.Denoiser:
 # Exact answer for the Gaussian.
 
 
-def kriging(gaussian: ss.Gaussian, where: Tensor, std: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (N, *event) and standard deviation (*event) of the Gaussian posterior, given y (N, m) at cells `where`."""
+def kriging(gaussian: ss.Gaussian, seen: inverse.Measurement) -> tuple[Tensor, Tensor]:
+    """Mean (N, *event) and standard deviation (*event) of the Gaussian posterior, given the N rows of a measurement."""
     mean, spectrum, axes, rest = gaussian.arguments
     assert isinstance(axes, Tensor)
     cov = (axes * (spectrum - rest)) @ axes.mT + rest * torch.eye(len(axes), dtype=axes.dtype)
-    gain = torch.linalg.solve(cov[where][:, where] + std.double().square().diag(), cov[where]).mT
-    centre = mean.flatten() + (y.double() - mean.flatten()[where]) @ gain.mT
-    variance = cov.diagonal() - (gain * cov[:, where]).sum(1)
-    return centre.reshape(-1, *gaussian.event), variance.clamp_min(0).sqrt().reshape(gaussian.event)
+    prior = ss.GaussianMixture(gaussian.sde, mean[None], cov=cov[None])
+    exact = [inverse.posterior(prior, seen.rows(torch.tensor([k]))) for k in range(len(seen.y))]
+    variance = exact[0].component_covariances()[0].diagonal()
+    return torch.stack([one.mean() for one in exact]), variance.sqrt().reshape(gaussian.event)
 
 
 # Scores.
@@ -237,8 +237,9 @@ def main(options: Options) -> str:
     mask[where] = True
     operator = inverse.Mask(mask.reshape(EVENT))
     y = inverse.Measurement(operator, truth.flatten(1)[:, where], std=std).simulate(truth, seed=options.seed)
+    seen = inverse.Measurement(operator, y, std=std)
     gaussian = ss.Gaussian.estimate(ss.VP(), known, "low rank", rank=options.rank)
-    centre, deviation = kriging(gaussian, where, std, y)
+    centre, deviation = kriging(gaussian, seen)
     weight = torch.deg2rad(climate.latitude).cos()[:, None]
     print(f"training fields {len(known)}, held-out fields {len(unknown)}, of which {len(truth)} are restored")
     started = time.perf_counter()
@@ -251,11 +252,11 @@ def main(options: Options) -> str:
         of_gaussian("kriging, exact", scale * truth, scale * centre, scale * deviation, weight),
     ]
     shape = (options.cases * options.samples, *EVENT)
-    seen = inverse.Measurement(operator, y.float().repeat_interleave(options.samples, 0), std=std.float())
+    each = inverse.Measurement(operator, y.float().repeat_interleave(options.samples, 0), std=std.float())
     drawn: dict[str, Tensor] = {}
     for name, restore in samplers(model, gaussian, options).items():
         started = time.perf_counter()
-        x = restore(seen, shape).double().reshape(options.cases, options.samples, *EVENT)
+        x = restore(each, shape).double().reshape(options.cases, options.samples, *EVENT)
         drawn[name] = x
         lines.append(of_samples(name, scale * truth, scale * x, weight, time.perf_counter() - started))
         print(lines[-1], flush=True)
@@ -269,7 +270,7 @@ def main(options: Options) -> str:
             "truth and stations": truth[last],
             "kriging: mean": centre[last],
             "MMPS, UNet: mean": x[last].mean(0),
-            "training mean": known.mean(0),
+            "PiGDM, UNet: mean": drawn["`PiGDM`, UNet"][last].mean(0),
             "MMPS, UNet: a sample": x[last, 0],
             "MMPS, UNet: another": x[last, 1],
             "spread of kriging": deviation,

@@ -7,6 +7,7 @@ import pkgutil
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from sphinx.application import Sphinx
@@ -79,9 +80,42 @@ def read_naturally(app: Sphinx, what: str, name: str, obj: object, options: obje
         lines[i] = re.sub(r"(:(?:attr|class|func|meth|mod):`)(?=\w)", r"\1.", line)
 
 
+def sidebar(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Write the list of all pages once, and mark the current page in it; Sphinx lays it anew for each page."""
+
+    def toctree(**options: object) -> str:
+        root = app.config.root_doc
+        if (key := repr(options)) not in lists:
+            lists[key] = app.builder._get_local_toctree(root, **options)  # type: ignore[attr-defined]
+        return mark(lists[key], page, app.builder.get_target_uri(page))
+
+    if "toctree" in context:
+        context["toctree"] = toctree
+
+
+lists: dict[str, str] = {}
+
+
+def mark(text: str, page: str, uri: str) -> str:
+    """A list of pages as seen from one of them: relative links, and its entry and those above it are current."""
+    parts = re.split(r'(<li class="toctree-l\d+">|</li>)', text)
+    above: list[int] = []
+    for i, part in enumerate(parts):
+        if part.startswith("<li "):
+            above.append(i)
+        elif part == "</li>":
+            above.pop()
+        if above and f'href="{uri}"' in part:
+            parts[i] = part.replace(f'internal" href="{uri}"', 'internal current" href="#"')
+            for j in above:
+                parts[j] = parts[j].replace('">', ' current">')
+    return re.sub(r'(?<=href=")(?!#|\w+:)', "../" * page.count("/"), "".join(parts))
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", read_naturally)
+    app.connect("html-page-context", sidebar, priority=400)  # before the theme
 
 
 # The tutorials: scripts that are run when the pages are built, with their figures, and notebooks of them.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import inspect
 import json
 import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -271,84 +268,3 @@ def test_noise_and_scales_need_no_float64_on_the_device_and_never_wait() -> None
         scale = ss.data.Standardize.fit(torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2), "channel")
         assert lands(scale(x)) and lands(scale.inverse(x))
         assert isinstance(scale.log_det(x), float)
-
-
-# What is written about it.
-
-
-def public_names() -> dict[str, Any]:
-    """Everything that users reach as ss.name or ss.folder.name, by this name."""
-    found = {}
-    for space in (ss, *(thing for name in ss.__all__ if isinstance(thing := getattr(ss, name), ModuleType))):
-        own = [n for n in dir(space) if getattr(getattr(space, n), "__module__", None) == space.__name__]
-        for name in getattr(space, "__all__", [n for n in own if not n.startswith("_")]):
-            found[f"{space.__name__}.{name}".removeprefix("scoresde.")] = getattr(space, name)
-    return found
-
-
-NAMES = public_names()
-
-
-def own_doc(thing: Any) -> str:
-    """A docstring of its own: not inherited, not the signature that a dataclass makes for want of one."""
-    if not (inspect.isclass(thing) or inspect.isfunction(thing) or inspect.ismodule(thing)):
-        return "a value, such as a type alias or a constant"
-    doc = thing.__dict__.get("__doc__") if inspect.isclass(thing) else thing.__doc__
-    return "" if doc is None or doc.startswith(f"{thing.__name__}(") else inspect.cleandoc(doc)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_public_name_says_what_it_is(name: str) -> None:
-    thing = NAMES[name]
-    assert len(own_doc(thing).partition("\n")[0]) > 10, "in a line"
-    if inspect.isclass(thing):
-        methods = {
-            k: v for k, v in vars(thing).items() if not k.startswith("_") and (callable(v) or isinstance(v, property))
-        }
-        assert [k for k in methods if not inspect.getdoc(getattr(thing, k))] == [], "and so do its methods or a base's"
-
-
-def unmentioned(thing: Callable[..., Any]) -> list[str]:
-    """Arguments of which a docstring says nothing, itself, by that of a base, or by pointing to one with the same."""
-    doc = "\n".join(map(own_doc, inspect.getmro(thing))) if inspect.isclass(thing) else own_doc(thing)
-    names = [p.name for p in inspect.signature(thing).parameters.values() if not p.name.startswith("_")]
-    mentioned = [re.search(rf"^\s*\*{{0,2}}{name}:|`{name}\b", doc, re.M) for name in names]  # listed, or in backticks
-    return [] if "arguments of :" in doc else [name for name, where in zip(names, mentioned, strict=True) if not where]
-
-
-def has_arguments(thing: Any) -> bool:
-    """Whether users call it; not so enums, protocols and the classes that only a function of the library makes."""
-    return inspect.isfunction(thing) or (
-        inspect.isclass(thing) and not issubclass(thing, Enum) and not getattr(thing, "_is_protocol", False)
-    )
-
-
-CALLED = [name for name, thing in NAMES.items() if has_arguments(thing)]
-
-
-@pytest.mark.parametrize("name", CALLED)
-def test_every_public_name_explains_its_arguments(name: str) -> None:
-    assert unmentioned(NAMES[name]) == []
-
-
-def test_names_are_found_and_silence_about_an_argument_is_noticed() -> None:
-    some = {"grids.karras", "processes.betas", "data.check_scale", "solvers.UniPC", "guidance.Clamp", "VP", "sample"}
-    assert some <= set(CALLED)
-
-    def half(explained: int, forgotten: int) -> None:
-        """Explains `explained` and nothing else."""
-
-    class Half:
-        """Explains `explained` and nothing else."""
-
-        def __init__(self, explained: int, forgotten: int) -> None: ...
-
-    class Whole(Half):
-        """A class whose base explains the rest.
-
-        Arguments:
-            forgotten: Argument that the base does not explain.
-        """
-
-    assert unmentioned(half) == unmentioned(Half) == ["forgotten"]
-    assert unmentioned(Whole) == []

@@ -122,6 +122,12 @@ class Denoiser(AbstractDenoiser):
         check_finite: Whether to raise an error, with the time, at the first output that is not finite. The check
             waits for the GPU, so leave it off for speed.
 
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, for ε
+        | Progressive Distillation (Salimans & Ho, 2022), arXiv:2202.00512, for v
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          for F
+
     Example:
         >>> import torch, scoresde as ss
         >>> model = ss.Denoiser(lambda x, t: torch.zeros_like(x), ss.VP(), predicts="eps")

@@ -29,6 +29,11 @@ class Reverse:
     Arguments:
         denoiser: Denoiser that gives the score.
         eta: Noise level η ≥ 0: 1 for the reverse SDE, 0 for the probability-flow ODE.
+
+    References:
+        | Reverse-Time Diffusion Equation Models (Anderson, 1982)
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+          arXiv:2011.13456
     """
 
     denoiser: AbstractDenoiser

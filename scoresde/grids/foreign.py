@@ -87,6 +87,9 @@ def from_scheduler(sde: SDE | object, steps: int | None, scheduler: object, *, m
             its ``set_timesteps`` with levels of your own.
         scheduler: Scheduler of diffusers.
         mu: Shift of ``use_dynamic_shifting``, which pipelines compute from the resolution.
+
+    Returns:
+        Times, (N + 1,).
     """
     sde = cast(SDE, getattr(sde, "sde", sde))
     if not isinstance(sde, SDE):

@@ -132,7 +132,7 @@ def window(
 
     Arguments:
         sde: The process.
-        times: A grid.
+        times: Grid, (N + 1,).
         t_start: New first time, default that of the grid; a larger one adds a step.
         t_end: New last time, default that of the grid; a smaller one adds a step.
 

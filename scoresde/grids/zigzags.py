@@ -58,7 +58,7 @@ def ancestral(sde: SDE, times: Tensor | Sequence[float], eta: float = 1.0) -> Zi
 
     Arguments:
         sde: The process.
-        times: A grid.
+        times: Grid, (N + 1,).
         eta: Noise level η, at least 0; 0 returns the times unchanged.
 
     References:
@@ -88,7 +88,7 @@ def churn(
 
     Arguments:
         sde: The process.
-        times: A grid of N steps.
+        times: Grid of N steps, (N + 1,).
         s_churn: Amount of fresh noise over the whole grid.
         s_tmin: Lowest ρ at which noise is added.
         s_tmax: Highest ρ at which noise is added.
@@ -114,7 +114,7 @@ def restart(sde: SDE, times: Tensor | Sequence[float], low: float, high: float, 
 
     Arguments:
         sde: The process.
-        times: A grid; its times nearest to `low` and `high` are the ends of the interval.
+        times: Grid, (N + 1,); its times nearest to `low` and `high` are the ends of the interval.
         low: Time at which noise is added.
         high: Time up to which noise is added.
         repeats: Number of repetitions, default 1.
@@ -146,8 +146,11 @@ def renoised(sde: SDE, times: Tensor | Sequence[float], zeta: float) -> Zigzag:
 
     Arguments:
         sde: The process.
-        times: Decreasing times.
+        times: Decreasing times, (N + 1,).
         zeta: Fraction ζ in [0, 1); 0 returns `times`.
+
+    References:
+        | Denoising Diffusion Models for Plug-and-Play Image Restoration (Zhu et al., 2023), arXiv:2305.08995
     """
     grid = check_grid(sde, times)
     zeta = check.number("zeta", zeta, at_least=0, below=1)
@@ -173,7 +176,7 @@ def repaint(sde: SDE, times: Tensor | Sequence[float], jump: int = 10, resample:
 
     Arguments:
         sde: The process.
-        times: Decreasing times.
+        times: Decreasing times, (N + 1,).
         jump: Number of steps in a block.
         resample: Number of times that each block is solved; 1 returns `times`.
 

@@ -263,7 +263,7 @@ def plus_plus(sde: SDE, grid: Tensor | Sequence[float], scale: float) -> Callabl
 
     Arguments:
         sde: Noising process.
-        grid: Decreasing grid of times.
+        grid: Decreasing times, (N + 1,).
         scale: Scale λ of CFG++, in [0, 1] in the paper.
 
     References:

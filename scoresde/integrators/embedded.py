@@ -327,6 +327,9 @@ def BogackiShampine(prediction: Prediction = VELOCITY) -> EmbeddedRungeKutta:
 
     Arguments:
         prediction: Prediction that is the slope, default VELOCITY.
+
+    References:
+        | A 3(2) Pair of Runge–Kutta Formulas (Bogacki and Shampine, 1989)
     """
     b = (2 / 9, 1 / 3, 4 / 9)
     return EmbeddedRungeKutta(((1 / 2,), (0.0, 3 / 4), b), (-5 / 72, 1 / 12, 1 / 9, -1 / 8), 3, prediction=prediction)
@@ -426,6 +429,9 @@ def DPM12(prediction: Prediction = NOISE) -> Pair:
 
     Arguments:
         prediction: Prediction to interpolate: NOISE (default), or DATA for DPM-Solver++.
+
+    References:
+        | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), arXiv:2206.00927
     """
     return DPMPair(2, prediction=prediction)
 
@@ -436,5 +442,8 @@ def DPM23(prediction: Prediction = NOISE) -> Pair:
 
     Arguments:
         prediction: Prediction to interpolate: NOISE (default), or DATA for DPM-Solver++.
+
+    References:
+        | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), arXiv:2206.00927
     """
     return DPMPair(3, prediction=prediction)

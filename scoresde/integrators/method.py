@@ -147,7 +147,7 @@ class Problem:
 
     Arguments:
         model: Denoiser; `counter` counts its evaluations, except for plans, which count their rows.
-        shape_or_x: Shape of the samples, or their initial states.
+        shape_or_x: Shape (B, *event) of the samples, or their initial states.
         t_start: First time, None for the method's default.
         t_end: Last time; where σ = 0 there, the result is the denoised state.
         noise: Noise of the run.

@@ -60,6 +60,9 @@ class TorchDiffEq(Method):
         max_nfe: Largest number of evaluations of the denoiser.
         options: Options of the method in torchdiffeq.
 
+    References:
+        | Neural Ordinary Differential Equations (Chen et al., 2018), arXiv:1806.07366
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)

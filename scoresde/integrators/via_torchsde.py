@@ -65,6 +65,9 @@ class TorchSDE(Method):
         rtol: Relative tolerance of adaptive steps.
         atol: Absolute tolerance of adaptive steps.
 
+    References:
+        | Scalable Gradients for Stochastic Differential Equations (Li et al., 2020), arXiv:2001.01328
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)

@@ -53,7 +53,7 @@ def from_guided_diffusion(
 
     Arguments:
         net: UNetModel.
-        noise_schedule: ``"linear"``, scaled with the number of steps as there, ``"cosine"``, or a list of β.
+        noise_schedule: ``"linear"``, scaled with the number of steps as there, ``"cosine"``, or a list of β, (N,).
         diffusion_steps: Number of steps N of training.
         learn_sigma: Whether the network returns twice the channels, six for images.
         predict_xstart: Whether the network predicts the data instead of the noise.
@@ -124,6 +124,9 @@ def respaced(sde: Discrete, timestep_respacing: str | Sequence[int]) -> Tensor:
         sde: Process of the network, ``model.sde``.
         timestep_respacing: ``"ddimN"`` for N labels at a whole stride, or the numbers of labels in equal sections of
             the process, data first: ``"250"``, ``"10,15,20"`` or a list.
+
+    Returns:
+        Times, (N + 1,).
 
     Example:
         >>> import scoresde as ss

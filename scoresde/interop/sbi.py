@@ -94,7 +94,7 @@ def sbi_posterior(
         solver: Solver, plan or method, as in ``ss.sample``; by default ``VelocityAB(3)``. (The default of ``ss.sample``
             for scores assumes a data prediction with an error of 1/α at high noise; sbi's networks have none.)
         nfe: Number of function evaluations of a solver, by default 20.
-        grid: Times from noise to data, instead of `nfe`.
+        grid: Times from noise to data, (N + 1,), instead of `nfe`.
         tolerance: Steps of ``log_prob``.
     """
     from scoresde.interop.sbi_sampling import SolverPosterior

@@ -196,11 +196,14 @@ def dps_scale(sde: SDE, grid: Tensor | Sequence[float], zeta: float) -> Callable
 
     Arguments:
         sde: The process.
-        grid: Decreasing times.
+        grid: Decreasing times, (N + 1,).
         zeta: ζ, 0.3 to 1 in the paper.
 
     Returns:
         The scale as a function of t.
+
+    References:
+        | Diffusion Posterior Sampling for General Noisy Inverse Problems (Chung et al., 2023), arXiv:2209.14687
     """
     times = check_grid(sde, grid).tolist()
     scales: dict[float, float] = {t: zeta / sde.posterior(s, t)[1] for t, s in pairwise(times)}

@@ -149,6 +149,10 @@ def elbo(
         scale: Map from `x` to the data of the model; its log-determinant is added to a density.
         grad: Gradients, ``"off"`` or ``"full"``.
 
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
+        | Variational Diffusion Models (Kingma et al., 2021), arXiv:2107.00630
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), std=0.3)

@@ -218,6 +218,11 @@ class FlowDensity(Method):
         t_min: Smallest time at which the network is evaluated, by default that of the process.
         scale: Map of the data to the scale of the model; samples and densities are those before it.
 
+    References:
+        | FFJORD (Grathwohl et al., 2019), arXiv:1810.01367
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+          arXiv:2011.13456
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.Flow(), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), std=0.3)

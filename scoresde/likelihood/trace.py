@@ -114,6 +114,10 @@ class Probes:
             themselves, such as :class:`MMPS`, ``"forward"`` also needs the forward mode of the network's backward pass,
             which torch lacks for SiLU and others; the error then says so.
         chunk: Number of products in one call; 0 chooses it from their size.
+
+    References:
+        | A Stochastic Estimator of the Trace of the Influence Matrix (Hutchinson, 1989)
+        | Hutch++: Optimal Stochastic Trace Estimation (Meyer et al., 2021), arXiv:2010.09649
     """
 
     kind: str = "exact"

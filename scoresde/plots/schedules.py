@@ -71,7 +71,7 @@ def grid(
     """Plot the times of a grid as marks on a line, or of several grids as one line each.
 
     Arguments:
-        times: Times, or a mapping from names to times.
+        times: Times, (N + 1,), or a mapping from names to times.
         sde: Process. With it the axis is λ = log(α/σ), where most solvers take their steps; times with an infinite λ
             are left out.
         ax: Axes to draw into, by default new ones.

@@ -63,6 +63,9 @@ def encode(
 
     Returns:
         Code, (B, *event).
+
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, section 5.4
     """
     check_model(model)
     check.state("x", x)

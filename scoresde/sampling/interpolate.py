@@ -72,6 +72,9 @@ def interpolate(
     Returns:
         Points, (n, B, *event); the first and last equal `x_a` and `x_b` up to the error of the solver.
 
+    References:
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502, section 5.3
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.zeros(1, 2), std=1.0)

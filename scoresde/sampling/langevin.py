@@ -83,6 +83,10 @@ class LangevinCorrector:
         model: Denoiser of the corrector, by default the one that is solved. The number of function evaluations of the
             solution contains those of the corrector by default, and not those of a model that is given here.
 
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+          arXiv:2011.13456, algorithms 4 and 5
+
     Example:
         >>> import torch, scoresde as ss
         >>> mix = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.1)

@@ -46,6 +46,9 @@ class Parallel(Method):
             converged if its d and all earlier ones change by at most `tol` in every sample.
         window: Number of rows in a sweep, by default all; memory and batch size grow with it.
 
+    References:
+        | Parallel Sampling of Diffusion Models (Shih et al., 2023), arXiv:2305.16317
+
     Example:
         >>> import torch, scoresde as ss
         >>> model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0], [1.0]]), std=0.2)

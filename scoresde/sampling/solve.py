@@ -276,7 +276,7 @@ def plan_for(
         solver: Solver, plan, or None for :func:`default_solver`.
         steps: Number of steps, by default 20.
         nfe: Budget of evaluations, instead of `steps`.
-        grid: Times, or a function that makes them.
+        grid: Times, (N + 1,), or a function that makes them.
         t_start: First time, by default T.
         t_end: Last time.
         gaussian: Gaussian of the start, if there is one.

@@ -60,6 +60,10 @@ class Posterior(Solver):
         variance: Variance of the noise: ``"small"`` (given by η), ``"large"`` or ``"optimal"``.
         score_square: E|∇log p|²/D for ``"optimal"``: a function of time, or one number per step.
         s_noise: Factor on the noise.
+
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239
+        | Denoising Diffusion Implicit Models (Song et al., 2021), arXiv:2010.02502
     """
 
     eta: Eta = 1.0
@@ -188,6 +192,10 @@ class Churn(Solver):
         s_tmax: Highest ρ at which noise is added.
         s_noise: Factor on the noise.
         steps: Number of steps N, by default that of the grid.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364,
+          algorithm 2
     """
 
     solver: Solver
@@ -300,6 +308,9 @@ class Consistency(Solver):
     """Multistep consistency sampling: each step predicts the data and adds noise, x_t = α_t d_s + σ_t z.
 
     It has no order with a denoiser, and is exact with a consistency model.
+
+    References:
+        | Consistency Models (Song et al., 2023), arXiv:2303.01469, algorithm 1
     """
 
     order: ClassVar[int] = 0
@@ -324,6 +335,9 @@ class TwoStage(Solver):
         s_noise: Factor on the noise.
         one_path: Whether both Gaussian increments are from one Brownian path in ρ = σ/α, as published; with
             independent ones the weak order is 1.
+
+    References:
+        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models (Lu et al., 2022), arXiv:2211.01095
     """
 
     eta: Eta = 1.0

@@ -62,6 +62,9 @@ def Euler(clock: str = "t") -> Solver:
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
     return RungeKutta(EULER, None, clock)
 
@@ -72,6 +75,9 @@ def Heun(clock: str = "t") -> Solver:
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
     return RungeKutta(HEUN, None, clock)
 
@@ -82,6 +88,9 @@ def Midpoint(clock: str = "t") -> Solver:
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
     return RungeKutta(MIDPOINT, None, clock)
 
@@ -92,6 +101,9 @@ def RungeKutta4(clock: str = "t") -> Solver:
 
     Arguments:
         clock: Time variable: ``"t"`` or ``"lam"``.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
     return RungeKutta(RK4, None, clock)
 
@@ -233,6 +245,9 @@ def with_corrector(solver: Solver, order: int | None = None, *, reevaluate: bool
         solver: Multistep solver.
         order: Number of nodes of the corrector, by default one more than the predictor's.
         reevaluate: Whether to evaluate the network again at the corrected state.
+
+    References:
+        | UniPC: A Unified Predictor-Corrector Framework (Zhao et al., 2023), arXiv:2302.04867
     """
     if not isinstance(solver, Multistep):
         raise TypeError(f"`solver` must be a multistep solver, got {solver!r}.")
@@ -262,6 +277,9 @@ def LMS(order: int = 4) -> Solver:
 
     Arguments:
         order: Number of nodes, one more than the degree of the polynomial.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
     return Multistep(order_of(order), NOISE, RHO)
 
@@ -384,7 +402,11 @@ def AcceleratedDDIM(gamma: float = 2.0) -> Solver:
 @checked
 @dataclass(frozen=True, repr=False)
 class PublishedThree(Multistep):
-    """Multistep DPM-Solver of order 3 as in public code: its second-derivative term is halved, so its order is 2."""
+    """Multistep DPM-Solver of order 3 as in public code: its second-derivative term is halved, so its order is 2.
+
+    References:
+        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models (Lu et al., 2022), arXiv:2211.01095
+    """
 
     @property
     def order(self) -> int:
@@ -402,6 +424,9 @@ class Mixed(Solver):
     Arguments:
         orders: Order of each step.
         prediction: Prediction to interpolate.
+
+    References:
+        | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), arXiv:2206.00927
     """
 
     orders: tuple[int, ...]

@@ -113,6 +113,9 @@ def load_statistics(
         sde: Process of the model.
         t_start: First time, by default T.
         t_end: Last time, by default ``sde.t_min``, which is the first step of a :class:`Discrete` process.
+
+    References:
+        | DPM-Solver-v3 (Zheng et al., 2023), arXiv:2310.13268
     """
     import numpy as np
 

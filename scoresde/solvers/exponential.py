@@ -104,6 +104,9 @@ class ExponentialRungeKutta(Solver):
 
     Arguments:
         tableau: Coefficients of the method.
+
+    References:
+        | Exponential Integrators (Hochbruck and Ostermann, 2010), Acta Numerica 19
     """
 
     tableau: ExponentialTableau = KROGSTAD4

@@ -182,7 +182,11 @@ V = Prediction("v", scale=_root, p=_p_v, q=_q_v, clock=_angle, lam_of_clock=_lam
 
 @checked
 def edm_prediction(sigma_data: float) -> Prediction:
-    """Make a prediction of EDM's network output F, with `sigma_data` as in :class:`Preconditioning`."""
+    """Make a prediction of EDM's network output F, with `sigma_data` as in :class:`Preconditioning`.
+
+    References:
+        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), arXiv:2206.00364
+    """
     s = check.number("sigma_data", sigma_data, above=0)
     return Prediction(
         f"edm_prediction({show(sigma_data)})",

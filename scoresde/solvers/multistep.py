@@ -49,6 +49,10 @@ class Multistep(Solver):
             and the plan declares this order: ``UniPC(9)`` in 4 steps is ``UniPC(4)``.
         final: Number of nodes of a step into σ = 0; 0 for as many as in other steps. With 1 the result is the newest
             data prediction, which is more accurate than an extrapolation if the step is long.
+
+    References:
+        | Exponential Integrators (Hochbruck and Ostermann, 2010), Acta Numerica 19
+        | DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Models (Lu et al., 2022), arXiv:2211.01095
     """
 
     nodes: int = 2

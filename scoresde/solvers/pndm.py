@@ -37,6 +37,9 @@ class NoiseCombination(Solver):
         order: Order of convergence; at most 2 for the coefficients of equal steps on other grids.
         improved: Whether the first step is a pseudo improved Euler step. That step uses the mean of the noise at its
             two ends and costs one more evaluation.
+
+    References:
+        | Pseudo Numerical Methods for Diffusion Models on Manifolds (Liu et al., 2022), arXiv:2202.09778
     """
 
     coefficients: tuple[tuple[float, ...], ...] = ADAMS

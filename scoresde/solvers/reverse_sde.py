@@ -35,6 +35,9 @@ class ReverseSDE(Solver):
         eta: Stochasticity: 1 for the reverse SDE, any other number, or a function of the time at the end of a step.
         clock: Time variable: ``"t"`` or ``"lam"``.
         heun: Whether to use Heun's second stage.
+
+    References:
+        | Numerical Solution of Stochastic Differential Equations (Kloeden and Platen, 1992)
     """
 
     eta: Eta = 1.0
@@ -90,7 +93,12 @@ class ReverseSDE(Solver):
 @checked
 @dataclass(frozen=True, repr=False)
 class SongPredictor(Solver):
-    """Song's reverse-diffusion predictor; a step into σ = 0 returns the denoised state."""
+    """Song's reverse-diffusion predictor; a step into σ = 0 returns the denoised state.
+
+    References:
+        | Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021),
+          arXiv:2011.13456
+    """
 
     order: ClassVar[int] = 1
     memoryless: ClassVar[bool] = True
@@ -123,6 +131,9 @@ class ExtendedReverse(Solver):
         nodes: Number of nodes, 1 to 3.
         phi: Function φ(ρ) of tensors; φ(ρ)/ρ must not decrease.
         published: Whether order 3 takes the slope half a step too early, as published; its order is then 2.
+
+    References:
+        | ER-SDE-Solver (Cui et al., 2023), arXiv:2309.06169
     """
 
     nodes: int

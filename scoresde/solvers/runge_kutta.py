@@ -105,6 +105,9 @@ class RungeKutta(Solver):
         tableau: Coefficients of the method.
         prediction: Prediction that defines the scale and the clock; None for dx/dt or dx/dλ.
         clock: Time variable if `prediction` is None: ``"t"`` or ``"lam"``.
+
+    References:
+        | Solving Ordinary Differential Equations I (Hairer, Nørsett and Wanner, 1993)
     """
 
     tableau: Tableau = HEUN

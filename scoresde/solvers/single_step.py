@@ -33,6 +33,9 @@ class SingleStep(Solver):
         moments: Moments of the last row, see :func:`weights`; None is exact.
         eta: Stochasticity: 0 for the flow, 1 for the reverse SDE, any other number, or a function of the time at the
             end of a step. Each stage draws the noise of its sub-interval; later stages reuse that noise (SEEDS).
+
+    References:
+        | DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling (Lu et al., 2022), arXiv:2206.00927
     """
 
     stages: int = 2

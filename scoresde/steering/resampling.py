@@ -26,6 +26,9 @@ def multinomial(weights: Tensor, uniform: Tensor) -> Tensor:
     Arguments:
         weights: Normalised weights, (P, N).
         uniform: Uniform numbers in (0, 1), (P, N).
+
+    References:
+        | Comparison of Resampling Schemes for Particle Filtering (Douc et al., 2005), arXiv:cs/0507025
     """
     return _at(weights, uniform.sort(1).values)
 
@@ -36,6 +39,9 @@ def stratified(weights: Tensor, uniform: Tensor) -> Tensor:
     Arguments:
         weights: Normalised weights, (P, N).
         uniform: Uniform numbers in (0, 1), (P, N).
+
+    References:
+        | Comparison of Resampling Schemes for Particle Filtering (Douc et al., 2005), arXiv:cs/0507025
     """
     n = weights.shape[1]
     return _at(weights, (torch.arange(n, device=weights.device) + uniform) / n)
@@ -47,6 +53,9 @@ def systematic(weights: Tensor, uniform: Tensor) -> Tensor:
     Arguments:
         weights: Normalised weights, (P, N).
         uniform: Uniform numbers in (0, 1), (P, N); the first of each row is used.
+
+    References:
+        | Comparison of Resampling Schemes for Particle Filtering (Douc et al., 2005), arXiv:cs/0507025
     """
     return stratified(weights, uniform[:, :1])
 
@@ -57,6 +66,9 @@ def residual(weights: Tensor, uniform: Tensor) -> Tensor:
     Arguments:
         weights: Normalised weights, (P, N).
         uniform: Uniform numbers in (0, 1), (P, N).
+
+    References:
+        | Comparison of Resampling Schemes for Particle Filtering (Douc et al., 2005), arXiv:cs/0507025
     """
     n = weights.shape[1]
     sure = (n * weights * (1 + 1e-12)).floor()  # rounding must not turn N W = 3 into 2 children
@@ -128,6 +140,9 @@ def effective_size(log_weights: Tensor) -> Tensor:
 
     Arguments:
         log_weights: Log-weights, (P, N), normalised or not.
+
+    References:
+        | Sequential Imputations and Bayesian Missing Data Problems (Kong et al., 1994)
     """
     log = log_weights.double()
     size = (2 * log.logsumexp(-1) - (2 * log).logsumexp(-1)).exp()

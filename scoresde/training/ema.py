@@ -34,6 +34,9 @@ class EMA:
         decay: Largest decay β.
         warmup: Whether β_n rises to β as in the formula; else β_n = β.
 
+    References:
+        | Denoising Diffusion Probabilistic Models (Ho et al., 2020), arXiv:2006.11239, section 4
+
     Example:
         >>> import torch
         >>> net = torch.nn.Linear(1, 1, bias=False)

@@ -184,6 +184,8 @@ def test_states_are_freed_as_in_the_loop() -> None:
     plan = Multistep(3, eta=1.0).plan(MODEL.sde, ss.grids.karras(MODEL.sde, 8))
     alive: list[weakref.ref[Tensor]] = []
     at_network = []
+    gc.collect()
+    gc.freeze()  # what other tests left behind, so that the collections below look at this run alone
 
     def net(x: Tensor, t: Tensor) -> Tensor:
         gc.collect()

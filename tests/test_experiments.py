@@ -22,6 +22,12 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
 
 
+def test_every_experiment_is_on_the_page_of_all() -> None:
+    page = (FOLDER.parent / "docs" / "benchmarks.md").read_text()
+    scripts = [path.name for path in FOLDER.rglob("*.py") if path.name[0] != "_" and "out" not in path.parts]
+    assert len(scripts) > 40 and [name for name in scripts if name not in page] == []
+
+
 # DDPM.
 
 

@@ -368,6 +368,9 @@ def index_grid(sde: Discrete, steps: int, spacing: str = "linspace") -> Tensor:
         steps: Number of steps, at most N; each starts at an index, and the last one ends at t = 0.
         spacing: Spacing from the table, default ``"linspace"``.
 
+    Returns:
+        Times, (steps + 1,).
+
     References:
         | Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2024), arXiv:2305.08891, table 2
     """

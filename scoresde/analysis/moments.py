@@ -77,10 +77,37 @@ def response(plan: Plan, sde: SDE, spectrum: Numbers, mean: Numbers = 0.0, start
         >>> bool((response(plan, ss.VP(), [0.01, 1.0]).gain < 1).all())
         True
     """
+    check.choice("start", start, ("marginal", "prior"))
     c, m = as_directions(spectrum, mean)
-    moments = exact_moments(plan, sde, mean=m, spectrum=c, start=start)
-    alpha, sigma = sde.alpha(moments.t), sde.sigma(moments.t)
-    return Response(c, moments.mean, moments.variance, alpha * m, alpha**2 * c + sigma**2)
+    t = as_number(plan.rows[-1].t)
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    if any(isinstance(w, Tensor) and w.ndim for row in plan.rows for _, w in (*row.x, *row.d, *row.z)):
+        moments = exact_moments(plan, sde, mean=m, spectrum=c, start=start)  # one weight for each entry of a state
+        average, variance = moments.mean, moments.variance
+    else:
+        average, variance = _end(plan, sde, c, m, start)
+    return Response(c, average, variance, alpha * m, alpha**2 * c + sigma**2)
+
+
+def _end(plan: Plan, sde: SDE, c: Tensor, m: Tensor, start: str) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the last state, (K,), from the last row to the first, at a cost linear in rows and draws."""
+    gains: dict[int, Weight] = {}
+    constants = {}
+    for r, row in enumerate(plan.rows):
+        if row.evaluates:
+            time = as_number(row.t)
+            alpha, sigma = sde.alpha(time), sde.sigma(time)
+            gains[r] = gain = torch.where(c > 0, alpha * c / (alpha**2 * c + sigma**2), 0.0)
+            constants[r] = m - gain * alpha * m
+    of_x, of_d, of_draws = derivatives(plan.rows, gains)
+    first = as_number(plan.rows[0].t)
+    alpha, sigma = sde.alpha(first), sde.sigma(first)
+    marginal = start == "marginal"
+    mean = of_x[0] * (alpha * m if marginal else 0.0) + sum(of_d[r] * v for r, v in constants.items())
+    mean = mean + sum(w * row.one for w, row in zip(of_x[1:], plan.rows[1:], strict=True))
+    variance = of_x[0] * of_x[0] * (alpha**2 * c + sigma**2 if marginal else sigma**2)
+    variance = variance + sum(w * w for w in of_draws.values())
+    return mean + torch.zeros_like(c), variance + torch.zeros_like(c)
 
 
 @checked

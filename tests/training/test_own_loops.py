@@ -104,3 +104,49 @@ def test_both_loops_train_the_same_network(tmp_path: Path, monkeypatch: pytest.M
     other = lightning_run(4, tmp_path / "lightning", network(0.0), 0)
     for name, w in one.items():  # rounding only: gradients are clipped by different code
         torch.testing.assert_close(other[name], w, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# The page.
+
+
+def block(library: str) -> str:
+    """The code of the page under the heading of a library."""
+    page = (FOLDER.parents[1] / "docs" / "howto" / "own-loop.md").read_text()
+    return page.partition(f"## With {library}")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def names(**more: Any) -> dict[str, Any]:
+    """What the code of the page takes from above it."""
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from scoresde.training.data_order import DataOrder, parts
+
+    common = {"DataLoader": DataLoader, "TensorDataset": TensorDataset, "DataOrder": DataOrder, "parts": parts}
+    return {**common, "torch": torch, "ss": ss, **more}
+
+
+def test_the_accelerate_code_of_the_page_runs(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    model = ss.Denoiser(ss.nn.MLP(2, hidden=8, depth=1, seed=0), ss.VP(), predicts="eps")
+    loss = ss.DSM(model)
+    given = {"loss": loss, "model": model, "optimiser": torch.optim.Adam(loss.parameters()), "data": DATA}
+    given |= {"data_set": torch.utils.data.TensorDataset(DATA), "batch": 8, "seed": 0, "step": 0, "x": DATA[:8]}
+    used = names(Accelerator=lambda: Accelerator(cpu=True), folder=tmp_path, **given)
+    exec(block("accelerate"), used)
+    assert any(tmp_path.iterdir()) and len(next(iter(used["loader"]))[0]) == 8
+    assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_the_lightning_code_of_the_page_runs(tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    used = names(pl=pl)
+    exec(block("Lightning"), used)
+    module = used["Diffusion"](ss.nn.MLP(2, hidden=8, depth=1, seed=0), DATA, batch=8)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    limits = {"max_steps": 2, "max_epochs": -1, "use_distributed_sampler": False, "default_root_dir": tmp_path}
+    trainer = pl.Trainer(**quiet, **limits)
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert module.ema.updates == 2
+    assert "ema" in torch.load(tmp_path / "one.ckpt", weights_only=True)

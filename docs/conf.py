@@ -12,6 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 from sphinx.application import Sphinx
 
+sys.path.insert(0, str(Path(__file__).parent))
+from _executed import execute_all
+
 import scoresde
 from scoresde import __version__
 
@@ -116,6 +119,7 @@ def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", read_naturally)
     app.connect("html-page-context", sidebar, priority=400)  # before the theme
+    app.connect("builder-inited", execute_all, priority=900)  # after the tutorials have run
 
 
 # The tutorials: scripts that are run when the pages are built, with their figures, and notebooks of them.

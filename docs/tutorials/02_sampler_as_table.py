@@ -55,6 +55,11 @@ ss.plots.response(plans, sde)
 plt.show()
 
 # %%
+# A network is never exact. How much does an error of one evaluation move the samples?
+ss.plots.stability(plans, sde)
+plt.show()
+
+# %%
 # The order of convergence, measured against the exact flow of the mixture:
 ss.plots.orders({name: ss.analysis.convergence_order(solver, model, n=8) for name, solver in solvers.items()})
 plt.show()

@@ -354,3 +354,43 @@ def test_scores_of_samples_are_those_of_their_distribution() -> None:
     assert abs(crps - torch.pi**-0.5) < 0.03 and abs(crps_drawn - crps) < 0.03
     assert spread == 1 and abs(ratio - 1) < 0.05 and abs(ratio_drawn - 1) < 0.05
     assert abs(inside - 0.9) < 0.03 and abs(inside_drawn - 0.9) < 0.03
+
+
+# Autoguidance.
+
+
+def test_the_tree_is_standardised_and_its_judge_is_right_about_true_samples() -> None:
+    import autoguidance
+
+    truth, both = autoguidance.trees()
+    assert truth.means.shape == (127 * autoguidance.BEADS, 2) and len(both.weights) == 2 * len(truth.weights)
+    torch.testing.assert_close(both.mean(), torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(both.covariance().diagonal(), torch.full((2,), 0.25, dtype=torch.float64))
+    judge = autoguidance.Judge.of(truth, 300)
+    levels = judge.expected().split([2**k for k in range(7)])
+    torch.testing.assert_close(torch.stack([v.sum() for v in levels]), torch.full((7,), 1 / 7, dtype=torch.float64))
+    right, shifted = judge.row(truth.sample(300, seed=1)), judge.row(truth.sample(300, seed=1) + 0.1)
+    entropy = -float(truth.log_prob(truth.sample(2000, seed=2)).mean())
+    assert abs(right["log-likelihood"] + entropy) < 5 * right["error"]
+    assert right["outside"] < 0.01 + 5 * (0.01 / 300) ** 0.5 and shifted["outside"] > 0.3
+    assert right["imbalance"] < 0.3 < shifted["imbalance"]
+
+
+# MCGDiff's table.
+
+
+def test_the_first_row_of_the_table_is_a_floor() -> None:
+    import mcgdiff
+
+    options = mcgdiff.Options(samples=300, nfe=20)
+    k = mcgdiff.task(8, 2, 0, options)
+    A, y, std = k.seen.operator.matrix(), k.seen.y[0], float(k.seen.std)
+    means = k.prior.means
+    gaps = torch.distributions.MultivariateNormal(means @ A.T, A @ A.T + std**2 * torch.eye(2)).log_prob(y)
+    weights = torch.softmax(k.prior.weights.log() + gaps, 0)
+    gain = torch.linalg.solve(A @ A.T + std**2 * torch.eye(2).double(), A).T
+    mean = weights @ (means + (y - means @ A.T) @ gain.T)  # Bayes' rule for a mixture of unit Gaussians
+    x = ss.inverse.posterior(k.prior, k.seen).sample(4000, seed=2)
+    assert bool(((x.mean(0) - mean).abs() < 5 * x.std(0) / 4000**0.5).all())
+    mean_value, error = mcgdiff.interval([1.0, 2.0, 4.0])
+    assert mean_value == pytest.approx(7 / 3) and error == pytest.approx((7 / 9) ** 0.5)

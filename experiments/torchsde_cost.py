@@ -10,10 +10,11 @@ a round. Further rows measure the same number of steps of the first-order SDE so
 and on one Brownian path; a keyed draw against ``torch.randn``; and our Brownian paths against the Brownian tree of
 k-diffusion, which is one path only while its interval and its tolerance stay the same.
 
-Measured with --rounds 7 on two cores, CPU time divided by that of torchsde by hand. State (16, 3, 32, 32): TorchSDE 1.7
-(euler) and 1.5 (srk), our loop 1.45, on one path 17. State (32, 64): TorchSDE 1.3 and 1.3, our loop 0.5, on one path
-9.5. A keyed draw takes 6 times as long as torch.randn for the first state and 42 times for the second; the loop
-therefore draws the noise of small states ahead. A step of one path takes 1.3 and 1.1 times as long as with the tree.
+Measured with --rounds 7 on two cores beside other jobs, CPU time divided by that of torchsde by hand. State
+(16, 3, 32, 32): TorchSDE 1.1 (euler) and 1.0 (srk), our loop 0.6, on one path 6.7. State (32, 64): TorchSDE 1.1 and
+1.2, our loop 0.25, on one path 8.8. A keyed draw takes 2.5 times as long as torch.randn for the first state and 17
+times for the second, 0.2 ms; the loop therefore draws the noise of small states ahead. A step of one path takes 0.65
+and 0.95 times as long as with the tree.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, wraps
+from functools import wraps
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -187,12 +187,11 @@ def _names(function: Callable[..., object], name: str, owner: type | None) -> di
     return dict(inspect.unwrap(function).__globals__)
 
 
-@cache
-def _kinds(annotation: object) -> tuple[object, ...] | None:
+def _kinds(annotation: object) -> list[object] | None:
     """The members of a union; None if one of them allows everything."""
     origin = typing.get_origin(annotation)
     if annotation is None:
-        return (type(None),)
+        return [type(None)]
     if isinstance(annotation, TypeVar):
         members: tuple[object, ...] = annotation.__constraints__ or (annotation.__bound__,)
     elif origin in (typing.Union, types.UnionType):
@@ -200,29 +199,25 @@ def _kinds(annotation: object) -> tuple[object, ...] | None:
     else:
         known = annotation in KINDS or inspect.isclass(origin) or inspect.isclass(annotation)
         open_ = annotation in (object, inspect.Parameter.empty) or getattr(annotation, "_is_protocol", False)
-        return (annotation,) if known and not open_ else None
+        return [annotation] if known and not open_ else None
     out: list[object] = []
     for member in members:
         kinds = _kinds(member)
         if kinds is None:
             return None
         out += [kind for kind in kinds if kind not in out]
-    return tuple(out)
+    return out
 
 
 def _fits(kind: object, value: object) -> bool:
     """Whether a value belongs to a kind. NaN is no number; the entries of a sequence belong to its kind."""
+    origin = typing.get_origin(kind)
     if kind is float:
-        if type(value) is float:
-            return value == value
         return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
-    if type(value) is kind:
-        return True
     if kind is int:
         return check.is_integer(value)
     if kind is bool:
         return isinstance(value, bool | np.bool_)
-    origin = typing.get_origin(kind)
     if origin is None:
         if kind is PathLike or kind is Path:
             return isinstance(value, PathLike)
@@ -255,17 +250,14 @@ def _entries_fit(kind: object, value: object) -> bool:
         if args and len(args) != len(value):
             return False
         return all(_entry_fits(k, v) for k, v in zip(args, value, strict=False))
-    kinds = _kinds(args[0]) if args and not isinstance(args[0], typing.ForwardRef | str) else None
-    return kinds is None or all(_fits_one(kinds, v) for v in value)
+    return not args or all(_entry_fits(args[0], v) for v in value)
 
 
 def _entry_fits(annotation: object, value: object) -> bool:
     kinds = _kinds(annotation) if not isinstance(annotation, typing.ForwardRef | str) else None
-    return kinds is None or _fits_one(kinds, value)
-
-
-def _fits_one(kinds: tuple[object, ...], value: object) -> bool:
-    return any(_fits(kind, value) for kind in kinds) or (isinstance(value, Tensor) and value.ndim == 0)
+    if kinds is None or (isinstance(value, Tensor) and value.ndim == 0):
+        return True
+    return any(_fits(kind, value) for kind in kinds)
 
 
 def _refusal(name: str, value: object, kinds: list[object], *, optional: bool) -> Exception:
@@ -278,7 +270,7 @@ def _refusal(name: str, value: object, kinds: list[object], *, optional: bool) -
             if typing.get_origin(kind) in (abc.Sequence, tuple, list) and (len(args) == 1 or args[1:] == (Ellipsis,)):
                 for i, entry in enumerate(value):
                     if not _entry_fits(args[0], entry):
-                        return _refusal(f"{name}[{i}]", entry, list(_kinds(args[0]) or ()), optional=False)
+                        return _refusal(f"{name}[{i}]", entry, _kinds(args[0]) or [], optional=False)
         if len(kinds) == 1 and typing.get_origin(kinds[0]) is tuple and len(typing.get_args(kinds[0])) != len(value):
             return ValueError(f"`{name}` must be {_phrase(kinds[0])}, got {_got(value)}.")
     if len(kinds) == 1 and kinds[0] in PLAIN:

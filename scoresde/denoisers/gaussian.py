@@ -233,6 +233,9 @@ class Gaussian(AbstractDenoiser):
                   \big(D(x) - D_{Gauss}(x)\big)\, d\lambda
 
         The integral runs along trajectories of the Gaussian's flow. The root is the linear map of that flow to t = 0.
+        The result holds for a model near the Gaussian. The flow of data with separate modes contracts towards them: the
+        median error is two to four times smaller. But a few samples end in another mode. They are not foretold, and
+        they dominate the root mean square over thousands of samples.
 
         Arguments:
             model: Denoiser D to compare with, of `n` samples if it has conditions.

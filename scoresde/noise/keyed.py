@@ -1,8 +1,8 @@
 r"""Reproducible random numbers: sample i is the same in any batch, order, chunk or rank.
 
 Every number is a pure function of (seed, sample index, draw, position), computed by the counter-based generator
-Philox-4x32-10 in vectorised torch. There is no state, and torch's global generator is not used. Box–Muller maps
-uniform words to normals, :math:`z = \sqrt{-2\log u}\,(\cos 2\pi v, \sin 2\pi v)`.
+Philox-4x32-7 of :mod:`scoresde.noise.philox`. There is no state, and torch's global generator is not used. Box–Muller
+maps uniform words to normals, :math:`z = \sqrt{-2\log u}\,(\cos\varphi, \sin\varphi)`.
 
 References:
     | Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), doi:10.1145/2063384.2063405
@@ -12,54 +12,21 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked
+from scoresde.noise.numbers import DeviceRows, HostRows, numbers_of, on_device, on_host
+from scoresde.noise.philox import MASK, Words, few
 
-_MASK = 0xFFFFFFFF
-
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-
-_BLOCK = 1 << 14  # counters per call on a CPU: they fit a core's cache, and torch uses one thread for the integers
+_FEW = 3  # counters that plain Python computes sooner than NumPy
 
 _AHEAD = 1 << 15  # numbers that `Ahead` draws in one call
-
-_DEVICE_BLOCK = 1 << 22  # counters per call on other devices: a working set of a few hundred MB
-
-_Transform = Callable[[Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor]]
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute Philox-4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
-
-    Arguments:
-        counter: Four int64 tensors of 32-bit words, shapes that broadcast.
-        key: Two int64 tensors of 32-bit words, with as many axes as the counter.
-
-    Returns:
-        Two int64 tensors, words (0, 2) and words (1, 3), each pair stacked along a new first axis.
-    """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
-    even, odd = torch.stack((c0, c2)), torch.stack((c1, c3))
-    product = torch.empty_like(even)
-    rounds = torch.arange(10, device=c0.device).reshape(10, *[1] * c0.ndim)
-    keys = torch.stack([(k + rounds * weyl) & _MASK for k, weyl in zip(key, _WEYL, strict=True)], dim=1)
-    for k in keys:
-        # int64 products wrap modulo 2⁶⁴, so both halves of the unsigned 64-bit product are correct. The upper half is
-        # mixed into the other words. The lower half becomes a word; the next round masks the bits above it.
-        torch.mul(even[0], _MULTIPLIERS[0], out=product[1])
-        torch.mul(even[1], _MULTIPLIERS[1], out=product[0])
-        torch.bitwise_right_shift(product, 32, out=even)
-        even.bitwise_xor_(odd).bitwise_xor_(k).bitwise_and_(_MASK)
-        odd, product = product, odd
-    return even, odd.bitwise_and_(_MASK)
 
 
 @checked
@@ -70,6 +37,9 @@ class Noise:
     Row b of a draw belongs to the global sample ``offset + b`` or ``indices[b]``. If `seed` is a sequence, row b
     belongs to sample 0 of ``seed[b]``. A rank that computes samples 64 … 127 of a run uses ``Noise(seed, offset=64)``
     and gets the same numbers as one that computes all samples.
+
+    On a CPU the numbers of a sample are equal to the bit in any batch, order, chunk or rank. A GPU, ``torch.compile``
+    and the other dtype use the same integers, but round log, sin and cos otherwise: there they are equal to rounding.
 
     Arguments:
         seed: Seed, an integer in [0, 2⁶⁴) or one for each row. None takes a fresh seed from the operating system;
@@ -175,7 +145,7 @@ class Noise:
             dtype: Dtype of the result, float32 or float64; the numbers agree to rounding.
             device: Device of the result; the numbers on all devices agree to rounding.
         """
-        return self._fill(_box_muller, shape, draw, dtype, device)
+        return self._fill(shape, draw, dtype, device, normal=True)
 
     def normals(
         self,
@@ -198,12 +168,8 @@ class Noise:
         if not isinstance(draws, Tensor) or draws.is_floating_point() or draws.is_complex() or draws.ndim not in (1, 2):
             raise TypeError("`draws` must be an integer tensor (L,) or (L, B), as torch.arange(L).")
         rows, *event = check.shape("shape", shape)
-        n = math.prod(event)
-        k0, k1, i0, i1 = (w[None] for w in self._keys(rows, torch.device(device)))
-        block = torch.arange(-(-n // 4), device=device)[None, None]
-        draw = draws.to(device).reshape(len(draws), rows if draws.shape[1:] == (rows,) else 1, 1)
-        z = _numbers(_box_muller, (block, draw, i0, i1), (k0, k1), dtype)
-        return z[..., :n].expand(-1, rows, -1).reshape(len(draws), *shape)
+        each = draws.reshape(len(draws), -1).expand(len(draws), rows).reshape(-1, 1)
+        return self._numbers(rows, math.prod(event), each, dtype, device, (len(draws), rows, *event), normal=True)
 
     def uniform(
         self,
@@ -214,7 +180,7 @@ class Noise:
         device: torch.device | str = "cpu",
     ) -> Tensor:
         """Draw uniform numbers in (0, 1), of shape (B, *event), with the arguments of :meth:`normal`."""
-        return self._fill(_uniforms, shape, draw, dtype, device)
+        return self._fill(shape, draw, dtype, device, normal=False)
 
     def like(self, x: Tensor, draw: int) -> Tensor:
         """Draw standard normal numbers with the shape, dtype and device of `x`."""
@@ -224,63 +190,91 @@ class Noise:
         return self.normal(x.shape, draw, dtype=x.dtype, device=x.device)
 
     def _fill(
-        self,
-        words_to_numbers: _Transform,
-        shape: Sequence[int],
-        draw: int | Tensor,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, shape: Sequence[int], draw: int | Tensor, dtype: torch.dtype, device: torch.device | str, *, normal: bool
     ) -> Tensor:
         check.dtype("dtype", dtype)
         device = check.device("device", device)
-        if not isinstance(draw, Tensor):
+        if not isinstance(draw, Tensor) and not (type(draw) is int and 0 <= draw <= MASK):
             _word("draw", draw, 32, "; use `fork` for more streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:
             raise ValueError(f"`shape` must be (B, *event), got {shape!r}; a single number is shape (1,).")
         rows, *event = (check.integer("shape", size) for size in shape)
         n = math.prod(event)
-        out = torch.empty((rows, n), dtype=dtype, device=device)
-        per_row: tuple[Tensor, ...] = self._keys(rows, out.device)
-        if out.numel() == 0:
-            return out.reshape(tuple(shape))
-        blocks = -(-n // 4)
-        if isinstance(draw, Tensor):
-            per_row = (*per_row, draw.to(out.device).reshape(rows, 1))
-        else:
-            per_row = (*per_row, torch.full((1, 1), draw, dtype=torch.int64, device=device))
-        limit = _BLOCK if out.device.type == "cpu" else _DEVICE_BLOCK
-        width = min(blocks, limit)
-        height = max(1, limit // width)
-        for r in range(0, rows, height):
-            part = slice(r, min(r + height, rows))
-            k0, k1, i0, i1, words_draw = (w if len(w) == 1 else w[part] for w in per_row)
-            for b in range(0, blocks, width):
-                block = torch.arange(b, min(b + width, blocks), device=device)[None]
-                numbers = _numbers(words_to_numbers, (block, words_draw, i0, i1), (k0, k1), dtype)
-                stop = min(4 * (b + block.shape[1]), n)
-                out[part, 4 * b : stop] = numbers[:, : stop - 4 * b]
-        return out.reshape(tuple(shape))
+        each = draw.reshape(rows, 1) if isinstance(draw, Tensor) else draw
+        return self._numbers(rows, n, each, dtype, device, (rows, *event), normal=normal)
 
-    def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return key and index of each row, as 32-bit halves of shape (rows, 1), or (1, 1) for a shared key."""
-        given = (
-            len(self.seed) if isinstance(self.seed, tuple) else len(self.indices) if self.indices is not None else rows
-        )
+    def _numbers(
+        self,
+        rows: int,
+        n: int,
+        draw: int | Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        shape: Sequence[int],
+        *,
+        normal: bool,
+    ) -> Tensor:
+        """Compute n numbers of each row; `draw` is a number, or (R, 1) with R a multiple of `rows`."""
+        given = len(self.seed) if isinstance(self.seed, tuple) else rows if self.indices is None else len(self.indices)
         if given != rows:
             name = "seed" if isinstance(self.seed, tuple) else "indices"
             raise ValueError(f"`{name}` has {given} entries and the state has {rows} rows; give one for each row.")
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return on_device(self._device_rows(rows, draw, device), n, dtype, normal=normal).reshape(shape)
+        blocks = -(-n // 4)
+        if isinstance(draw, Tensor) or isinstance(self, Laid) or not 0 < rows * blocks <= _FEW:
+            return on_host(self._host_rows(rows, draw), n, dtype, normal=normal).reshape(shape)
+        index = (0,) * rows if isinstance(self.seed, tuple) else self.indices or range(self.offset, self.offset + rows)
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed or 0,) * rows
+        counters = [(b, draw, i & MASK, i >> 32) for i in index for b in range(blocks)]
+        packed = np.array(few(counters, [seed for seed in seeds for _ in range(blocks)]), np.uint64)
+        numbers = numbers_of(packed.reshape(2, rows, blocks), dtype, normal=normal)
+        return torch.from_numpy((numbers if n == 4 * blocks else numbers[:, :n].copy()).reshape(shape))
+
+    def _host_rows(self, rows: int, draw: int | Tensor) -> HostRows:
+        key, sample = self._host_keys(rows)
+        if not isinstance(draw, Tensor):
+            return HostRows(np.full((1, 1), draw, np.uint64), sample, key)
+        draws = draw.cpu().numpy().astype(np.uint64)
+        repeat = (1, len(draws) // max(1, rows), 1)
+        return HostRows(draws, np.tile(sample, repeat), key if key.shape[1] == 1 else np.tile(key, repeat))
+
+    def _host_keys(self, rows: int) -> tuple[Words, Words]:
+        if isinstance(self.seed, tuple):
+            index = np.zeros(rows, np.uint64)
+        elif self.indices is not None:
+            index = np.array(self.indices, np.uint64)
+        else:
+            index = np.arange(self.offset, self.offset + rows, dtype=np.uint64)
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed or 0,)
+        return _halves(np.array(seeds, np.uint64)), _halves(index)
+
+    def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return key and index of each row, as 32-bit halves of shape (rows, 1), or (1, 1) for a shared key."""
         # Single numbers become tensors on the device: a copy from the host would block a GPU.
         if isinstance(self.seed, tuple):
-            halves = torch.tensor([_halves(s) for s in self.seed], dtype=torch.int64, device=device)
-            lo, hi = halves.reshape(-1, 2).unbind(1)
+            halves = [(s & MASK, s >> 32) for s in self.seed]
+            lo, hi = torch.tensor(halves, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
             index = torch.zeros_like(lo)
         else:
-            lo, hi = (torch.full((1,), w, dtype=torch.int64, device=device) for w in _halves(self.seed or 0))
+            seed = self.seed or 0
+            lo, hi = (torch.full((1,), w, dtype=torch.int64, device=device) for w in (seed & MASK, seed >> 32))
             if self.indices is not None:
                 index = torch.tensor(self.indices, dtype=torch.int64, device=device)
             else:
                 index = torch.arange(self.offset, self.offset + rows, device=device)
-        return lo[:, None], hi[:, None], (index & _MASK)[:, None], (index >> 32)[:, None]
+        return lo[:, None], hi[:, None], (index & MASK)[:, None], (index >> 32)[:, None]
+
+    def _device_rows(self, rows: int, draw: int | Tensor, device: torch.device) -> DeviceRows:
+        lo, hi, low, high = self._keys(rows, device)
+        key, sample = torch.stack((lo, hi)), torch.stack((low, high))
+        if isinstance(draw, Tensor):
+            draws = draw.to(device)
+            repeat = len(draws) // max(1, rows)
+            sample, key = sample.repeat(1, repeat, 1), key if key.shape[1] == 1 else key.repeat(1, repeat, 1)
+        else:
+            draws = torch.full((1, 1), draw, dtype=torch.int64, device=device)
+        return DeviceRows(draws, sample, key)
 
 
 def as_noise(seed: int | Sequence[int] | Tensor | Noise | None) -> Noise:
@@ -314,6 +308,10 @@ class Laid(Noise):
         words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
         for mine, new in zip(words, noise._keys(len(words[0]), words[0].device), strict=True):
             mine.copy_(new)
+
+    def _host_keys(self, rows: int) -> tuple[Words, Words]:
+        lo, hi, low, high = (word.numpy().astype(np.uint64) for word in self._keys(rows, torch.device("cpu")))
+        return np.stack((lo, hi)), np.stack((low, high))
 
     def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
@@ -349,51 +347,17 @@ class Ahead:
         return chunk[1][draw - first]
 
 
-def _numbers(
-    words_to_numbers: _Transform,
-    counter: tuple[Tensor, Tensor, Tensor, Tensor],
-    key: tuple[Tensor, Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute four numbers of each counter, along its last axis."""
-    words = philox(counter, key)
-    numbers = torch.empty((*words[0].shape[1:], 2, 2), dtype=dtype, device=words[0].device)
-    for i, pair in enumerate(words_to_numbers(*words, dtype)):
-        numbers[..., i] = pair.movedim(0, -1)
-    return numbers.flatten(-3)
-
-
 def _word(name: str, value: int, bits: int, fix: str = "") -> None:
     if check.integer(name, value) >= 1 << bits:
         raise ValueError(f"`{name}` must lie in [0, 2**{bits}), got {value}{fix}.")
 
 
-def _halves(seed: int) -> tuple[int, int]:
-    return seed & _MASK, seed >> 32
+def _halves(numbers: Words) -> Words:
+    """Lower and upper halves of 64-bit numbers, (2, R, 1)."""
+    return np.stack((numbers & np.uint64(MASK), numbers >> np.uint64(32)))[..., None]
 
 
 def _mix(seeds: Sequence[int], stream: int) -> list[int]:
     """Compute a 64-bit seed from each seed and `stream`, by Philox with a counter that no draw uses."""
-    lo, hi = torch.tensor([_halves(seed) for seed in seeds], dtype=torch.int64, device="cpu").reshape(-1, 2).unbind(1)
-    counter = torch.tensor([*_halves(stream), _MASK, _MASK], device="cpu").reshape(4, 1).expand(4, len(lo))
-    even, odd = philox((counter[0], counter[1], counter[2], counter[3]), (lo, hi))
-    return [a | b << 32 for a, b in zip(even[0].tolist(), odd[0].tolist(), strict=True)]
-
-
-def _unit(word: Tensor, dtype: torch.dtype) -> Tensor:
-    """Map a 32-bit word to (0, 1): the midpoint of one of 2³² cells."""
-    return word.to(dtype).add_(0.5).mul_(2.0**-32)
-
-
-def _uniforms(even: Tensor, odd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top = 1.0 - 2.0**-24 if dtype == torch.float32 else 1.0
-    return _unit(even, dtype).clamp_max_(top), _unit(odd, dtype).clamp_max_(top)
-
-
-def _box_muller(radius: Tensor, angle: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Compute log u from the smaller of u and 1 − u, so that float32 is accurate at both ends of the radius.
-    small = _unit(torch.minimum(radius, _MASK - radius), dtype)
-    log = torch.where(radius < 1 << 31, small.log(), small.neg().log1p_())
-    r = log.mul_(-2).sqrt_()
-    phi = _unit(angle, dtype).mul_(2 * math.pi)
-    return phi.cos().mul_(r), phi.sin().mul_(r)
+    counter = (stream & MASK, stream >> 32, MASK, MASK)
+    return few([counter] * len(seeds), seeds)[0]

@@ -82,7 +82,7 @@ def test_the_result_is_denoised_where_sigma_is_zero() -> None:
 def test_one_hard_sample_meets_its_tolerance_among_easy_ones() -> None:
     sde = ss.VP()
     model = ring(sde, std=0.02)
-    x = noise(sde, 128)
+    x = noise(sde, 512)
     x[17] = 1.5 * torch.tensor([math.cos(math.pi / 8), math.sin(math.pi / 8)], dtype=torch.float64) + 1e-4
     truth = ss.solve(model, x[17:18], ss.Adaptive(rtol=1e-9, atol=1e-9), t_end=sde.t_min).x
     runs = {

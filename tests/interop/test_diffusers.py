@@ -270,7 +270,7 @@ def test_their_third_order_multistep_is_of_order_two(kind: str, rule: Any) -> No
     sde = ss.VP()
     model = ss.GaussianMixture(sde, [[0.4, -0.7]], std=torch.tensor([[0.3, 1.7]], **F64))
     first, last = sde.t_of_lam(-2.5), sde.t_of_lam(2.0)
-    start = sde.sigma(first) * START
+    start = sde.sigma(first) * ss.Noise(0).normal((64, 2), 0, dtype=torch.float64)  # the orders are those of a median
     exact = model.flow(start, first, last)
     errors: list[list[float]] = [[], []]
     for n in (80, 160):
@@ -344,7 +344,8 @@ def test_their_ddim_does_not_go_to_the_next_label() -> None:
         times = [k + 1.0 for k in labels(made)]
         theirs.append(relative(follow(made, MODEL, START), truth()))
         ours.append(relative(run(ss.DDIM().plan(LINEAR, times), MODEL.x0, START), truth()))
-    assert min(theirs) > 0.03 and theirs[2] > 0.7 * theirs[0], theirs
+    limits = [2 * errors[2] - errors[1] for errors in (theirs, ours)]  # without the part of order 1
+    assert limits[0] > 0.005 > 20 * abs(limits[1]), (theirs, ours)
     assert all(abs(math.log2(a / b) - 1) < 0.1 for a, b in pairwise(ours)), ours
 
 

@@ -67,9 +67,12 @@ def test_an_affine_operator_is_a_linear_one_with_another_y(method: Any, noise: d
     torch.testing.assert_close(part, curved.x0(x, 0.4)[[1, 3]])
 
 
-@pytest.mark.parametrize(("method", "slack"), [(MMPS, 0.06), (PiGDM, 0.06), (TMPD, 0.06)])
-def test_a_slightly_curved_operator_gives_its_posterior(method: Any, slack: float) -> None:
-    """Against an integral over the line; all three are exact for a Gaussian prior and a linear operator."""
+@pytest.mark.parametrize("method", [MMPS, PiGDM, TMPD])
+def test_a_slightly_curved_operator_gives_its_posterior(method: Any) -> None:
+    """Against an integral over the line; all three are exact for a Gaussian prior and a linear operator.
+
+    The curvature shifts the mean by 0.064 standard deviations (200,000 samples), and the draws by 1/√20000 = 0.007.
+    """
     prior = ss.GaussianMixture(SDE, torch.zeros(1, 1, dtype=F64), std=1.0)
     operator = Operator(lambda x: x + 0.1 * x.square(), (1,))
     seen = Measurement(operator, torch.tensor([[0.7]], dtype=F64), 0.4)
@@ -77,8 +80,8 @@ def test_a_slightly_curved_operator_gives_its_posterior(method: Any, slack: floa
     density = (prior.log_prob(line) + seen.log_prob(line)).softmax(0)
     mean = float(density @ line[:, 0])
     sd = math.sqrt(float(density @ (line[:, 0] - mean) ** 2))
-    x = ss.sample(method(prior, seen), (3000, 1), ss.VelocityAB(3), steps=30, seed=4, start=DOUBLE)
-    assert abs(float(x.mean()) - mean) < slack * sd
+    x = ss.sample(method(prior, seen), (20_000, 1), ss.VelocityAB(3), steps=30, seed=4, start=DOUBLE)
+    assert abs(float(x.mean()) - mean) < (0.064 + 4 * 0.007) * sd
     assert float(x.std()) == pytest.approx(sd, rel=0.06)
 
 

@@ -106,7 +106,7 @@ def test_a_reference_sets_the_prior_right() -> None:
 
 
 def test_the_end_at_t_min_is_corrected_or_left() -> None:
-    mix, t = mixture(2, ss.VP(), std=0.2), 0.01
+    mix, t = mixture(2, ss.VP(), std=0.2), 0.007
     truncated = mix.log_prob(X2, t) - mix.log_prob(X2)
     found = ss.log_prob(mix, X2, t_min=t, tolerance=TIGHT)
     error = own_error(mix, found, X2).abs().max()
@@ -271,15 +271,18 @@ def test_hutch_finds_a_trace_of_low_rank() -> None:
 )
 def test_probes_are_right_within_their_error(probes: Probes) -> None:
     six = Tolerance(steps=6)
-    found = ss.log_prob(FLOW32, X32, probes=probes, seed=4, tolerance=six)
-    error = found.value - ss.log_prob(FLOW32, X32, tolerance=six).value
-    assert abs(float(error.sum())) < 3 * float(found.standard_error.square().sum().sqrt())
+    exact = ss.log_prob(FLOW32, X32, tolerance=six).value
+    found = [ss.log_prob(FLOW32, X32, probes=probes, seed=seed, tolerance=six) for seed in range(4)]
+    again = ss.log_prob(FLOW32, X32, probes=probes, seed=3, tolerance=six)
+    assert torch.equal(found[3].value, again.value), "the same seed, the same number"
+    error = torch.stack([f.value - exact for f in found])
+    standard = torch.stack([f.standard_error for f in found])
+    assert abs(float(error.sum())) < 3 * float(standard.square().sum().sqrt())
     if probes.kind == "hutch++":
         return  # with four directions left, each sample's own error is no more than a guess
-    z = error / found.standard_error
-    assert (z.abs() < 3).double().mean() > 0.9 and z.square().mean() < 2.5, "few probes have the tails of Student's t"
-    again = ss.log_prob(FLOW32, X32, probes=probes, seed=4, tolerance=six)
-    assert torch.equal(found.value, again.value), "the same seed, the same number"
+    z = error / standard
+    # Few probes have the tails of Student's t, and the traces are skewed: single seeds have a mean square up to 6.
+    assert (z.abs() < 3).double().mean() > 0.9 and z.square().mean() < 3
 
 
 def test_errors_fall_as_the_root_of_independent_probes_and_faster_for_orthogonal_ones() -> None:
@@ -289,8 +292,9 @@ def test_errors_fall_as_the_root_of_independent_probes_and_faster_for_orthogonal
     rms: dict[tuple[str, int], float] = {}
     for kind in ("rademacher", "orthogonal"):
         for n in (4, 16):
-            found = ss.log_prob(FLOW32, x, probes=Probes("hutchinson", n, kind), seed=0, tolerance=three)
-            rms[kind, n] = float((found.value - exact).square().mean().sqrt())
+            how = Probes("hutchinson", n, kind)
+            runs = [ss.log_prob(FLOW32, x, probes=how, seed=seed, tolerance=three).value for seed in range(4)]
+            rms[kind, n] = float((torch.stack(runs) - exact).square().mean().sqrt())
     assert 1.6 < rms["rademacher", 4] / rms["rademacher", 16] < 2.5
     expected = 2 * math.sqrt((1 - 4 / 32) / (1 - 16 / 32))
     assert 0.8 * expected < rms["orthogonal", 4] / rms["orthogonal", 16] < 1.25 * expected

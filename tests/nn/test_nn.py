@@ -356,7 +356,7 @@ def test_dropout_acts_in_training_alone() -> None:
 
 @torch.no_grad()
 def test_statistics_and_softmax_are_those_of_float32() -> None:
-    x = ss.Noise(0).normal((2, 8, 5, 5), 0).bfloat16()
+    x = ss.Noise(0).normal((32, 8, 5, 5), 0).bfloat16()  # enough rows for near ties of two logits
     norm = GroupNorm(8)
     assert norm.num_groups == 2, "of four channels each"
     assert torch.equal(norm.bfloat16()(50 + x), GroupNorm(8)((50 + x).float()).bfloat16())
@@ -367,7 +367,7 @@ def test_statistics_and_softmax_are_those_of_float32() -> None:
     net.last.bias.zero_()
 
     def by_hand(dtype: torch.dtype) -> Tensor:
-        q, k, v = net.qkv(net.norm(x)).reshape(2, 3, 2, 4, 25).to(dtype).unbind(1)
+        q, k, v = net.qkv(net.norm(x)).reshape(32, 3, 2, 4, 25).to(dtype).unbind(1)
         h = (v @ (q.mT @ k / 2).softmax(-1).mT).reshape(x.shape)
         return (x.to(dtype) + h).double() / math.sqrt(2)
 
@@ -396,22 +396,27 @@ CLOCKS: dict[str, tuple[ss.SDE, Callable[[Tensor], Tensor]]] = {
 
 
 def reading_error(embed: Callable[[Tensor], Tensor], name: str) -> float:
-    """Error of λ read linearly off the features, at times that were not fitted, relative to its spread."""
+    """Median error of λ read linearly off the features, at times that were not fitted, relative to its spread.
+
+    Near the first labels λ is steep, and a linear reading misses it by more.
+    """
     sde, clock = CLOCKS[name]
-    u = ss.Noise(1).uniform((3000, 1), 0, dtype=torch.float64)[:, 0]
+    u = torch.linspace(0, 1, 3001, dtype=torch.float64)  # a fit to random times would be extrapolated at the ends
     t = sde.t_of_sigma(0.005 * 8000**u) if isinstance(sde, ss.EDM) else sde.T * (1e-3 + (1 - 1e-3) * u)
     A = F.pad(embed(clock(t).float()).double(), (0, 1), value=1.0)
     y = sde.lam(t)
-    fit, held = slice(0, 2000), slice(2000, None)
+    held = torch.arange(3001) % 3 == 1
+    fit = ~held
     gram = A[fit].mT @ A[fit] + 3e-3 * torch.eye(A.shape[1], dtype=torch.float64)
     w = torch.linalg.solve(gram, A[fit].mT @ y[fit])
-    return float((A[held] @ w - y[held]).square().mean().sqrt() / y[held].std())
+    return float((A[held] @ w - y[held]).abs().median() / y[held].std())
 
 
 @pytest.mark.parametrize("name", CLOCKS)
 def test_every_clock_is_read(name: str) -> None:
     assert reading_error(Sinusoidal(64), name) < 0.005
-    assert reading_error(Fourier(64), name) < 0.005
+    for seed in range(3):
+        assert reading_error(Fourier(64, seed=seed), name) < 0.005
 
 
 def test_one_ladder_of_raw_labels_does_not_read_them_all() -> None:
@@ -419,8 +424,8 @@ def test_one_ladder_of_raw_labels_does_not_read_them_all() -> None:
         omega = torch.logspace(-4, 0, 32) * fastest
         return lambda c: torch.cat([(c[:, None] * omega).sin(), (c[:, None] * omega).cos()], dim=1)
 
-    assert reading_error(ladder(1.0), "index") < 0.03 < reading_error(ladder(1.0), "t")
-    assert reading_error(ladder(1e3), "t") < 0.03 < reading_error(ladder(1e3), "index")
+    assert reading_error(ladder(1.0), "index") < 0.015 < reading_error(ladder(1.0), "t")
+    assert reading_error(ladder(1e3), "t") < 0.015 < reading_error(ladder(1e3), "index")
 
 
 @pytest.mark.parametrize("embed", [Sinusoidal(32), Fourier(32)])

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import scoresde.noise.keyed
-from scoresde.noise.keyed import Ahead, Noise, philox
+from scoresde.noise import numbers, philox
+from scoresde.noise.keyed import Ahead, Laid, Noise
 
 F64 = torch.float64
 MASK = 2**32 - 1
@@ -30,10 +30,10 @@ ALL_EVENTS = pytest.mark.parametrize("event", EVENTS, ids=str)
 
 
 def philox_by_hand(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
-    """Philox-4x32-10 as its paper writes it (Salmon et al., 2011, section 3.3), on Python's integers."""
+    """Philox-4x32-7 as its paper writes it (Salmon et al., 2011, section 3.3), on Python's integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & MASK, (p0 >> 32) ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + 0x9E3779B9) & MASK, (k1 + 0xBB67AE85) & MASK
@@ -44,27 +44,29 @@ def words_by_hand(seed: int, index: int, draw: int, block: int) -> list[int]:
     return philox_by_hand((block, draw, index & MASK, index >> 32), (seed & MASK, seed >> 32))
 
 
+ORDER = (1, 0, 3, 2)  # of the words of a counter
+
+
 def normal_by_hand(seed: int, index: int, draw: int, position: int) -> float:
-    words = words_by_hand(seed, index, draw, position // 4)
-    radius, angle = words[2 * (position % 4 // 2) :][:2]
-    turn = math.cos if position % 2 == 0 else math.sin
-    log_u = math.log((radius + 0.5) / 2**32) if radius < 2**31 else math.log1p(-(MASK - radius + 0.5) / 2**32)
-    return math.sqrt(-2 * log_u) * turn(2 * math.pi * (angle + 0.5) / 2**32)
+    words = [words_by_hand(seed, index, draw, position // 4)[k] for k in ORDER]
+    radius, angle = words[position % 2], words[2 + position % 2]
+    turn = math.cos if position % 4 < 2 else math.sin
+    u = float((np.float32(radius) + np.float32(0.5)) * np.float32(2.0**-32))
+    return math.sqrt(-2 * math.log(u)) * turn(2 * math.pi * (angle - 2**32 * (angle >= 2**31)) / 2**32)
 
 
 def words_of(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
     c, k = ([torch.tensor([w]) for w in words] for words in (counter, key))
-    even, odd = philox((c[0], c[1], c[2], c[3]), (k[0], k[1]))
-    return [int(w) for w in (even[0], odd[0], even[1], odd[1])]
+    return [int(w) for w in philox.philox((c[0], c[1], c[2], c[3]), (k[0], k[1]))]
 
 
 KNOWN = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((MASK,) * 4, (MASK,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ((0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+    ((MASK,) * 4, (MASK,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 ]
 
@@ -76,19 +78,36 @@ def test_philox_gives_the_published_known_answers(
     assert words_of(counter, key) == philox_by_hand(counter, key) == list(words)
 
 
-def test_philox_broadcasts_and_leaves_its_arguments_alone() -> None:
-    draw = random.Random(0)
-    rows, columns = 3, 5
-    c = [torch.tensor([[draw.getrandbits(32)] for _ in range(rows)]) for _ in range(3)]
-    c.insert(0, torch.tensor([[draw.getrandbits(32) for _ in range(columns)]]))
-    k = [torch.tensor([[draw.getrandbits(32)] for _ in range(rows)]) for _ in range(2)]
-    before = [t.clone() for t in (*c, *k)]
-    even, odd = philox((c[0], c[1], c[2], c[3]), (k[0], k[1]))
-    assert all(torch.equal(a, b) for a, b in zip(before, (*c, *k), strict=True))
-    for i, j in itertools.product(range(rows), range(columns)):
-        counter = (int(c[0][0, j]), *(int(w[i, 0]) for w in c[1:]))
-        want = philox_by_hand(counter, (int(k[0][i, 0]), int(k[1][i, 0])))
-        assert [int(w[i, j]) for w in (even[0], odd[0], even[1], odd[1])] == want
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [1, 5, 31, 32, 70])
+@pytest.mark.parametrize(("draws", "keys"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+def test_all_implementations_of_philox_give_the_same_words(rows: int, columns: int, draws: int, keys: int) -> None:
+    source = np.random.default_rng(0)
+
+    def random_words(*shape: int) -> Any:
+        return source.integers(0, 2**32, shape).astype(np.uint64)
+
+    block, draw, index = random_words(1, columns), random_words(min(draws, rows), 1), random_words(2, rows, 1)
+    key = random_words(2, min(keys, rows), 1)
+    given = [a.copy() for a in (block, draw, index, key)]
+    packed = philox.words(block, draw, index, key)
+    assert np.array_equal(packed, philox.words(block, draw, index, key, np.empty(7 * packed.size, np.uint64)))
+    assert all(np.array_equal(a, b) for a, b in zip(given, (block, draw, index, key), strict=True))
+    whole = [np.broadcast_to(a, (rows, columns)) for a in (block, draw, *index, *key)]
+    counters = list(zip(*(a.ravel().tolist() for a in whole[:4]), strict=True))
+    first, second = philox.few(counters, (whole[4] + (whole[5] << np.uint64(32))).ravel().tolist())
+    assert packed.reshape(2, -1).tolist() == [first, second]
+    c0, c1, c2, c3, k0, k1 = (torch.from_numpy(a.astype(np.int64)) for a in (block, draw, *index, *key))
+    four = [w.flatten().tolist() for w in philox.philox((c0, c1, c2, c3), (k0, k1))]
+    halves = [
+        [w >> 32 for w in first],
+        [w & MASK for w in first],
+        [w >> 32 for w in second],
+        [w & MASK for w in second],
+    ]
+    assert four == halves
+    by_hand = philox_by_hand(counters[-1], (int(whole[4][-1, -1]), int(whole[5][-1, -1])))
+    assert by_hand == [w[-1] for w in four]
 
 
 @given(
@@ -102,7 +121,7 @@ def test_every_number_is_a_function_of_seed_sample_draw_and_position(seed: int, 
     want = [normal_by_hand(seed, index, draw, i) for i in range(n)]
     z = noise.normal((1, n), draw, dtype=F64)[0]
     assert torch.allclose(z, torch.tensor(want, dtype=F64), rtol=1e-13, atol=1e-14)
-    words = [words_by_hand(seed, index, draw, i // 4)[i % 4] for i in range(n)]
+    words = [words_by_hand(seed, index, draw, i // 4)[ORDER[i % 4]] for i in range(n)]
     u = noise.uniform((1, n), draw, dtype=F64)[0]
     assert u.tolist() == [(w + 0.5) / 2**32 for w in words]
 
@@ -111,26 +130,52 @@ def test_numbers_do_not_drift_between_versions() -> None:
     # The words behind the numbers are integers, the same on every machine; float64 uniforms hold all their bits.
     u = Noise(2026).uniform((1024, 1024), 7, dtype=F64)
     words = (u * 2**32 - 0.5).to(torch.int64).numpy().astype("<u4")
-    assert words[5, 6] == words_by_hand(2026, 5, 7, 1)[2]
+    assert words[5, 6] == words_by_hand(2026, 5, 7, 1)[3]
     assert hashlib.sha256(words.tobytes()).hexdigest() == (
-        "05f0d91cb580462a31aa821fe6ebff5171887465667f1f4f5348c04302edbc9d"
+        "ceea76b30b73e7dec07bb129a33721754127a98482f0c613c5c67d6f079c7ec7"
     )
-    assert Noise(2026).fork(3).seed == 4315146448966710354
-    assert Noise(2026).fork(3).fork(2**64 - 1).seed == 13801611992496542354
+    assert Noise(2026).fork(3).seed == 16663863713715602102
+    assert Noise(2026).fork(3).fork(2**64 - 1).seed == 10013241220285940469
 
 
 def test_words_at_both_ends_give_finite_numbers_in_both_precisions() -> None:
-    words = [0, 1, 2, 2**24, 2**31 - 1, 2**31, 2**32 - 2**24, MASK - 128, MASK - 1, MASK]
-    radius, angle = (t.reshape(1, -1) for t in torch.cartesian_prod(torch.tensor(words), torch.tensor(words)).T)
-    fine = torch.stack(scoresde.noise.keyed._box_muller(radius, angle, F64))
-    assert fine.isfinite().all() and float(fine.abs().max()) == pytest.approx(math.sqrt(66 * math.log(2)))
-    coarse = torch.stack(scoresde.noise.keyed._box_muller(radius, angle, torch.float32))
-    assert float((coarse - fine).abs().max()) < 6e-6
-    length = fine.norm(dim=0)
-    assert float((coarse.double().norm(dim=0) / length - 1).abs().max()) < 5e-7, "both ends of the radius keep digits"
+    ends = [0, 1, 2, 2**24, 2**31 - 1, 2**31, 2**32 - 2**24, MASK - 128, MASK - 1, MASK]
+    words = np.array(list(itertools.product(ends, ends)), np.uint64).T
+    packed = np.ascontiguousarray(words << np.uint64(32) | words)[:, None]
+    fine, coarse = (numbers.numbers_of(packed, dtype, normal=True) for dtype in (F64, torch.float32))
+    assert np.isfinite(fine).all() and np.abs(fine).max() == pytest.approx(math.sqrt(66 * math.log(2)))
+    assert np.abs(coarse - fine).max() < 6e-6
+    length, rough = (np.hypot(z[0, 0::4], z[0, 2::4].astype(np.float64)) for z in (fine, coarse))
+    assert np.allclose(rough, length, rtol=5e-7, atol=0), "both ends of the radius keep digits"
+    assert length[words[0] == MASK].tolist() == [0.0] * len(ends), "the largest words round to u = 1"
     for dtype in (torch.float32, F64):
-        u = torch.stack(scoresde.noise.keyed._uniforms(radius, angle, dtype))
-        assert float(u.min()) == 2.0**-33 and float(u.max()) < 1
+        u = numbers.numbers_of(packed, dtype, normal=False)
+        assert u.min() == 2.0**-33 and u.max() < 1
+
+
+# The same numbers elsewhere.
+
+
+@BOTH
+@pytest.mark.parametrize("normal", [True, False])
+def test_numbers_of_other_devices_are_those_of_the_host(normal: bool, dtype: torch.dtype) -> None:
+    for noise in (Noise(3, offset=2**33), Noise(range(7)), Noise(3, indices=range(7, 0, -1))):
+        for draw in (5, torch.arange(7)[:, None]):
+            for n in (1, 4, 21, 300):
+                host = numbers.on_host(noise._host_rows(7, draw), n, dtype, normal=normal)
+                device = noise._device_rows(7, draw, torch.device("cpu"))
+                other = numbers.on_device(device, n, dtype, normal=normal)
+                assert other.shape == host.shape and other.dtype == dtype
+                if normal:
+                    assert float((host - other).abs().max()) < (2e-6 if dtype == torch.float32 else 1e-13)
+                else:
+                    assert torch.equal(host, other), "integers are the same everywhere"
+
+
+def test_a_compiled_draw_is_one_graph_of_the_same_numbers() -> None:
+    noise, x = Noise(3, offset=2), torch.zeros(6, 3, 5)
+    draw = torch.compile(lambda x: x + noise.like(x, 4), backend="aot_eager", fullgraph=True)
+    assert torch.allclose(draw(x), noise.like(x, 4), rtol=0, atol=2e-6)
 
 
 # Sample i is sample i.
@@ -204,7 +249,7 @@ def test_seed_of_a_row_is_its_own_whatever_the_other_rows_are(event: tuple[int, 
 
 @BOTH
 def test_longer_events_begin_with_the_numbers_of_shorter_ones(dtype: torch.dtype) -> None:
-    block = 4 * scoresde.noise.keyed._BLOCK
+    block = 4 * numbers.BLOCK
     whole = Noise(3).normal((2, 2 * block + 5), 0, dtype=dtype)
     sizes = [*range(1, 70), *(k * block + d for k in (1, 2) for d in (-5, -1, 0, 1, 3, 5))]
     for n in sizes:
@@ -221,7 +266,13 @@ def test_numbers_do_not_depend_on_the_internal_block(
     sources = [Noise(7, offset=3), Noise(range(13)), Noise(7, indices=range(26, 0, -2))]
     shapes = [(13,), (13, 1), (13, 5), (13, 21), (13, 3, 11), (13, 129)]
     want = [noise.normal(shape, 1, dtype=dtype) for noise in sources for shape in shapes]
-    monkeypatch.setattr(scoresde.noise.keyed, "_BLOCK", block)
+    monkeypatch.setattr(numbers, "BLOCK", block)
+    monkeypatch.setattr(numbers, "DEVICE_BLOCK", block)
+    for noise in sources:
+        for n in (1, 5, 33, 129):
+            rows = noise._device_rows(13, 1, torch.device("cpu"))
+            whole = numbers.on_host(noise._host_rows(13, 1), n, F64, normal=False)
+            assert torch.equal(numbers.on_device(rows, n, F64, normal=False), whole)
     got = [noise.normal(shape, 1, dtype=dtype) for noise in sources for shape in shapes]
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b), a.shape
@@ -235,12 +286,29 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_numbers_do_not_depend_on_threads(two_threads: None) -> None:
+@BOTH
+def test_numbers_do_not_depend_on_threads(two_threads: None, dtype: torch.dtype) -> None:
     shapes = [(1, 140_001), (9_001, 3)]
-    got = [Noise(1).normal(shape, 0) for shape in shapes]
+    got = [Noise(1).normal(shape, 0, dtype=dtype) for shape in shapes]
     torch.set_num_threads(1)
     for z, shape in zip(got, shapes, strict=True):
-        assert torch.equal(z, Noise(1).normal(shape, 0)), shape
+        assert torch.equal(z, Noise(1).normal(shape, 0, dtype=dtype)), shape
+
+
+@BOTH
+@pytest.mark.parametrize("width", [1, 4, 5, 33])
+def test_every_function_on_the_cpu_gives_the_same_bits(width: int, dtype: torch.dtype) -> None:
+    whole = torch.stack([Noise(9).normal((9, width), draw, dtype=dtype) for draw in range(3)])
+    assert torch.equal(Noise(9).normals((9, width), torch.arange(3), dtype=dtype), whole)
+    assert torch.equal(Noise(9).normal((9, width), torch.full((9,), 2), dtype=dtype), whole[2]), "a draw for each row"
+    ahead = Ahead(Noise(9), 3)
+    assert torch.equal(torch.stack([ahead.like(whole[0], draw) for draw in range(3)]), whole)
+    for first, last in itertools.combinations(range(10), 2):
+        some = Noise(9, offset=first)
+        laid = Laid(some, last - first, torch.device("cpu"))
+        for source in (some, laid, Noise(9)[first:last], Noise(9, indices=range(first, last))):
+            assert torch.equal(source.normal((last - first, width), 1, dtype=dtype), whole[1, first:last])
+        assert torch.equal(laid.normals((last - first, width), torch.arange(3), dtype=dtype), whole[:, first:last])
 
 
 def test_surroundings_make_no_difference() -> None:
@@ -530,7 +598,7 @@ def test_bad_input_is_named(case: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the same numbers on both is not checked")
 def test_gpu_and_cpu_agree() -> None:
-    for shape in ((1, 4), (7, 21), (64, 3, 32, 32), (3, 4 * scoresde.noise.keyed._BLOCK + 5)):
+    for shape in ((1, 4), (7, 21), (64, 3, 32, 32), (3, 4 * numbers.BLOCK + 5)):
         for noise in (Noise(3, offset=2**33), Noise(range(shape[0])), Noise(3, indices=range(shape[0], 0, -1))):
             u, z = (fn(shape, 5, dtype=F64, device="cuda").cpu() for fn in (noise.uniform, noise.normal))
             assert torch.equal(u, noise.uniform(shape, 5, dtype=F64)), "integers are the same everywhere"

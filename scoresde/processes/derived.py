@@ -169,6 +169,12 @@ class Shifted(SDE):
     def _sigma(self, t: Tensor) -> Tensor:
         return self.base._sigma(self._u(t))
 
+    def _f(self, t: Tensor) -> Tensor:
+        return self.base._f(self._u(t)) * self._speed(t)
+
+    def _g2(self, t: Tensor) -> Tensor:
+        return self.base._g2(self._u(t)) * self._speed(t)
+
     def _alpha_dot(self, t: Tensor) -> Tensor:
         return self.base._alpha_dot(self._u(t)) * self._speed(t)
 

@@ -429,3 +429,14 @@ def test_bad_calls_say_what_is_wrong_and_how_to_mend_it(case: str) -> None:
     call, error, message = BAD_CALLS[case]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("base", [ss.Flow(), ss.Trig(), ss.Cosine(T=1.0)], ids=lambda sde: type(sde).__name__)
+def test_a_shifted_process_without_signal_at_its_end_has_infinite_coefficients_there(base: ss.SDE) -> None:
+    sde = ss.processes.Shifted(base, 3.0)
+    assert sde.f(sde.T) == -math.inf and sde.g2(sde.T) == sde.g(sde.T) == math.inf
+    t = torch.tensor([0.9, 0.999], dtype=torch.float64)
+    u = sde.base_time(t)
+    speed = sde.lam(t + 1e-7) - sde.lam(t - 1e-7)
+    speed = speed / (base.lam(u + 1e-7) - base.lam(u - 1e-7))
+    assert relative(sde.f(t), base.f(u) * speed) < 1e-6 and relative(sde.g2(t), base.g2(u) * speed) < 1e-6

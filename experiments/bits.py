@@ -48,10 +48,10 @@ class Options:
 
     points: int = 512  # in the plane
     steps: int = 2000  # training steps of a network of the plane
-    digits: int = 24  # number of 8 × 8 digits
+    digits: int = 16  # number of 8 × 8 digits
     inside: int = 4  # points in a bin, for the importance-weighted bound
     digits_steps: int = 1200  # training steps of the network of 8 × 8 digits
-    mnist: int = 12  # number of MNIST digits
+    mnist: int = 8  # number of MNIST digits
     exact: int = 1  # number of MNIST digits with an exact trace
     tolerance: float = 1e-5  # of all solvers, relative and absolute
     mnist_steps: int = 2000
@@ -348,7 +348,7 @@ def mnist_digits(options: Options) -> list[str]:
         lines = [row.line("28 × 28", None if row is many else many.value) for row in rows]
         if options.exact:
             few = first(options.exact)
-            rows = [few.uniform("16 probes", sixteen, steps=5), few.uniform("exact", "exact", steps=5)]
+            rows = [few.uniform("16 probes", sixteen, steps=3), few.uniform("exact", "exact", steps=3)]
             lines += [row.line(f"28 × 28, the first {options.exact}", many.value) for row in rows]
     return lines
 

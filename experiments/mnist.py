@@ -14,8 +14,8 @@ is trained by denoising score matching on a VP process to predict v; in one samp
 * Held-out digits are half covered or reduced to a quarter of their size, with noise of standard deviation 0.1.
   Posterior samplers restore them with the same network, without labels.
 
-The script writes the tables and two figures. Measured on a machine with other load: 6.5 minutes of CPU time for the
-training, in one thread; 5.7 minutes for the rest, in two threads.
+The script writes the tables and two figures. Measured on a machine with other load, in one thread: 6.5 minutes of CPU
+time for the training, 5.9 minutes for the rest.
 """
 
 from __future__ import annotations

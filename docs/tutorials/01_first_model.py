@@ -39,9 +39,9 @@ plt.show()
 # %%
 # The network and the loss
 # ------------------------
-# The denoiser holds the network, the process, and what the network predicts. Here that is the velocity of flow
-# matching, written for any process. ``ss.DSM`` is the loss of denoising score matching, :math:`E_{t, x_0, z}
-# |\text{net}(x_t, t) - \text{target}|^2`.
+# The denoiser contains the network, the process, and the name of what the network predicts. This network predicts
+# :math:`v = \alpha_t z - \sigma_t x_0` ("v-prediction"). ``ss.DSM`` is the loss of denoising score matching,
+# :math:`E_{t, x_0, z} |\text{net}(x_t, t) - \text{target}|^2`.
 model = ss.Denoiser(ss.nn.MLP(2, seed=0), sde, predicts="v")
 loss = ss.DSM(model)
 optimiser = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -74,8 +74,8 @@ with ema.swapped():
 # %%
 # How good are they?
 # ------------------
-# The sliced Wasserstein distance of the samples from fresh data, beside the distance that two sets of data have: its
-# noise floor. The p-value says how often random labels would give such a distance.
+# The sliced Wasserstein distance between the samples and fresh data, beside its noise floor: the median distance after
+# the labels "sample" and "data" are shuffled. The p-value says how often shuffled labels give such a large distance.
 print(ss.metrics.compare(ss.metrics.sliced_w2, run.x, data[:1000], n_permutations=50))
 
 # %%

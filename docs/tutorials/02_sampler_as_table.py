@@ -23,7 +23,7 @@ plan = ss.DPMSolverPP(order=2).plan(sde, grid)
 print(plan)
 
 # %%
-# The same as a picture. A line is a row of the table.
+# The table as a picture. A line is a row of the table.
 ss.plots.plan(plan)
 plt.show()
 
@@ -46,9 +46,9 @@ plt.show()
 # %%
 # Check it against exact answers
 # ------------------------------
-# On Gaussian data the mean and the variance of what a plan draws are known without drawing anything. The gain is the
-# standard deviation of the samples over that of the data. Five steps on this grid are few: DDIM loses half of the
-# deviation, and the third order of UniPC overshoots.
+# On Gaussian data, the mean and the variance of a plan's samples are computed without drawing any. The gain is the
+# standard deviation of the samples, divided by that of the data. Five steps on this grid are few: DDIM loses half of
+# the standard deviation, and UniPC of order 3 overshoots.
 solvers = {"DDIM": ss.DDIM(), "DPM-Solver++(2M)": ss.DPMSolverPP(2), "UniPC-3": ss.UniPC(3)}
 plans = [solver.plan(sde, grid) for solver in solvers.values()]
 ss.plots.response(plans, sde)

@@ -24,7 +24,7 @@ x = model.sample(64, seed=0)
 # %%
 # One call
 # --------
-# The value is in nats, one for each sample. Each sample has steps of its own.
+# The result has one value in nats for each sample. Each sample has its own steps.
 density = ss.log_prob(model, x)
 exact = model.log_prob(x)
 print(f"largest error: {(density.value - exact).abs().max():.1e} nats, evaluations: {density.nfe.float().mean():.0f}")
@@ -38,8 +38,8 @@ plt.show()
 # %%
 # In many dimensions
 # ------------------
-# The exact trace needs D products with the Jacobian. Random probes estimate it from a few, and tell their standard
-# error.
+# The exact trace needs D products with the Jacobian. Random probes estimate the trace from a few products; the result
+# has a standard error.
 wide = ss.GaussianMixture(ss.VP(), ss.Noise(0).normal((4, 32), draw=0), std=0.3)
 z = wide.sample(32, seed=0)
 guess = ss.log_prob(wide, z, probes=ss.likelihood.Probes("hutchinson", n=8), seed=0)

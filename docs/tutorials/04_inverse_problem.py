@@ -2,9 +2,9 @@ r"""
 An inverse problem with an exact answer
 =======================================
 
-Something was measured, :math:`y = A x_0 + \text{std} \cdot n`, and samples of :math:`x_0` given y are wanted. The
-model of :math:`x_0` is the prior. If it is a mixture of Gaussians, the posterior is one too, and every method can
-be judged.
+You measured :math:`y = A x_0 + \text{std} \cdot n`, and you want samples of :math:`x_0` given y. The model of
+:math:`x_0` is the prior. If the prior is a mixture of Gaussians, the posterior is a mixture too, so every method can
+be compared with the exact answer.
 """
 
 # %%
@@ -51,7 +51,7 @@ plt.show()
 # %%
 # Posterior denoisers
 # -------------------
-# A posterior denoiser wraps the model. It runs under every solver.
+# A posterior denoiser wraps the model. It works with every solver.
 figure, axes = plt.subplots(1, 3, figsize=(13, 3.4), sharey=True)
 reference = exact.sample(400, seed=1)
 methods = {
@@ -69,8 +69,8 @@ plt.show()
 # %%
 # Is it calibrated?
 # -----------------
-# Draw many truths and measurements, and rank the truth among posterior samples. Of an exact posterior the ranks are
-# uniform.
+# Draw many truths and measurements, and rank each truth among the samples of its posterior. If the posterior is exact,
+# the ranks are uniform.
 truths = prior.sample(200, seed=3)
 noise = 0.1 * ss.Noise(4).normal((200, int(known.sum())), draw=0)
 many = inverse.Measurement(inverse.Mask(known), truths[:, known] + noise, std=0.1)

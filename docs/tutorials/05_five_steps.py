@@ -2,8 +2,8 @@
 A sampler of five steps, fitted to a model
 ==========================================
 
-The numbers of a plan need not come from a formula. ``ss.fit`` moves the times and the weights until five
-evaluations end where a fine solve ends.
+The numbers of a plan need not come from a formula. ``ss.fit`` changes the times and the weights until the results of
+five evaluations are close to those of a fine solve.
 """
 
 # %%
@@ -31,8 +31,8 @@ ss.plots.plan(fitted)
 plt.show()
 
 # %%
-# Judge it on new starts
-# ----------------------
+# Compare on new initial states
+# -----------------------------
 start = ss.Noise(5).normal((512, 16), draw=0, dtype=torch.float64)
 exact = ss.sample(model, start, ss.UniPC(3), steps=300)
 
@@ -55,6 +55,6 @@ plt.show()
 #
 # Keep it
 # -------
-# A fitted plan is a file of a few kilobytes. It knows where it came from.
+# A fitted plan is saved as a file of a few kilobytes, which records how the plan was fitted.
 fitted.save("/tmp/five.json")
 print(fitted.meta["teacher"])

@@ -38,9 +38,9 @@ ss.plots.trajectory(run)
 plt.show()
 
 # %%
-# A wrong process is refused
-# --------------------------
-# Here time runs backwards. The error says what to do.
+# A wrong process raises an error
+# -------------------------------
+# In this process, time runs from noise to data. The error says what to do.
 try:
     ss.SDE.from_functions(sigma, alpha)
 except ValueError as error:

@@ -39,7 +39,8 @@ class Middle(Solver):
 # %%
 # Does it have its order?
 # -----------------------
-# The slope of the error against the number of steps, on a mixture with a known flow. A wrong weight shows here.
+# The order is the slope of the error against the number of steps, on a mixture with a known flow. A wrong weight
+# changes this slope.
 model = ss.GaussianMixture(ss.VP(), torch.tensor([[-1.0, 0.2], [0.8, -0.6]]), std=0.4)
 measured = {
     "middle": ss.analysis.convergence_order(Middle(), model, n=8),
@@ -49,7 +50,7 @@ ss.plots.orders(measured)
 plt.show()
 
 # %%
-# The slope of the second is 1: only the middle cancels the first error term.
+# The slope of the second solver is 1, because only the evaluation in the middle cancels the first error term.
 #
 # See its table, and run it
 # -------------------------
@@ -61,7 +62,7 @@ print(ss.metrics.compare(ss.metrics.energy_distance, x, model.sample(1000, seed=
 # %%
 # With noise
 # ----------
-# Wrappers add noise to any deterministic solver, in its table. This one returns a share of the noise after each step:
+# Wrappers add noise to the table of any deterministic solver. This one adds fresh noise before each step:
 noisy = ss.solvers.Churn(Middle(), s_churn=4.0)
 y = ss.sample(model, (1000, 2), noisy, nfe=40, seed=0)
 print(ss.metrics.compare(ss.metrics.energy_distance, y, model.sample(1000, seed=1), n_permutations=50))

@@ -66,7 +66,7 @@ plt.show()
 # %%
 # At some noise levels only
 # -------------------------
-# Guidance matters most in the middle. An interval of times also saves the second evaluation elsewhere.
+# Guidance matters most at medium noise levels. With an interval of times, there is no second evaluation outside it.
 figure, ax = plt.subplots(figsize=(4, 4))
 show(ss.ClassifierFree(model, 8.0, null={"label": 3}, interval=(0.2, 0.6)), "scale 8 for t in (0.2, 0.6)", ax)
 plt.show()

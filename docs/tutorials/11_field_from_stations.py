@@ -58,8 +58,8 @@ deviation = exact.component_covariances()[0].diagonal().sqrt().reshape(EVENT)
 # %%
 # Samples by a score model
 # ------------------------
-# ``MMPS`` adds the measurement to the score; it is exact for a Gaussian if the linear system is solved, and its
-# ``iterations`` say how well. Any denoiser takes the place of ``gaussian``: a network that was trained on fields.
+# ``MMPS`` adds the measurement to the score. It is exact for a Gaussian if the linear system is solved exactly; more
+# ``iterations`` solve it better. In place of ``gaussian`` you can use a network that was trained on fields.
 samples = {}
 for iterations in (2, 5, 15):
     model = inverse.MMPS(gaussian, seen, iterations=iterations)

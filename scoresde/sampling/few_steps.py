@@ -29,14 +29,15 @@ def verdict(plan: Plan, sde: SDE, data_std: float = 1.0) -> str | None:
 
     Consistency sampling is for consistency models, has no order and is not checked. Deterministic plans of one or two
     evaluations, which give about the mean of the data, are for networks that are distilled, and are not checked;
-    neither are those of more than a hundred.
+    neither are those of more than a hundred. A fitted plan was judged on its own model and data, and is not checked.
 
     Arguments:
         plan: Plan to check.
         sde: Process of the plan.
         data_std: Standard deviation s of the data.
     """
-    if plan.order == 0 or not (plan.stochastic or FEWEST <= plan.nfe <= FEW):
+    fitted = plan.order is None and "held_out" in plan.meta
+    if plan.order == 0 or fitted or not (plan.stochastic or FEWEST <= plan.nfe <= FEW):
         return None
     scales = [scale * data_std for scale in SCALES]
     stds = gaussian_stds(plan, sde, scales)

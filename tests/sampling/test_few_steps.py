@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 import scoresde as ss
 from scoresde.analysis.moments import gaussian_stds, response
-from scoresde.sampling.few_steps import warn_of_few_steps
+from scoresde.sampling.few_steps import verdict, warn_of_few_steps
 from scoresde.solvers import stochastic
 from scoresde.solvers.rule import EtaWithin, Solver
 
@@ -274,3 +275,11 @@ def test_an_interval_is_checked() -> None:
         EtaWithin(1.0, 2.0, 1.0)
     with pytest.raises(ValueError, match="`eta` must be finite and at least 0, got -1"):
         EtaWithin(-1.0)
+
+
+def test_a_fitted_plan_is_judged_by_its_fit() -> None:
+    sde = ss.SubVP()
+    plan = ss.UniPC(3).plan(sde, ss.grids.quadratic_vp(sde, 10))
+    assert verdict(plan, sde) is not None
+    fitted = replace(plan, order=None, meta={"held_out": {"before": 1.0, "after": 0.1}})
+    assert verdict(fitted, sde) is None and verdict(replace(fitted, meta={}), sde) is not None

@@ -16,6 +16,8 @@ recipe: one vector for the states and log-determinants of the whole batch, scipy
 1e-5 to 1, a trace by one Rademacher probe, one point in each bin. A *call* is a pass of one sample through the network,
 forward or for one product with its Jacobian; the recipe takes two forward passes at each time, for the drift and for
 its trace. The script writes both tables.
+
+Measured on a machine with other load, in one thread and without the training of the UNets: 4.9 minutes of CPU time.
 """
 
 from __future__ import annotations

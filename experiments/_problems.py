@@ -20,6 +20,7 @@ PROCESSES: dict[str, ss.SDE] = {
     "VP": ss.VP(),
     "EDM": ss.EDM(),
     "cosine": ss.Discrete(ss.processes.betas("cosine", 1000)),
+    "scaled linear": ss.Discrete(ss.processes.betas("scaled_linear", 1000)),
 }
 
 
@@ -39,6 +40,20 @@ def anisotropic(sde: ss.SDE) -> ss.GaussianMixture:
 def low_rank(sde: ss.SDE) -> ss.GaussianMixture:
     make = partial(torch.randn, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return ss.GaussianMixture(sde, 0.5 * make(20, 192), factor=0.15 * make(20, 192, 8), std=0.03)
+
+
+def few(sde: ss.SDE) -> ss.GaussianMixture:
+    """Three modes in 6-D."""
+    make = partial(torch.randn, generator=torch.Generator().manual_seed(21), dtype=torch.float64)
+    return ss.GaussianMixture(sde, 0.9 * make(3, 6), std=0.15)
+
+
+def tree(sde: ss.SDE) -> ss.GaussianMixture:
+    """Four clusters of four modes in 16-D, in directions whose standard deviations fall by two orders of magnitude."""
+    make = partial(torch.randn, generator=torch.Generator().manual_seed(22), dtype=torch.float64)
+    std = torch.linspace(0, math.log(1e-2), 16, dtype=torch.float64).exp()
+    means = 0.7 * make(4, 1, 16) * std**0.5 + 0.3 * make(4, 4, 16) * std**0.7
+    return ss.GaussianMixture(sde, means.flatten(0, 1), std=(0.25 * std).expand(16, 16))
 
 
 def lattice(sde: ss.SDE) -> ss.GaussianMixture:
@@ -65,6 +80,7 @@ PROBLEMS: dict[str, Callable[[ss.SDE], ss.GaussianMixture]] = {
     "anisotropic 32-D": anisotropic,
     "low rank 192-D": low_rank,
 }
+FOR_EPS: dict[str, Callable[[ss.SDE], ss.GaussianMixture]] = {"few 6-D": few, "tree 16-D": tree}
 HELD_OUT: dict[str, Callable[[ss.SDE], ss.GaussianMixture]] = {
     "lattice 2-D": lattice,
     "steep 24-D": steep,
@@ -142,11 +158,15 @@ CASES = [
     for data, process in pairs
     for network, percent in ERRORS
     if data != "low rank 192-D" or (network, percent) in (("exact", 0), ("v", 5))  # the others take too long
+] + [
+    Case(data, process, "eps", percent, "choose")
+    for data, process in (("few 6-D", "scaled linear"), ("tree 16-D", "VP"))
+    for percent in (0, 1, 5)
 ]
 
 
 def model_of(case: Case) -> ss.GaussianMixture | Network:
-    mixture = (PROBLEMS | HELD_OUT)[case.data](PROCESSES[case.process])
+    mixture = (PROBLEMS | FOR_EPS | HELD_OUT)[case.data](PROCESSES[case.process])
     return mixture if case.network == "exact" else Network(mixture, case.network, case.percent / 100)
 
 

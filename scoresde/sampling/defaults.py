@@ -98,12 +98,14 @@ def _choice(nfe: int, model: AbstractDenoiser | None) -> Recommendation:
 
 
 def _of_noise(nfe: int) -> Recommendation:
-    scale, exponent = (0.4, 1.0) if nfe <= 12 else (0.7, 1.0) if nfe < 40 else (1.0, 1.2)
+    """Steps are even in λ down to a small noise level; with 13 to 24, those near data are denser."""
+    scale, exponent = (0.2, 1.0) if nfe <= 5 else (0.07, 1.0) if nfe <= 12 else (0.3, 1.75) if nfe < 25 else (0.1, 1.0)
+    order, variable = (2, "lam") if nfe < 25 else (3, "tau")
     return Recommendation(
-        UniPC(1 if nfe < 2 else 2, "exact"),
+        _velocity(nfe, order, variable=variable),
         partial(log_noise, scale=scale, exponent=exponent),
-        "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the solver is "
-        "UniPC of order 2, which corrects each step by the next evaluation.",
+        "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the velocity, "
+        "which has less of this error near data, is interpolated and corrected by the next evaluation.",
     )
 
 
@@ -129,9 +131,10 @@ def _of_exact(nfe: int) -> Recommendation:
     )
 
 
-def _velocity(nfe: int, order: int = 2, final: int = 0) -> Solver:
+def _velocity(nfe: int, order: int = 2, final: int = 0, variable: str = "tau") -> Solver:
     """Velocity Adams–Bashforth with a corrector, or DDIM for budgets that leave no room for it."""
-    return VelocityAB(1) if nfe < 3 else with_corrector(VelocityAB(order, final=final))
+    rule = VelocityAB(order, final=final, variable=variable)
+    return with_corrector(rule) if nfe >= (2 if variable == "lam" else 3) else VelocityAB(1)
 
 
 @checked

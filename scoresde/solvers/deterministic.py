@@ -317,18 +317,21 @@ def ETDRK4() -> Solver:
 
 
 @published
-def VelocityAB(order: int = 3, start: str = "ramp", final: int = 0) -> Solver:
+def VelocityAB(order: int = 3, start: str = "ramp", final: int = 0, variable: str = "tau") -> Solver:
     r"""Adams–Bashforth on the flow velocity ε − d in τ = σ/(α + σ), for any process.
 
     Arguments:
         order: Number of nodes.
         start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
         final: Number of nodes of the step into σ = 0, by default `order`; 1 returns the newest data prediction.
+        variable: Variable of the interpolating polynomial: ``"tau"``, or ``"lam"``, which amplifies errors of an
+            ε-network less with few steps; its step into σ = 0 returns the newest data prediction.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747, for the velocity
     """
-    return Multistep(order_of(order), VELOCITY, TAU, start=start, final=final)
+    check.choice("variable", variable, ("tau", "lam"))
+    return Multistep(order_of(order), VELOCITY, {"tau": TAU, "lam": LAM}[variable], start=start, final=final)
 
 
 @published

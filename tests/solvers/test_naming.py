@@ -109,7 +109,7 @@ CATALOGUE: dict[str, dict[str, list[Any]]] = {
     "LMS": {"order": ORDERS},
     "RES": {"order": [3], "c2": [0.5, 0.4], "c3": [1.0, 0.8]},
     "ETDRK4": {},
-    "VelocityAB": {"order": ORDERS, "start": STARTS},
+    "VelocityAB": {"order": ORDERS, "start": STARTS, "variable": ["tau", "lam"]},
     "Universal": {"data_std": [None, 0.7], "predicts": [None, "noise"], "start": ["prior", "gaussian"]},
     "AnchoredResidual": {"std": [0.5, 0.6], "nodes": [3, 4], "power": [2.5, 2.0]},
     "EntryMultistep": {"statistics": ENTRIES, "nodes": [2, 3], "corrector": [0, 3]},

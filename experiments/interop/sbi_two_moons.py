@@ -12,12 +12,13 @@ With sbi's Euler-Maruyama sampler and ours on the same network, what is left of 
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 
 import torch
 from _judging import from_command_line, write
+from _sbi_tasks import two_moons as simulate
+from _sbi_tasks import two_moons_posterior as exact_posterior
 from torch import Tensor
 from torch.distributions import Independent, Uniform
 
@@ -34,31 +35,6 @@ class Options:
     observations: int = 3
     samples: int = 1000
     quick: bool = False
-
-
-def crescent(n: int, generator: torch.Generator) -> Tensor:
-    """Noise of the simulator, (N, 2)."""
-    angle = (torch.rand(n, generator=generator) - 0.5) * math.pi
-    radius = 0.1 + 0.01 * torch.randn(n, generator=generator)
-    return torch.stack([radius * angle.cos() + 0.25, radius * angle.sin()], 1)
-
-
-def simulate(theta: Tensor, generator: torch.Generator) -> Tensor:
-    """Observations of parameters, (N, 2)."""
-    move = torch.stack([-(theta[:, 0] + theta[:, 1]).abs(), theta[:, 1] - theta[:, 0]], 1) / math.sqrt(2)
-    return crescent(len(theta), generator) + move
-
-
-def exact_posterior(x_o: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Exact samples of θ given an observation, (N, 2)."""
-    kept: list[Tensor] = []
-    while sum(map(len, kept)) < n:
-        p = crescent(4 * n, generator)
-        u = (p[:, 0] - x_o[0]) * torch.where(torch.rand(len(p), generator=generator) < 0.5, 1.0, -1.0)
-        v = x_o[1] - p[:, 1]
-        theta = torch.stack([u - v, u + v], 1) / math.sqrt(2)
-        kept.append(theta[(p[:, 0] >= x_o[0]) & (theta.abs() <= 1).all(1)])
-    return torch.cat(kept)[:n]
 
 
 class Calls:

@@ -268,3 +268,12 @@ def test_noise_and_scales_need_no_float64_on_the_device_and_never_wait() -> None
         scale = ss.data.Standardize.fit(torch.arange(24.0, dtype=torch.float64).reshape(4, 3, 2), "channel")
         assert lands(scale(x)) and lands(scale.inverse(x))
         assert isinstance(scale.log_det(x), float)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    root = PACKAGE.parent
+    assert f"version: {ss.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"version = {{{ss.__version__}}}" in (root / "README.md").read_text()
+    released = re.findall(r"^## \[(\d[^]]*)\] – (\d{4}-\d{2}-\d{2})$", (root / "CHANGELOG.md").read_text(), re.M)
+    assert released[0][0] == ss.__version__
+    assert f"date-released: {released[0][1]}\n" in (root / "CITATION.cff").read_text()

@@ -47,7 +47,7 @@ plt.show()
 # Into diffusers
 # --------------
 # Any solver or plan becomes a scheduler. The pipeline needs no other change.
-pipe = DDPMPipeline(unet, ss.interop.to_diffusers(ss.UniPC(3), scheduler))
+pipe = DDPMPipeline(unet, ss.interop.to_diffusers(ss.UniPC(3), scheduler, clip=1.0))
 pipe.set_progress_bar_config(disable=True)
 images = pipe(batch_size=4, num_inference_steps=8, generator=torch.manual_seed(0), output_type="np").images
 

@@ -61,6 +61,9 @@ _SAMPLER_KEYS = frozenset(
     "s_max rho sigma_schedule correct_steps snr sampling_eps scale_factors upscale_mode".split()
 )
 
+# Keys of our own schedulers, beside those of the scheduler that they replace.
+OWN_KEYS = ("solver", "plan", "grid", "seed", "clip", "scheduler_class")
+
 # Keys of the process and of the network, for each family.
 _FAMILY_KEYS = {
     "discrete": "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
@@ -144,14 +147,27 @@ def config_of(scheduler: object) -> Config:
         scheduler: Scheduler of diffusers, or a dictionary.
     """
     if isinstance(scheduler, Mapping):
-        return scheduler
+        return replaced(scheduler)
     config = getattr(scheduler, "config", None)
     if not isinstance(config, Mapping):
         raise TypeError(
             f"`scheduler` must be a scheduler of diffusers or its configuration, such as pipe.scheduler or "
             f"pipe.scheduler.config, got {type(scheduler).__name__}."
         )
-    return {**config, "_class_name": type(scheduler).__name__}
+    return replaced({**config, "_class_name": type(scheduler).__name__})
+
+
+def replaced(config: Config) -> Config:
+    """Configuration of the scheduler that one of :func:`to_diffusers` replaced; other configurations as they are.
+
+    Arguments:
+        config: Configuration.
+    """
+    if "scheduler_class" not in config:
+        return config
+    kept = {k: v for k, v in config.items() if k not in OWN_KEYS and not k.startswith("_")}
+    name = config["scheduler_class"]
+    return kept | ({"_class_name": name} if name else {})
 
 
 def _family(config: Config) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.grids.foreign import from_sigmas
-from scoresde.interop.diffusers_schedules import read_schedule
+from scoresde.interop.diffusers_schedules import read_schedule, replaced
 from scoresde.interop.normals import Drawn
 from scoresde.interop.schedulers import GridMaker, grid_of, solver_of
 from scoresde.interop.timetable import (
@@ -132,10 +132,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 
     def _configuration(self) -> dict[str, object]:
         """Configuration of the scheduler that is replaced; pipelines may have changed it."""
-        own = ("solver", "plan", "grid", "seed", "clip", "scheduler_class")
-        config = {k: v for k, v in self.config.items() if k not in own and not k.startswith("_")}
-        name = self.config["scheduler_class"]
-        return config | ({"_class_name": name} if name else {})
+        return dict(replaced(self.config))
 
     def __len__(self) -> int:
         return int(self.config.get("num_train_timesteps", 1000))

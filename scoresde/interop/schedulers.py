@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def to_diffusers(
     *,
     grid: str | GridMaker | None = None,
     seed: int | None = None,
-    clip: float | None = None,
+    clip: float | str | None = "warn",
 ) -> PlanScheduler:
     """A scheduler of diffusers that runs a solver or a plan: ``pipe.scheduler = to_diffusers(solver, pipe.scheduler)``.
 
@@ -42,11 +43,12 @@ def to_diffusers(
         grid: Name of a function of ``ss.grids``, such as ``"karras"``, or such a function, for the times.
         seed: Seed of the solver's noise, as in ``ss.sample``: row i of the batch is sample i. By default the noise
             comes from the pipeline's `generator`.
-        clip: Largest absolute value of the denoised state, for pixels; by default there is none.
+        clip: Largest absolute value of the denoised state, such as 1.0 for pixels; None does not clip. The default,
+            ``"warn"``, does not clip either, and warns if `scheduler` does.
 
     Example:
         >>> import diffusers, scoresde as ss
-        >>> scheduler = ss.interop.to_diffusers(ss.EDMHeun(), diffusers.DDIMScheduler(), grid="karras")
+        >>> scheduler = ss.interop.to_diffusers(ss.EDMHeun(), diffusers.DDIMScheduler(), grid="karras", clip=1.0)
         >>> scheduler.set_timesteps(3)
         >>> scheduler.order, len(scheduler.timesteps)
         (2, 5)
@@ -63,9 +65,27 @@ def to_diffusers(
     if name == PlanScheduler.__name__:
         name = None  # its configuration has the name of the scheduler that it replaced
     given = {k: v for k, v in config.items() if not k.startswith("_")} | ({"scheduler_class": name} if name else {})
+    if isinstance(clip, str):
+        check.choice("clip", clip, ("warn",))
+        _warn_of_clipping(config)
+        clip = None
     own: dict[str, object] = {"solver": None, "plan": None, "grid": grid, "seed": seed, "clip": clip}
     own["plan" if isinstance(solver, Plan) else "solver"] = solver
     return PlanScheduler(**{**given, **own})  # type: ignore[arg-type]
+
+
+def _warn_of_clipping(config: Mapping[str, object]) -> None:
+    """Warn if a scheduler clips the denoised state, because ours does so only if it is told."""
+    by = next((key for key in ("clip_sample", "thresholding") if config.get(key)), None)
+    if by is None:
+        return
+    size = float(str(config.get("clip_sample_range") or 1.0)) if by == "clip_sample" else 1.0
+    source = "their `clip_sample_range`" if by == "clip_sample" else "the range of their thresholding"
+    warnings.warn(
+        f"the pipeline's scheduler clips the denoised state ({by}=True), and ours does not by default: give "
+        f"clip={size} ({source}), or clip=None if no clipping is meant.",
+        stacklevel=check.levels_to_user(),
+    )
 
 
 def solver_of(text: str) -> Solver:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Mapping
+from numbers import Real
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -70,13 +72,39 @@ def takes_label(model: AbstractDenoiser) -> bool:
     Arguments:
         model: Denoiser.
     """
-    return any(_has_classes(module) for module in model.modules())
+    return classes_of(model) is not None
 
 
-def _has_classes(module: nn.Module) -> bool:
+def classes_of(model: AbstractDenoiser) -> int | None:
+    """Number of classes of a class-conditional network of this library, itself or inside; None for other networks.
+
+    Arguments:
+        model: Denoiser.
+    """
+    found = (_classes(module) for module in model.modules())
+    return next((classes for classes in found if classes is not None), None)
+
+
+def wrong_null(model: AbstractDenoiser, null: Mapping[str, object]) -> int | None:
+    """Number of classes if the null value of ``label`` is a number that is no index of no class; else None.
+
+    Arguments:
+        model: Denoiser.
+        null: Null conditions by name.
+    """
+    label = null.get("label")
+    if isinstance(label, bool) or not isinstance(label, Real):
+        return None  # a tensor would have to be read from its device
+    classes = classes_of(model)
+    return None if classes is None or label == classes else classes
+
+
+def _classes(module: nn.Module) -> int | None:
     condition = getattr(module.net, "condition", None) if isinstance(module, Denoiser) else None
     embedding = sys.modules.get("scoresde.nn.embedding")  # if it is not loaded, the network is not of this library
-    return embedding is not None and isinstance(condition, embedding.Conditioning) and condition.classes is not None
+    known = embedding is not None and isinstance(condition, embedding.Conditioning)
+    classes: int | None = condition.classes if known and condition is not None else None
+    return classes
 
 
 def _is_active(module: nn.Module) -> bool:

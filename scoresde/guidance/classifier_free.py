@@ -23,6 +23,7 @@ from scoresde.denoisers.base import (
     same_process,
     select,
 )
+from scoresde.denoisers.modes import wrong_null
 from scoresde.guidance.rules import Rule, fresh_rule, linear, rule_of_rows
 from scoresde.guidance.scale import Scale, check_scale, scale_at
 from scoresde.plan.folding import Outputs
@@ -108,6 +109,14 @@ class ClassifierFree(_Difference):
         if not isinstance(null, Mapping) or not null:
             raise TypeError(f"`null` must be a dictionary of null conditions, such as {{'label': 10}}, got {null!r}.")
         self.null = dict(null)
+        classes = wrong_null(model, self.null)
+        if classes is not None:
+            label = self.null["label"]
+            raise ValueError(
+                f"`null` has label = {label}; the index of no class is {classes}, the number of classes of the "
+                f"network: null={{'label': {classes}}}. To guide away from a class, give a tensor, "
+                f"null={{'label': torch.tensor([{label}])}}."
+            )
         self.one_forward = one_forward
         self._samples: Tensor | None = None  # numbers of the rows among the samples that `null` was made for
 

@@ -26,12 +26,7 @@ def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Con
         cond: Conditions of that batch, by name.
     """
     if "label" not in cond and takes_label(model):
-        warnings.warn(
-            "the network takes class labels and the data have none, so every sample trains its index of no class; give "
-            "the labels with the data, as in Trainer(loss, {'x': x, 'label': y}), or make the network without "
-            "`classes`.",
-            stacklevel=check.levels_to_user(),
-        )
+        warn_unlabelled("Trainer(loss, {'x': x, 'label': y})")
     assumed = assumed_std(model)
     if assumed is None or not x.is_floating_point() or x.numel() < 2:
         return
@@ -47,6 +42,19 @@ def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Con
         f"the first batch has mean {mean:.3g} and standard deviation {std:.3g}, and the model assumes a mean near 0 "
         f"and a standard deviation near {assumed:g}: the noise levels do not suit such data; train on scale(data) with "
         f"scale = ss.data.Standardize.fit(data{target}), and map samples back by scale.inverse(samples).",
+        stacklevel=check.levels_to_user(),
+    )
+
+
+def warn_unlabelled(example: str) -> None:
+    """Warn that a class-conditional network is trained without labels.
+
+    Arguments:
+        example: Call that gives the labels.
+    """
+    warnings.warn(
+        f"the network takes class labels and the data have none, so every sample trains its index of no class; give "
+        f"the labels with the data, as in {example}, or make the network without `classes`.",
         stacklevel=check.levels_to_user(),
     )
 

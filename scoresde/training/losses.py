@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from scoresde import _checks as check
 from scoresde._doors import checked, checked_with
 from scoresde.denoisers.base import AbstractDenoiser, Condition, Given
+from scoresde.denoisers.modes import takes_label, wrong_null
 from scoresde.denoisers.network import Denoiser, log_variance
 from scoresde.noise.keyed import Noise
 from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 from scoresde.training.describe import describe
 from scoresde.training.draws import NORMALS, Source, drop_condition, source_of
+from scoresde.training.first_batch import warn_unlabelled
 from scoresde.training.times import LossAware, Steps, Stratified, Times, Uniform
 from scoresde.training.weightings import On, Uncertainty, Weighting, named, sensitivity
 
@@ -140,7 +142,14 @@ class DSM(nn.Module):
             raise ValueError(
                 f"`drop`={self.drop} needs `null`, the values that mean no condition, as in null={{'label': 10}}."
             )
+        classes = wrong_null(model, self.null)
+        if classes is not None:
+            raise ValueError(
+                f"`null` has label = {self.null['label']}, which is a class or no index of the network; the index of "
+                f"no class is {classes}, its number of classes: null={{'label': {classes}}}."
+            )
         self.levels = LossByNoise(sde)
+        self.unlabelled = takes_label(model)  # until the warning that labels are missing
 
     def __repr__(self) -> str:
         options = {"weighting": self.balance or self.weighting, "times": self.times, **self._options()}
@@ -166,6 +175,9 @@ class DSM(nn.Module):
             **cond: Conditions for the network, by name: tensors with one row for each sample or one row for all, or
                 ``Shared(value)`` for values without a batch axis.
         """
+        if not torch.compiler.is_compiling() and self.unlabelled and "label" not in cond:
+            self.unlabelled = False
+            warn_unlabelled("loss(x, label=y)")
         return self.terms(x, noise, **cond).loss.mean()
 
     def terms(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Condition) -> Terms:

@@ -275,6 +275,8 @@ class Trainer:
         """Check the first batch of this trainer."""
         if not self._examined and self.is_main and isinstance(self.loss, DSM) and isinstance(x, Tensor):
             check_first_batch(self.loss.model, x, cond)
+        if isinstance(self.loss, DSM):
+            self.loss.unlabelled = False  # one warning is enough
         self._examined = True
 
     def _apply(self, loss: Tensor, norm: float) -> None:

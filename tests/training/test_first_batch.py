@@ -61,6 +61,29 @@ def test_forgotten_labels_are_named() -> None:
     trainer(ss.VP(), {"x": UNIT, "label": torch.zeros(64, dtype=torch.long)}, classes=3).fit(1)
 
 
+def test_an_own_loop_names_forgotten_labels_once() -> None:
+    loss = ss.DSM(ss.Denoiser(ss.nn.MLP(2, classes=3), ss.VP(), predicts="eps"))
+    with pytest.warns(UserWarning, match=r"takes class labels and the data have none.*loss\(x, label=y\)") as seen:
+        for _ in range(3):
+            loss(UNIT)
+    assert len(seen) == 1
+    fresh = ss.DSM(loss.model)
+    fresh(UNIT, label=torch.zeros(64, dtype=torch.long))
+    torch.compile(ss.DSM(loss.model), backend="eager", fullgraph=True)(UNIT, ss.Noise(0))
+
+
+@pytest.mark.parametrize("label", [0, 2, 0.0, 4])
+def test_a_class_is_no_null_label(label: float) -> None:
+    model = ss.Denoiser(ss.nn.MLP(2, classes=3), ss.VP(), predicts="eps")
+    with pytest.raises(ValueError, match=r"the index of no class is 3.*null=\{'label': 3\}"):
+        ss.DSM(model, drop=0.1, null={"label": label})
+    with pytest.raises(ValueError, match=r"the index of no class is 3.*torch.tensor\("):
+        ss.ClassifierFree(model.given(label=torch.tensor([0])), 2.0, null={"label": label})
+    ss.DSM(model, drop=0.1, null={"label": 3})
+    ss.ClassifierFree(model, 2.0, null={"label": torch.tensor([0])})
+    ss.ClassifierFree(ss.Denoiser(lambda x, t, label: x, ss.VP(), predicts="eps"), 2.0, null={"label": 0})
+
+
 def test_a_run_that_has_ended_says_so() -> None:
     run = trainer(ss.VP(), UNIT)
     run.fit(3)

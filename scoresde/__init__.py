@@ -28,6 +28,8 @@ from scoresde import (
     steering,
     training,
 )
+from scoresde._names import hint as _hint
+from scoresde._names import meant as _meant
 from scoresde.denoisers import Denoiser, Gaussian, GaussianMixture, Preconditioning, check_denoiser
 from scoresde.fitting import fit
 from scoresde.guidance import ClassifierFree
@@ -116,7 +118,8 @@ def __getattr__(name: str) -> _ModuleType:
     if name == "nn":
         return _import_module("scoresde.nn")
     homes = [home for home in __all__ if name in getattr(globals().get(home), "__all__", ())]
-    hint = f"; it is scoresde.{homes[0]}.{name}" if homes else ""
+    same = [known for known in __all__ if known.lower() == name.lower()]
+    hint = f"; it is scoresde.{homes[0]}.{name}" if homes else _hint(f"ss.{same[0]}" if same else _meant(name))
     raise AttributeError(f"module 'scoresde' has no attribute {name!r}{hint}", name=name)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from scoresde import _checks as check
+from scoresde import _names as others
 
 Decorated = TypeVar("Decorated", bound=Callable[..., object])
 
@@ -279,7 +280,7 @@ def _refusal(name: str, value: object, kinds: list[object], *, optional: bool) -
     known = ARGUMENTS.get(name) if any(typing.get_origin(kind) is abc.Callable for kind in kinds) else None
     allowed = known or _listing([*dict.fromkeys(map(_phrase, kinds)), *(["None"] if optional else [])])
     got = repr(value) if kinds == [torch.dtype] else _got(value)
-    return TypeError(f"`{name}` must be {allowed}, got {got}{hint or _fix(name, value, kinds)}.")
+    return TypeError(f"`{name}` must be {allowed}, got {got}{hint or _fix(name, value, kinds)}.".replace("?.", "?"))
 
 
 def _unknown(called: str, name: str, hint: str) -> TypeError:
@@ -335,6 +336,10 @@ def _got(value: object) -> str:
 def _fix(name: str, value: object, kinds: list[object]) -> str:
     """What to do, where it is known."""
     wanted = [getattr(kind, "__name__", "") for kind in kinds]
+    if "Solver" in wanted or name == "grid":
+        known = others.meant_by(value) if "Solver" in wanted else others.meant_grid(str(value))
+        if known is not None:
+            return others.hint(known if "Solver" in wanted else f"grid={known}")
     if {"AbstractDenoiser", "Denoiser"} & set(wanted):
         if type(value).__module__.partition(".")[0] == "diffusers":
             return "; wrap it, ss.interop.from_diffusers(pipe), or from_diffusers(net, scheduler)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
+from scoresde import _names
 from scoresde._doors import checked, checked_with, words
 
 MIX = ss.GaussianMixture(ss.VP(), [[-1.0, 0.0], [1.0, 0.0]], std=0.3)
@@ -319,3 +321,72 @@ def test_a_name_of_a_folder_is_found_from_the_top() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'DPMSolverr'$"):
         ss.DPMSolverr  # noqa: B018
     assert not hasattr(ss, "from_diffusers")
+
+
+# Names of other libraries.
+
+
+def dpmpp() -> Callable[..., Tensor]:
+    """A function with the name of one of k-diffusion."""
+
+    def sample_dpmpp_2m(model: object, x: Tensor, sigmas: Tensor) -> Tensor:
+        return x
+
+    return sample_dpmpp_2m
+
+
+THEIRS: dict[str, tuple[Callable[[], Any], str]] = {
+    "small letters": (lambda: "ddim", "ss.DDIM()"),
+    "with hyphens": (lambda: "dpm-solver++", "ss.DPMSolverPP(2)"),
+    "a word of k-diffusion": (lambda: "sample_euler_ancestral", "ss.solvers.EulerAncestral()"),
+    "a scheduler": (lambda: importlib.import_module("diffusers").DDIMScheduler(), "ss.DDIM()"),
+    "a class": (lambda: importlib.import_module("diffusers").UniPCMultistepScheduler, "ss.UniPC(2)"),
+    "a function of k-diffusion": (dpmpp, "ss.DPMSolverPP(2)"),
+}
+
+
+@pytest.mark.parametrize("what", THEIRS)
+@pytest.mark.parametrize("run", [ss.sample, ss.solve, ss.encode])
+def test_a_solver_of_another_library_is_named_in_our_words(run: Callable[..., Any], what: str) -> None:
+    make, ours = THEIRS[what]
+    with pytest.raises(TypeError, match=f"`solver` must be a solver.*did you mean {re.escape(ours)}[?]$"):
+        run(MIX, torch.zeros(2, 2), make())
+
+
+def test_a_class_of_ours_is_called() -> None:
+    with pytest.raises(TypeError, match=r"call it, DDIM\(\)"):
+        ss.sample(MIX, (2, 2), ss.DDIM)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("word", ["karras", "Karras", "log-noise", "linspace"])
+def test_a_grid_by_name_is_a_function(word: str) -> None:
+    with pytest.raises(TypeError, match=r"`grid` must be times.*did you mean grid=ss\.grids\.\w+[?]$"):
+        ss.sample(MIX, (2, 2), grid=word)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "ours"),
+    [
+        (ss.solvers, "unipc", "ss.UniPC()"),
+        (ss.solvers, "euler_ancestral", "ss.solvers.EulerAncestral()"),
+        (ss, "DPMSolverMultistepScheduler", "ss.DPMSolverPP(2)"),
+        (ss, "vp", "ss.VP"),
+        (ss, "ddim", "ss.DDIM"),
+        (ss.grids, "Karras", "ss.grids.karras"),
+    ],
+)
+def test_a_name_in_another_spelling_is_told(module: Any, name: str, ours: str) -> None:
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'; did you mean {re.escape(ours)}[?]$"):
+        getattr(module, name)
+    with pytest.raises(AttributeError, match=r"has no attribute 'nothing'$"):
+        getattr(module, "nothing")  # noqa: B009
+
+
+def test_every_suggested_name_exists() -> None:
+    for answer in (*_names.ELSEWHERE.values(), *map(str, map(_names.meant, _names.SOLVERS.split()))):
+        for code in answer.split(" or "):
+            assert isinstance(eval(code), ss.solvers.Solver | ss.Adaptive), code
+    for name in _names.TOP.split():
+        assert hasattr(ss, name)
+    for name in (*map(str, map(_names.meant_grid, _names.GRIDS.split())), *_names.GRIDS_ELSEWHERE.values()):
+        assert len(eval(name)(ss.VP(), 4)) == 5

@@ -69,8 +69,9 @@ def test_the_probe_would_notice_a_download_and_a_stranger() -> None:
 # Who may import whom.
 
 ORDER = (
-    "_checks _doors _build _files _numerics _printing _progress noise data metrics nn processes plan grids denoisers "
-    "solvers guidance training analysis integrators sampling policies likelihood fitting steering inverse interop plots"
+    "_checks _names _doors _build _files _numerics _printing _progress noise data metrics nn processes plan grids "
+    "denoisers solvers guidance training analysis integrators sampling policies likelihood fitting steering inverse "
+    "interop plots"
 ).split()
 OF_THEIR_OWN = {  # know nothing of diffusion
     "data": {"_checks", "_doors", "_printing", "noise"},

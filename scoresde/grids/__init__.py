@@ -1,5 +1,10 @@
 """Grids: the times that a solver steps through, as float64 tensors."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import NoReturn as _NoReturn
+
+from scoresde._names import hint as _hint
+from scoresde._names import meant_grid as _meant_grid
 from scoresde.grids.foreign import from_scheduler, from_sigmas
 from scoresde.grids.grid import check_grid, window
 from scoresde.grids.published import NoiseLevels, published
@@ -47,3 +52,9 @@ __all__ = [
     "window",
     "zigzag",
 ]
+
+
+if not _TYPE_CHECKING:  # a type checker shall see that there is no such attribute
+
+    def __getattr__(name: str) -> _NoReturn:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(_meant_grid(name))}", name=name)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked_with, words
+from scoresde._names import hint, meant_by
 from scoresde.denoisers.base import AbstractDenoiser, check_model
 from scoresde.denoisers.gaussian import Gaussian, check_gaussian
 from scoresde.grids.grid import check_grid
@@ -182,7 +183,8 @@ def _rule(model: AbstractDenoiser, solver: object, times: Tensor) -> Solver:
         return DPMSolverPP(3, kind="single", form="exact")
     if not isinstance(solver, Solver):
         raise TypeError(
-            f"`solver` must be a solver such as DPMSolverPP(), which can run both ways, got {solver!r:.80}."
+            f"`solver` must be a solver such as DPMSolverPP(), which can run both ways, got {solver!r:.80}"
+            f"{hint(meant_by(solver)) or '.'}"
         )
     if written(solver, model.sde, times).stochastic:
         raise ValueError(

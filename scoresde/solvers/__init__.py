@@ -6,6 +6,11 @@ Published solvers by name are in ``deterministic`` and ``stochastic``; each is a
 solvers, also those of correctors, are computed in ``quadrature``.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import NoReturn as _NoReturn
+
+from scoresde._names import hint as _hint
+from scoresde._names import meant as _meant
 from scoresde.solvers.ancestral import Ancestral, Churn, Consistency, Posterior, Restart, TwoStage
 from scoresde.solvers.anchored import AnchoredResidual, residual_prediction
 from scoresde.solvers.deterministic import (
@@ -186,6 +191,12 @@ __all__ = [
     "residual_prediction",
     "with_corrector",
 ]
+
+
+if not _TYPE_CHECKING:  # a type checker shall see that there is no such attribute
+
+    def __getattr__(name: str) -> _NoReturn:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(_meant(name))}", name=name)
 
 
 def __dir__() -> list[str]:

@@ -64,8 +64,7 @@ def test_forgotten_labels_are_named() -> None:
 def test_an_own_loop_names_forgotten_labels_once() -> None:
     loss = ss.DSM(ss.Denoiser(ss.nn.MLP(2, classes=3), ss.VP(), predicts="eps"))
     with pytest.warns(UserWarning, match=r"takes class labels and the data have none.*loss\(x, label=y\)") as seen:
-        for _ in range(3):
-            loss(UNIT)
+        [loss(UNIT) for _ in range(3)]
     assert len(seen) == 1
     fresh = ss.DSM(loss.model)
     fresh(UNIT, label=torch.zeros(64, dtype=torch.long))

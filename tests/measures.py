@@ -24,6 +24,7 @@ OPEN = {
     "_build",
     "_checks",
     "_doors",
+    "_names",
     "_files",
     "_numerics",
     "_printing",

@@ -349,7 +349,7 @@ THEIRS: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.parametrize("run", [ss.sample, ss.solve, ss.encode])
 def test_a_solver_of_another_library_is_named_in_our_words(run: Callable[..., Any], what: str) -> None:
     make, ours = THEIRS[what]
-    with pytest.raises(TypeError, match=f"`solver` must be a solver.*did you mean {re.escape(ours)}[?]$"):
+    with pytest.raises(TypeError, match=f"(?s)`solver` must be a solver.*did you mean {re.escape(ours)}[?]$"):
         run(MIX, torch.zeros(2, 2), make())
 
 

@@ -175,10 +175,11 @@ class DSM(nn.Module):
             **cond: Conditions for the network, by name: tensors with one row for each sample or one row for all, or
                 ``Shared(value)`` for values without a batch axis.
         """
+        loss = self.terms(x, noise, **cond).loss.mean()
         if not torch.compiler.is_compiling() and self.unlabelled and "label" not in cond:
             self.unlabelled = False
             warn_unlabelled("loss(x, label=y)")
-        return self.terms(x, noise, **cond).loss.mean()
+        return loss
 
     def terms(self, x: Tensor, noise: Noise | Source | int | None = None, **cond: Condition) -> Terms:
         """Loss of each sample, with the arguments of :meth:`forward`."""

@@ -119,7 +119,36 @@ def of_array(name: str, value: object, *, indices: bool = False) -> str:
     """The fix, for an error, of an array or a list where a tensor is needed; empty for other values."""
     if not isinstance(value, (np.ndarray, list, tuple)):  # a union of types is not traced by torch.compile
         return ""
-    return f"; use torch.as_tensor({name})" if indices else f"; use torch.as_tensor({name}, dtype=torch.float32)"
+    if indices:
+        return f"; use torch.as_tensor({name})"
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim > 2:
+        return f"; {of_bytes(f'torch.from_numpy({name})', value.shape)}"
+    return f"; use torch.as_tensor({name}, dtype=torch.float32)"
+
+
+def of_bytes(name: str, size: tuple[int, ...]) -> str:
+    """The fix, for an error, of bytes where floats are needed; they are images in most cases.
+
+    Arguments:
+        name: Expression that is a tensor of these bytes.
+        size: Shape of the tensor.
+    """
+    order = channels_first(name, size, (1, 3))
+    return f"use {name}.float(), or {name} / 127.5 - 1 for images with values 0 … 255{order}"
+
+
+def channels_first(name: str, size: tuple[int, ...], channels: tuple[int, ...]) -> str:
+    """The fix, for an error, of images (B, H, W, C) or other data whose channels are the last axis; else empty.
+
+    Arguments:
+        name: Name of the data.
+        size: Shape of the data.
+        channels: Numbers of channels that the data may have.
+    """
+    n = len(size)
+    if n < 3 or size[-1] not in channels or size[1] in channels:
+        return ""
+    return f"; channels come first: {name}.permute({', '.join(map(str, (0, n - 1, *range(1, n - 1))))})"
 
 
 def shape(name: str, value: object) -> tuple[int, ...]:
@@ -144,13 +173,35 @@ def state(name: str, x: object) -> Tensor:
         if x.is_complex():
             fix = f"use torch.view_as_real(`{name}`), which has the real and imaginary parts as a last axis"
         elif not x.is_floating_point():
-            fix = f"use `{name}`.float(), or `{name}`.float() / 127.5 - 1 for images with values 0 … 255"
+            fix = of_bytes(f"`{name}`", tuple(x.shape))
         else:
             fix = f"use `{name}`.float(); the input of a network in half precision is cast automatically"
         raise TypeError(f"`{name}` must be float32 or float64, got {str(x.dtype)[6:]}: {fix}.")
     if x.ndim == 0:
         raise ValueError(f"`{name}` must have shape (B, *event), got a scalar tensor; use `{name}`[None].")
     return x
+
+
+def looks_like_images(x: Tensor) -> bool:
+    """Whether data are images (N, 1 or 3, H, W) with values from −1 to 1, within 1 %."""
+    low, high = _range_of_images(x)
+    return -1.01 <= low < -0.5 and high <= 1.01
+
+
+def unscaled_images(x: Tensor) -> str:
+    """What images (N, 1 or 3, H, W) on 0 … 1 or on 0 … 255 look like, and the fix; else empty."""
+    low, high = _range_of_images(x)
+    for last, least, fix in ((1, 0.0, "2 * x - 1"), (255, 32.0, "x / 127.5 - 1")):
+        if 0 <= low < high and least < high <= 1.01 * last:
+            return f"looks like images on 0 … {last}: use {fix}, which has values from −1 to 1"
+    return ""
+
+
+def _range_of_images(x: Tensor) -> tuple[float, float]:
+    """Smallest and largest value of images (N, 1 or 3, H, W), where H and W are at least 4; NaN for other data."""
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < 4 or not len(x) or not x.is_floating_point():
+        return math.nan, math.nan
+    return float(x.min()), float(x.max())
 
 
 def match(name: str, x: object, other: str, like: Tensor) -> Tensor:

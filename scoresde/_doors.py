@@ -62,6 +62,9 @@ ARGUMENTS = {
     "rule": "a rule such as APG(), a function",
 }
 
+STATES = ("x", "x0", "x1", "data", "z", "y", "theta")
+"""Names of arguments that need floats, whatever their entries are."""
+
 PLAIN = (float, int, bool, str, torch.dtype)
 KINDS = {
     float: "a number",
@@ -333,6 +336,20 @@ def _got(value: object) -> str:
     return type(value).__name__
 
 
+def _as_tensor(name: str, value: object) -> str:
+    """The fix of an array or a list: floats for states, the dtype of the entries for masks and indices."""
+    entry = value
+    while isinstance(entry, list | tuple) and entry:
+        entry = entry[0]
+    if isinstance(entry, np.ndarray):
+        kind = entry.dtype.kind
+    else:
+        kind = "b" if isinstance(entry, bool) else "f" if isinstance(entry, Real) else ""
+    if kind not in ("b", "i", "u", "f"):
+        return ""  # text, tensors or nothing
+    return check.of_array(name, value, indices=kind == "b" or (kind in "iu" and name not in STATES))
+
+
 def _fix(name: str, value: object, kinds: list[object]) -> str:
     """What to do, where it is known."""
     wanted = [getattr(kind, "__name__", "") for kind in kinds]
@@ -352,6 +369,8 @@ def _fix(name: str, value: object, kinds: list[object]) -> str:
     if isinstance(value, type | types.FunctionType) and not any(typing.get_origin(k) is abc.Callable for k in kinds):
         made = value.__name__
         return f"; call it, {f'grid=ss.grids.{made}(sde, 10)' if name == 'grid' else f'{made}()'}" * made.isidentifier()
+    if Tensor in kinds and isinstance(value, np.ndarray | list | tuple):
+        return _as_tensor(name, value)
     if torch.dtype in kinds and isinstance(value, str):
         return f"; write torch.{value}"
     if isinstance(value, str) and any(typing.get_args(kind)[:1] == (str,) for kind in kinds):

@@ -140,6 +140,9 @@ def suggest_sigma_max(data: Tensor, *, max_samples: int = 2000, seed: int = 0) -
 def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
     """Compute the standard deviation of `data`; warn if it is not within a factor 2 of `sigma_data`.
 
+    Images from −1 to 1, (N, 1 or 3, H, W), pass whatever their standard deviation, which
+    is small for dark or pale ones. Images from 0 to 1 or to 255 raise a warning that says how to scale them.
+
     Arguments:
         data: Data set, (N, *event).
         sigma_data: Standard deviation that the schedule or the preconditioning assumes, default 1.
@@ -148,7 +151,9 @@ def check_scale(data: Tensor, sigma_data: float = 1.0) -> float:
         raise ValueError(f"`data` must hold at least one number, got shape {tuple(data.shape)}.")
     check.number("sigma_data", sigma_data, above=0)
     std = float(_finite(data).std(correction=0))
-    if not sigma_data / 2 <= std <= 2 * sigma_data:
+    if fix := check.unscaled_images(data):
+        warnings.warn(f"`data` {fix}.", stacklevel=check.levels_to_user())
+    elif not sigma_data / 2 <= std <= 2 * sigma_data and not check.looks_like_images(data):
         warnings.warn(
             f"`data` has standard deviation {std:.3g}, the model assumes {sigma_data:.3g}: the noise levels are "
             f"wrong by that ratio; use Standardize.fit(data, target={sigma_data:g}) or set sigma_data={std:.3g}.",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,12 @@ FOREIGN = ss.Gaussian(ss.Flow(), torch.zeros(2), torch.ones(2))
 
 
 NET = ss.Denoiser(ss.nn.MLP(2, hidden=8, depth=1, classes=3, seed=0), VP, predicts="eps")
+PHOTOS = np.zeros((4, 8, 8, 3), dtype=np.uint8)
+
+
+def of_diffusers(x: torch.Tensor, t: torch.Tensor) -> Any:
+    """An output of a class of diffusers, which is no tensor."""
+    return type("UNet2DOutput", (), {"__module__": "diffusers.models.unets.unet_2d"})()
 
 
 class Unfinished(ss.solvers.Solver):
@@ -154,7 +161,58 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "bytes of images": (
         lambda: ss.DSM(NET)(torch.zeros(4, 2, dtype=torch.uint8)),
         TypeError,
-        r"got uint8: use `x`.float\(\), or `x`.float\(\) / 127.5 - 1 for images",
+        r"got uint8: use `x`.float\(\), or `x` / 127.5 - 1 for images",
+    ),
+    "an array of bytes": (
+        lambda: ss.DSM(NET)(PHOTOS),  # type: ignore[arg-type]
+        TypeError,
+        r"got ndarray; use torch\.from_numpy\(x\)\.float\(\), or torch\.from_numpy\(x\) / 127\.5 - 1 for images "
+        r"with values 0 … 255; channels come first: torch\.from_numpy\(x\)\.permute\(0, 3, 1, 2\)\.",
+    ),
+    "an array of bytes for a trainer": (
+        lambda: ss.Trainer(ss.DSM(NET), PHOTOS),
+        TypeError,
+        r"got a uint8 array of shape \(4, 8, 8, 3\); use .*torch\.from_numpy\(data\) / 127\.5 - 1",
+    ),
+    "bytes with the channels last": (
+        lambda: ss.DSM(NET)(torch.from_numpy(PHOTOS)),
+        TypeError,
+        r"0 … 255; channels come first: `x`\.permute\(0, 3, 1, 2\)\.",
+    ),
+    "images with the channels last": (
+        lambda: ss.nn.UNet(3, seed=0)(torch.zeros(4, 16, 16, 3), torch.ones(4)),
+        ValueError,
+        r"must be \(B, 3, n1, n2\), got shape \(4, 16, 16, 3\); channels come first: `x`\.permute\(0, 3, 1, 2\)\.",
+    ),
+    "an array to be standardised": (
+        lambda: ss.data.Standardize.fit(DATA.numpy()),  # type: ignore[arg-type]
+        TypeError,
+        r"`data` must be a torch.Tensor, got ndarray; use torch.as_tensor\(data, dtype=torch.float32\)",
+    ),
+    "a list to be encoded": (
+        lambda: ss.encode(MIX, [[0, 1]]),  # type: ignore[arg-type]
+        TypeError,
+        r"; use torch.as_tensor\(x, dtype=torch.float32\)",
+    ),
+    "an array for a diagnosis": (
+        lambda: ss.check_denoiser(NET, DATA.numpy()),  # type: ignore[arg-type]
+        TypeError,
+        r"got ndarray; use torch.as_tensor\(x, dtype=torch.float32\)",
+    ),
+    "a list for a mask": (
+        lambda: ss.inverse.Mask([True, False]),  # type: ignore[arg-type]
+        TypeError,
+        r"`mask` must be a torch.Tensor, got \[True, False\]; use torch.as_tensor\(mask\)\.",
+    ),
+    "a state for a measurement": (
+        lambda: ss.inverse.Measurement(ss.inverse.Mask(torch.tensor([True, False])), DATA, std=0.1),
+        ValueError,
+        r"`y` must have shape \(B, 1\), the output of the operator, got \(8, 2\); .*y = operator\(y\)",
+    ),
+    "an output of diffusers": (
+        lambda: ss.sample(ss.Denoiser(of_diffusers, VP, predicts="eps"), (2, 2), steps=2),  # type: ignore[arg-type]
+        TypeError,
+        r"for a network of diffusers, ss\.interop\.from_diffusers\(net, scheduler\); else unpack it",
     ),
     "a list of labels": (
         lambda: ss.sample(NET.given(label=[0, 1]), (2, 2), steps=2),

@@ -267,8 +267,10 @@ class Denoiser(AbstractDenoiser):
             x: State, (B, *event).
         """
         if not isinstance(out, Tensor):
+            theirs = type(out).__module__.partition(".")[0] == "diffusers"
+            first = "for a network of diffusers, ss.interop.from_diffusers(net, scheduler); else " if theirs else ""
             raise TypeError(
-                f"`net` must return a tensor, got {type(out).__name__}; unpack it, as in "
+                f"`net` must return a tensor, got {type(out).__name__}; {first}unpack it, as in "
                 f"`lambda x, t: net(x, t).sample`."
             )
         if not out.is_floating_point():

@@ -139,9 +139,14 @@ class Operator(nn.Module):
         """Return `y`; raise an error unless its shape is (B, *out)."""
         check.state("y", y)
         if tuple(y.shape[1:]) != self.out:
+            event = tuple(self.event)
+            state = {
+                event: "; for data give y = operator(y[None])",
+                (len(y), *event): "; for data give y = operator(y)",
+            }
             raise ValueError(
                 f"`y` must have shape (B, {', '.join(map(str, self.out))}), the output of the operator, got "
-                f"{tuple(y.shape)}."
+                f"{tuple(y.shape)}{state.get(tuple(y.shape), '')}."
             )
         return y
 

@@ -52,6 +52,9 @@ class Bits(Uncertain):
         return float(self.value.double().std() / len(self.value) ** 0.5) if len(self.value) > 1 else math.nan
 
     def __str__(self) -> str:
+        if len(self.value) == 1:
+            how = self.how.replace("images", "image", 1)
+            return f"{self.mean:.4f} bits per dimension, one image, so no standard error: {how}"
         return f"{self.mean:.4f} ± {self.mean_error:.4f} bits per dimension, mean of {len(self.value)} {self.how}"
 
 

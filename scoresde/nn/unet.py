@@ -162,7 +162,8 @@ class UNet(nn.Module):
     def _input(self, x: Tensor, image: Tensor | None) -> Tensor:
         if x.ndim != self.dims + 2 or x.shape[1] != self.channels:
             space = ", ".join(f"n{i + 1}" for i in range(self.dims))
-            raise ValueError(f"`x` must be (B, {self.channels}, {space}), got shape {tuple(x.shape)}.")
+            fix = check.channels_first("`x`", tuple(x.shape), (self.channels,)) if x.ndim == self.dims + 2 else ""
+            raise ValueError(f"`x` must be (B, {self.channels}, {space}), got shape {tuple(x.shape)}{fix}.")
         if image is None:
             if self.image_condition:
                 raise ValueError("`image` is missing: this network needs one; use zeros for no condition.")

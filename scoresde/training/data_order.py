@@ -145,7 +145,7 @@ class Loader:
         if not (self.unpack is None or callable(self.unpack)):
             raise TypeError(f"`unpack` must be a function of a batch, got {type(self.unpack).__name__}.")
         check.integer("workers", self.workers)
-        _check_entries(self.data)
+        _check_entries(self.data, raw=self.unpack is not None)
         size(self.data)
         tensors = self.data.tensors if type(self.data) is TensorDataset else self.data
         if self.unpack is None and isinstance(tensors, tuple) and len(tensors) > 1 and _tensors(tensors):
@@ -286,11 +286,17 @@ def _tensors(data: object) -> bool:
     return bool(leaves) and all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves)
 
 
-def _check_entries(data: object) -> None:
-    """Raise an error if an entry of a dictionary of data is an array or a list, which no batch could be taken from."""
+def _check_entries(data: object, *, raw: bool) -> None:
+    """Raise an error if an entry of a dictionary of data is an array or a list, which no batch could be taken from.
+
+    An array of floats alone is a data set. One of integers is `raw`, and needs a function that converts its batches.
+    """
+    if not raw and isinstance(data, np.ndarray) and data.dtype.kind in "iub":
+        kind = f"{data.dtype} array of shape {data.shape}"
+        raise TypeError(f"`data` must have floating-point numbers, got a {kind}{check.of_array('data', data)}.")
     for name, value in data.items() if isinstance(data, dict) else ():
         if isinstance(value, np.ndarray | list | tuple) and not _tensors(value):
-            floats = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+            floats = name == "x" or (isinstance(value, np.ndarray) and value.dtype.kind == "f")
             fix = check.of_array(f"data[{name!r}]", value, indices=not floats)
             raise TypeError(f"`data`[{name!r}] must be a torch.Tensor, got {type(value).__name__}{fix}.")
 

@@ -20,6 +20,8 @@ FARTHEST = 5.0  # largest mean relative to the assumed standard deviation
 def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Condition]) -> None:
     """Warn if the data have a scale that the model does not assume, or if class labels were forgotten.
 
+    Images from −1 to 1 have the usual scale, whatever their standard deviation.
+
     Arguments:
         model: Denoiser to train.
         x: Data of the first batch, (B, *event).
@@ -34,7 +36,12 @@ def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Con
     std, mean = float(wide.std(correction=0)), float(wide.mean())
     if not std > 1e-6 * abs(mean):  # a constant, or values that are not finite, have no scale
         return
-    usual = SMALLEST * assumed <= std <= LARGEST * assumed and abs(mean) <= FARTHEST * assumed
+    if fix := check.unscaled_images(x):
+        warnings.warn(f"the first batch {fix}.", stacklevel=check.levels_to_user())
+        return
+    usual = check.looks_like_images(x) or (
+        SMALLEST * assumed <= std <= LARGEST * assumed and abs(mean) <= FARTHEST * assumed
+    )
     if usual or not math.isfinite(std):
         return
     target = "" if assumed == 1 else f", target={assumed:g}"

@@ -60,6 +60,8 @@ def test_bytes_have_256_levels_with_black_at_minus_one() -> None:
 def test_it_says_what_it_did() -> None:
     text = str(ss.bits_per_dim(MODEL, IMAGES[:4], 8, n=3, seed=0))
     assert "mean of 4 images with 8 levels: 3 points in each bin" in text and "exact trace" in text
+    alone = str(ss.bits_per_dim(MODEL, IMAGES[:1], 8, seed=0))
+    assert "±" not in alone and "one image, so no standard error: image with 8 levels" in alone
     wide = ss.GaussianMixture(ss.VP(), torch.zeros(1, 300), std=0.5)
     image = torch.full((2, 300), 4)
     short = ss.likelihood.Tolerance(steps=4)

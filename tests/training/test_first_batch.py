@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import scoresde as ss
+from scoresde.training.first_batch import check_first_batch
 
 
 def trainer(sde: ss.processes.SDE, data: Any, classes: int | None = None, **options: Any) -> ss.Trainer:
@@ -51,6 +52,40 @@ def test_data_on_another_scale_are_named_once(sde: ss.processes.SDE, data: torch
 )
 def test_usual_data_pass(sde: ss.processes.SDE, data: torch.Tensor, options: Any) -> None:
     trainer(sde, data, **options).fit(1)
+
+
+SHAPES = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))  # images on 0 … 1
+
+
+MODEL = ss.Gaussian(ss.VP(), torch.zeros(1, 4, 4), torch.ones(1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("images", "fix"), [(SHAPES, r"on 0 … 1: use 2 \* x - 1"), (255 * SHAPES, r"on 0 … 255: use x / 127\.5 - 1")]
+)
+def test_images_without_negative_values_are_named(images: torch.Tensor, fix: str) -> None:
+    with pytest.warns(UserWarning, match=f"the first batch looks like images {fix}") as seen:
+        check_first_batch(MODEL, images, {})
+    assert len(seen) == 1
+    with pytest.warns(UserWarning, match=f"`data` looks like images {fix}"):
+        ss.data.check_scale(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # VE has levels for data of any scale
+        check_first_batch(ss.Gaussian(ss.VE(), torch.zeros(1, 4, 4), torch.ones(1, 4, 4)), images, {})
+
+
+def test_images_from_minus_one_to_one_pass_whatever_their_deviation() -> None:
+    for power in (1, 8, 0.02):
+        images = 2 * SHAPES**power - 1
+        images[0, 0, 0, 0] = -1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ss.data.check_scale(images)
+            check_first_batch(MODEL, images, {})
+    with pytest.warns(UserWarning, match="standard deviation"):
+        ss.data.check_scale(0.1 * SHAPES - 0.05)
+    with pytest.warns(UserWarning, match="standard deviation"):
+        ss.data.check_scale(torch.cat([2 * SHAPES**8 - 1] * 2, 1))  # two channels are no image
 
 
 def test_forgotten_labels_are_named() -> None:

@@ -44,6 +44,18 @@ class Sampled(Dataset[Tensor]):
 # Data.
 
 
+def test_an_array_of_floats_is_its_tensor_and_one_of_bytes_needs_a_function() -> None:
+    of_tensor, of_array = make(data=DATA), make(data=DATA.numpy())
+    of_tensor.fit(2), of_array.fit(2)
+    assert losses(of_array) == losses(of_tensor)
+    raw = (DATA > 0).byte().numpy()
+    with pytest.raises(TypeError, match=r"uint8 array of shape .*use torch.as_tensor\(data, dtype=torch.float32\)"):
+        make(data=raw)
+    made = make(data=Loader(raw, unpack=lambda batch: (2.0 * batch - 1, {})))  # type: ignore[arg-type]
+    made.fit(1)
+    assert made.step == 1
+
+
 def test_data_sets_and_loaders_are_the_tensors_in_them() -> None:
     runs = [
         make(data=data, batch=batch)

@@ -92,7 +92,7 @@ def ours(model: ss.GaussianMixture, n: int, options: Options) -> Iterator[tuple[
     start = ss.Start(data_std=float(model.covariance().diagonal().mean().sqrt()), dtype=torch.float64)
     for name, solver in solvers(options.quick).items():
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*cannot bear so few steps")  # the table shows it
+            warnings.filterwarnings("ignore", ".*is inaccurate with so few steps")  # the table shows it
             solution = ss.solve(model, shape, solver, nfe=n, seed=options.seed, start=start)
         yield name, solution.nfe, solution.x
 

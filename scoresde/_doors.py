@@ -81,20 +81,23 @@ def checked(thing: Decorated) -> Decorated:
     return checked_with({})(thing)
 
 
-def checked_with(words: Mapping[str, str], own: Sequence[str] = ()) -> Callable[[Decorated], Decorated]:
+def checked_with(
+    words: Mapping[str, str], own: Sequence[str] = (), needs: Mapping[str, str] | None = None
+) -> Callable[[Decorated], Decorated]:
     """Like :func:`checked`, with a hint for each keyword of another library.
 
     Arguments:
         words: Hint for each keyword that the function does not have.
         own: Names of arguments that the function itself checks, because it can say more.
+        needs: Hint for each keyword without a default, if it is missing.
     """
 
     def decorate(thing: Decorated) -> Decorated:
         if inspect.isclass(thing):
             init = thing.__init__
-            setattr(thing, "__init__", _guard(init, words, own, thing.__name__, thing))  # noqa: B010
+            setattr(thing, "__init__", _guard(init, words, own, thing.__name__, thing, needs))  # noqa: B010
             return thing
-        return cast(Decorated, _guard(thing, words, own, thing.__qualname__))
+        return cast(Decorated, _guard(thing, words, own, thing.__qualname__, needs=needs))
 
     return decorate
 
@@ -114,9 +117,13 @@ def _guard(
     own: Sequence[str],
     called: str,
     owner: type | None = None,
+    needs: Mapping[str, str] | None = None,
 ) -> Callable[..., object]:
     signature = inspect.signature(function)
     names = [p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = dict(needs or {})
+    by_name = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    closed = bool(by_name) and not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
     # Each test is made at the first call, when all classes exist.
     tests: dict[str, Callable[[object], None] | None] = dict.fromkeys(own)
 
@@ -128,12 +135,21 @@ def _guard(
             found(value)
 
     def examine(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        if closed and len(args) > len(names):
+            example = f"{by_name[0]}={args[len(names)]!r:.60}"
+            raise TypeError(
+                f"{called}() takes at most {len(names)} positional arguments but {len(args)} were given; give the "
+                f"others by name, as in {example}."
+            )
         for name, value in zip(names, args, strict=False):
             test(name, value)
         for name, value in kwargs.items():
             if name in words and name not in signature.parameters:
                 raise _unknown(called, name, words[name])
             test(name, value)
+        for name in required:
+            if name not in kwargs:
+                raise TypeError(f"{called}() missing 1 required keyword-only argument: '{name}'; {required[name]}.")
 
     @wraps(function)
     def door(*args: object, **kwargs: object) -> object:
@@ -371,6 +387,8 @@ def _fix(name: str, value: object, kinds: list[object]) -> str:
         return f"; call it, {f'grid=ss.grids.{made}(sde, 10)' if name == 'grid' else f'{made}()'}" * made.isidentifier()
     if Tensor in kinds and isinstance(value, np.ndarray | list | tuple):
         return _as_tensor(name, value)
+    if name == "time" and any(typing.get_origin(k) is abc.Callable for k in kinds):
+        return "; or a function such as lambda t: 1000 * t"
     if torch.dtype in kinds and isinstance(value, str):
         return f"; write torch.{value}"
     if isinstance(value, str) and any(typing.get_args(kind)[:1] == (str,) for kind in kinds):

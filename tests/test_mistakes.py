@@ -340,3 +340,68 @@ def test_times_are_no_weighting() -> None:
 def test_an_order_is_a_number() -> None:
     with pytest.raises(TypeError, match="`order`"):
         ss.UniPC(order="2")  # type: ignore[arg-type]
+
+
+# Mistakes of those who come from other libraries.
+
+LABELLED = ss.Denoiser(ss.nn.MLP(2, classes=3, hidden=8, depth=1), VP, predicts="eps")
+ALPHAS_CUMPROD = (1 - ss.processes.betas("linear", 50)).cumprod(0)
+HABITS: dict[str, tuple[Callable[[], Any], str]] = {
+    "text for a time": (
+        lambda: ss.Denoiser(NET.net, VP, predicts="eps", time="1000t"),
+        r"function such as lambda t: 1000",
+    ),
+    "a number for a time": (
+        lambda: ss.Denoiser(NET.net, VP, predicts="eps", time=1000),  # type: ignore[arg-type]
+        r"or a function such as lambda t: 1000 \* t\.$",
+    ),
+    "the class of a network": (
+        lambda: ss.Denoiser(ss.nn.MLP, VP, predicts="eps"),
+        "got the class MLP; call it first",
+    ),
+    "no prediction": (
+        lambda: ss.Denoiser(NET.net, VP),  # type: ignore[call-arg]
+        "'predicts'; give one of 'eps', .*as in predicts='eps'",
+    ),
+    "a prediction without its name": (
+        lambda: ss.Denoiser(NET.net, VP, "eps"),  # type: ignore[call-arg, misc]
+        "positional arguments but 4 were given; give the others by name, as in predicts='eps'",
+    ),
+    "a network for a loss": (
+        lambda: ss.Trainer(ss.nn.MLP(2, hidden=8, depth=1), DATA),
+        r"`loss` must be a loss such as DSM\(model\), got MLP",
+    ),
+    "data without x": (
+        lambda: ss.Trainer(ss.DSM(LABELLED), {"images": DATA, "label": DATA[:, 0]}),
+        "samples as 'x'.*it has the keys 'images', 'label'",
+    ),
+    "y for the label": (lambda: LABELLED.given(y=torch.zeros(8).long()), r"takes label, context; did you mean label="),
+    "y in a loop": (lambda: ss.DSM(LABELLED)(DATA, y=torch.zeros(8).long()), "did you mean label="),
+    "steps for a rate": (lambda: ss.VP(1000), "`beta_min` must be at most `beta_max`, got 1000 and 20.*Discrete"),
+    "alphas_cumprod": (lambda: ss.Discrete(ALPHAS_CUMPROD), "look like alphas_cumprod; betas are 1 - ratios"),
+    "num_classes": (lambda: ss.nn.MLP(2, num_classes=3), "use `classes`"),  # type: ignore[call-arg]
+    "in_channels": (lambda: ss.nn.UNet(in_channels=3), "use `channels`"),  # type: ignore[call-arg]
+    "beta_start": (lambda: ss.VP(beta_start=0.1), "use `beta_min`"),  # type: ignore[call-arg]
+    "solver_order": (lambda: ss.UniPC(solver_order=2), "use `order`"),  # type: ignore[call-arg]
+}
+
+
+@pytest.mark.parametrize("what", HABITS)
+def test_a_habit_from_elsewhere_is_told_with_its_fix(what: str) -> None:
+    go, said = HABITS[what]
+    with pytest.raises((TypeError, ValueError), match=re.compile(said, re.S)):
+        go()
+
+
+def test_the_ratios_of_alphas_cumprod_are_betas() -> None:
+    a = ALPHAS_CUMPROD
+    betas = 1 - torch.cat([a[:1], a[1:] / a[:-1]])
+    torch.testing.assert_close(betas, ss.processes.betas("linear", 50), rtol=1e-9, atol=1e-12)
+    ss.Discrete(betas)
+
+
+def test_a_trainer_warns_of_a_process_that_keeps_the_data() -> None:
+    net = ss.nn.MLP(2, hidden=8, depth=1)
+    loss = ss.DSM(ss.Denoiser(net, ss.VP(beta_min=1e-4, beta_max=0.02), predicts="eps"))
+    with pytest.warns(UserWarning, match=r"signal-to-noise ratio of VP.* is 99.*Discrete"):
+        ss.Trainer(loss, torch.randn(64, 2), batch=8, ema=None).fit(1)

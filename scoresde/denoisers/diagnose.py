@@ -26,6 +26,7 @@ from scoresde.processes.discrete import Discrete
 from scoresde.processes.sde import SDE
 
 _DECLARED = "as declared"
+TIE = 1.05  # ratio of two errors that are about equal
 
 # Errors relative to the best linear guess. For the right interpretation of a trained network the error is below 1 if
 # the data has structure; for a wrong interpretation the error is well above 1.
@@ -144,6 +145,10 @@ def check_denoiser(model: Denoiser | Given, x: Tensor, *, seed: int = 0, margin:
 
     # Among the interpretations about as good as the best, choose the one with the fewest changes.
     best = min((r for r in readings if r.error <= smallest * (1 + margin / 2)), key=preference)
+    ours = f"lambda t: {1000 / model.sde.T:g} * t"  # of a factor of 999 or of 1000, both seem right: 1000 is usual
+    if best.time == f"lambda t: {999 / model.sde.T:g} * t":
+        twin = next((r for r in readings if (r.predicts, r.sign, r.time) == (best.predicts, best.sign, ours)), best)
+        best = twin if twin.error <= TIE * best.error else best
     ok, message = _verdict(model, declared, best, margin, scale)
     return Diagnosis(ok, message, declared, best, tuple(sorted(readings, key=lambda r: r.error)))
 

@@ -58,6 +58,8 @@ eps eps_min t_min: the process has it, as in ss.VP(t_min=1e-5)
 
 CLOCKS = ("t", "index", "nearest_index", "sigma", "log_sigma")
 
+LABELS = ("y", "c", "cls", "target", "targets", "class_ids")  # names of class labels elsewhere
+
 Clock = Callable[[Tensor], Tensor]
 
 _STANDARD = ("x0", "predict", "output", "convert")  # methods that make a data prediction of an output of the network
@@ -94,7 +96,7 @@ class Preconditioning:
         return (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
 
-@checked_with(WORDS)
+@checked_with(WORDS, needs={"predicts": f"give one of {', '.join(map(repr, PREDICTIONS))}, as in predicts='eps'"})
 class Denoiser(AbstractDenoiser):
     r"""A network with its process and its prediction type; the methods return every other prediction.
 
@@ -147,6 +149,8 @@ class Denoiser(AbstractDenoiser):
         shared: tuple[str, ...] = (),
         check_finite: bool = False,
     ) -> None:
+        if isinstance(net, type):
+            raise TypeError(f"`net` must be a module or a function, got the class {net.__name__}; call it first.")
         if not callable(net):
             raise TypeError(f"`net` must be a module or a function net(x, time, **cond), got {type(net).__name__}.")
         super().__init__(sde)
@@ -211,6 +215,8 @@ class Denoiser(AbstractDenoiser):
         own = by_name[2:]
         for name in names:
             near = [] if name in own else difflib.get_close_matches(name, own, n=1)
+            if not near and name in LABELS and name not in own and "label" in own:
+                near = ["label"]
             if near:
                 raise TypeError(
                     f"`{name}` is no condition of the network, which takes {', '.join(own)}; "
@@ -449,7 +455,10 @@ def _clock(time: str | Clock | None, sde: SDE, precondition: Preconditioning | N
         time = "index" if isinstance(sde, Discrete) else "t"
     if callable(time):
         return time
-    check.choice("time", time, CLOCKS)
+    try:
+        check.choice("time", time, CLOCKS)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}; or a function such as lambda t: 1000 * t.") from None
     if time in ("index", "nearest_index"):
         if not isinstance(sde, Discrete):
             raise ValueError(

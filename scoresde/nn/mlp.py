@@ -8,9 +8,18 @@ from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde._build import recorded
-from scoresde._doors import checked
+from scoresde._doors import checked_with, words
 from scoresde.nn.blocks import dtype_of, initialise
 from scoresde.nn.embedding import Conditioning, Fourier, Label
+
+# Hints for the keywords of other libraries.
+WORDS = words("""
+num_classes n_classes class_num: use `classes`
+in_features input_dim dim data_dim features_in: use `features`, the number of entries of an event
+hidden_dim hidden_size hidden_features width: use `hidden`
+layers num_layers n_layers blocks: use `depth`
+cond_dim context_dim condition_dim: use `context`
+""")
 
 
 class _Block(nn.Module):
@@ -29,7 +38,7 @@ class _Block(nn.Module):
         return out
 
 
-@checked
+@checked_with(WORDS)
 @recorded
 class MLP(nn.Module):
     r"""Residual SiLU blocks, modulated by Fourier features of the time; the output is 0 at initialisation.

@@ -10,9 +10,20 @@ from torch.nn import functional as F
 
 from scoresde import _checks as check
 from scoresde._build import recorded
-from scoresde._doors import checked
+from scoresde._doors import checked_with, words
 from scoresde.nn.blocks import Attention, GroupNorm, Residual, Upsample, conv, dtype_of, initialise
 from scoresde.nn.embedding import Conditioning, Label, Sinusoidal
+
+# Hints for the keywords of other libraries.
+WORDS = words("""
+num_classes n_classes class_num num_class_embeds: use `classes`
+in_channels image_channels: use `channels`, the channels of the state
+model_channels base_channels dim: use `width`
+channel_mult dim_mults channel_multipliers block_out_channels: use `multipliers`, in units of `width`
+num_res_blocks layers_per_block: use `blocks`
+attention_resolutions: use `attention`, a list of levels
+sample_size image_size: the network accepts grids of every size
+""")
 
 
 class _Stage(nn.Module):
@@ -27,7 +38,7 @@ class _Stage(nn.Module):
         return out if self.attention is None else self.attention(out)
 
 
-@checked
+@checked_with(WORDS)
 @recorded
 class UNet(nn.Module):
     r"""The DDPM++ network: residual blocks on a pyramid of resolutions, with skip connections.

@@ -109,6 +109,11 @@ def _beta_tensor(betas: Sequence[float] | Tensor) -> Tensor:
     )
     if beta.ndim != 1 or len(beta) == 0:
         raise ValueError(f"`betas` must be a list of N numbers, got shape {tuple(beta.shape)}.")
+    if len(beta) > 2 and 0.9 < beta[0] <= 1 and bool((beta.diff() < 0).all()):
+        raise ValueError(
+            f"`betas` must be noise rates, got numbers that fall from {beta[0]:g} to {beta[-1]:g}: these look like "
+            f"alphas_cumprod; betas are 1 - ratios, 1 - torch.cat([a[:1], a[1:] / a[:-1]])."
+        )
     bad = ~((beta > 0) & (beta < 1))
     bad[-1] = not 0 < beta[-1] <= 1
     if bad.any():

@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 
 from scoresde import _checks as check
-from scoresde._doors import checked
+from scoresde._doors import checked, checked_with, words
 from scoresde.processes.sde import SDE, TimeT
 
+# Hints for the keywords of other libraries.
+WORDS = words("""
+beta_start beta_0 beta0: use `beta_min`, the rate β(0); the β of DDPM's steps belong to Discrete(betas("linear", N))
+beta_end beta_1 beta1: use `beta_max`, the rate β(1); the β of DDPM's steps belong to Discrete(betas("linear", N))
+N num_steps steps timesteps num_timesteps num_train_timesteps: the process has no steps; Discrete(betas) has
+eps epsilon: use `t_min`
+""")
 
-@checked
+
+@checked_with(WORDS)
 @dataclass(frozen=True)
 class VP(SDE):
     r"""Variance preserving, with β(t) linear in t.
@@ -44,6 +52,12 @@ class VP(SDE):
         check.number("beta_max", self.beta_max, above=0)
         if self.beta(self.T) <= 0:
             raise ValueError(f"`beta_max` = {self.beta_max} makes β negative or 0 at T = {self.T}; increase it.")
+        if self.beta_min > self.beta_max:
+            raise ValueError(
+                f"`beta_min` must be at most `beta_max`, got {self.beta_min:g} and {self.beta_max:g}: they are the "
+                f"rates β(0) and β(1), and no number of steps; for DDPM's steps use Discrete(betas('linear', 1000)), "
+                f"else VP()."
+            )
 
     def beta(self, t: TimeT) -> TimeT:
         """β(t)."""

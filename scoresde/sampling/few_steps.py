@@ -1,4 +1,4 @@
-"""The check of :func:`solve`: whether a plan can bear its number of steps."""
+"""The check of :func:`solve`: whether a plan is accurate enough with its number of steps."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def verdict(plan: Plan, sde: SDE, data_std: float = 1.0) -> str | None:
         return None
     otherwise = "a lower order or a solver without noise" if plan.stochastic else "a lower order or another solver"
     return (
-        f"{plan.name or 'the plan'} cannot bear so few steps: after these {plan.nfe} evaluations, the standard "
+        f"{plan.name or 'the plan'} is inaccurate with so few steps: after these {plan.nfe} evaluations, the standard "
         f"deviation is {found:.3g} instead of {exact:.3g} on Gaussian data of {s:g}. Take more steps, {otherwise}; "
         f"`analysis.gaussian_stds` computes this for any plan."
     )
 
 
 def warn_of_few_steps(plan: Plan, sde: SDE, data_std: float = 1.0) -> None:
-    """Warn of a plan that cannot bear its number of steps, by :func:`verdict`.
+    """Warn of a plan that is inaccurate with its number of steps, by :func:`verdict`.
 
     Arguments:
         plan: Plan to check.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ParamSpec
 
 from torch import Tensor
 
-from scoresde._doors import checked
+from scoresde._doors import checked_with
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,10 +39,20 @@ class Call:
     solver: Solver
 
 
+# Our argument, and a hint, for the keywords of other libraries.
+WORDS = {
+    "solver_order": ("order", "use `order`"),
+    "solver_type": ("form", "use `form`; docs/glossary.md has the words"),
+    "algorithm_type": ("order", "each algorithm is a solver, such as ss.DPMSolverPP or ss.SDEDPMSolverPP"),
+    "predict_x0": ("prediction", "use `prediction`, ss.solvers.DATA or ss.solvers.NOISE"),
+    "use_karras_sigmas": ("order", "it belongs to the grid, as in grid=ss.grids.karras of ss.sample"),
+}
+
+
 def published(function: Callable[Options, Solver]) -> Callable[Options, Solver]:
     """Decorate a function that returns a solver: its arguments are checked, and the solver prints as the call."""
     parameters = inspect.signature(function)
-    door = checked(function)
+    door = checked_with({name: hint for name, (ours, hint) in WORDS.items() if ours in parameters.parameters})(function)
 
     @wraps(function)
     def make(*args: Options.args, **kwargs: Options.kwargs) -> Solver:

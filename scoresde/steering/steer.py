@@ -275,8 +275,8 @@ def plan_of(model: AbstractDenoiser, solver: Solver | Plan | None, grid: int | T
         plan = rule.plan(model.sde, times)  # type: ignore[arg-type]
     if not plan.stochastic:
         raise ValueError(
-            f"`solver` must be stochastic, because particles part by their noise, got {plan.name or 'a plan'}; use "
-            f"SDEDPMSolverPP(), DDPM() or DDIM(eta=1)."
+            f"`solver` must be stochastic, because its noise makes the particles differ, got "
+            f"{plan.name or 'a plan'}; use SDEDPMSolverPP(), DDPM() or DDIM(eta=1)."
         )
     return plan
 

@@ -146,6 +146,11 @@ class Loader:
             raise TypeError(f"`unpack` must be a function of a batch, got {type(self.unpack).__name__}.")
         check.integer("workers", self.workers)
         _check_entries(self.data, raw=self.unpack is not None)
+        if self.unpack is None and isinstance(self.data, Mapping) and "x" not in self.data and _tensors(self.data):
+            raise TypeError(
+                f"`data` must have the samples as 'x', as in {{'x': samples, 'label': labels}}; it has the keys "
+                f"{', '.join(map(repr, self.data))}."
+            )
         size(self.data)
         tensors = self.data.tensors if type(self.data) is TensorDataset else self.data
         if self.unpack is None and isinstance(tensors, tuple) and len(tensors) > 1 and _tensors(tensors):

@@ -14,11 +14,12 @@ from scoresde.denoisers.modes import takes_label
 from scoresde.denoisers.network import Denoiser
 
 SMALLEST, LARGEST = 0.1, 5.0  # standard deviations relative to the assumed one
+SHOWN = 0.01  # largest signal-to-noise ratio at T, that of SDE.prior
 FARTHEST = 5.0  # largest mean relative to the assumed standard deviation
 
 
 def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Condition]) -> None:
-    """Warn if the data have a scale that the model does not assume, or if class labels were forgotten.
+    """Warn of data on a scale that the model does not assume, forgotten labels, and a process that keeps the data.
 
     Images from −1 to 1 have the usual scale, whatever their standard deviation.
 
@@ -30,6 +31,7 @@ def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Con
     if "label" not in cond and takes_label(model):
         warn_unlabelled("Trainer(loss, {'x': x, 'label': y})")
     assumed = assumed_std(model)
+    _check_end(model, assumed)
     if assumed is None or not x.is_floating_point() or x.numel() < 2:
         return
     wide = x.detach().float()
@@ -51,6 +53,19 @@ def check_first_batch(model: AbstractDenoiser, x: Tensor, cond: Mapping[str, Con
         f"scale = ss.data.Standardize.fit(data{target}), and map samples back by scale.inverse(samples).",
         stacklevel=check.levels_to_user(),
     )
+
+
+def _check_end(model: AbstractDenoiser, assumed: float | None) -> None:
+    """Warn if x_T still shows the data, so that no run could start from noise."""
+    sde = model.sde
+    snr = 0.0 if assumed is None else (sde.alpha(sde.T) * assumed / sde.sigma(sde.T)) ** 2
+    if snr > SHOWN:
+        warnings.warn(
+            f"at t = T = {sde.T:g} the signal-to-noise ratio of {sde!r:.80} is {snr:.2g}, far from that of noise, so "
+            f"samples cannot start from a Gaussian; make the process with more noise, such as ss.VP(). The β of DDPM, "
+            f"1e-4 … 0.02, belong to steps: Discrete(betas('linear', 1000)).",
+            stacklevel=check.levels_to_user(),
+        )
 
 
 def warn_unlabelled(example: str) -> None:

@@ -175,6 +175,8 @@ class DSM(nn.Module):
             **cond: Conditions for the network, by name: tensors with one row for each sample or one row for all, or
                 ``Shared(value)`` for values without a batch axis.
         """
+        if not torch.compiler.is_compiling() and self.unlabelled and cond and "label" not in cond:
+            self.model.given(**cond)  # refuses other names of the label
         loss = self.terms(x, noise, **cond).loss.mean()
         if not torch.compiler.is_compiling() and self.unlabelled and "label" not in cond:
             self.unlabelled = False

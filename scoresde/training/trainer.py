@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import time
 import warnings
@@ -73,6 +74,7 @@ LENGTHS = words("""
 epochs num_epochs max_epochs n_epochs: use `steps`, the step at which to stop
 num_steps n_steps max_steps iterations n_iters: use `steps`
 """)
+NETWORK_TIMES = ("t", "time", "timestep", "timesteps", "sigma", "noise_labels")  # second argument of networks
 METHODS = {"train": "fit(steps)", "run": "fit(steps)", "step": "fit(steps)", "load": "resume()", "restore": "resume()"}
 
 
@@ -443,6 +445,12 @@ def _model_of(loss: nn.Module) -> nn.Module:
     """Model of a loss, whose weights are averaged."""
     if isinstance(loss, AbstractDenoiser):
         raise TypeError("`loss` must be a loss such as DSM(model), got the denoiser itself.")
+    names = list(inspect.signature(loss.forward).parameters)
+    if names[1:2] and names[1] in NETWORK_TIMES:
+        raise TypeError(
+            f"`loss` must be a loss such as DSM(model), got {type(loss).__name__}, whose forward has the arguments of "
+            f"a network, {', '.join(names)}; make model = Denoiser(net, sde, predicts=...), and give DSM(model)."
+        )
     if not any(p.requires_grad for p in loss.parameters()):
         raise ValueError("`loss` has no parameters to train; its network must be an nn.Module, not a function.")
     model = getattr(loss, "model", loss)

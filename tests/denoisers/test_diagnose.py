@@ -138,6 +138,13 @@ def test_a_wrong_time_scale_is_named(case: str) -> None:
     assert f"time={found.best.time}; it was declared" in str(found)
 
 
+def test_of_factors_about_equally_good_the_usual_one_is_named() -> None:
+    found = ss.check_denoiser(ss.Denoiser(exact(ss.VP(), "eps", lambda u: u / 999.6), ss.VP(), predicts="eps"), data())
+    errors = {r.time: r.error for r in found.readings if (r.predicts, r.sign) == ("eps", 1)}
+    assert 0.95 < errors["lambda t: 999 * t"] / errors["lambda t: 1000 * t"] < 1.05
+    assert found.best.time == "lambda t: 1000 * t"
+
+
 def test_two_mistakes_at_once_are_named() -> None:
     net = exact(ss.VP(), "score", lambda u: u / 999)
     found = ss.check_denoiser(ss.Denoiser(lambda x, t: -net(x, t), ss.VP(), predicts="eps"), data())

@@ -142,7 +142,7 @@ def test_solve_and_sample_warn_with_the_number_and_show_the_line_of_the_user() -
     model = ss.GaussianMixture(ss.SubVP(), torch.zeros(1, 2), std=0.5)
     for call in (ss.sample, ss.solve):
         with pytest.warns(
-            UserWarning, match=r"SASolver\(.*cannot bear so few steps: after these 10 evaluations"
+            UserWarning, match=r"SASolver\(.*is inaccurate with so few steps: after these 10 evaluations"
         ) as all_:
             call(model, (2, 2), ss.solvers.SASolver(3, 4, 1.0), steps=10, seed=0)
         assert all_[0].filename == __file__
@@ -243,7 +243,9 @@ def test_a_run_that_ends_in_noise_is_measured_by_the_noise() -> None:
 
 def test_solve_warns_of_deterministic_plans_and_does_not_advise_less_noise() -> None:
     model = ss.GaussianMixture(ss.SubVP(), torch.zeros(1, 2), std=0.5)
-    with pytest.warns(UserWarning, match=r"UniPC\(.*cannot bear so few steps.*a lower order or another solver") as all_:
+    with pytest.warns(
+        UserWarning, match=r"UniPC\(.*is inaccurate with so few steps.*a lower order or another solver"
+    ) as all_:
         ss.sample(model, (2, 2), ss.UniPC(3), steps=10, grid=ss.grids.quadratic_vp, seed=0)
     assert all_[0].filename == __file__
 

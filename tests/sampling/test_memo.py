@@ -216,7 +216,7 @@ def test_every_call_warns_of_too_few_steps() -> None:
     for sde, std in ((ss.VP(), 1.0), (ss.VP(), 1.0), (ss.VP(beta_max=19.0), 1.0), (ss.VP(), 0.5), (ss.VP(), 1.0)):
         assert few_steps.verdict(plan, sde, std) == few_steps._known(plan, sde, std)
     for sde in (ss.VP(), ss.VP(), ss.VP()):
-        with pytest.warns(UserWarning, match="cannot bear so few steps"):
+        with pytest.warns(UserWarning, match="is inaccurate with so few steps"):
             warn_of_few_steps(plan, sde)
     good = ss.DDIM().plan(ss.VP(), ss.grids.uniform_lam(ss.VP(), 30))
     with warnings.catch_warnings():

@@ -377,7 +377,9 @@ def test_a_problem_without_any_weight_warns() -> None:
 
 
 def test_errors_name_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="`solver` must be stochastic, because particles part by their noise, got"):
+    with pytest.raises(
+        ValueError, match="`solver` must be stochastic, because its noise makes the particles differ, got"
+    ):
         steer(NORMAL, LINEAR, (1, 1), ss.DDIM())
     with pytest.raises(ValueError, match="`proposal` must be one of 'gradient'"):
         steer(NORMAL, LINEAR, (1, 1), proposal="gradients")

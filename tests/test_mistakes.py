@@ -377,7 +377,10 @@ HABITS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "y for the label": (lambda: LABELLED.given(y=torch.zeros(8).long()), r"takes label, context; did you mean label="),
     "y in a loop": (lambda: ss.DSM(LABELLED)(DATA, y=torch.zeros(8).long()), "did you mean label="),
-    "steps for a rate": (lambda: ss.VP(1000), "`beta_min` must be at most `beta_max`, got 1000 and 20.*Discrete"),
+    "steps for a rate": (
+        lambda: ss.VP(1000),
+        "`beta_min` = 1000 .* looks like a number of steps.*Discrete",
+    ),
     "alphas_cumprod": (lambda: ss.Discrete(ALPHAS_CUMPROD), "look like alphas_cumprod; betas are 1 - ratios"),
     "num_classes": (lambda: ss.nn.MLP(2, num_classes=3), "use `classes`"),  # type: ignore[call-arg]
     "in_channels": (lambda: ss.nn.UNet(in_channels=3), "use `channels`"),  # type: ignore[call-arg]

@@ -12,6 +12,8 @@ from scoresde import _checks as check
 from scoresde._doors import checked, checked_with, words
 from scoresde.processes.sde import SDE, TimeT
 
+LIKE_STEPS = 100.0  # a β(0) that large is a mistake, if β falls from there
+
 # Hints for the keywords of other libraries.
 WORDS = words("""
 beta_start beta_0 beta0: use `beta_min`, the rate β(0); the β of DDPM's steps belong to Discrete(betas("linear", N))
@@ -52,11 +54,11 @@ class VP(SDE):
         check.number("beta_max", self.beta_max, above=0)
         if self.beta(self.T) <= 0:
             raise ValueError(f"`beta_max` = {self.beta_max} makes β negative or 0 at T = {self.T}; increase it.")
-        if self.beta_min > self.beta_max:
+        if self.beta_min > self.beta_max and self.beta_min >= LIKE_STEPS:
             raise ValueError(
-                f"`beta_min` must be at most `beta_max`, got {self.beta_min:g} and {self.beta_max:g}: they are the "
-                f"rates β(0) and β(1), and no number of steps; for DDPM's steps use Discrete(betas('linear', 1000)), "
-                f"else VP()."
+                f"`beta_min` = {self.beta_min:g} is larger than `beta_max` = {self.beta_max:g}, and looks like a "
+                f"number of steps. VP has the rates β(0) and β(1), and no steps: use VP(), or for the steps of DDPM "
+                f"Discrete(betas('linear', {self.beta_min:g}))."
             )
 
     def beta(self, t: TimeT) -> TimeT:

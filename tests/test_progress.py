@@ -24,6 +24,9 @@ RUNS: dict[str, Callable[[Any], object]] = {
     "ddrm": lambda p: inverse.ddrm(MIX, SEEN, (4, 2), 3, seed=0, progress=p),
     "daps": lambda p: inverse.daps(MIX, SEEN, (4, 2), 3, steps=1, seed=0, progress=p),
     "red_diff": lambda p: inverse.red_diff(MIX, SEEN, (4, 2), 3, seed=0, progress=p),
+    "steering": lambda p: steering.steer(
+        MIX, steering.Reward(lambda x: x[:, 0]), (1, 2), grid=3, particles=4, seed=0, progress=p
+    ),
     "twisted SMC": lambda p: inverse.twisted_smc(MIX, SEEN, (4, 2), 3, seed=0, progress=p),
     "composition": lambda p: steering.sample_composition(
         steering.product([MIX, MIX]), (1, 2), 3, particles=4, seed=0, progress=p

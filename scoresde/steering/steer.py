@@ -10,6 +10,7 @@ from torch import Tensor
 
 from scoresde import _checks as check
 from scoresde._doors import checked_with, words
+from scoresde._progress import Bar
 from scoresde.denoisers.base import AbstractDenoiser, Counter, check_model, same_process
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.denoisers.modes import check_ready
@@ -56,6 +57,7 @@ def steer(
     resample: str | Rule | Resampling = "systematic",
     start: Start | Gaussian | None = None,
     seed: Seed = None,
+    progress: bool | str = False,
 ) -> Steered:
     r"""Steer a model by a potential with sequential Monte Carlo.
 
@@ -87,6 +89,7 @@ def steer(
             :class:`Resampling` with a threshold.
         start: Scale, dtype and device of the initial particles, as in ``ss.solve``.
         seed: Seed of the noise: an integer, one integer for each problem, or a :class:`Noise`.
+        progress: True for a progress bar in a terminal or notebook; ``"always"`` shows it everywhere.
 
     Returns:
         A :class:`Steered`: particles, weights, log Z and its error, effective sample sizes and ancestry.
@@ -112,7 +115,9 @@ def steer(
     index = torch.arange(shape[0], device=x.device).repeat_interleave(shape[1])
     evaluate = Evaluation(model, proposal, potential, index, counter)
     population = Population(*shape, as_resampling(resample), noise, x.device)
-    x = _run(plan, evaluate, x, Driven(plan, noise.fork(Stream.STEPS), shape), population, as_schedule(schedule))
+    normals = Driven(plan, noise.fork(Stream.STEPS), shape)
+    with Bar(progress, len(plan.rows), "steering", "row") as bar:
+        x = _run(plan, evaluate, x, normals, population, as_schedule(schedule), bar)
     log_value = evaluate.potential.log_value(x)
     if population.finite.problem() is not None:
         evaluate.blame()
@@ -133,7 +138,7 @@ def steer(
 
 
 def _run(
-    plan: Plan, evaluate: Evaluation, x: Tensor, normals: Driven, population: Population, schedule: Schedule
+    plan: Plan, evaluate: Evaluation, x: Tensor, normals: Driven, population: Population, schedule: Schedule, bar: Bar
 ) -> Tensor:
     """Run the particles through the plan; return their last states."""
     stops = checkpoints(plan)[:: population.resampling.every]
@@ -161,9 +166,11 @@ def _run(
                     run = pauses(plan, pause.x, normals, row=pause.row, stored=pause.stored)
                     next(run)
             normals.steer(pause.row, slope)
+            bar.to(pause.row + 1)
             pause = run.send(x0)
     except StopIteration as end:
         last: Tensor = end.value
+    bar.to(len(plan.rows))
     final = evaluate.potential.log_value(last)
     evaluate.record(last, final, plan.rows[-1].t)
     population.add(_with(final - log_h, normals.take()), number(plan.rows[-1].t))

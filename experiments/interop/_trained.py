@@ -30,6 +30,11 @@ SCHEDULES = {
     },
     "velocity, shifted flow": {"shift": 3.0},
     "x0, cosine": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+    # As a list, because few of diffusers' schedulers know the name.
+    "epsilon, sigmoid": {
+        "trained_betas": DDPMScheduler(beta_schedule="sigmoid").betas.tolist(),
+        "prediction_type": "epsilon",
+    },
 }
 
 

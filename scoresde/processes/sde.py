@@ -24,6 +24,9 @@ from scoresde.noise.keyed import Noise
 
 TimeT = TypeVar("TimeT", float, Tensor, float | Tensor)
 
+LARGEST_SNR = 0.01
+"""Largest signal-to-noise ratio of a state whose distribution counts as a Gaussian."""
+
 
 def derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Differentiate an elementwise function by automatic differentiation, also under ``no_grad``.
@@ -349,7 +352,7 @@ class SDE:
         check.number("std", std, at_least=0)
         alpha, sigma = self.alpha(t), self.sigma(t)
         snr = (alpha * std / sigma) ** 2
-        if snr > 0.01:
+        if snr > LARGEST_SNR:
             warnings.warn(
                 f"at t = {t:g} the signal-to-noise ratio is {snr:.2g}, too high for a Gaussian prior; "
                 f"start at a later time, or from `perturb(x0, t)` of real data.",

@@ -12,9 +12,9 @@ from scoresde import _checks as check
 from scoresde.denoisers.base import AbstractDenoiser, Condition
 from scoresde.denoisers.modes import takes_label
 from scoresde.denoisers.network import Denoiser
+from scoresde.processes.sde import LARGEST_SNR
 
 SMALLEST, LARGEST = 0.1, 5.0  # standard deviations relative to the assumed one
-SHOWN = 0.01  # largest signal-to-noise ratio at T, that of SDE.prior
 FARTHEST = 5.0  # largest mean relative to the assumed standard deviation
 
 
@@ -59,7 +59,7 @@ def _check_end(model: AbstractDenoiser, assumed: float | None) -> None:
     """Warn if x_T still shows the data, so that no run could start from noise."""
     sde = model.sde
     snr = 0.0 if assumed is None else (sde.alpha(sde.T) * assumed / sde.sigma(sde.T)) ** 2
-    if snr > SHOWN:
+    if snr > LARGEST_SNR:
         warnings.warn(
             f"at t = T = {sde.T:g} the signal-to-noise ratio of {sde!r:.80} is {snr:.2g}, far from that of noise, so "
             f"samples cannot start from a Gaussian; make the process with more noise, such as ss.VP(). The β of DDPM, "

@@ -112,8 +112,7 @@ class Universal(Solver):
               s_T = \frac{\sigma_T}{\alpha_T}
 
     The table has its own levels: of the grid, only the first time and the number of steps count. Every row is exact if
-    the data is one point. There are tables for 4, 5, 6, 8 and 10 evaluations and, for networks that predict the data,
-    v or the velocity, also for 7 and 12.
+    the data is one point. There are tables for 3 to 12 evaluations and for 15.
 
     The levels are in units of the data's standard deviation or, if ``model.gaussian`` is known or the run has a
     Gaussian start, of the noise level at which the data's Gaussian is denoised most, :func:`unit_of`. In ``ss.sample``

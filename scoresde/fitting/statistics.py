@@ -12,17 +12,13 @@ from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.modes import check_ready
 from scoresde.noise.keyed import Noise
 from scoresde.solvers.entry_statistics import EntryStatistics
-from scoresde.solvers.statistics import Statistics
+from scoresde.solvers.statistics import Statistics, slope_spline
 
 _ROUNDING = 8.0  # f below this multiple of its own rounding error counts as 0
 
 _BEYOND = 2.0  # extension of the table of an exact model beyond t_min, in λ
 
 _STEP = 1e-2  # step in λ of the difference quotient
-
-# Range of s. It is 0 at high noise and −2 at low noise; far beyond lie errors of l or of the network, whose exponential
-# in the weights would grow without bound.
-_RATES = (-6.0, 2.0)
 
 
 @checked
@@ -42,6 +38,7 @@ def estimate_statistics(
               (s, b) = \arg\min E\left|\tfrac{df}{d\lambda} - s f - b\right|^2
 
     The noise and the random directions of the trace are the same at all λ, so that their error varies slowly with λ.
+    Where f is within the standard error of l, s is that of Gaussian data, −2 (1 − l).
 
     Arguments:
         model: Differentiable denoiser; conditions belong to it, as in ``model.given(label=y)``.
@@ -113,18 +110,22 @@ def _estimate(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """The values l, (n, *event), or (n,) if entries are pooled; and those of s and b."""
     eps, probe = Noise(seed).like(data, 0), Noise(seed).like(data, 1).sign()
-    slopes, finite = [], check.Finite("the predictions or their derivatives")
+    slopes, errors, finite = [], [], check.Finite("the predictions or their derivatives")
     for t in map(model.sde.t_of_lam, lam.tolist()):
         x = model.sde.perturb(data, t, eps).requires_grad_()
         with torch.enable_grad():
             x0 = model.x0(x, t)
             (jd,) = torch.autograd.grad((x0 * probe).sum(), x)
         finite.add(torch.stack([x0, jd], 1), t)
-        slopes.append(1 - model.sde.alpha(t) * _mean((jd * probe).double(), pooled))
+        trace = model.sde.alpha(t) * (jd * probe).double()
+        if pooled:
+            trace = trace.flatten(1).mean(1)
+        slopes.append(1 - trace.mean(0))
+        errors.append(trace.var(0, correction=0) / len(trace))
     finite.require()  # before the regression, whose sums would hide the sample
     curve = torch.stack(slopes).cpu()
-    spline = Spline(lam, curve)
-    fits = [_regress(model, data, lam, spline, i, eps, pooled) for i in range(len(lam))]
+    spline = slope_spline(lam, curve)
+    fits = [_regress(model, data, lam, spline, errors[i], i, eps, pooled) for i in range(len(lam))]
     s, b = zip(*fits, strict=True)
     return curve, (torch.stack(s).cpu(), torch.stack(b).cpu())
 
@@ -135,9 +136,14 @@ def _mean(v: Tensor, pooled: bool) -> Tensor:
 
 
 def _regress(
-    model: AbstractDenoiser, data: Tensor, lam: Tensor, l_of: Spline, i: int, eps: Tensor, pooled: bool
+    model: AbstractDenoiser, data: Tensor, lam: Tensor, l_of: Spline, error: Tensor, i: int, eps: Tensor, pooled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Regress df/dλ at λ_i on f by differences of second order along the flow; return s and b."""
+    """Regress df/dλ at λ_i on f by differences of second order along the flow; return s and b.
+
+    The regression is a ridge towards s = −2 (1 − l), the value of Gaussian data. Its strength is the variance that f
+    has from the standard error of l, `error` is its square, and from rounding. Where f is not larger than this, as in
+    data with symmetries at high noise, s would be a quotient of two errors.
+    """
     sde, at = model.sde, float(lam[i])
     # Differences in the middle, and one-sided at the ends, since the flow is not defined beyond T.
     steps, factors = {0: ((0, 1, 2), (-1.5, 2.0, -0.5)), len(lam) - 1: ((0, -1, -2), (1.5, -2.0, 0.5))}.get(
@@ -149,19 +155,20 @@ def _regress(
         for k in steps:
             u = sde.t_of_lam(at + k * _STEP)
             y = _flow_step(model, x, t, u)
-            d, line = model.x0(y, u).double(), y.double() / sde.alpha(u)
-            l_u = l_of(torch.tensor(sde.lam(u), dtype=torch.float64)).to(line.device)
-            values.append((1 - l_u) * line - d)
-            size = ((1 - l_u) * line).square() + d.square() if size is None else size
+            d, place = model.x0(y, u).double(), y.double() / sde.alpha(u)
+            l_u = l_of(torch.tensor(sde.lam(u), dtype=torch.float64)).to(place.device)
+            values.append((1 - l_u) * place - d)
+            size = ((1 - l_u) * place).square() + d.square() if size is None else size
     assert size is not None
     f, slope = values[0], sum(w * v for w, v in zip(factors, values, strict=True)) / _STEP
     assert isinstance(slope, Tensor)
     f_mean, slope_mean = _mean(f, pooled), _mean(slope, pooled)
-    # Where f is no more than the rounding error of its two terms, s is not determined, and the ridge makes it 0.
-    ridge = (_ROUNDING * torch.finfo(data.dtype).eps) ** 2 * _mean(size, pooled)
     centred = f - f_mean
-    s = _mean(centred * slope, pooled) / (_mean(centred.square(), pooled) + ridge)
-    s = s.clamp(*_RATES)
+    line = x.double() / sde.alpha(t)
+    ridge = error * _mean((line - _mean(line, pooled)).square(), pooled)
+    ridge = ridge + (_ROUNDING * torch.finfo(data.dtype).eps) ** 2 * _mean(size, pooled)
+    gaussian = -2 * (1 - l_of(lam[i])).to(f.device)
+    s = (_mean(centred * slope, pooled) + ridge * gaussian) / (_mean(centred.square(), pooled) + ridge)
     return s, slope_mean - s * f_mean
 
 

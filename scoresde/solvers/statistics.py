@@ -23,7 +23,7 @@ from scoresde.solvers.naming import constructor
 @checked
 @dataclass(frozen=True)
 class Statistics:
-    """Tables of l, s and b over λ, interpolated by cubic splines.
+    """Tables of l, s and b over λ, interpolated by cubic splines; a table of l within (0, 1) as log(l/(1 − l)).
 
     Below the table they are constant. Above it l goes to 0, s goes to −2 if its last value is at most −1, both as
     e^{−2λ}, and e^{−S} b is constant: this is the behaviour of models of data with a density. A step to σ = 0
@@ -116,8 +116,17 @@ class _Tables:
 
 
 def slope_spline(lam: Tensor, l: Tensor) -> Spline:  # noqa: E741
-    """Spline of l, (K, *event), which goes to 0 as that of any data with a density."""
-    return Spline(lam, l, limit=torch.zeros_like(l[-1]))
+    """Spline of l, (K, *event), which goes to 0 as that of any data with a density.
+
+    For Gaussian data of any variance log(l/(1 − l)) is a line, which a spline of l itself follows with an error in its
+    derivative. Entries whose table lies in (0, 1) are interpolated in this logarithm; others, as an inaccurate network
+    can have, as they are.
+    """
+    inside = ((l > 0) & (l < 1)).all(0)
+    fine = _between(lam)
+    curve = Spline(lam, torch.where(inside, l, 0.5).logit())(fine).sigmoid()
+    values = torch.where(inside, curve, Spline(lam, l)(fine))
+    return Spline(fine, values, limit=torch.zeros_like(l[-1]))
 
 
 def rate_spline(lam: Tensor, s: Tensor) -> Spline:
@@ -126,15 +135,21 @@ def rate_spline(lam: Tensor, s: Tensor) -> Spline:
 
 
 def damped(b: Spline, s: Spline) -> Spline:
-    """The function e^{−S} b as a spline with sixteen pieces between two knots.
+    """The function e^{−S} b as a spline with pieces between two knots.
 
     Arguments:
         b: Spline of b.
         s: Spline of s, whose integral is S.
     """
-    parts = torch.arange(16, dtype=torch.float64) / 16
-    fine = torch.cat([(b.x[:-1, None] + b.x.diff()[:, None] * parts).flatten(), b.x[-1:]])
+    fine = _between(b.x)
     return Spline(fine, (-s.integral(fine)).exp() * b(fine))
+
+
+def _between(knots: Tensor) -> Tensor:
+    """The knots, with at most fifteen points between two of them, so that pieces are about 1/64 wide."""
+    parts = int((64 * knots.diff().max()).ceil().clamp(1, 16))
+    at = torch.arange(parts, dtype=torch.float64) / parts
+    return torch.cat([(knots[:-1, None] + knots.diff()[:, None] * at).flatten(), knots[-1:]])
 
 
 def _same(c: Tensor) -> Tensor:

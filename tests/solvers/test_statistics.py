@@ -76,6 +76,27 @@ def test_l_and_s_are_those_of_the_data() -> None:
         assert float(b.abs().max()) < 1e-2
 
 
+@pytest.mark.parametrize("estimate", [ss.fitting.estimate_statistics, ss.fitting.estimate_entry_statistics])
+def test_rates_of_symmetric_data_do_not_come_from_errors_of_l(estimate: Any) -> None:
+    """Where the cumulants of order 2 are equal and those of order 3 are 0, f is that of order 4: cubic in ε, s = 3.
+
+    It is then as small as (α/σ)³, and an error of the slope of l as small as 1e-6 gave s = −180 and a run of error 1e1.
+    """
+    sde = ss.VP()
+    model = ring(sde)
+    found = estimate(model, model.sample(64, seed=0), n=32)
+    lam, s = torch.as_tensor(found.lam, **F64), torch.as_tensor(found.s, **F64)
+    assert float((s[lam < -2.0] - 3).abs().max()) < 0.7  # what 64 samples give
+    assert float(s.min()) > -2.1, s
+    x = sde.prior(std=0.7).sample((32, *model.event), ss.Noise(0), **F64)
+    plans = [
+        rule.plan(sde, ss.grids.uniform_lam(sde, 4)) for rule in (ss.solvers.DPMSolverV3(found, 2), ss.DPMSolverPP(2))
+    ]
+    truth = run(ss.solvers.RungeKutta4().plan(sde, ss.grids.uniform_lam(sde, 200)), model.x0, x)
+    errors = [float((run(plan, model.x0, x) - truth).norm(dim=1).median()) for plan in plans]
+    assert errors[0] < 1.5 * errors[1], errors
+
+
 def tables(n: int, seed: int) -> list[Tensor]:
     """Tables of a smooth l in (0, 1), and of s and b."""
     lam = torch.linspace(-6, 6, n, **F64)

@@ -139,7 +139,8 @@ def fit(
     Arguments:
         solver: Plan to begin from; a solver, whose weights follow the times and are corrected by the fit; or a number
             of evaluations. The fit then begins from the default plan, two others on the network's own times and the
-            universal plan, and goes on with the one that is best after some iterations.
+            universal plan, and goes on with the one that is best after some iterations; iterations that this one does
+            not need go to the next best.
         model: Denoiser; its parameters do not change. Conditions belong to it, as in ``model.given(label=y)``, with one
             row for each trajectory.
         shape_or_x: Shape (B, *event) of the trajectories, held-out ones included; or their initial states, at T with
@@ -211,11 +212,16 @@ def fit(
     rows = Trajectories(model, x, truth, _normals(table.plan, source, x), gaussian, descent.batch, descent.grad)
     tried: dict[str, list[float]] = {}
     if len(tables) > 1:
-        table, tried = _best_start(tables, rows, train, descent.robust)
-    before = {"train": rows.errors(table.start, train), "held_out": rows.errors(table.start, held)}
-    with Bar(progress, steps, f"fit {table.name}") as bar:
-        best, best_held, spent = _rounds(table, rows, (train, held), before, descent.robust, steps, bar)
-    after = {"train": rows.errors(best, train), "held_out": best_held}
+        tables, tried = _best_starts(tables, rows, train, descent.robust)
+    found: list[_Found] = []
+    with Bar(progress, steps, f"fit {tables[0].name}") as bar:
+        while tables and (not found or found[-1].spent < steps):
+            spent = found[-1].spent if found else 0
+            found.append(_rounds(tables.pop(0), rows, (train, held), descent.robust, (spent, steps), bar))
+    spent = found[-1].spent
+    winner = min(found, key=lambda f: _mean_log(f.held_out))
+    table, best, before = winner.table, winner.best, winner.before
+    after = {"train": rows.errors(best, train), "held_out": winner.held_out}
     meta = {
         "scoresde": importlib.metadata.version("scoresde"),
         "from": table.name,
@@ -229,8 +235,8 @@ def fit(
         "seed": own.seed,
         "trajectories": {"train": len(train), "held_out": len(held)},
         "levels": [float(t) for t in table.levels_of(best)],
-        **({"tried": tried} if tried else {}),
-        "far": {"before": rows.far(before["held_out"]), "after": rows.far(best_held)},
+        **({"tried": tried, "fitted": {f.table.name: _mean_log(f.held_out) for f in found}} if tried else {}),
+        "far": {"before": rows.far(before["held_out"]), "after": rows.far(after["held_out"])},
         **{k: {"before": _summary(before[k]), "after": _summary(after[k])} for k in ("train", "held_out")},
     }
     if best is table.start:
@@ -267,10 +273,10 @@ def _what_may_move(
     return True, parts if what is None else tuple(what)
 
 
-def _best_start(
+def _best_starts(
     tables: Sequence[Table], rows: Trajectories, train: range, robust: float
-) -> tuple[Table, dict[str, list[float]]]:
-    """The table that is best after some iterations, of those with the smallest errors; and the errors of all."""
+) -> tuple[list[Table], dict[str, list[float]]]:
+    """The tables with the smallest errors, sorted by their errors after some iterations; and the errors of all."""
     first = [rows.errors(table.start, train) for table in tables]
     tried = {table.name: [_mean_log(e)] for table, e in zip(tables, first, strict=True)}
     order = sorted(range(len(tables)), key=lambda i: _mean_log(first[i]))
@@ -279,7 +285,7 @@ def _best_start(
         _descend(tables[i], rows, train, max(robust * float(first[i].median()), 1e-12), _TRIAL)
         scores[i] = _mean_log(rows.errors(tables[i].now(detach=True), train))
         tried[tables[i].name].append(scores[i])
-    return tables[min(scores, key=lambda i: scores[i])], tried
+    return [tables[i] for i in sorted(scores, key=lambda i: scores[i])], tried
 
 
 def _normals(plan: Plan, noise: Noise, x: Tensor) -> list[Tensor]:
@@ -288,19 +294,33 @@ def _normals(plan: Plan, noise: Noise, x: Tensor) -> list[Tensor]:
     return [source.like(x, k) for k in range(plan.draws)]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The best table of a fit from one start.
+
+    Arguments:
+        table: Table of the start.
+        best: Table with the smallest held-out error.
+        before: Errors of the start.
+        held_out: Held-out errors of the best table.
+        spent: Number of iterations of the whole fit so far.
+    """
+
+    table: Table
+    best: Unrolled
+    before: dict[str, Tensor]
+    held_out: Tensor
+    spent: int
+
+
 def _rounds(
-    table: Table,
-    rows: Trajectories,
-    sets: tuple[range, range],
-    before: dict[str, Tensor],
-    robust: float,
-    steps: int,
-    bar: Bar,
-) -> tuple[Unrolled, Tensor, int]:
-    """Rounds of L-BFGS until the held-out error stops falling; the best table, its held-out errors, iterations."""
-    train, held = sets
+    table: Table, rows: Trajectories, sets: tuple[range, range], robust: float, count: tuple[int, int], bar: Bar
+) -> _Found:
+    """Rounds of L-BFGS until the held-out error stops falling, from the first number of iterations to the second."""
+    (train, held), (spent, steps) = sets, count
+    before = {"train": rows.errors(table.start, train), "held_out": rows.errors(table.start, held)}
     best, best_held, stale = table.start, before["held_out"], 0
-    spent, scale = 0, before["train"]
+    scale = before["train"]
     while spent < steps and stale < _PATIENCE:
         delta = robust * float(scale.median())
         spent += _descend(table, rows, train, max(delta, 1e-12), min(_ROUND, steps - spent))
@@ -313,7 +333,7 @@ def _rounds(
         bar.to(spent, train=f"{_mean_log(scale):.2e}", held=f"{_mean_log(error):.2e}")
         if not math.isfinite(_mean_log(scale)):
             break
-    return best, best_held, spent
+    return _Found(table, best, before, best_held, spent)
 
 
 def _mean_log(errors: Tensor) -> float:

@@ -349,6 +349,17 @@ def test_a_number_of_evaluations_begins_from_the_best_of_several_plans() -> None
     assert median(ss.sample(MODEL, fresh, plan), target) < 0.25 * median(ss.sample(MODEL, fresh, begun), target)
 
 
+def test_iterations_that_the_first_start_does_not_need_go_to_the_next() -> None:
+    x, truth = ends(48)
+    plan = fit(2, MODEL, x, teacher=truth, steps=150)
+    fitted = plan.meta["fitted"]
+    assert len(fitted) > 1 and plan.meta["iterations"] <= 150
+    assert plan.meta["from"] == min(fitted, key=lambda name: fitted[name])
+    assert plan.meta["held_out"]["after"]["mean_log"] == min(fitted.values()) < max(fitted.values())
+    short = fit(2, MODEL, x, teacher=truth, steps=1)
+    assert list(short.meta["fitted"]) == [short.meta["from"]], "and none are left"
+
+
 @pytest.mark.parametrize("sde", [ss.Flow(), ss.Cosine(), ss.EDM()], ids=repr)
 def test_fits_begin_from_the_universal_plan_on_every_process(sde: ss.SDE) -> None:
     model = mixture(sde)

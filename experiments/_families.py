@@ -139,7 +139,7 @@ def scale_jitter(m: Mixtures, g: torch.Generator) -> Mixtures:
     return m.scaled((0.15 * torch.randn(len(m.weights), generator=g, dtype=F64)).exp())
 
 
-def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
+def problems(seed: int, predicts: str, largest: int = 4096, *, rough: bool = False) -> list[Problems]:
     """Exact mixtures, and Gaussians with smooth nonlinear parts, all with errors of a network, in batches.
 
     The errors are from 0.3 to 6 per cent of the prediction.
@@ -148,16 +148,17 @@ def problems(seed: int, predicts: str, largest: int = 4096) -> list[Problems]:
         seed: Seed.
         predicts: ``"data"`` for x0, v and velocity networks, ``"noise"`` for ε networks, ``"any"`` for both.
         largest: Largest number of dimensions.
+        rough: Whether errors change within a small part of the range of noise levels, as those of larger networks.
     """
     g = torch.Generator().manual_seed(seed + 5)
     small, large = [], []
 
     def batch(i: int, m: Mixtures, bends: Bends | None = None) -> Problems:
         p, _, d = m.means.shape
-        kind = {"noise": "eps", "data": "v", "any": ("v", "eps")[i % 2]}[predicts]
         size = log_uniform(g, 0.003, 0.06, p)
-        drift = float(log_uniform(g, 0.2, 1.0, 1))
+        drift = float(log_uniform(g, 0.2, 5.0 if rough else 1.0, 1))
         first = torch.tensor(FIRST, dtype=F64)[torch.randint(len(FIRST), (p,), generator=g)]
+        kind = {"noise": "eps", "data": "v", "any": ("v", "eps")[i % 2]}[predicts]
         waves = Waves.draw(p, d, predicts=kind, size=size, drift=drift, seed=seed + 10 + i)
         return Problems.of(m, first, waves, bends)
 

@@ -3,10 +3,14 @@
     python experiments/universal.py fit              # some hours on one core; continues where it stopped
     python experiments/universal.py select           # choose among seeds on networks; writes the package's tables
     python experiments/universal.py compare          # the table of the page, on exact problems and networks
+    python experiments/universal.py explain          # roughness, amplification, and what a fit to UNets gains
+    python experiments/universal.py starts           # ε-networks from a Gaussian start: error and Fréchet distance
     python experiments/universal.py --quick          # seconds, for CI: all three in small, and nothing is written
 
 Each fit is kept in ``experiments/out/universal``: one file for each kind, number of evaluations and seed. A kind is the
 prediction of the network, ``data`` (x0, v, velocity) or ``noise`` (ε, score), and the start, from T or ``gaussian``.
+Seed 0 has mixtures with smooth errors alone and begins from Adams–Bashforth rules. For ``data`` and ``noise``, other
+seeds have rougher errors and small trained networks too, and also begin from the plan of the default.
 
 ``select`` runs the fits on networks that diffusers trained on MNIST (ε on linear β, v on cosine β, flow; see
 ``interop/_trained.py``) and on a v network of the 8 × 8 digits, and keeps the seed whose error to a fine solve has the
@@ -16,22 +20,27 @@ smallest geometric mean. ``compare`` also uses networks that no choice has seen.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
-from _cases import EXACT, HELD_OUT, SELECTION, Case, cases
+from _cases import EXACT, HELD_OUT, HELD_OUT_ERRORS, HELD_OUT_EXACT, SELECTION, Case, cases
 from _families import F64, problems
+from _networks import RECIPES, Recipe, network_groups
+from _reasons import limit, reasons
+from _starts import starts
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.fitting.universal import Group, descend, errors, mean_log
+from scoresde.fitting.universal import Group, Trajectories, descend, errors, mean_log
 from scoresde.plan.matrices import unroll
 from scoresde.solvers.universal import FOLDER, UniversalTable, unit_of, write_plan
 
@@ -46,7 +55,7 @@ class Options:
 
     kinds: str = ",".join(KINDS)
     nfes: str = ",".join(map(str, NFES))
-    seeds: str = "0,1"
+    seeds: str = "0,1,2"
     trajectories: int = 10
     steps: int = 50
     out: Path = Path(__file__).parent / "out" / "universal"
@@ -69,18 +78,46 @@ def begin(n: int, kind: str, second: float) -> UniversalTable:
     return UniversalTable(levels, levels.clone(), weights)
 
 
+def begin_default(n: int, kind: str) -> UniversalTable:
+    """The plan of the library's default for networks, whose levels suit data of the unit 1.4."""
+    sde, unit = ss.VP(), 1.4
+    net = ss.Denoiser(torch.nn.Identity(), sde, predicts="eps" if kind == "noise" else "v")
+    choice = ss.sampling.recommend(n, net)
+    plan = choice.solver.plan(sde, choice.grid(sde, choice.solver.for_nfe(n)[1]))
+    u = unroll(plan)
+    times = torch.tensor([float(t) for t in u.t], dtype=F64)
+    s = sde.sigma(times) / sde.alpha(times)
+    weights = torch.zeros(n + 1, n, dtype=F64)
+    weights[1:] = u.d[1:] / (sde.alpha(times)[1:] * (1 - s[1:] / s[0]))[:, None]
+    return UniversalTable(s[:-1] / unit, s[:-1] / unit, weights)
+
+
 SECOND = {"data": (2.5, 6.0), "noise": (5.0, 20.0), "gaussian": (2.5,)}
-"""First levels of the rule after T, of which the better one is fitted."""
+"""First levels of the rule after T; the best start is fitted."""
+
+SHARES = {1: 8, 2: 24}
+"""Number of problems that a trained network counts for in the fits of a seed."""
 
 
-def groups(seed: int, kind: str, n: int, quick: bool) -> list[Group]:
-    """Trajectories of the problems of a kind; half as many where there are many dimensions."""
-    gaussian = kind == "gaussian"
-    batches = problems(seed, "any" if gaussian else kind, 64 if quick else 256 if gaussian else 4096)
-    return [
+def starts_of(n: int, kind: str, seed: int) -> list[UniversalTable]:
+    """Tables of which the best is fitted."""
+    rules = [begin(n, kind, second) for second in SECOND[kind]]
+    return [rules[-1], begin_default(n, kind)] if seed in SHARES and kind in RECIPES else rules
+
+
+def groups(seed: int, kind: str, n: int, options: Options, *, share: int) -> list[Trajectories]:
+    """Trajectories of the problems of a kind; fewer where there are many dimensions."""
+    gaussian, quick = kind == "gaussian", options.quick
+    largest = 64 if quick else 256 if gaussian else 4096
+    batches = problems(seed, "any" if gaussian else kind, largest, rough=share > 0)
+    found: list[Trajectories] = [
         Group.draw(b, n if b.data.means.shape[-1] <= 64 else max(2, n // 3), seed=seed + i, gaussian=gaussian)
         for i, b in enumerate(batches[: 1 if quick else None])
     ]
+    if not share:
+        return found
+    recipes = [Recipe("ring", "VP", "v", 3)] if quick else RECIPES[kind]
+    return found + list(network_groups(recipes, 8, seed, options.out, share))
 
 
 def fit(options: Options) -> None:
@@ -92,15 +129,19 @@ def fit(options: Options) -> None:
             if not todo:
                 continue
             began = time.monotonic()
-            train = groups(100 * seed, kind, options.trajectories, options.quick)
-            held = groups(100 * seed + 5000, kind, max(4, options.trajectories // 2), options.quick)
-            count = sum(len(g.y) for g in train)
+            share = SHARES.get(seed, 0) if kind in RECIPES else 0
+            train = groups(100 * seed, kind, options.trajectories, options, share=share)
+            held = groups(100 * seed + 5000, kind, max(4, options.trajectories // 2), options, share=share)
+            count = sum(len(g) for g in train)
             print(f"{kind}, seed {seed}: {count} problems, {time.monotonic() - began:.0f} s", flush=True)
             for n in todo:
                 began = time.monotonic()
-                starts = [begin(n, kind, second) for second in SECOND[kind]]
+                starts = starts_of(n, kind, seed)
                 how = {"first_shift": kind == "gaussian"}
-                tries = [descend(s, train, held, steps=15 if len(starts) > 1 else 1, **how) for s in starts]
+                tries = [
+                    descend(s, train, held, steps=min(15, options.steps) if len(starts) > 1 else 1, **how)
+                    for s in starts
+                ]
                 table, score = min(tries, key=lambda pair: pair[1])
                 table, score = descend(table, train, held, steps=options.steps, **how)
                 first = mean_log(errors(starts[0], held))
@@ -109,7 +150,8 @@ def fit(options: Options) -> None:
                 record = {
                     **table.to_dict(),
                     "made by": f"experiments/universal.py fit, kind {kind}, seed {seed}, {count} problems of "
-                    f"{options.trajectories} trajectories, {options.steps} iterations",
+                    f"{options.trajectories} trajectories, {options.steps} iterations"
+                    + (f", of which {share * len(RECIPES[kind])} for {len(RECIPES[kind])} networks" if share else ""),
                     "held out": {"before": first, "after": score},
                 }
                 path(options, kind, n, seed).write_text(json.dumps(record) + "\n")
@@ -141,7 +183,7 @@ def plan_of(table: UniversalTable, kind: str, case: Case) -> ss.Plan:
 
 
 def suits(kind: str, case: Case) -> bool:
-    """Whether a network is of the kind that a table is for."""
+    """Whether a model is of the kind that a table is for."""
     return kind == "gaussian" or (kind == "noise") == (case.model.kind.predicts in ("eps", "score"))
 
 
@@ -172,56 +214,100 @@ def select(options: Options) -> None:
             (FOLDER / f"{kind}.json").write_text(f'{{"tables": {{\n{lines}\n}}}}\n')
 
 
-CORRECTED = ss.solvers.with_corrector(ss.VelocityAB(2))
-PAIRS: dict[str, tuple[ss.solvers.Solver, Callable[..., Tensor]]] = {
-    "UniPC-2, even in t": (ss.UniPC(2), ss.grids.uniform_t),
-    "UniPC-2, power_t(2)": (ss.UniPC(2), ss.grids.power_t),
-    "VelocityAB-2 + UniC, even in t": (CORRECTED, ss.grids.uniform_t),
-    "VelocityAB-2 + UniC, power_t(2)": (CORRECTED, ss.grids.power_t),
-    "VelocityAB-3, power_t(2)": (ss.VelocityAB(3), ss.grids.power_t),
+GROUPS = {
+    "exact mixtures": EXACT,
+    "exact mixtures, held out": HELD_OUT_EXACT,
+    "mixtures with errors, held out": HELD_OUT_ERRORS,
+    "networks of the selection": SELECTION,
+    "networks, held out": HELD_OUT,
 }
+"""Problems to compare on. The held-out ones had no part in the fits or in the choice of seeds."""
 
 
 def compare(options: Options) -> str:
-    """Universal plans beside the default and the best unfitted pair, of every case."""
-    lines = [
-        "| problem | evaluations | default | best unfitted pair | universal | Gaussian start | universal / default | "
-        "universal / best pair |",
-        "|:--|--:|--:|:--|--:|--:|--:|--:|",
-    ]
-    ratios: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    sets = {"exact": EXACT, "selection": SELECTION, "held out": HELD_OUT}
-    for group, names in {"exact": EXACT[:1]}.items() if options.quick else sets.items():
-        for case in cases(names, options.out):
-            for n in sorted(map(int, options.nfes.split(","))):
-                default = case.errors(None, nfe=n)
-                pairs = {name: case.errors(rule, steps=n, grid=maker) for name, (rule, maker) in PAIRS.items()}
-                best = min(pairs, key=lambda name: pairs[name][0])
-                unit = unit_of(case.gaussian.spectrum)
-                ours = case.errors(ss.solvers.Universal(data_std=unit), nfe=n)
-                start = ss.solvers.Universal(data_std=unit)
-                carried = case.errors(start, nfe=n, start=case.gaussian)
-                over = ours[0] / default[0], ours[0] / pairs[best][0]
-                ratios.setdefault((group, n), []).append(over)
-                cells = [f"{m:.3g} ({r:.3g})" for m, r in (default, pairs[best], ours, carried)]
-                cells[1] += f" {best}"
-                lines.append(f"| {case.name} | {n} | {' | '.join(cells)} | {over[0]:.2f} | {over[1]:.2f} |")
-                print(lines[-1], flush=True)
-    lines += ["", "Geometric means of the medians' ratios:", ""]
-    lines += ["| problems | evaluations | universal / default | universal / best pair |", "|:--|--:|--:|--:|"]
-    for (group, n), pairs_ in ratios.items():
-        a, b = (math.exp(statistics.fmean(map(math.log, column))) for column in zip(*pairs_, strict=True))
-        lines.append(f"| {group} | {n} | {a:.2f} | {b:.2f} |")
-    text = "\n".join(lines)
+    """Errors of the default and of universal plans on every problem, and their ratios."""
+    nfes = sorted(map(int, options.nfes.split(",")))
+    page = options.out / "compare.json"
+    known: dict[str, list[tuple[float, float]]] = json.loads(page.read_text()) if page.exists() else {}
+    rows, ratios = [], []
+    for group, names in [*GROUPS.items()][: 1 if options.quick else None]:
+        found: list[Tensor] = []
+        for case in cases(names[: 1 if options.quick else None], options.out):
+            rule = ss.solvers.Universal(data_std=unit_of(case.gaussian.spectrum))
+            measured: dict[str, list[tuple[float, float]]] = {}
+            plans: dict[str, tuple[ss.solvers.Solver | None, ss.Gaussian | None]] = {
+                "default": (None, None),
+                "universal": (rule, None),
+                "from a Gaussian start": (rule, case.gaussian),
+            }
+            for name, (solver, start) in plans.items():
+                key = f"{case.name}, {name}, {options.nfes}, {versions(name, case)}"
+                if key not in known:
+                    known[key] = [case.errors(solver, nfe=n, start=start) for n in nfes]
+                    page.write_text(json.dumps(known))
+                measured[name] = known[key]
+                for measure, column in zip(("median", "RMSE"), zip(*known[key], strict=True), strict=True):
+                    rows.append([case.name, name, measure, *(f"{v:.3g}" for v in column)])
+                    print(line(rows[-1]), flush=True)
+            default, ours, carried = (measured[name] for name in plans)
+            found.append(torch.tensor([ours, carried], dtype=F64) / torch.tensor(default, dtype=F64))
+        means = torch.stack(found).log().mean(0).exp()  # start, evaluations, measure
+        for name, of_start in zip(("", ", from a Gaussian start"), means, strict=True):
+            for measure, column in zip(("median", "RMSE"), of_start.T.tolist(), strict=True):
+                ratios.append([group + name, measure, *(f"{v:.2f}" for v in column)])
+    head = ["problems", "error", *map(str, nfes)]
+    text = "\n".join(
+        [
+            "Error of the universal plan over that of the default, by the number of evaluations; geometric means:\n",
+            *map(line, [head, [":--"] * 2 + ["--:"] * len(nfes), *ratios]),
+            "\nThe errors themselves:\n",
+            *map(line, [["problem", "plan", *head[1:]], [":--"] * 3 + ["--:"] * len(nfes), *rows]),
+        ]
+    )
     if not options.quick:
         (options.out / "compare.md").write_text(text + "\n")
     print(text)
     return text
 
 
+def versions(plan: str, case: Case) -> str:
+    """Digest of the tables that a plan comes from; empty for the default."""
+    kind = "noise" if case.model.kind.predicts in ("eps", "score") else "data"
+    kind = {"default": "", "universal": kind}.get(plan, "gaussian")
+    return hashlib.sha256((FOLDER / f"{kind}.json").read_bytes()).hexdigest()[:12] if kind else ""
+
+
+def explain(options: Options) -> None:
+    """Why tables gain little on UNets."""
+    head = ["model", "roughness", "amplification, default", "last level", "amplification, universal", "last level"]
+    report(options, "reasons", head, reasons(options.out))
+    head = ["network", "trajectories", "evaluations", "default", "fitted to both networks"]
+    report(options, "limit", head, chain.from_iterable(limit(begin_default(n, "data"), options.out) for n in (5, 8)))
+
+
+def gaussian_starts(options: Options) -> None:
+    """Samples of ε-networks from T and from Gaussian starts."""
+    head = ["network", "start", "evaluations", "error to fine, from T", "from this start", "Fréchet distance"]
+    report(options, "starts", head, starts())
+
+
+def report(options: Options, name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table, and write it to a file."""
+    lines = []
+    for row in chain([head, [":--", *["--:"] * (len(head) - 1)]], rows):
+        lines.append(line(row))
+        print(lines[-1], flush=True)
+    (options.out / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("fit", "select", "compare"), default="fit")
+    parser.add_argument("what", nargs="?", choices=("fit", "select", "compare", "explain", "starts"), default="fit")
     parser.add_argument("--kinds", default=Options.kinds)
     parser.add_argument("--nfes", default=Options.nfes)
     parser.add_argument("--seeds", default=Options.seeds)
@@ -233,13 +319,14 @@ def main() -> None:
     what = given.pop("what")
     options = Options(**given)
     if options.quick:
-        options = replace(options, kinds="data", nfes="4", seeds="0", trajectories=4, steps=4)
+        options = replace(options, kinds="data", nfes="4", seeds="1", trajectories=4, steps=4)
         with tempfile.TemporaryDirectory() as folder:
             options.out = Path(folder)
             fit(options)
             compare(options)
         return
-    {"fit": fit, "select": select, "compare": compare}[what](options)
+    commands = {"fit": fit, "select": select, "compare": compare, "explain": explain, "starts": gaussian_starts}
+    commands[what](options)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,16 @@ _ROUND = 25  # iterations between two evaluations of the held-out errors
 _PATIENCE = 3  # rounds without improvement before the fit stops
 _LOWEST = -6.0  # logarithm of the smallest level that a fit reaches
 _HIGHEST = 6.0  # logarithm of the largest first level that a fit reaches
+
+
+class Trajectories(Protocol):
+    """Trajectories of one or more problems, whose errors a fit makes smaller."""
+
+    def errors(self, table: UniversalTable) -> Tensor:
+        """Error of each sample, (P, B), differentiable in the table."""
+
+    def __len__(self) -> int:
+        """Number P of problems."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,9 @@ class Group:
                 return cls(problems, y, end)
             spectrum, axes = torch.linalg.eigh(problems.data.covariance())
             return cls(problems, y, end, axes, spectrum.clamp_min(0))
+
+    def __len__(self) -> int:
+        return len(self.y)
 
     def run(self, table: UniversalTable) -> Tensor:
         """Results of a table, (P, B, D)."""
@@ -135,7 +149,7 @@ class Parameters:
             return UniversalTable(*(v.detach().clone() for v in (t.levels, t.network_levels, t.weights)))
 
 
-def errors(table: UniversalTable, groups: Sequence[Group]) -> list[Tensor]:
+def errors(table: UniversalTable, groups: Sequence[Trajectories]) -> list[Tensor]:
     """Errors of a table on all groups, (P, B) each, without gradients."""
     with torch.no_grad():
         return [g.errors(table) for g in groups]
@@ -149,8 +163,8 @@ def mean_log(values: Sequence[Tensor]) -> float:
 
 def descend(
     table: UniversalTable,
-    train: Sequence[Group],
-    held_out: Sequence[Group],
+    train: Sequence[Trajectories],
+    held_out: Sequence[Trajectories],
     *,
     steps: int,
     robust: float = 1.0,
@@ -188,7 +202,7 @@ def descend(
     return best, best_score
 
 
-def _round(parameters: Parameters, train: Sequence[Group], scales: Sequence[Tensor], steps: int) -> int:
+def _round(parameters: Parameters, train: Sequence[Trajectories], scales: Sequence[Tensor], steps: int) -> int:
     """Run a round of L-BFGS; return its number of iterations."""
     problems = sum(len(s) for s in scales)
 

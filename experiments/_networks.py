@@ -1,0 +1,166 @@
+"""Small networks that the fit of universal tables differentiates through; each is trained in a minute and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from _cases import fine
+from _problems import ring
+from torch import Tensor
+
+import scoresde as ss
+from scoresde.solvers.universal import UniversalTable, unit_of
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network: its data, its process and its prediction.
+
+    Arguments:
+        data: ``"digits"``, 8 × 8, ``"mnist"``, averaged to 14 × 14, ``"moons"``, in 2-D, or ``"ring"``, for tests.
+        process: ``"VP"``, ``"cosine"``, ``"flow"`` or ``"scaled linear"``.
+        predicts: Prediction.
+        steps: Number of optimiser steps.
+    """
+
+    data: str
+    process: str
+    predicts: str
+    steps: int = 700
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.process.replace(' ', '_')}-{self.predicts}-{self.steps}"
+
+
+RECIPES: Mapping[str, tuple[Recipe, ...]] = {
+    "data": (
+        Recipe("digits", "cosine", "v"),
+        Recipe("mnist", "flow", "velocity"),
+        Recipe("mnist", "VP", "v"),
+        Recipe("moons", "flow", "velocity", 1500),
+    ),
+    "noise": (
+        Recipe("digits", "VP", "eps"),
+        Recipe("mnist", "scaled linear", "eps"),
+        Recipe("mnist", "VP", "eps"),
+        Recipe("moons", "VP", "eps", 1500),
+    ),
+}
+"""Networks of the fits of each kind. None of them is among those that ``universal.py`` selects or judges on."""
+
+
+def process(name: str) -> ss.SDE:
+    if name == "scaled linear":
+        return ss.Discrete(ss.processes.betas("scaled_linear", 1000))
+    return {"VP": ss.VP(), "cosine": ss.Cosine(), "flow": ss.Flow()}[name]
+
+
+def data_of(name: str) -> Tensor:
+    if name == "ring":
+        return ring(ss.VP()).sample(500, seed=0).float()
+    if name == "moons":
+        from sklearn.datasets import make_moons
+
+        x = torch.from_numpy(make_moons(20_000, noise=0.05, random_state=0)[0]).float()
+        return (x - x.mean(0)) / x.std()
+    if name == "digits":
+        from _digits import load
+
+        return load().images
+    from _mnist import load as load_mnist
+
+    return torch.nn.functional.avg_pool2d(load_mnist().images, 2)
+
+
+def trained(recipe: Recipe, out: Path) -> tuple[ss.Denoiser, Tensor]:
+    """The network and its data; the weights are kept in a file."""
+    data = data_of(recipe.data)
+    event = data.shape[1:]
+    if len(event) == 1:
+        net: torch.nn.Module = ss.nn.MLP(2, hidden=64, seed=1)
+    else:
+        net = ss.nn.UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(1,), seed=1)
+    model = ss.Denoiser(net, process(recipe.process), predicts=recipe.predicts)
+    page = out / f"network-{recipe.name}.pt"
+    if page.exists():
+        model.load_state_dict(torch.load(page))
+        return model.eval().requires_grad_(False), data
+    g = torch.Generator().manual_seed(1)
+    loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
+    batch = 256 if len(event) == 1 else 48
+    for _ in range(recipe.steps):
+        optimiser.zero_grad()
+        loss(data[torch.randint(len(data), (batch,), generator=g)]).mean().backward()
+        optimiser.step()
+        decay.step()
+    out.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), page)
+    return model.eval().requires_grad_(False), data
+
+
+@dataclass(frozen=True)
+class NetworkGroup:
+    """Trajectories of a network, for :func:`scoresde.fitting.universal.descend`.
+
+    Arguments:
+        model: Denoiser.
+        x: Initial states at T, (B, *event).
+        end: Ends of their flow, (B, *event).
+        unit: Unit of the levels.
+        count: Number of problems that the network counts for.
+    """
+
+    model: ss.denoisers.AbstractDenoiser
+    x: Tensor
+    end: Tensor
+    unit: float
+    count: int = 1
+
+    def __len__(self) -> int:
+        return self.count
+
+    def errors(self, table: UniversalTable) -> Tensor:
+        """Error of each sample in units of the data, (count, B)."""
+        sde = self.model.sde
+        sigma, alpha = float(sde.sigma(sde.T)), float(sde.alpha(sde.T))
+        first = torch.tensor(min(sigma / max(alpha, 1e-9), 1e6) / self.unit, dtype=torch.float64)
+        low, high = float(sde.lam(sde.T)), float(sde.lam(sde.t_min))
+
+        def denoise(y: Tensor, level: Tensor) -> Tensor:
+            lam = (-(level * self.unit).log()).clamp(low, high)
+            # the inverse of λ refuses its own ends by rounding
+            t = sde.t_of_lam(lam.clamp(low + 1e-9, high - 1e-9))
+            x = sde.alpha(t) * self.unit * y
+            return self.model.x0(x.float(), t.float()).double() / self.unit
+
+        z = self.x.double() / sigma
+        result = table.run(denoise, first * z, first)
+        e = (result - self.end.double() / self.unit).flatten(1).square().mean(1)
+        return (e + 1e-30).sqrt()[None].expand(self.count, -1)
+
+
+def network_groups(recipes: Sequence[Recipe], n: int, seed: int, out: Path, count: int) -> Iterator[NetworkGroup]:
+    """Trajectories of networks; their fine solves are kept in files.
+
+    Arguments:
+        recipes: Networks.
+        n: Number of trajectories of each network.
+        seed: Seed of the initial states.
+        out: Folder.
+        count: Number of problems that a network counts for.
+    """
+    for recipe in recipes:
+        model, data = trained(recipe, out)
+        sde = model.sde
+        many = 4 * n if data.ndim == 2 else n
+        x = ss.Noise(seed).normal((many, *data.shape[1:]), 0, dtype=torch.float32) * float(sde.sigma(sde.T))
+        page = out / f"ends-{recipe.name}-{seed}-{many}.pt"
+        if not page.exists():
+            torch.save(fine(model, x, 100 if recipe.steps > 10 else 10), page)
+        spectrum = ss.Gaussian.estimate(sde, data).spectrum
+        yield NetworkGroup(model, x, torch.load(page), unit_of(spectrum), count)

@@ -194,7 +194,8 @@ class Noise:
     ) -> Tensor:
         check.dtype("dtype", dtype)
         device = check.device("device", device)
-        if not isinstance(draw, Tensor) and not (type(draw) is int and 0 <= draw <= MASK):
+        plain = isinstance(draw, int) and not isinstance(draw, bool) and 0 <= draw <= MASK
+        if not (plain or isinstance(draw, Tensor)):
             _word("draw", draw, 32, "; use `fork` for more streams")
         if not isinstance(shape, Sequence) or len(shape) == 0:
             raise ValueError(f"`shape` must be (B, *event), got {shape!r}; a single number is shape (1,).")
@@ -267,14 +268,12 @@ class Noise:
 
     def _device_rows(self, rows: int, draw: int | Tensor, device: torch.device) -> DeviceRows:
         lo, hi, low, high = self._keys(rows, device)
-        key, sample = torch.stack((lo, hi)), torch.stack((low, high))
-        if isinstance(draw, Tensor):
-            draws = draw.to(device)
-            repeat = len(draws) // max(1, rows)
-            sample, key = sample.repeat(1, repeat, 1), key if key.shape[1] == 1 else key.repeat(1, repeat, 1)
-        else:
+        if not isinstance(draw, Tensor):
             draws = torch.full((1, 1), draw, dtype=torch.int64, device=device)
-        return DeviceRows(draws, sample, key)
+            return DeviceRows(draws, low, high, lo, hi)
+        repeat = len(draw) // max(1, rows)
+        low, high, *key = (w if len(w) == 1 < rows else w.repeat(repeat, 1) for w in (low, high, lo, hi))
+        return DeviceRows(draw.to(device), low, high, *key)
 
 
 def as_noise(seed: int | Sequence[int] | Tensor | Noise | None) -> Noise:
@@ -291,7 +290,12 @@ class Laid(Noise):
         noise: Source of the numbers.
         rows: Number of rows of the states.
         device: Device of the states.
+
+    Attributes:
+        words: Lower and upper half of the seed, and of the index, of each row: int64 (rows, 1).
     """
+
+    words: tuple[Tensor, Tensor, Tensor, Tensor]
 
     def __init__(self, noise: Noise, rows: int, device: torch.device) -> None:
         for name in ("seed", "offset", "indices", "path"):
@@ -305,8 +309,7 @@ class Laid(Noise):
         Arguments:
             noise: Source of as many rows.
         """
-        words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
-        for mine, new in zip(words, noise._keys(len(words[0]), words[0].device), strict=True):
+        for mine, new in zip(self.words, noise._keys(len(self.words[0]), self.words[0].device), strict=True):
             mine.copy_(new)
 
     def _host_keys(self, rows: int) -> tuple[Words, Words]:
@@ -314,10 +317,10 @@ class Laid(Noise):
         return np.stack((lo, hi)), np.stack((low, high))
 
     def _keys(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        words: tuple[Tensor, Tensor, Tensor, Tensor] = vars(self)["words"]
-        if len(words[0]) != rows:
-            raise ValueError(f"the source was laid for {len(words[0])} rows and the state has {rows}; lay it again.")
-        return words
+        if len(self.words[0]) != rows:
+            laid = len(self.words[0])
+            raise ValueError(f"the source was laid for {laid} rows and the state has {rows}; lay it again.")
+        return self.words
 
 
 class Ahead:
@@ -329,7 +332,7 @@ class Ahead:
     """
 
     def __init__(self, noise: Noise, draws: int) -> None:
-        self._noise, self._draws = noise, draws
+        self.noise, self._draws = noise, draws
         self._chunk: tuple[int, Tensor] | None = None
 
     def like(self, x: Tensor, draw: int) -> Tensor:
@@ -337,12 +340,12 @@ class Ahead:
         check.state("x", x)
         many = min(self._draws, _AHEAD // max(1, x.numel()))
         if many < 2:
-            return self._noise.like(x, draw)
+            return self.noise.like(x, draw)
         first = draw - draw % many
         chunk = self._chunk  # one attribute, so that threads which share the source agree
         if chunk is None or chunk[0] != first:
             draws = torch.arange(first, min(first + many, self._draws), device=x.device)
-            chunk = first, self._noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
+            chunk = first, self.noise.normals(x.shape, draws, dtype=x.dtype, device=x.device)
             self._chunk = chunk
         return chunk[1][draw - first]
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from scoresde.noise.philox import MASK, Words, philox, words
+from scoresde.noise.philox import MASK, Four, Words, philox, words
 
 BLOCK = 1 << 15  # counters per call on a CPU: 1.5 MB of words, whose memory the allocator keeps
 
@@ -134,27 +134,33 @@ def _uniforms(packed: Words, *, double: bool) -> Pair:
 
 
 class DeviceRows(NamedTuple):
-    """Draw, index and key of each row as int64 tensors, with the shapes of :class:`HostRows`.
+    """Draw, index and key of each row as int64 tensors (R, 1), or (1, 1) for a number that all rows share.
 
     Arguments:
         draw: Number of the draw.
-        sample: Index of the sample, lower half first.
-        key: Seed, lower half first.
+        low: Lower half of the index of the sample.
+        high: Upper half of the index of the sample.
+        key_low: Lower half of the seed.
+        key_high: Upper half of the seed.
     """
 
     draw: Tensor
-    sample: Tensor
-    key: Tensor
+    low: Tensor
+    high: Tensor
+    key_low: Tensor
+    key_high: Tensor
 
     def part(self, rows: slice) -> DeviceRows:
         """Some of the rows."""
-        draw = self.draw if len(self.draw) == 1 else self.draw[rows]
-        key = self.key if self.key.shape[1] == 1 else self.key[:, rows]
-        return DeviceRows(draw, self.sample[:, rows], key)
+        return DeviceRows(*(word if len(word) == 1 else word[rows] for word in self))
+
+    def words(self, block: Tensor) -> Four:
+        """Words of Philox of blocks that broadcast with (R, 1)."""
+        return philox((block, self.draw, self.low, self.high), (self.key_low, self.key_high))
 
 
 def on_device(rows: DeviceRows, n: int, dtype: torch.dtype, *, normal: bool) -> Tensor:
-    """Compute n numbers of each row on the device of the rows, (R, n); elementwise torch, which compiles to one kernel.
+    """Compute n numbers of each row on the device of the rows, (R, n), by elementwise operations of torch.
 
     Arguments:
         rows: Draw, index and key of each row.
@@ -162,12 +168,13 @@ def on_device(rows: DeviceRows, n: int, dtype: torch.dtype, *, normal: bool) -> 
         dtype: Dtype of the result.
         normal: Whether the numbers are normal or uniform.
     """
-    size, blocks = rows.sample.shape[1], -(-n // 4)
+    size, blocks, device = len(rows.low), -(-n // 4), rows.low.device
+    if torch.compiler.is_compiling():
+        return by_position(rows, n, dtype, normal=normal)
     width = max(1, min(blocks, DEVICE_BLOCK))
     height = max(1, DEVICE_BLOCK // width)
     parts = [rows.part(slice(r, min(r + height, size))) for r in range(0, size, height)]
     steps = [(b, min(b + width, blocks)) for b in range(0, blocks, width)]
-    device = rows.sample.device
     if not parts or not steps:
         return torch.empty((size, n), dtype=dtype, device=device)
     done = [
@@ -182,12 +189,42 @@ def on_device(rows: DeviceRows, n: int, dtype: torch.dtype, *, normal: bool) -> 
 
 def _four(block: Tensor, rows: DeviceRows, dtype: torch.dtype, *, normal: bool) -> Tensor:
     """Four numbers of each counter, (R, 4 N)."""
-    c0, c1, c2, c3 = philox((block, rows.draw, rows.sample[0], rows.sample[1]), (rows.key[0], rows.key[1]))
+    c0, c1, c2, c3 = rows.words(block)
     first, second = torch.stack((c1, c0), -1), torch.stack((c3, c2), -1)
-    if normal:
-        u = first.to(torch.float32).add(0.5).mul(CELL).to(dtype)
-        radius = u.log().mul(-2).sqrt()
-        angle = ((second + (1 << 31) & MASK) - (1 << 31)).to(dtype).mul(TURN)
-        return torch.cat((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)
-    u = torch.cat((first, second), -1).flatten(1).to(dtype).add(0.5).mul(CELL)
+    if not normal:
+        return _uniform(torch.cat((first, second), -1).flatten(1), dtype)
+    radius, angle = _polar(first, second, dtype)
+    return torch.cat((radius * angle.cos(), radius * angle.sin()), -1).flatten(1)
+
+
+def by_position(rows: DeviceRows, n: int, dtype: torch.dtype, *, normal: bool) -> Tensor:
+    """Compute the numbers of :func:`on_device` position by position, for compilers.
+
+    Four times as many integers are computed, but all operations have one shape, so that a compiler makes them and the
+    update which uses the numbers one pass over memory.
+
+    Arguments:
+        rows: Draw, index and key of each row.
+        n: Numbers of a row.
+        dtype: Dtype of the result.
+        normal: Whether the numbers are normal or uniform.
+    """
+    position = torch.arange(n, device=rows.low.device)[None]
+    c0, c1, c2, c3 = rows.words(position >> 2)
+    odd, later = (position & 1) == 1, (position & 2) == 2
+    first, second = torch.where(odd, c0, c1), torch.where(odd, c2, c3)
+    if not normal:
+        return _uniform(torch.where(later, second, first), dtype)
+    radius, angle = _polar(first, second, dtype)
+    return radius * torch.where(later, angle.sin(), angle.cos())
+
+
+def _polar(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Radius and angle of two normals."""
+    u = first.to(torch.float32).add(0.5).mul(CELL).to(dtype)
+    return u.log().mul(-2).sqrt(), ((second + (1 << 31) & MASK) - (1 << 31)).to(dtype).mul(TURN)
+
+
+def _uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
+    u = word.to(dtype).add(0.5).mul(CELL)
     return u.clamp_max(TOP) if dtype == torch.float32 else u

@@ -2,8 +2,9 @@ r"""Words of the counter-based generator Philox-4x32-7: four 32-bit words from a
 
 Seven rounds are the fewest that pass all tests of BigCrush, as its authors report; their usual ten cost a third more.
 There are three implementations of the same words: :func:`philox` in torch runs on every device, and inside
-``torch.compile`` as part of one kernel; :func:`words` in NumPy is for CPUs; :func:`few` in plain Python is for one to
-three counters, where the overhead of a call of NumPy or torch exceeds the arithmetic.
+``torch.compile`` as part of the kernel of an update; :func:`words` in NumPy is for CPUs; :func:`few` in plain Python is
+for one to three counters, where the overhead of a call of NumPy or torch exceeds the arithmetic. The optional kernel of
+:mod:`scoresde.plan.kernel` computes the same words in Triton.
 
 References:
     | Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), doi:10.1145/2063384.2063405, table 2

@@ -22,6 +22,7 @@ from scoresde._doors import checked
 from scoresde.noise.brownian import PathNoise
 from scoresde.noise.keyed import Ahead, Laid, Noise
 from scoresde.plan.folding import Outputs
+from scoresde.plan.fused import Fused
 from scoresde.plan.rows import Line, Terms, Weight, nonzero, with_ones
 from scoresde.plan.table import Plan
 
@@ -103,6 +104,7 @@ def run(
     hook: Hook | None = None,
     callback: Callable[[Step], None] | None = None,
     overwrite: bool = False,
+    fused: bool = False,
 ) -> Tensor:
     """Run a plan and return its last state.
 
@@ -119,9 +121,13 @@ def run(
         overwrite: Whether to reuse the memory of a state that no later row uses, which saves allocations. `denoise`
             must then return new memory, and may not store a reference to its input. States that the hook or the
             callback receives are not overwritten, so both may store them.
+        fused: Whether to compute each row with one kernel of Triton, which draws the normals too: for float32 states on
+            CUDA. It needs the extra ``scoresde[triton]``. Other states, and rows that a gradient follows, are added
+            term by term.
     """
     _check_noise(plan, noise)
-    loop = _loop(plan, denoise, x, noise, ones, hook, overwrite, None if callback is None else "nodes")
+    watch = None if callback is None else "nodes"
+    loop = _loop(plan, denoise, x, noise, ones, hook, overwrite, watch, fused=fused)
     del x  # otherwise this reference holds the memory of the initial state
     while True:
         try:
@@ -254,6 +260,7 @@ def _loop(
     watch: str | None,
     first: int = 0,
     stored: Mapping[int, Tensor] | None = None,
+    fused: bool = False,
 ) -> Generator[Step | Update | Pause, Tensor | None, Tensor]:
     """The loop, from row `first` on; without `denoise` it pauses at every evaluation."""
     source = normals_of(plan, noise, x)
@@ -271,14 +278,16 @@ def _loop(
     kept = nodes or hook is not None  # callers may keep the states that they see
     nfe, shape = 0, x.shape
     traced = torch.compiler.is_compiling()  # then torch does not count writes
+    kernel = Fused(x, source) if fused and not traced else None
     for r, line in enumerate(program[first:], first):
         if r > first:
             if updated:
                 x = yield from _update(r, line, saved, source, x)
             else:
-                combine = _add_numbers if line.plain else _add_tensors
                 reuse = overwrite and line.reuse and not (kept and program[line.terms[0][0] // 2].shown)
-                x = combine(line, saved, source, x, reuse)
+                new = kernel.sum_of(line, saved, source, x, reuse) if kernel is not None and line.plain else None
+                combine = _add_numbers if line.plain else _add_tensors
+                x = combine(line, saved, source, x, reuse) if new is None else new
             for k in line.drop:
                 saved[k] = None  # type: ignore[call-overload]
         if hook is not None and line.node is not None:

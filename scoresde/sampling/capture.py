@@ -17,6 +17,7 @@ from scoresde.denoisers.start import Start, as_start
 from scoresde.noise.keyed import Laid, Noise, as_noise
 from scoresde.noise.streams import Stream
 from scoresde.plan.folding import Outputs
+from scoresde.plan.fused import refusal
 from scoresde.plan.run import Denoise, outputs_at, run
 from scoresde.plan.table import Plan
 from scoresde.sampling.solve import plan_for
@@ -37,6 +38,7 @@ def capture(
     start: Start | Gaussian | None = None,
     compile: str | None = None,
     graph: bool = True,
+    fused: bool = False,
 ) -> Captured:
     """Prepare a run of fixed shape that is repeated many times, as one CUDA graph where there is CUDA.
 
@@ -58,6 +60,8 @@ def capture(
         compile: Backend of ``torch.compile``, such as ``"inductor"``, to compile the whole run before it is captured;
             None for no compilation. The time that compilation takes grows with the number of evaluations.
         graph: Whether to capture a CUDA graph if the states are on CUDA.
+        fused: Whether to compute each update, with its normals, by one kernel of Triton, as in
+            :func:`scoresde.plan.run`. It needs the extra ``scoresde[triton]``; ``unfused`` says why updates are not.
 
     Returns:
         A function of a seed and of conditions that returns samples.
@@ -70,7 +74,8 @@ def capture(
         ('eager', True)
     """
     plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end)
-    return Captured(model, check.shape("shape", shape), plan, as_start(start), compile=compile, graph=graph)
+    shape = check.shape("shape", shape)
+    return Captured(model, shape, plan, as_start(start), compile=compile, graph=graph, fused=fused)
 
 
 class Captured:
@@ -83,11 +88,13 @@ class Captured:
         start: Distribution of the initial states.
         compile: Backend of ``torch.compile``, or None.
         graph: Whether to capture a CUDA graph if the states are on CUDA.
+        fused: Whether to compute each update by one kernel of Triton.
 
     Attributes:
         plan: Plan of the run.
         mode: Way of the run: ``"graph"``, ``"compiled"`` or ``"eager"``.
         reason: Reason why there is no CUDA graph; empty if there is one.
+        unfused: Reason why updates are not kernels of Triton; empty if they are.
     """
 
     def __init__(
@@ -99,7 +106,10 @@ class Captured:
         *,
         compile: str | None = None,
         graph: bool = True,
+        fused: bool = False,
     ) -> None:
+        if fused and compile is not None:
+            raise ValueError("`fused` and `compile` exclude each other: a compiler fuses the updates itself; drop one.")
         self.plan, self.shape, self.mode, self.reason = plan, tuple(shape), "eager", ""
         self._model, self._start = model, start
         first = Noise(0)
@@ -112,6 +122,7 @@ class Captured:
             self._cond = _buffers(model.conditions, self.shape[0])
             inner = model.given(**self._cond) if self._cond else model
             self._denoise = _prepared(plan, inner.counted(Counter()) if not model.is_leaf else inner, self._x)
+            self.unfused = refusal(self._x) if fused else "`fused` is False"
             self._run: Callable[[], Tensor] = self._once
             if compile is not None:
                 self._run = torch.compile(self._once, fullgraph=True, dynamic=False, backend=compile)
@@ -175,7 +186,7 @@ class Captured:
             return out
 
     def _once(self) -> Tensor:
-        return run(self.plan, self._denoise, self._x, self._noise)
+        return run(self.plan, self._denoise, self._x, self._noise, fused=not self.unfused)
 
     def _capture(self) -> str:
         """Capture the graph; the reason why it cannot be captured, or nothing."""

@@ -164,12 +164,13 @@ def test_numbers_of_other_devices_are_those_of_the_host(normal: bool, dtype: tor
             for n in (1, 4, 21, 300):
                 host = numbers.on_host(noise._host_rows(7, draw), n, dtype, normal=normal)
                 device = noise._device_rows(7, draw, torch.device("cpu"))
-                other = numbers.on_device(device, n, dtype, normal=normal)
-                assert other.shape == host.shape and other.dtype == dtype
-                if normal:
-                    assert float((host - other).abs().max()) < (2e-6 if dtype == torch.float32 else 1e-13)
-                else:
-                    assert torch.equal(host, other), "integers are the same everywhere"
+                for compute in (numbers.on_device, numbers.by_position):
+                    other = compute(device, n, dtype, normal=normal)
+                    assert other.shape == host.shape and other.dtype == dtype
+                    if normal:
+                        assert float((host - other).abs().max()) < (2e-6 if dtype == torch.float32 else 1e-13)
+                    else:
+                        assert torch.equal(host, other), "integers are the same everywhere"
 
 
 def test_a_compiled_draw_is_one_graph_of_the_same_numbers() -> None:

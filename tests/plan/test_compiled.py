@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import scoresde as ss
+from scoresde.noise.keyed import Laid
 from scoresde.plan import run
 
 VP = ss.VP()
@@ -64,6 +65,14 @@ def test_runs_with_the_network_inside(solver: ss.solvers.Solver) -> None:
     model, plan = ss.Denoiser(mlp(), VP, predicts="eps"), solver.plan(VP, GRID)
     noise = ss.Noise(0) if plan.stochastic else None
     traced_once(lambda x: run(plan, model.x0, x, noise), *states(), tol=1e-3)
+
+
+def test_a_run_with_one_draw_and_runs_of_large_states() -> None:
+    one = ss.Plan((ss.plan.Row(1.0), ss.plan.Row(0.5, x=((0, 0.9),), z=((0, 0.2),))))
+    traced_once(lambda x: run(one, lambda x, t: x, x, ss.Noise(0)), *states())
+    torch.compiler.reset()
+    plan = ss.EulerMaruyama().plan(VP, GRID)
+    traced_once(lambda x: run(plan, lambda x, t: 0.5 * x, x, ss.Noise(0)), *states(2, 3, 128, 128, n=1))
 
 
 def test_runs_of_wrappers_and_of_functions() -> None:
@@ -128,14 +137,9 @@ def test_inductor_makes_one_pass_of_an_update() -> None:
     from torch._inductor import metrics
 
     rows = (ss.plan.Row(1.0, evaluates=True), ss.plan.Row(0.5, x=((0, 0.9),), d=((0, 0.3),), z=((0, 0.2),), one=0.1))
-    plan, (x,), d, z = ss.Plan(rows), states()[0], torch.ones(4, 2), torch.full((4, 2), 2.0)
-
-    class Given:
-        def like(self, x: Tensor, draw: int) -> Tensor:
-            return z
-
-    source = Given()
+    plan, d = ss.Plan(rows), torch.ones(4, 6)
+    x, source = ss.Noise(1).normal((4, 6), 0), Laid(ss.Noise(0), 4, torch.device("cpu"))
     compiled = torch.compile(lambda x: run(plan, lambda x, t: d, x, source), fullgraph=True)
     metrics.reset()
-    torch.testing.assert_close(compiled(x), 0.9 * x + 0.3 * d + 0.2 * z + 0.1)
-    assert metrics.generated_kernel_count == 1
+    torch.testing.assert_close(compiled(x), 0.9 * x + 0.3 * d + 0.2 * ss.Noise(0).normal((4, 6), 0) + 0.1)
+    assert metrics.generated_kernel_count == 1, "with the normals inside"

@@ -7,11 +7,12 @@ The script measures, on the GPU if there is one and on the CPU otherwise:
 
 - ``run``: time of a run divided by that of its network alone, for three sizes of a UNet, batches of 1, 16 and 64 and
   two numbers of evaluations: our loop as it is, as a CUDA graph, and diffusers' DDIM loop with the same network. On a
-  GPU the network alone is also measured as a graph, and the last column divides our graph by it.
+  GPU the network alone is also measured as a graph, and the last column divides our graph by it. Updates are kernels
+  of Triton in the graph of the column ``graph, fused``.
 - ``memory``: peak memory of our run and of the same arithmetic by hand (CUDA only).
 - ``update``: bytes that an update reads and writes in a second, divided by those of a copy: one row of DPM-Solver++ 2M,
-  eager and fused by ``torch.compile``.
-- ``noise``: time of keyed normals divided by that of ``torch.randn``.
+  eager, fused by ``torch.compile``, and as one kernel of Triton (CUDA with the extra ``scoresde[triton]`` only).
+- ``noise``: time of keyed normals divided by that of ``torch.randn``, also inside the kernel of Triton.
 - ``training``: samples in a second of ``DSM``, as it is and compiled, divided by those of a loop by hand, and with an
   average of the weights.
 
@@ -38,7 +39,8 @@ import torch
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.plan import run
+from scoresde.noise.keyed import Laid
+from scoresde.plan import fused, run
 
 VP = ss.VP()
 SIZES = {  # width, multipliers, pixels of a side
@@ -138,6 +140,9 @@ def time_runs(options: Options) -> list[dict[str, Any]]:
         if captured.mode == "graph":
             variants["graph"] = lambda captured=captured, x=x: captured(0, x=x)
             variants["network as a graph"] = graph_of(alone)
+            if not fused.refusal(x):
+                kernels = ss.sampling.capture(model, shape, plan, fused=True)
+                variants["graph, fused"] = lambda kernels=kernels, x=x: kernels(0, x=x)
         seconds = race(variants, options)
         row: dict[str, Any] = {"network": size, "batch": batch, "nfe": nfe, "ms": 1e3 * seconds["network"]}
         row |= {name: seconds[name] / seconds["network"] for name in variants if name != "network"}
@@ -199,8 +204,12 @@ def time_updates(options: Options) -> list[dict[str, Any]]:
 
     variants: dict[str, Callable[[], Any]] = {"copy": lambda: to.copy_(x), "eager": lambda: update(x, d, e)}
     if not options.quick:
-        fused = torch.compile(update, fullgraph=True)
-        variants["compiled"] = lambda: fused(x, d, e)
+        compiled = torch.compile(update, fullgraph=True)
+        variants["compiled"] = lambda: compiled(x, d, e)
+    if not fused.refusal(x):
+        from scoresde.plan import kernel
+
+        variants["triton"] = lambda: kernel.add(torch.empty_like(x), [(x, 0.9), (d, 0.3), (e, -0.2)])
     seconds = race(variants, options)
     # A copy moves two states, an update in one pass four.
     rate = {name: (2 if name == "copy" else 4) * x.nbytes / s for name, s in seconds.items()}
@@ -213,18 +222,21 @@ def time_noise(options: Options) -> list[dict[str, Any]]:
     out = []
     for shape in shapes:
         x, noise = torch.empty(shape, device=options.device), ss.Noise(0)
-        seconds = race(
-            {"randn": lambda x=x: torch.randn_like(x), "keyed": lambda x=x, noise=noise: noise.like(x, 3)}, options
-        )
-        bytes_ = 4 * x.numel()
-        out.append(
-            {
-                "state": list(shape),
-                "us of randn": 1e6 * seconds["randn"],
-                "keyed": seconds["keyed"] / seconds["randn"],
-                "GB/s keyed": bytes_ / seconds["keyed"] / 1e9,
-            }
-        )
+        variants: dict[str, Callable[[], Any]] = {
+            "randn": lambda x=x: torch.randn_like(x),
+            "keyed": lambda x=x, noise=noise: noise.like(x, 3),
+        }
+        if not fused.refusal(x):
+            from scoresde.plan import kernel
+
+            key_low, key_high, low, high = Laid(noise, len(x), x.device).words
+            keys = (low, high, key_low, key_high)
+            variants["triton"] = lambda x=x, keys=keys: kernel.add(torch.empty_like(x), [], 0.0, [(3, 1.0)], keys)
+        seconds = race(variants, options)
+        row: dict[str, Any] = {"state": list(shape), "us of randn": 1e6 * seconds["randn"]}
+        row |= {name: s / seconds["randn"] for name, s in seconds.items() if name != "randn"}
+        row |= {f"GB/s {name}": x.nbytes / s / 1e9 for name, s in seconds.items() if name != "randn"}
+        out.append(row)
     return out
 
 

@@ -46,13 +46,12 @@ def _normals(block, draw, low, high, key_low, key_high, ROWS: tl.constexpr, WIDT
     return tl.reshape(tl.permute(tl.join(cosines, sines), (0, 1, 3, 2)), (ROWS, 4 * WIDTH))
 
 
-@triton.jit(do_not_specialize=["draw0", "draw1"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["draws"])  # type: ignore[untyped-decorator]
 def _row(  # type: ignore[no-untyped-def]
-    out, y0, y1, y2, y3, y4, y5, low, high, key_low, key_high,
-    w0, w1, w2, w3, w4, w5, one, c0, c1, draw0, draw1, rows, n, area, chunks,
-    TERMS: tl.constexpr, DRAWS: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+    out, terms, weights, one, draws, stds, keys, sizes, LAST: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     """Compute ROWS rows and 4 WIDTH columns of the sum; LAST says that channels are last in memory."""
+    rows, n, area, chunks = sizes
     program = tl.program_id(0)
     row = program // chunks * ROWS + tl.arange(0, ROWS)[:, None]
     first = program % chunks * WIDTH
@@ -61,28 +60,16 @@ def _row(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (column < n)
     at = row.to(tl.int64) * n + place
     total = tl.zeros((ROWS, 4 * WIDTH), tl.float32) + one
-    if TERMS > 0:
-        total += w0 * tl.load(y0 + at, mask=inside)
-    if TERMS > 1:
-        total += w1 * tl.load(y1 + at, mask=inside)
-    if TERMS > 2:
-        total += w2 * tl.load(y2 + at, mask=inside)
-    if TERMS > 3:
-        total += w3 * tl.load(y3 + at, mask=inside)
-    if TERMS > 4:
-        total += w4 * tl.load(y4 + at, mask=inside)
-    if TERMS > 5:
-        total += w5 * tl.load(y5 + at, mask=inside)
-    if DRAWS > 0:
+    for k in tl.static_range(len(terms)):
+        total += weights[k] * tl.load(terms[k] + at, mask=inside)
+    if len(draws) > 0:
         block = (first + tl.arange(0, WIDTH)[None, :]).to(tl.uint32)
-        there = row < rows
-        a = tl.load(low + row, mask=there, other=0).to(tl.uint32)
-        b = tl.load(high + row, mask=there, other=0).to(tl.uint32)
-        k = tl.load(key_low + row, mask=there, other=0).to(tl.uint32)
-        m = tl.load(key_high + row, mask=there, other=0).to(tl.uint32)
-        total += c0 * _normals(block, draw0.to(tl.uint32), a, b, k, m, ROWS, WIDTH)
-        if DRAWS > 1:
-            total += c1 * _normals(block, draw1.to(tl.uint32), a, b, k, m, ROWS, WIDTH)
+        low = tl.load(keys[0] + row, mask=row < rows, other=0).to(tl.uint32)
+        high = tl.load(keys[1] + row, mask=row < rows, other=0).to(tl.uint32)
+        key_low = tl.load(keys[2] + row, mask=row < rows, other=0).to(tl.uint32)
+        key_high = tl.load(keys[3] + row, mask=row < rows, other=0).to(tl.uint32)
+        for k in tl.static_range(len(draws)):
+            total += stds[k] * _normals(block, draws[k].to(tl.uint32), low, high, key_low, key_high, ROWS, WIDTH)
     tl.store(out + at, total, mask=inside)
 
 
@@ -114,15 +101,11 @@ def add(
     width = min(_GROUPS, triton.next_power_of_2(-(-n // 4)))
     height = _GROUPS // width
     chunks = -(-n // (4 * width))
-    y = [tensor for tensor, _ in terms] + [out] * (TERMS - len(terms))
-    w = [float(weight) for _, weight in terms] + [0.0] * (TERMS - len(terms))
-    c = [float(weight) for _, weight in draws] + [0.0] * (DRAWS - len(draws))
-    d = [draw for draw, _ in draws] + [0] * (DRAWS - len(draws))
-    words = list(keys) if draws else [out] * 4
-    grid = (-(-rows // height) * chunks,)
+    y, w = [tensor for tensor, _ in terms], [float(weight) for _, weight in terms]
+    d, c = [draw for draw, _ in draws], [float(weight) for _, weight in draws]
     with torch.cuda.device_of(out):
-        _row[grid](
-            out, *y, *words, *w, float(one), *c, *d, rows, n, area, chunks,
-            TERMS=len(terms), DRAWS=len(draws), LAST=last, ROWS=height, WIDTH=width,
+        _row[(-(-rows // height) * chunks,)](
+            out, tuple(y), tuple(w), float(one), tuple(d), tuple(c), tuple(keys), (rows, n, area, chunks),
+            LAST=last, ROWS=height, WIDTH=width,
         )  # fmt: skip
     return out

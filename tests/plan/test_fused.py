@@ -139,6 +139,25 @@ def test_fused_rows_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_the_kernel_compiles_for_a_gpu_and_reads_four_numbers_at_once() -> None:
+    kernel = importlib.import_module("scoresde.plan.kernel")
+    if kernel.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set")
+    compiler, backends = (importlib.import_module(f"triton.{name}") for name in ("compiler", "backends.compiler"))
+    even = [["tt.divisibility", 16]]
+    for terms, draws in ((3, 0), (2, 1), (0, 1)):
+        types = {"out": "*fp32", "terms": ("*fp32",) * terms, "weights": ("fp32",) * terms, "one": "fp32"}
+        types |= {"draws": ("i32",) * draws, "stds": ("fp32",) * draws, "keys": ("*i64",) * 4 * bool(draws)}
+        types |= {"sizes": ("i32",) * 4, "LAST": "constexpr", "ROWS": "constexpr", "WIDTH": "constexpr"}
+        fixed = {(8,): False, (9,): 1, (10,): 256}
+        aligned = {(0,): even, (7, 1): even, **{(1, k): even for k in range(terms)}}
+        source = compiler.ASTSource(kernel._row, types, fixed, aligned)
+        code = compiler.compile(source, target=backends.GPUTarget("cuda", 90, 32)).asm["ptx"]
+        assert "st.global.v4" in code and ("ld.global.v4" in code) == (terms > 0)
+        assert "st.shared" not in code, "normals stay in the registers of their thread"
+
+
 def test_without_the_kernel_the_run_is_eager() -> None:
     x = Noise(1).normal((3, 5), 0)
     assert fused.refusal(x)

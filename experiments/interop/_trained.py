@@ -35,7 +35,14 @@ SCHEDULES = {
         "trained_betas": DDPMScheduler(beta_schedule="sigmoid").betas.tolist(),
         "prediction_type": "epsilon",
     },
+    "epsilon, quadratic": {
+        "num_train_timesteps": 500,
+        "trained_betas": torch.linspace(1e-4**0.5, 0.04**0.5, 500).square().tolist(),
+        "prediction_type": "epsilon",
+    },
+    "velocity, labelled flow": {"shift": 1.0},
 }
+NO_LABEL = 10
 
 
 @dataclass(frozen=True)
@@ -83,20 +90,20 @@ def scheduler(kind: str) -> DDPMScheduler | FlowMatchEulerDiscreteScheduler:
     config = SCHEDULES[kind]
     if "flow" in kind:
         return FlowMatchEulerDiscreteScheduler(**config)
-    return DDPMScheduler(num_train_timesteps=1000, clip_sample=False, **config)
+    return DDPMScheduler(**{"num_train_timesteps": 1000, "clip_sample": False, **config})
 
 
-def diffusers_loss(kind: str) -> Callable[[nn.Module, Tensor], Tensor]:
+def diffusers_loss(kind: str) -> Callable[..., Tensor]:
     """The loss of diffusers' training examples for this kind of network."""
     schedule = scheduler(kind)
     if "flow" in kind:
 
-        def flow(net: nn.Module, x: Tensor) -> Tensor:
+        def flow(net: nn.Module, x: Tensor, **labels: Tensor) -> Tensor:
             noise = torch.randn_like(x)
             index = torch.randint(len(schedule.timesteps), (len(x),))
             sigma = schedule.sigmas[index][:, None, None, None]
             noisy = (1 - sigma) * x + sigma * noise
-            return (net(noisy, schedule.timesteps[index]).sample - (noise - x)).square().mean()
+            return (net(noisy, schedule.timesteps[index], **labels).sample - (noise - x)).square().mean()
 
         return flow
     target = SCHEDULES[kind]["prediction_type"]
@@ -120,8 +127,8 @@ def train(
     Arguments:
         name: Name of the file.
         net: Network.
-        loss: Function of the network and a batch of images.
-        images: Training images, (N, *event).
+        loss: Function of the network and a batch of `images`.
+        images: Training images, (N, *event), or their numbers, (N,).
         recipe: Size of the training.
     """
     path = OUT / f"{name.replace(', ', '-').replace(' ', '_')}-{recipe.name}.safetensors"
@@ -148,8 +155,16 @@ def train(
 
 
 def diffusers_network(kind: str, recipe: Recipe) -> UNet2DModel:
-    """A UNet trained on the digits by diffusers' own loop."""
+    """A UNet trained on the digits by diffusers' own loop; a labelled one without its label in a tenth of the rows."""
     torch.manual_seed(0)
+    if "labelled" in kind:
+        data, loss = load(), diffusers_loss(kind)
+
+        def dropped(net: nn.Module, index: Tensor) -> Tensor:
+            labels = data.labels[index].masked_fill(torch.rand(len(index)) < 0.1, NO_LABEL)
+            return loss(net, data.images[index], class_labels=labels)
+
+        return train(kind, unet(recipe.width, labels=NO_LABEL + 1), dropped, torch.arange(len(data.images)), recipe)
     return train(kind, unet(recipe.width), diffusers_loss(kind), load().images, recipe)
 
 

@@ -19,19 +19,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from _judging import from_command_line, write
 from _mnist import Judge, load
 from _schedulers import Peer, peers, run
-from _trained import OUT, QUICK, SCHEDULES, Recipe, diffusers_network, scheduler
+from _trained import NO_LABEL, OUT, QUICK, SCHEDULES, Recipe, diffusers_network, scheduler
 from torch import Tensor
 
 import scoresde as ss
 
 BUDGETS = (4, 5, 6, 8, 10, 15, 20, 50)
 QUICK_BUDGETS = (4, 5, 10)
-HELD_OUT = ("velocity, shifted flow", "x0, cosine", "epsilon, sigmoid")
+LABELLED = "velocity, labelled flow"
+HELD_OUT = ("velocity, shifted flow", "x0, cosine", "epsilon, quadratic")
 
 
 @dataclass
@@ -85,22 +87,52 @@ class Cache:
         torch.save(self.kept, self.path)
 
 
+class Guided(torch.nn.Module):
+    """A labelled network with classifier-free guidance as in the pipelines of diffusers: one output for two forwards.
+
+    Arguments:
+        net: Network.
+        labels: Labels of the samples.
+        scale: Scale of the guidance; 0 is the network without labels.
+    """
+
+    def __init__(self, net: torch.nn.Module, labels: Tensor, scale: float) -> None:
+        super().__init__()
+        self.net, self.labels, self.scale = net, labels, scale
+
+    def forward(self, x: Tensor, t: Tensor) -> SimpleNamespace:
+        none = torch.full_like(self.labels, NO_LABEL)
+        if self.scale == 0:
+            return self.net(x, t, class_labels=none)
+        both = self.net(torch.cat([x, x]), t, class_labels=torch.cat([none, self.labels])).sample
+        without, given = both.chunk(2)
+        return SimpleNamespace(sample=without + self.scale * (given - without))
+
+
 class Network:
     """A trained network with the fine solve from its starts.
 
     Arguments:
-        kind: Name of the network's schedule.
+        kind: Name of the network's schedule; a labelled one is followed by "@" and the scale of its guidance.
         options: Options of the command line.
         jury: Judge of images.
     """
 
     def __init__(self, kind: str, options: Options, jury: Judge) -> None:
-        self.kind, self.jury = kind, jury
-        self.net = diffusers_network(kind, QUICK if options.quick else Recipe())
-        self.model = ss.interop.from_diffusers(self.net, scheduler(kind))
+        self.kind, _, scale = kind.partition(" @ ")
+        self.jury = jury
+        self.net = diffusers_network(self.kind, QUICK if options.quick else Recipe())
+        self.model = ss.interop.from_diffusers(self.net, scheduler(self.kind))
         self.x = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0))[: options.samples]
+        if scale:
+            labels = torch.arange(len(self.x)) % NO_LABEL
+            given = self.model.given(class_labels=labels)
+            null = {"class_labels": torch.tensor([NO_LABEL])}
+            self.model = ss.ClassifierFree(given, float(scale), null=null, one_forward=True)
+            self.net = Guided(self.net, labels, float(scale))
         size = "quick" if options.quick else options.samples
-        self.cache = Cache(OUT.parent / "defaults" / f"{kind.replace(', ', '-').replace(' ', '_')}-{size}.pt")
+        name = kind.replace(", ", "-").replace(" @ ", "-").replace(" ", "_")
+        self.cache = Cache(OUT.parent / "defaults" / f"{name}-{size}.pt")
         grid = ss.grids.power_t(self.model.sde, options.fine, 1.5)
         fine = lambda: (ss.sample(self.model, self.x, ss.VelocityAB(2), grid=grid), options.fine)  # noqa: E731
         self.fine = self.cache.get(f"fine {options.fine}", fine)[0].double()
@@ -116,7 +148,7 @@ class Network:
     def solved(self, budget: int) -> tuple[Tensor, int]:
         """Samples of our default, and its number of evaluations."""
         solution = ss.solve(self.model, self.x, nfe=budget)
-        return solution.x, solution.nfe
+        return solution.x, solution.calls
 
     def peer(self, peer: Peer, budget: int) -> Result:
         """A scheduler of diffusers; one that fails has an infinite error."""

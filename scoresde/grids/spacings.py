@@ -226,6 +226,7 @@ def log_noise(
     steps: int,
     scale: float = 0.4,
     exponent: float = 1.0,
+    power: float | None = None,
     *,
     t_start: float | None = None,
     t_end: float = 0.0,
@@ -236,20 +237,26 @@ def log_noise(
     .. math:: c_i^{1/k} = (1 - u_i)\,c_{start}^{1/k} + u_i\,c_{end}^{1/k}
 
     At noise levels above the scale ϱ₀ these are equal steps in λ, so that no step is long where an ε-network multiplies
-    its errors by σ/α. Below it they are equal steps in the noise level.
+    its errors by σ/α. Below it they are equal steps in the noise level. With a finite power p the logarithm becomes
+    :math:`p\,((1 + \varrho/\varrho_0)^{1/p} - 1)`, which makes the steps at high noise shorter: for a small scale and
+    k = 1 they are those of :func:`karras`.
 
     Arguments:
         sde: The process.
         steps: Number of steps; the grid has one more time.
         scale: Noise level ϱ₀ below which the steps are equal in ϱ.
         exponent: Exponent k; a larger one makes the grid denser near data.
+        power: Power p, None for the logarithm; a smaller one makes the grid denser at high noise.
         t_start: First time, default T.
         t_end: Last time, default 0, which gives the denoised state.
         t_min: Smallest last positive time if `t_end` is 0, default ``sde.t_min``.
     """
     near = math.log(check.number("scale", scale, above=0))
-    clock = lambda lam: torch.nn.functional.softplus(-lam - near, threshold=60)  # noqa: E731
-    lam_of_clock = lambda c: -(torch.expm1(c).log() + near)  # noqa: E731
+    p = None if power is None else check.number("power", power, above=0)
+    bent = lambda c: c if p is None else p * torch.expm1(c / p)  # noqa: E731
+    straight = lambda c: c if p is None else p * torch.log1p(c / p)  # noqa: E731
+    clock = lambda lam: bent(torch.nn.functional.softplus(-lam - near, threshold=60))  # noqa: E731
+    lam_of_clock = lambda c: -(torch.expm1(straight(c)).log() + near)  # noqa: E731
     return _even_in(sde, steps, clock, lam_of_clock, exponent, t_start, t_end, t_min)
 
 

@@ -36,6 +36,7 @@ IN_TIME: dict[str, Builder] = {
     "flow_time 2": functools.partial(grids.flow_time, exponent=2.0),
     "log_noise": grids.log_noise,
     "log_noise 1.5": functools.partial(grids.log_noise, scale=2.0, exponent=1.5),
+    "log_noise of power 7": functools.partial(grids.log_noise, scale=0.1, exponent=1.5, power=7.0),
 }
 IN_LAM: dict[str, Builder] = {
     "uniform_lam": grids.uniform_lam,
@@ -201,6 +202,19 @@ def test_clocks_of_noise_are_even_down_to_the_last_positive_time(sde: ss.SDE, k:
     lam = sde.lam(inner(grids.log_noise(sde, 12, 0.5, k)))
     reached = lam[1:] if sde.alpha(sde.T) == 0 else lam
     assert even(torch.log1p((-reached).exp() / 0.5) ** (1 / k), 1e-6)
+
+
+def test_log_noise_of_a_power_is_even_in_it_and_leads_from_karras_to_the_logarithm() -> None:
+    sde = ss.VP()
+    times = inner(grids.log_noise(sde, 12, 0.5, 1.5, 4.0))
+    rho = sde.sigma(times) / sde.alpha(times)
+    assert even((4 * ((1 + rho / 0.5) ** 0.25 - 1)) ** (1 / 1.5), 1e-7)
+    assert torch.allclose(grids.log_noise(sde, 12, 0.5, power=1e7), grids.log_noise(sde, 12, 0.5), rtol=1e-5)
+    low = 1e-7  # far below the last noise level
+    near_karras = grids.log_noise(sde, 12, low, power=7.0, t_end=sde.t_min)
+    assert torch.allclose(near_karras, grids.karras(sde, 12, 7.0, t_end=sde.t_min), rtol=1e-3)
+    top = [float(sde.lam(inner(grids.log_noise(sde, 12, 0.1, power=p)))[1]) for p in (3.0, 7.0, None)]
+    assert top == sorted(top), "a smaller power takes a shorter first step"
 
 
 def test_flow_time_on_flow_is_uniform_and_stops_at_t_min() -> None:

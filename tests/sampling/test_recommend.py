@@ -137,6 +137,16 @@ def test_errors_of_a_network_on_a_cosine_schedule_do_not_grow() -> None:
         assert float(gap.median()) < 8 * delta, nfe
 
 
+def test_errors_of_the_first_steps_stay_small_where_an_eps_network_does_not_contract_them() -> None:
+    # If ε does not depend on x, x/α moves by the integral of ε over σ/α, and nothing later shrinks an error of it.
+    sde = ss.VP()
+    model = ss.Denoiser(lambda x, t: x * 0 + (1 / (1 + sde.sigma(t) / sde.alpha(t) / 5))[:, None], sde, predicts="eps")
+    exact = -5 * math.log1p(sde.sigma(sde.T) / sde.alpha(sde.T) / 5)
+    start = torch.zeros(1, 1, dtype=f64)
+    for nfe in (14, 17, 20, 24):
+        assert abs(float(ss.sample(model, start, nfe=nfe)) / exact - 1) < 0.005, nfe
+
+
 def test_a_grid_on_which_the_default_would_amplify_errors_gets_a_lower_order() -> None:
     sde = ss.Discrete(ss.processes.betas("cosine", 1000))
     model = ss.Denoiser(lambda x, t: x, sde, predicts="eps")

@@ -5,14 +5,14 @@
 
 Six UNets are trained on MNIST by the loops of diffusers' examples. The defaults were chosen on the first three of
 them, on exact problems and on 8 × 8 digits, that for ε later on both ε-networks and on a seventh, `--kinds "epsilon,
-sigmoid"`. An eighth, "epsilon, quadratic", has 500 betas and no part in any choice. A labelled network takes the scale of
-classifier-free guidance behind its name: `--kinds "velocity, labelled flow @ 2;velocity, labelled flow @ 4"` guides it as
-the pipelines of diffusers do; each evaluation is then two forward passes. At each number of evaluations the script runs,
-from the same states, our default and the schedulers of diffusers with their spacings and the options that matter
-(`_schedulers.py`). All of them run at 5 and 10 evaluations; at the other budgets run those that were among the best
-there. The tables show the error of each to a fine solve of the same network (median over the samples, and root mean
-square), the Fréchet distance to held-out digits in the features of a classifier, and our default over the best of
-diffusers in hindsight, for each measure by itself. The figure shows the median errors.
+sigmoid"`. An eighth, "epsilon, quadratic", has 500 betas and no part in any choice. A labelled network takes the
+scale of classifier-free guidance behind its name: `--kinds "velocity, labelled flow @ 2;velocity, labelled flow @ 4"`
+guides it as the pipelines of diffusers do; each evaluation is then two forward passes. At each number of evaluations
+the script runs, from the same states, our default and the schedulers of diffusers with their spacings and the options
+that matter (`_schedulers.py`). All of them run at 5 and 10 evaluations; at the other budgets run those that were
+among the best there. The tables show the error of each to a fine solve of the same network (median over the samples,
+and root mean square), the Fréchet distance to held-out digits in the features of a classifier, and our default over
+the best of diffusers in hindsight, for each measure by itself. The figure shows the median errors.
 """
 
 from __future__ import annotations

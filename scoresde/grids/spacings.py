@@ -252,12 +252,20 @@ def log_noise(
         t_min: Smallest last positive time if `t_end` is 0, default ``sde.t_min``.
     """
     near = math.log(check.number("scale", scale, above=0))
-    p = None if power is None else check.number("power", power, above=0)
-    bent = lambda c: c if p is None else p * torch.expm1(c / p)  # noqa: E731
-    straight = lambda c: c if p is None else p * torch.log1p(c / p)  # noqa: E731
-    clock = lambda lam: bent(torch.nn.functional.softplus(-lam - near, threshold=60))  # noqa: E731
-    lam_of_clock = lambda c: -(torch.expm1(straight(c)).log() + near)  # noqa: E731
+    root = None if power is None else check.number("power", power, above=0)
+    clock = lambda lam: _bent(torch.nn.functional.softplus(-lam - near, threshold=60), root)  # noqa: E731
+    lam_of_clock = lambda c: -(torch.expm1(_straight(c, root)).log() + near)  # noqa: E731
     return _even_in(sde, steps, clock, lam_of_clock, exponent, t_start, t_end, t_min)
+
+
+def _bent(c: Tensor, power: float | None) -> Tensor:
+    """The logarithm c of a number as a power of it, p (exp(c/p) − 1), or c itself."""
+    return c if power is None else power * torch.expm1(c / power)
+
+
+def _straight(c: Tensor, power: float | None) -> Tensor:
+    """Inverse of :func:`_bent`."""
+    return c if power is None else power * torch.log1p(c / power)
 
 
 def _even_in(

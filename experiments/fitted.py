@@ -1,17 +1,17 @@
-"""Fitted plans against all unfitted ones, and computed grids against common ones.
+"""Fitted plans against the best unfitted ones on held-out problems; parts of a plan; computed grids.
 
-    python experiments/fitted.py                              # half an hour on an idle core
-    python experiments/fitted.py --process EDM --nfes 5,10    # under another process
-    python experiments/fitted.py --quick                      # seconds, for CI
+    pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
+    python experiments/fitted.py          # 8 minutes on an idle core
+    python experiments/fitted.py --parts  # parts of a plan, and grids; a quarter of an hour
+    python experiments/fitted.py --quick  # seconds, for CI
 
-The problems are the three exact ones of ``work_precision.py``, under VP. At every budget the script compares the best
-of all solvers × grids, a plan fitted from T, and a plan fitted together with a Gaussian start (mean and covariance of
-the data, no evaluation). Plans are fitted on 128 trajectories, and 64 others decide when to stop. All errors are those
-of 128 further trajectories: the distance per number from the same fine solve of the probability flow, from the same
-initial states at T. ``tails.py`` measures the tails of the error on more samples.
-
-The script then fits only some parts of a plan, and compares common grids with computed ones, which need the covariance
-or a pilot run.
+The problems are those of the held-out half of ``_problems.py``: exact mixtures, and the same with the smooth error of a
+v-network. The frontier is the smallest error over all solvers × grids of ``work_precision.py``, ours and those of the
+other libraries, in hindsight for each problem, each number of evaluations and each of the two measures. Beside it are
+the default, ``ss.fit(n, model, x)``, and the same with a Gaussian start (mean and covariance of the data). Plans are
+fitted on 128 trajectories, and 64 others decide when to stop. All errors are those of 256 further initial states: the
+distance per number from the same fine solve of the flow. A sample is far if it ends more than half a standard deviation
+of the data from it. ``tails.py`` measures the tails of the error on more samples.
 
 The script writes a CSV, a figure and a table; an interrupted run continues its CSV.
 """
@@ -28,14 +28,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _peers import installed
+from _problems import CASES, PROBLEMS, Network, model_of, problem, solved
+from _problems import Case as Problem
 from torch import Tensor
-from work_precision import PROBLEMS, our_grids, our_solvers, problem
+from work_precision import Options as Budgets
+from work_precision import samplers
 
 import scoresde as ss
 from scoresde import fitting
 
-NFES = (4, 5, 6, 8, 10, 15)
-FRESH = 128
+FRESH = 256
+WHO = ("default", "fitted", "fitted, Gaussian start")
 PARTS = ((), ("times",), ("network_times",), ("weights",), ("times", "weights"), ("times", "network_times", "weights"))
 
 
@@ -43,13 +47,13 @@ PARTS = ((), ("times",), ("network_times",), ("weights",), ("times", "weights"),
 class Options:
     """Options of the command line."""
 
-    process: str = "VP"
-    problems: int = 3  # number of problems
-    nfes: str = ",".join(map(str, NFES))
+    nfes: str = "5,10"
     steps: int = 300
     trajectories: int = 192
     seed: int = 7
+    percent: str = "0,5,1"  # errors of the networks, in the order of the run
     out: Path = Path(__file__).parent / "out"
+    parts: bool = False
     quick: bool = False
 
 
@@ -60,20 +64,12 @@ class Result:
     problem: str
     nfe: int
     who: str
-    solver: str
-    grid: str
+    name: str
     median: float
     rmse: float
-    q90: float
-    q99: float
+    far: int
+    iterations: int = 0
     seconds: float = 0.0
-
-
-def errors(x: Tensor, truth: Tensor) -> dict[str, float]:
-    """Quantiles of the distance per number."""
-    e = (x - truth).flatten(1).square().mean(1).sqrt()
-    q = e.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=e.dtype)).tolist()
-    return {"median": q[0], "q90": q[1], "q99": q[2], "rmse": float(e.square().mean().sqrt())}
 
 
 def share(ratio: float) -> str:
@@ -81,61 +77,58 @@ def share(ratio: float) -> str:
     return f"1/{1 / ratio:.1f}" if ratio < 1 else f"{ratio:.1f}"
 
 
-class Case:
+def mean(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+class Judged:
     """A problem with trajectories for fits and fresh ones."""
 
-    def __init__(self, name: str, options: Options) -> None:
-        self.name, self.options = name, options
-        self.model, x, truth = problem(name, options.process, options.trajectories + FRESH, options.seed)
+    def __init__(self, case: Problem, options: Options) -> None:
+        self.case, self.options, self.model = case, options, model_of(case)
         n = options.trajectories
+        with torch.no_grad():
+            x, truth = solved(self.model, n + FRESH, options.seed)
         self.x, self.truth, self.fresh, self.target = x[:n], truth[:n], x[n:], truth[n:]
-        self.gaussian = ss.Gaussian.of(self.model.sde, self.model.mean(), self.model.covariance())
+        mixture = self.model.mixture if isinstance(self.model, Network) else self.model
+        self.gaussian = ss.Gaussian.of(self.model.sde, mixture.mean(), mixture.covariance())
+        self.std = float((self.target - self.target.mean(0)).square().mean().sqrt())
 
-    def measure(self, plan: ss.Plan, start: ss.Gaussian | None = None) -> dict[str, float]:
-        return errors(ss.sample(self.model, self.fresh, plan, start=start), self.target)
+    def result(self, n: int, who: str, name: str, x: Tensor, iterations: int = 0, seconds: float = 0.0) -> Result:
+        e = (x.double() - self.target).flatten(1).square().mean(1).sqrt()
+        far = int((e > 0.5 * self.std).sum())
+        rmse = float(e.square().mean().sqrt())
+        return Result(self.case.name, n, who, name, float(e.median()), rmse, far, iterations, seconds)
 
     def unfitted(self, n: int) -> Iterator[Result]:
-        """All solvers on all grids."""
-        sde = self.model.sde
+        """The default, and all solvers on all grids."""
+        budgets = Budgets(quick=self.options.quick)
         with torch.no_grad():
-            for name, solver in our_solvers(self.options.quick).items():
-                for grid, maker in our_grids(self.options.process, self.options.quick).items():
-                    within, steps = solver.for_nfe(n)
-                    plan = within.plan(sde, maker(sde, steps))
-                    if plan.nfe <= n:
-                        yield Result(self.name, n, "unfitted", name, grid, **self.measure(plan))
-
-    def initial(self, n: int, tol: float | None) -> ss.Plan:
-        """Plan to fit: from T, or from the time at which a Gaussian start has an error of `tol` per number."""
-        sde = self.model.sde
-        t = None if tol is None else self.gaussian.start_time(self.model, tol)
-        return ss.VelocityAB(2 if n < 5 else 3).plan(sde, ss.grids.quadratic_vp(sde, n, t_start=t))
+            for who, solver, grid, sample in samplers(self.case, self.model, installed(), budgets):
+                if who in ("statistics", "anchored"):  # they use the data
+                    continue
+                found = sample(self.model, self.fresh, n)
+                if found is not None and bool(found[0].isfinite().all()):
+                    name = "default" if who == "default" else f"{who}: {solver}, {grid}"
+                    yield self.result(n, "default" if who == "default" else "unfitted", name, found[0])
 
     def fitted(self, n: int, start: bool) -> Iterator[Result]:
-        """A fit, and with a Gaussian start also its initial plan; at 4 and 5 evaluations the better of two fits."""
+        """A fit that is given a number of evaluations and nothing else."""
         gaussian = self.gaussian if start else None
-        tols = (None,) if not start else (0.01, 0.05) if n < 6 else (0.01,)
-        plans = [self.initial(n, tol) for tol in tols]
-        if start:
-            errors = self.measure(plans[0], gaussian)
-            yield Result(self.name, n, "Gaussian start", plans[0].name, "quadratic_vp", **errors)
-        began = time.perf_counter()
-        fits = [
-            ss.fit(
-                plan,
-                self.model,
-                self.x,
-                start=gaussian,
-                teacher=self.truth,
-                split=fitting.Split(held_out=self.options.trajectories // 3),
-                steps=self.options.steps,
-            )
-            for plan in plans
-        ]
-        best = min(fits, key=lambda plan: plan.meta["held_out"]["after"]["mean_log"])
-        spent = (time.perf_counter() - began) / len(fits)
-        who = "fitted, Gaussian start" if start else "fitted"
-        yield Result(self.name, n, who, plans[0].name, "", **self.measure(best, gaussian), seconds=spent)
+        began = time.process_time()
+        plan = ss.fit(n, self.model, self.x, start=gaussian, teacher=self.truth, steps=self.options.steps)
+        spent = time.process_time() - began
+        y = ss.sample(self.model, self.fresh, plan, start=gaussian)
+        yield self.result(n, WHO[1 + start], plan.meta["from"], y, plan.meta["iterations"], spent)
+
+
+def problems(options: Options) -> list[Problem]:
+    """Held-out problems of exact models and v-networks."""
+    held_out = [c for c in CASES if c.half == "held out" and c.network in ("exact", "v")]
+    if options.quick:
+        return held_out[:1]
+    return [c for p in options.percent.split(",") for c in held_out if c.percent == int(p)]
 
 
 def collect(options: Options, page: Path) -> list[Result]:
@@ -146,74 +139,105 @@ def collect(options: Options, page: Path) -> list[Result]:
         with page.open() as file:
             rows = [Result(**{k: kinds[k](v) for k, v in line.items()}) for line in csv.DictReader(file)]
     have = {(row.problem, row.nfe, row.who) for row in rows}
-    names = list(PROBLEMS)[: options.problems]
     with page.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([f.name for f in fields(Result)])
 
         def note(results: list[Result]) -> None:
-            rows.extend(r for r in results if r not in rows)
             for r in results:
                 writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in vars(r).values()])
             file.flush()
 
-        note(list(rows))
-        for name in names:
-            case = Case(name, options)
+        note(rows)
+        for case in problems(options):
+            judged: Judged | None = None
             for n in map(int, options.nfes.split(",")):
-                for who, make in {
-                    "unfitted": partial(case.unfitted, n),
-                    "fitted, Gaussian start": partial(case.fitted, n, True),
-                    "fitted": partial(case.fitted, n, False),
-                }.items():
-                    if (name, n, who) not in have:
-                        note(list(make()))
+                for who in ("unfitted", *WHO[1:]):
+                    if (case.name, n, who) in have:
+                        continue
+                    judged = judged or Judged(case, options)
+                    found = list(judged.unfitted(n) if who == "unfitted" else judged.fitted(n, who == WHO[2]))
+                    note(found)
+                    rows += found
+                    print(f"{case.name}, {n}, {who}: {found[-1].median:.2e}, {found[-1].rmse:.2e}", flush=True)
     return rows
 
 
 def report(rows: list[Result], options: Options) -> str:
     """Tables of unfitted and fitted plans."""
+    columns = list(WHO)
     lines = [
-        "# Fitted plans",
+        f"{options.trajectories} trajectories to fit on, {FRESH} fresh ones to measure; errors per number. Each column "
+        "has the ratios of the median and of the RMSE to the frontier, and the number of far samples.",
         "",
-        f"{options.trajectories} trajectories to fit on, {FRESH} fresh ones to measure; {options.process}; error per "
-        "number.",
-        "",
+        "| problem | NFE | frontier: median, by | RMSE, by | far | " + " | ".join(columns) + " |",
+        "|:--|--:|:--|:--|--:|" + "--:|" * len(columns),
     ]
-    gains: dict[str, list[float]] = {}
-    for name in dict.fromkeys(row.problem for row in rows):
-        lines += [f"## {name}", ""]
-        lines += ["| NFE | best unfitted | median | RMSE | | median | q90 | q99 | RMSE | median / best unfitted's |"]
-        lines += ["|--:|:--|--:|--:|:--|--:|--:|--:|--:|--:|"]
-        of = [row for row in rows if row.problem == name]
-        for n in sorted({row.nfe for row in of}):
-            plain = [r for r in of if r.nfe == n and r.who == "unfitted" and math.isfinite(r.median)]
-            if not plain:
-                continue
-            best, rmse = min(plain, key=lambda r: r.median), min(r.rmse for r in plain)
-            for who in ("fitted", "Gaussian start", "fitted, Gaussian start"):
-                for r in of:
-                    if (r.nfe, r.who) == (n, who):
-                        ratio = r.median / best.median
-                        if n <= 10:
-                            gains.setdefault(who, []).append(ratio)
-                        lines.append(
-                            f"| {n} | {best.solver}, {best.grid} | {best.median:.2e} | {rmse:.2e} | {who} | "
-                            f"{r.median:.2e} | {r.q90:.2e} | {r.q99:.2e} | {r.rmse:.2e} | {share(ratio)} |"
-                        )
-        lines.append("")
-    lines += ["## Over all problems, 4 to 10 evaluations: median error / that of the best unfitted plan", ""]
-    for who, ratios in gains.items():
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        lines.append(f"* {who}: {share(mean)} in the geometric mean, {share(max(ratios))} at worst")
-    for name in dict.fromkeys(row.problem for row in rows):
-        four, ten = (
-            [r.median for r in rows if (r.problem, r.nfe, r.who) == (name, n, who)]
-            for n, who in ((4, "fitted, Gaussian start"), (10, "unfitted"))
-        )
-        if four and ten:
-            lines.append(f"* {name}, 4 fitted with a Gaussian start / the best 10 unfitted: {min(four) / min(ten):.2f}")
+    ratios: dict[tuple[str, int, bool], list[tuple[float, float]]] = {}
+    effort: dict[str, list[tuple[int, float]]] = {}
+    for name in dict.fromkeys(r.problem for r in rows):
+        for n in sorted({r.nfe for r in rows if r.problem == name}):
+            of = [r for r in rows if (r.problem, r.nfe) == (name, n)]
+            plain = [r for r in of if r.who == "unfitted" and math.isfinite(r.median)]
+            low, small = min(plain, key=lambda r: r.median), min(plain, key=lambda r: r.rmse)
+            cells = []
+            for who in columns:
+                r = next((r for r in of if r.who == who), None)
+                if r is None:
+                    cells.append("")
+                    continue
+                pair = r.median / low.median, r.rmse / small.rmse
+                ratios.setdefault((who, n, "network" in name), []).append(pair)
+                effort.setdefault(who, []).append((r.iterations, r.seconds))
+                cells.append(f"{share(pair[0])}; {pair[1]:.2f}; {r.far}")
+            found = f"{low.median:.2e}, {low.name} | {small.rmse:.2e}, {small.name} | {small.far}"
+            lines.append(f"| {name} | {n} | {found} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Geometric mean over the problems, and the worst:",
+        "",
+        "| plan | NFE | problems | median | worst | RMSE | worst |",
+    ]
+    lines += ["|:--|--:|:--|--:|--:|--:|--:|"]
+    groups: list[tuple[str, tuple[bool, ...]]] = [("exact", (False,)), ("v network", (True,)), ("all", (False, True))]
+    for who in columns:
+        for n in sorted({r.nfe for r in rows}):
+            for word, kinds in groups:
+                pairs = [pair for kind in kinds for pair in ratios.get((who, n, kind), [])]
+                if pairs:
+                    median, rmse = ([*map(float, v)] for v in zip(*pairs, strict=True))
+                    cells = f"{share(mean(median))} | {share(max(median))} | {mean(rmse):.2f} | {max(rmse):.2f}"
+                    lines.append(f"| {who} | {n} | {word} | {cells} |")
+    lines.append("")
+    for who in columns:
+        iterations, seconds = zip(*effort.get(who, [(0, 0.0)]), strict=True)
+        if any(iterations):
+            lines.append(
+                f"* {who}: {sum(iterations) / len(iterations):.0f} iterations, {sum(seconds) / len(seconds):.0f} s"
+            )
     return "\n".join(lines)
+
+
+class Case:
+    """A problem of the first half, under VP, with trajectories for fits and fresh ones."""
+
+    def __init__(self, name: str, options: Options) -> None:
+        self.name, self.options = name, options
+        self.model, x, truth = problem(name, "VP", options.trajectories + 128, options.seed)
+        n = options.trajectories
+        self.x, self.truth, self.fresh, self.target = x[:n], truth[:n], x[n:], truth[n:]
+        self.gaussian = ss.Gaussian.of(self.model.sde, self.model.mean(), self.model.covariance())
+
+    def measure(self, plan: ss.Plan, start: ss.Gaussian | None = None) -> dict[str, float]:
+        e = (ss.sample(self.model, self.fresh, plan, start=start) - self.target).flatten(1).square().mean(1).sqrt()
+        q = e.quantile(torch.tensor([0.5, 0.9, 0.99], dtype=e.dtype)).tolist()
+        return {"median": q[0], "q90": q[1], "q99": q[2], "rmse": float(e.square().mean().sqrt())}
+
+    def initial(self, n: int, tol: float | None) -> ss.Plan:
+        """Plan to fit: from T, or from the time at which a Gaussian start has an error of `tol` per number."""
+        sde = self.model.sde
+        t = None if tol is None else self.gaussian.start_time(self.model, tol)
+        return ss.VelocityAB(2 if n < 5 else 3).plan(sde, ss.grids.quadratic_vp(sde, n, t_start=t))
 
 
 def parts_table(options: Options) -> list[str]:
@@ -236,7 +260,7 @@ def grid_table(options: Options) -> list[str]:
     """Median errors of three solvers on computed and on common grids."""
     caption = "Median error on fresh trajectories; the last row is the geometric mean of its ratio to the better of "
     lines = ["## Grids", "", caption + "uniform_lam and karras.", ""]
-    names = list(PROBLEMS)[:1] if options.quick else list(PROBLEMS)[: options.problems]
+    names = list(PROBLEMS)[:1] if options.quick else list(PROBLEMS)
     columns = ("uniform_lam", "karras", "quadratic_vp", "gaussian_grid", "gits", "equal_error", "align_your_steps")
     lines += [f"| problem | solver | NFE | {' | '.join(columns)} |", f"|:--|:--|--:|{'--:|' * len(columns)}"]
     against: dict[str, list[float]] = {column: [] for column in columns}
@@ -267,62 +291,69 @@ def grid_table(options: Options) -> list[str]:
 
 
 def draw(rows: list[Result], page: Path) -> None:
-    """Draw the median error against the number of evaluations."""
+    """Draw the median error and the RMSE over the frontier, for each problem."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(row.problem for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), squeeze=False)
-    for ax, name in zip(axes[0], names, strict=True):
-        of = [row for row in rows if row.problem == name]
-        for pair in {(r.solver, r.grid) for r in of if r.who == "unfitted"}:
-            line = sorted((r.nfe, r.median) for r in of if r.who == "unfitted" and (r.solver, r.grid) == pair)
-            ax.plot(*zip(*line, strict=True), color="0.85", lw=0.5, zorder=0)
-        for who, colour in {
-            "unfitted": "C0",
-            "Gaussian start": "C2",
-            "fitted": "C1",
-            "fitted, Gaussian start": "C3",
-        }.items():
-            best = {
-                n: min(r.median for r in of if r.nfe == n and r.who == who) for n in {r.nfe for r in of if r.who == who}
-            }
-            if best:
-                label = "best unfitted" if who == "unfitted" else who
-                ax.plot(*zip(*sorted(best.items()), strict=True), color=colour, marker=".", label=label)
-        shown = [r.median for r in of if r.who != "unfitted"]
-        ax.set(xscale="log", yscale="log", title=name, xlabel="evaluations", ylim=(min(shown) / 6, 4 * max(shown)))
-        ax.set_xticks(sorted({r.nfe for r in of}), labels=map(str, sorted({r.nfe for r in of})))
+    titles = {"median": "median", "rmse": "RMSE"}
+    budgets = sorted({r.nfe for r in rows})
+    names = list(dict.fromkeys(r.problem for r in rows))
+    figure, axes = plt.subplots(1, 2 * len(budgets), figsize=(3.1 * 2 * len(budgets), 3.6), sharey=True, squeeze=False)
+    for i, ax in enumerate(axes[0]):
+        n, measure = budgets[i // 2], ("median", "rmse")[i % 2]
+        of = [r for r in rows if r.nfe == n]
+        low: dict[str, float] = {}
+        for r in of:
+            if r.who == "unfitted":
+                low[r.problem] = min(low.get(r.problem, math.inf), getattr(r, measure))
+        for who, colour, marker in zip(WHO, ("0.55", "C1", "C3"), "so^", strict=True):
+            points = [(getattr(r, measure) / low[r.problem], names.index(r.problem)) for r in of if r.who == who]
+            if points:
+                ax.plot(*zip(*points, strict=True), marker, color=colour, label=who)
+        ax.axvline(1, color="0.3", lw=0.8)
+        ax.axvline(1 / 15 if measure == "median" else 1 / 3, color="0.3", lw=0.8, ls=":")
+        ticks = (0.01, 0.03, 0.1, 0.3, 1, 3) if measure == "median" else (0.1, 0.2, 0.5, 1, 2)
+        ax.set(xscale="log", title=f"{titles[measure]}, {n} evaluations", xlabel="error / frontier")
+        ax.set_xticks(ticks, labels=[f"{v:g}" for v in ticks])
         ax.set_xticks([], minor=True)
-    axes[0, 0].set_ylabel("median error per number")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(page, dpi=110)
+        ax.set_yticks(
+            range(len(names)), [p.replace(" network, ", ", ").replace(" error", "") for p in names], fontsize=8
+        )
+        ax.grid(alpha=0.25)
+    axes[0, 0].invert_yaxis()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    figure.savefig(page, dpi=80)
     plt.close(figure)
 
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = "fitted_quick" if options.quick else "fitted" if options.process == "VP" else f"fitted_{options.process}"
-    rows = collect(options, options.out / f"{stem}.csv")
-    text = "\n".join([report(rows, options), "", *parts_table(options), *grid_table(options)])
+    stem = "fitted" + "_parts" * options.parts + "_quick" * options.quick
+    if options.parts:
+        text = "\n".join([*parts_table(options), *grid_table(options)])
+    else:
+        rows = collect(options, options.out / f"{stem}.csv")
+        text = report(rows, options)
+        draw(rows, options.out / f"{stem}.png")
     (options.out / f"{stem}.md").write_text(text + "\n")
     print(text)
-    draw(rows, options.out / f"{stem}.png")
 
 
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in vars(Options()).items():
-        if name != "quick":
+        if isinstance(value, bool):
+            text = "parts of a plan, and grids" if name == "parts" else "seconds, for CI"
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
             parser.add_argument(f"--{name}", type=type(value), default=value)
-    parser.add_argument("--quick", action="store_true", help="one budget, few iterations, for CI")
     given = vars(parser.parse_args())
     if given["quick"]:
-        given.update(nfes="5", steps=25, trajectories=96, problems=2)
+        given.update(nfes="5", steps=10, trajectories=24)
     return Options(**given)
 
 

@@ -4,7 +4,7 @@
     python experiments/fitted_unet.py --quick    # seconds, for CI: an untrained network
 
 The network is the class-conditional UNet of ``conditional.py`` on scikit-learn's digits, without labels and under
-classifier-free guidance. A plan of 5 evaluations is fitted, from T and with a Gaussian start (mean and covariance of
+classifier-free guidance. ``ss.fit(5, model, x)`` fits a plan, from T and with a Gaussian start (mean and covariance of
 the training digits), to a fine solve from 72 initial states. On fresh noise, the script then compares the fitted plan's
 distance from the fine solve, per pixel, with that of the default at every budget, and reports for each measure the
 smallest budget at which the default is as close. It also runs the plan that was fitted under one guidance scale under
@@ -82,7 +82,6 @@ class Case:
         make = torch.Generator().manual_seed(options.seed + 1)
         labels = torch.randint(0, 10, (n + options.fresh,), generator=make)
         self.to_fit, self.to_test = model.given(label=labels[:n]), model.given(label=labels[n:])
-        self.pilot = model.given(label=labels[: min(64, n)])
         starts = self.sde.prior(std=0.75).sample(
             (n + options.fresh, *conditional.EVENT), ss.Noise(options.seed + 2), dtype=torch.float32
         )
@@ -108,12 +107,9 @@ class Case:
         return " | ".join(cells)
 
     def fit(self, gaussian: ss.Gaussian | None, options: Options) -> ss.Plan:
-        n = min(64, options.trajectories)
-        t = None if gaussian is None else gaussian.start_time(self.pilot, 0.02, n=n)
-        initial = ss.VelocityAB(3).plan(self.sde, ss.grids.quadratic_vp(self.sde, options.nfe, t_start=t))
         if self.truth is None:
             self.truth = self.fine(self.to_fit, self.x, options)
-        return ss.fit(initial, self.to_fit, self.x, start=gaussian, teacher=self.truth, steps=options.steps)
+        return ss.fit(options.nfe, self.to_fit, self.x, start=gaussian, teacher=self.truth, steps=options.steps)
 
 
 def row(words: Sequence[object], values: dict[str, float], needed: str) -> str:
@@ -184,7 +180,9 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="seconds, for CI")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        given.update(train=5, trajectories=9, steps=2, fresh=8, fine=20, others="1", budgets="3,8", nfe=3)
+        given.update(
+            train=5, trajectories=6, steps=1, fresh=4, fine=8, starts="Gaussian", others="1", budgets="2", nfe=2
+        )
     return Options(**given)
 
 

@@ -1,6 +1,6 @@
 """Plans that are fitted to the covariance of the data alone, beside the default and the universal plan.
 
-    python experiments/fitted_to_data.py          # 3 minutes on an idle core; the digits network is trained once
+    python experiments/fitted_to_data.py          # a minute on an idle core; the digits network is trained once
     python experiments/fitted_to_data.py --quick  # seconds, for CI
 
 ``ss.fitting.fit_to_data(n, gaussian)`` fits the universal table to random mixtures that have the covariance of the

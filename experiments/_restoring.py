@@ -80,12 +80,14 @@ class Truth:
         labels: Their classes, (N,).
         train: Training images, for the baseline of the nearest one.
         classes: Function from images to predicted classes and their probabilities.
+        noun: Name of an image in the table.
     """
 
     images: Tensor
     labels: Tensor
     train: Tensor
     classes: Callable[[Tensor], tuple[Tensor, Tensor]]
+    noun: str = "digit"
 
 
 def restored(
@@ -124,7 +126,7 @@ def restored(
         lines += [
             line("the truth", truth.images),
             line("A⁺y", A.pinv(y)),
-            line("nearest training digit", truth.train[nearest]),
+            line(f"nearest training {truth.noun}", truth.train[nearest]),
         ]
         shown.append(A.adjoint(y)[:10] / float(A.adjoint(A(torch.ones(1, *event))).max()))
         for name, method in methods.items():

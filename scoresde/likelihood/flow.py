@@ -12,7 +12,8 @@ of any denoiser d depends only on its difference to the Gaussian's denoiser :mat
 It is finite where α = 0, is the same on every process, and the Gaussian's part of the trace, which is known, is never
 estimated. The state takes Dormand–Prince steps by :mod:`scoresde.integrators.loop`. An observer of the accepted steps
 integrates the trace along their quartic interpolant, with three Gauss–Legendre nodes on each step; the trace does not
-influence the steps.
+influence the steps. The error of a step is the larger of two: that of the state, and its product with the score, by
+which it changes the log-density.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from scoresde.denoisers.modes import check_ready, warn_untrained
 from scoresde.integrators.adaptive import progress
 from scoresde.integrators.control import Control
 from scoresde.integrators.dense import quartic
-from scoresde.integrators.embedded import DormandPrince, Parts, on_device, wide
-from scoresde.integrators.loop import Accepted, Equation, Run, integrate
+from scoresde.integrators.embedded import Attempt, DormandPrince, Parts, on_device, wide
+from scoresde.integrators.loop import Accepted, Equation, Run, integrate, rms
 from scoresde.integrators.method import Method, Problem, Solution
 from scoresde.likelihood.confidence import Uncertain
 from scoresde.likelihood.trace import Divergence, Probes, as_probes
@@ -49,6 +50,10 @@ from scoresde.noise.streams import Stream
 from scoresde.processes.sde import SDE
 
 PAIR = DormandPrince()
+
+NATS = 3.0  # error of the log-density in a step, in units of the norm of the tolerance, that is accepted
+
+SHARPEST = 1e-3  # σ/α at the smallest time of exact denoisers, in units of the standard deviation of the data
 
 NODES = 3  # Gauss–Legendre nodes of the trace on each step
 
@@ -164,7 +169,9 @@ def log_prob(
         reference: Gaussian close to the data, a :class:`Gaussian` or a mixture of one component. It gives the
             prior at T, and its part of the trace is not estimated. By default N(0, data_std² I).
         data_std: Standard deviation of that default, by default 1.
-        t_min: Smallest time at which the network is evaluated, by default that of the process.
+        t_min: Smallest time at which the denoiser is evaluated. The default for a network is that of the process, above
+            which it was trained. Exact denoisers have no limit; their default is at most the time where σ/α is a
+            thousandth of the standard deviation of `reference`.
         to_zero: Whether to carry the flow from `t_min` on to σ = 0, by a step that is exact to O(σ⁴). False: `x` is a
             state at `t_min`, noise included, and the density is that of p at `t_min`, which exists for all data.
         scale: Map of the data to the scale of the model; `x` is given before it, and its log-determinant is added.
@@ -190,7 +197,7 @@ def log_prob(
     with torch.set_grad_enabled(check.gradient_mode(grad, ("off", "full")) == "full"):
         z = x if scale is None else scale(x)
         gaussian = reference_for(z, model.sde, reference, data_std)
-        t_min = _smallest(model.sde, t_min)
+        t_min = _smallest(model, gaussian, t_min)
         warn_untrained(model, t_min)
         flow = RelativeFlow.make(model.counted(counter), counter, gaussian, z, t_min, model.sde.T)
         solver = _Solver(flow, as_probes(probes).draw(z, noise.fork(Stream.PROBES)), tolerance or Tolerance(), to_zero)
@@ -215,7 +222,7 @@ class FlowDensity(Method):
         tolerance: Steps of the state, as in :func:`log_prob`.
         reference: Gaussian close to the data, as in :func:`log_prob`; by default ``start.gaussian``, or else
             N(0, s² I) with the standard deviation ``start.data_std``.
-        t_min: Smallest time at which the network is evaluated, by default that of the process.
+        t_min: Smallest time at which the denoiser is evaluated, as in :func:`log_prob`.
         scale: Map of the data to the scale of the model; samples and densities are those before it.
 
     References:
@@ -256,7 +263,7 @@ class FlowDensity(Method):
         reference = start.gaussian if self.reference is None else self.reference
         std = None if start.data_std == 1 else start.data_std
         gaussian = reference_for(x, sde, reference, std)
-        t_min = _smallest(sde, self.t_min) if to_zero else last
+        t_min = _smallest(problem.model, gaussian, self.t_min) if to_zero else last
         if to_zero:  # otherwise `solve` has warned
             warn_untrained(problem.model, t_min)
         flow = RelativeFlow.make(problem.model, problem.counter, gaussian, x, t_min, first)
@@ -308,8 +315,15 @@ def reference_for(
     return reference
 
 
-def _smallest(sde: SDE, t_min: float | None) -> float:
-    return sde.t_min if t_min is None else check.number("t_min", t_min, above=0, below=sde.T)
+def _smallest(model: AbstractDenoiser, gaussian: Gaussian, t_min: float | None) -> float:
+    """Smallest time of an evaluation: networks are trained above that of the process, exact denoisers have no limit."""
+    sde = model.sde
+    if t_min is not None:
+        return check.number("t_min", t_min, above=0, below=sde.T)
+    if not model.kind.exact:
+        return sde.t_min
+    lam = -math.log(SHARPEST * float(gaussian.spectrum.double().mean().sqrt()))
+    return min(sde.t_min, sde.t_of_lam(lam)) if lam < sde.lam(0.0) else sde.t_min
 
 
 class _Point(NamedTuple):
@@ -407,6 +421,21 @@ class RelativeFlow(Equation):
         gap = self.model.x0(x, at.t) - at.marginal.denoise(x)
         self.tally.add(self.samples, before)
         return (wide(at.rate, x) * at.marginal.shrink(gap),)
+
+    def size(self, u: Tensor, attempt: Attempt, tolerance: Tensor) -> Tensor:
+        """The larger of two errors: that of the state, and that of the log-density, its product with the score.
+
+        In y, for the Gaussian N(0, s² I), the score is −y − (dy/dc)/tan c. It is large where data are sharp and in
+        their tails, so that errors of the state weigh more there.
+        """
+        error = attempt.error.detach()
+        state = rms(error / tolerance)
+        if attempt.f is None:
+            return state
+        y, f = attempt.y[0].detach(), attempt.f[0].detach()
+        score = y + wide(on_device(1 / u.tan(), y), y) * f
+        nats = (score * error).flatten(1).sum(1).abs()
+        return torch.maximum(state, nats / (NATS * tolerance.square().flatten(1).sum(1).sqrt()))
 
     def trace(self, y: Tensor, c: Tensor, divergence: Divergence) -> Tensor:
         """Trace of ∇_y dy/dc, (K, b).

@@ -120,6 +120,34 @@ def test_the_end_at_t_min_is_corrected_or_left() -> None:
     assert (left.value - exact).abs().max() < 1e-5 and bool((left.truncation == 0).all())
 
 
+def test_the_default_smallest_time_leaves_no_more_than_the_tolerance() -> None:
+    mix = mixture(2, ss.VP(), std=0.1)
+    x = mix.sample(2, seed=3)
+    error = own_error(mix, ss.log_prob(mix, x, tolerance=CLOSE), x).abs().max()
+    assert error < 1e-4, "also for data as narrow as this"
+    coarse = own_error(mix, ss.log_prob(mix, x, t_min=mix.sde.t_min, tolerance=CLOSE), x).abs().max()
+    assert coarse > 10 * error, "the process's own t_min leaves more"
+
+
+def test_a_network_is_evaluated_where_it_was_trained() -> None:
+    times = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t.min()))
+        return FLOW2.x0(x, t)
+
+    ss.log_prob(ss.Denoiser(net, ss.Flow(), predicts="x0"), X2[:2])
+    assert min(times) >= ss.Flow().t_min * (1 - 1e-6)
+
+
+def test_steps_keep_the_error_of_the_log_density_in_the_tails() -> None:
+    """A state's error counts there by the score, which is large: with the state's error alone one of these has 4e-2."""
+    mix = ss.GaussianMixture(ss.VP(), normal(6, 32), std=0.3)
+    away = normal(12, 32, seed=5)
+    x = mix.sample(12, seed=1) + 1.2 * away / away.norm(dim=1, keepdim=True)
+    assert own_error(mix, ss.log_prob(mix, x), x).abs().max() < 2e-3
+
+
 def test_a_scale_adds_its_log_determinant() -> None:
     x = 5 + 3 * X2
     scale = ss.data.Standardize(torch.full((2,), 5.0, dtype=F64), torch.full((2,), 3.0, dtype=F64))

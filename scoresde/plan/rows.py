@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -124,8 +125,7 @@ def nonzero(w: Weight) -> bool:
     return isinstance(w, Tensor) or w != 0
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """A row prepared for the loop, which stores x_r at index 2r and d_r at index 2r + 1 of one list.
 
     Arguments:
@@ -210,6 +210,6 @@ def with_ones(program: tuple[Line, ...], index: int) -> tuple[Line, ...]:
 
     def changed(line: Line) -> Line:
         one = ((index, line.one),)
-        return replace(line, terms=line.terms + one, tail=line.tail + one if line.terms else (), one=0.0)
+        return line._replace(terms=line.terms + one, tail=line.tail + one if line.terms else (), one=0.0)
 
     return tuple(changed(line) if nonzero(line.one) else line for line in program)

@@ -11,7 +11,7 @@ call the network themselves (:mod:`scoresde.plan.paused`). On unit vectors the l
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -366,7 +366,7 @@ def _update(
     """Yield the new state of a row; return the state to continue from."""
     if line.terms:
         combine = _add_numbers if line.plain else _add_tensors
-        mean = combine(replace(line, draws=()), saved, None, like, False)
+        mean = combine(line._replace(draws=()), saved, None, like, False)
     else:
         mean = torch.zeros_like(like) + _expanded(line.one, like)
     x = mean

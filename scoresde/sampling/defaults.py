@@ -98,12 +98,12 @@ def _choice(nfe: int, model: AbstractDenoiser | None) -> Recommendation:
 
 
 def _of_noise(nfe: int) -> Recommendation:
-    """Steps are even in λ down to a small noise level; with 13 to 24 they are shorter at T, and denser near data."""
-    scale = 0.2 if nfe <= 5 or 12 < nfe < 25 else 0.07 if nfe <= 12 else 0.1
-    exponent, power = (1.75 if nfe < 18 else 2.0, 4.0) if 12 < nfe < 25 else (1.0, None)
-    order, variable = (2, "lam") if nfe < 25 else (3, "tau")
+    """Few steps are even in λ down to a small noise level; from 13 on they are shorter at T, and denser near data."""
+    scale = 0.2 if nfe <= 5 or nfe > 12 else 0.07
+    exponent = 1.0 if nfe <= 12 else 1.75 if nfe < 18 else 2.0
+    power = None if nfe <= 12 else 4.0 if nfe < 25 else 7.0
     return Recommendation(
-        _velocity(nfe, order, variable=variable),
+        _velocity(nfe, variable="lam" if nfe < 25 else "tau"),
         partial(log_noise, scale=scale, exponent=exponent, power=power),
         "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the velocity, "
         "which has less of this error near data, is interpolated and corrected by the next evaluation.",

@@ -337,8 +337,8 @@ class Bits:
         large = 0.5 * (crossed(a, b) + crossed(b, a))
         print(f"probes: {noises(a, b)}", flush=True)
         return [
-            Row("log mean exp, too small", f"2 × {m} probes", n, self.bits(small), calls),
-            Row("crossed weights, too large", f"2 × {m} probes", n, self.bits(large), calls),
+            Row("log mean exp, low on average", f"2 × {m} probes", n, self.bits(small), calls),
+            Row("crossed weights, high on average", f"2 × {m} probes", n, self.bits(large), calls),
         ]
 
 

@@ -5,7 +5,8 @@
 
 Six UNets are trained on MNIST by the loops of diffusers' examples. The defaults were chosen on the first three of
 them, on exact problems and on 8 × 8 digits, that for ε later on both ε-networks and on a seventh, `--kinds "epsilon,
-sigmoid"`. An eighth, "epsilon, quadratic", has 500 betas and no part in any choice. A labelled network takes the
+sigmoid"`. An eighth, "epsilon, quadratic", has 500 betas and no
+part in a choice up to 24 evaluations. A labelled network takes the
 scale of classifier-free guidance behind its name: `--kinds "velocity, labelled flow @ 2;velocity, labelled flow @ 4"`
 guides it as the pipelines of diffusers do; each evaluation is then two forward passes. At each number of evaluations
 the script runs, from the same states, our default and the schedulers of diffusers with their spacings and the options

@@ -4,7 +4,7 @@ Seven rounds are the fewest that pass all tests of BigCrush, as its authors repo
 There are three implementations of the same words: :func:`philox` in torch runs on every device, and inside
 ``torch.compile`` as part of the kernel of an update; :func:`words` in NumPy is for CPUs; :func:`few` in plain Python is
 for one to three counters, where the overhead of a call of NumPy or torch exceeds the arithmetic. The optional kernel of
-:mod:`scoresde.plan.kernel` computes the same words in Triton.
+``scoresde.plan.kernel`` computes the same words in Triton.
 
 References:
     | Parallel Random Numbers: As Easy as 1, 2, 3 (Salmon et al., 2011), doi:10.1145/2063384.2063405, table 2

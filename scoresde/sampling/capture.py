@@ -61,7 +61,8 @@ def capture(
             None for no compilation. The time that compilation takes grows with the number of evaluations.
         graph: Whether to capture a CUDA graph if the states are on CUDA.
         fused: Whether to compute each update, with its normals, by one kernel of Triton, as in
-            :func:`scoresde.plan.run.run`. It needs the extra ``scoresde[triton]``; ``unfused`` says why updates are not.
+            :func:`scoresde.plan.run.run`. It needs the extra ``scoresde[triton]``; ``unfused`` says why updates are
+            not.
 
     Returns:
         A function of a seed and of conditions that returns samples.

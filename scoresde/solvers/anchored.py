@@ -91,7 +91,8 @@ class AnchoredResidual(Solver):
     It is exact on data N(m, std² I), with any number of steps. Use it for data whose directions have similar variances,
     such as latents, with an accurate network that predicts x0, v or the velocity. On exact mixtures its median error is
     mostly smaller than that of :func:`VelocityAB` on the same grid. Errors of a network that change fast with the noise
-    level take most of this gain (``experiments/anchored.py``), so it is no default. The first prediction enters all rows, which ε-networks, unreliable at high noise, do not bear.
+    level take most of this gain (``experiments/anchored.py``), so it is no default. The first prediction enters all
+    rows, which ε-networks, unreliable at high noise, do not bear.
 
     Arguments:
         std: Standard deviation of the data, the root of the mean variance of their entries.

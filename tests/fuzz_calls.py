@@ -37,7 +37,7 @@ REASONS: dict[str, str] = {
     ),
     **dict.fromkeys(
         """Adams.attempt DPMPair.attempt EmbeddedRungeKutta.attempt Scheme.attempt Scheme.rows Equation.slopes
-        Equation.rows Equation.weigh Equation.rate Equation.unit Equation.time Frame.u Frame.point Frame.t
+        Equation.rows Equation.weigh Equation.rate Equation.unit Equation.time Equation.size Frame.u Frame.point Frame.t
         Frame.scale Frame.rate Frame.weigh Control.land Control.factor Problem.draw Problem.denoise
         Problem.solution Adaptive.run AdaptiveSDE.run Method.run Reversible.run TorchDiffEq.run TorchSDE.run
         FlowDensity.run LearnedVariance.run Parallel.run LangevinCorrector.bind ReverseSDE.f

@@ -12,22 +12,22 @@ through the network, forward or for one product with its Jacobian. The script wr
 Measured (batch 64, 8 seeds, one thread; on a machine with other load, so only the ratios of times are meaningful):
 
                          calls / baseline     time / baseline     error of baseline and ours (nats)
-    2 numbers                   0.38                0.66              8.0e-5, 2.6e-5
-    2 numbers, sharp            0.45                0.41              2.0e-4, 1.2e-4
-    32 numbers                  0.23                0.25              5.1e-3, 4.2e-3
-    32 numbers, sharp           0.30                0.22              1.6e-3, 1.1e-3
-    32 numbers, 8 axes          0.21                0.18              6.6e-3, 3.0e-3
+    2 numbers                   0.53                0.83              1.6e-5, 4.5e-6
+    2 numbers, sharp            0.47                1.09              6.1e-5, 4.8e-5
+    32 numbers                  0.25                0.16              3.8e-3, 1.5e-3
+    32 numbers, sharp           0.35                0.28              1.1e-3, 7.3e-4
+    32 numbers, 8 axes          0.19                0.30              7.2e-3, 6.6e-3
 
-Equal steps for all samples need more calls: 0.4 to 1.2 of the baseline at no larger error. The error of the prior at T
-is 5e-3 to 1.4e-2 nats, larger than that of either solver.
+Equal steps for all samples need more calls: 0.3 to 1.3 of the baseline at no larger error, but for a third more on the
+sharp data in the plane. The error of the prior at T is 3e-3 to 2e-2 nats, larger than that of either solver.
 
 At equal cost (5 steps, and as many probes as this cost allows) the error is smaller than that of one plain probe by the
 factor
 
                          rademacher   orthogonal   hutch++   orthogonal | hutch++ with a Gaussian reference
-    32 numbers              4.4          6.2        13.9              2.2 | 20.2
-    32 numbers, sharp       4.6          7.2        12.9              1.6 | 20.1
-    32 numbers, 8 axes      4.1          6.8         3.9              5.2 | 3.4
+    32 numbers              4.3          5.9        13.7              2.7 | 13.8
+    32 numbers, sharp       4.2          5.3         8.8              1.7 | 27.0
+    32 numbers, 8 axes      4.6          8.5         4.6              5.9 | 4.4
 
 A Gaussian with the data's covariance as control variate makes plain probes worse on mixtures: near data the posterior
 has one component, while the reference subtracts the variance between components. The reference improves the prior.

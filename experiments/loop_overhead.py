@@ -16,10 +16,10 @@ the states that are alive at each network call, and their maximum; and times the
 ``--against`` runs the loops of this checkout and those of another one in two processes, in turn, and writes the ratios
 of their CPU times. The rows "by hand" do not use the library, so they show the error of the measurement.
 
-The script writes a table and a figure. Measured with --rounds 25 on two cores, of which one had other work, CPU time divided
-by that of the loop by hand. State (16, 3, 32, 32): DDIM 1.4, DPM-Solver++ 2M 1.3, UniPC-3 1.1, EDM Heun 1.2, DPM-Solver-3
-1.2, VelocityAB-3 1.1; with ``overwrite=True`` 1.0, 1.0, 0.9, 1.0, 1.1, 0.9; diffusers' schedulers 13, 17, 17, 7, 5. State
-(1, 4): 1.2, 1.1, 0.9, 1.5, 1.0, 0.9.
+The script writes a table and a figure. Measured with --rounds 25 on two cores, of which one had other work, CPU time
+divided by that of the loop by hand. State (16, 3, 32, 32): DDIM 1.4, DPM-Solver++ 2M 1.3, UniPC-3 1.1, EDM Heun 1.2,
+DPM-Solver-3 1.2, VelocityAB-3 1.1; with ``overwrite=True`` 1.0, 1.0, 0.9, 1.0, 1.1, 0.9; diffusers' schedulers 13, 17,
+17, 7, 5. State (1, 4): 1.2, 1.1, 0.9, 1.5, 1.0, 0.9.
 
 With a network that predicts noise in a ``Denoiser``, ``plan.run`` against the loop by hand, in the same run. State
 (16, 3, 32, 32): DDIM 1.0, DPM-Solver++ 2M 1.2, UniPC-3 1.2, DPM-Solver-3 0.8, VelocityAB-3 1.0. State (1, 4): 1.4, 1.5,

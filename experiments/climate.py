@@ -1,6 +1,6 @@
 """Annual air temperature over North America, restored from sparse stations: a score model beside kriging.
 
-    python experiments/climate.py            # needs the packages iris-sample-data and h5py; 3 minutes on two cores
+    python experiments/climate.py            # needs the packages iris-sample-data and h5py; five minutes of one core
     python experiments/climate.py --quick    # seconds, for CI
 
 The data are two runs of a climate model, 240 years on 37 × 49 cells each. The run A1B trains a UNet and estimates a
@@ -183,14 +183,18 @@ def samplers(
 ) -> dict[str, Callable[[inverse.Measurement, tuple[int, ...]], Tensor]]:
     """Posterior samplers by name."""
 
-    def under(prior: ss.denoisers.AbstractDenoiser) -> Callable[[inverse.Measurement, tuple[int, ...]], Tensor]:
+    def under(
+        prior: ss.denoisers.AbstractDenoiser, solver: ss.solvers.Solver | None
+    ) -> Callable[[inverse.Measurement, tuple[int, ...]], Tensor]:
         return lambda seen, shape: ss.sample(
-            inverse.MMPS(prior, seen, iterations=2), shape, ss.DDPM(), nfe=options.nfe, seed=options.seed, start=START
+            inverse.MMPS(prior, seen, iterations=2), shape, solver, nfe=options.nfe, seed=options.seed, start=START
         )
 
     return {
-        "`MMPS`, Gaussian": under(gaussian),
-        "`MMPS`, UNet": under(model),
+        "`MMPS`, Gaussian": under(gaussian, ss.DDPM()),
+        "`MMPS`, flow, Gaussian": under(gaussian, None),
+        "`MMPS`, UNet": under(model, ss.DDPM()),
+        "`MMPS`, flow, UNet": under(model, None),
         "`PiGDM`, UNet": lambda seen, shape: ss.sample(
             inverse.PiGDM(model, seen), shape, ss.DDPM(), nfe=options.nfe, seed=options.seed, start=START
         ),

@@ -69,25 +69,39 @@ def network(name: str, out: Path, n: int) -> Case:
     return kept(name, model, x, ss.Gaussian.estimate(model.sde, load().images), out)
 
 
+def kept_network(model: ss.Denoiser, data: Tensor, page: Path, *, steps: int, batch: int, seed: int) -> ss.Denoiser:
+    """The model, trained by score matching; its weights are kept in a file.
+
+    Arguments:
+        model: Denoiser with its first weights.
+        data: Data, (N, *event).
+        page: File of the weights.
+        steps: Number of optimiser steps.
+        batch: Number of samples of a step.
+        seed: Seed of the batches.
+    """
+    if page.exists():
+        model.load_state_dict(torch.load(page))
+    else:
+        g = torch.Generator().manual_seed(seed)
+        loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            loss(data[torch.randint(len(data), (batch,), generator=g)]).mean().backward()
+            optimiser.step()
+            decay.step()
+        page.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), page)
+    return model.eval().requires_grad_(False)
+
+
 def digits_network(out: Path, steps: int = 1200) -> ss.Denoiser:
     """A v network of 8 × 8 digits; its weights are kept in a file."""
     from _digits import load, small_unet
 
     model = ss.Denoiser(small_unet(), ss.VP(), predicts="v")
-    page = out / f"digits-{steps}.pt"
-    if page.exists():
-        model.load_state_dict(torch.load(page))
-    else:
-        data, g = load().images, torch.Generator().manual_seed(0)
-        loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for _ in range(steps):
-            optimiser.zero_grad()
-            loss(data[torch.randint(len(data), (64,), generator=g)]).mean().backward()
-            optimiser.step()
-            decay.step()
-        torch.save(model.state_dict(), page)
-    return model.eval().requires_grad_(False)
+    return kept_network(model, load().images, out / f"digits-{steps}.pt", steps=steps, batch=64, seed=0)
 
 
 def digits(out: Path, n: int, steps: int = 1200) -> Case:

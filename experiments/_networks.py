@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _cases import fine
+from _cases import fine, kept_network
 from _problems import ring
 from torch import Tensor
 
@@ -85,22 +85,8 @@ def trained(recipe: Recipe, out: Path) -> tuple[ss.Denoiser, Tensor]:
     else:
         net = ss.nn.UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(1,), seed=1)
     model = ss.Denoiser(net, process(recipe.process), predicts=recipe.predicts)
-    page = out / f"network-{recipe.name}.pt"
-    if page.exists():
-        model.load_state_dict(torch.load(page))
-        return model.eval().requires_grad_(False), data
-    g = torch.Generator().manual_seed(1)
-    loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, recipe.steps)
-    batch = 256 if len(event) == 1 else 48
-    for _ in range(recipe.steps):
-        optimiser.zero_grad()
-        loss(data[torch.randint(len(data), (batch,), generator=g)]).mean().backward()
-        optimiser.step()
-        decay.step()
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), page)
-    return model.eval().requires_grad_(False), data
+    page, batch = out / f"network-{recipe.name}.pt", 256 if len(event) == 1 else 48
+    return kept_network(model, data, page, steps=recipe.steps, batch=batch, seed=1), data
 
 
 @dataclass(frozen=True)

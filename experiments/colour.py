@@ -181,8 +181,7 @@ def sampled(
 ) -> tuple[str, dict[str, Tensor]]:
     """Table of scales and budgets, and patches of each class at the middle budget."""
     none = len(data.names)
-    each = options.samples // none
-    labels, n = torch.arange(none).repeat_interleave(each), none * each
+    n = options.samples
     twin, half = data.held_out[:n], data.held_out[-n:]
     lines = [
         HEAD,

@@ -97,13 +97,21 @@ def _choice(nfe: int, model: AbstractDenoiser | None) -> Recommendation:
     return _of_exact(nfe) if kind is not None and kind.exact else _of_data(nfe)
 
 
+_NOISE: tuple[tuple[int, str, float, float, float | None], ...] = (
+    (25, "tau", 0.2, 2.0, 7.0),
+    (18, "lam", 0.2, 2.0, 4.0),
+    (13, "lam", 0.2, 1.75, 4.0),
+    (6, "lam", 0.07, 1.0, None),
+    (1, "lam", 0.2, 1.0, None),
+)
+"""Smallest number of evaluations, variable of the velocity, and scale, exponent and power of the grid."""
+
+
 def _of_noise(nfe: int) -> Recommendation:
     """Few steps are even in λ down to a small noise level; from 13 on they are shorter at T, and denser near data."""
-    scale = 0.2 if nfe <= 5 or nfe > 12 else 0.07
-    exponent = 1.0 if nfe <= 12 else 1.75 if nfe < 18 else 2.0
-    power = None if nfe <= 12 else 4.0 if nfe < 25 else 7.0
+    variable, scale, exponent, power = next(row[1:] for row in _NOISE if nfe >= row[0])
     return Recommendation(
-        _velocity(nfe, variable="lam" if nfe < 25 else "tau"),
+        _velocity(nfe, variable=variable),
         partial(log_noise, scale=scale, exponent=exponent, power=power),
         "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the velocity, "
         "which has less of this error near data, is interpolated and corrected by the next evaluation.",

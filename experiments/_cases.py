@@ -69,7 +69,17 @@ def network(name: str, out: Path, n: int) -> Case:
     return kept(name, model, x, ss.Gaussian.estimate(model.sde, load().images), out)
 
 
-def kept_network(model: ss.Denoiser, data: Tensor, page: Path, *, steps: int, batch: int, seed: int) -> ss.Denoiser:
+def kept_network(
+    model: ss.Denoiser,
+    data: Tensor,
+    page: Path,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    labels: Tensor | None = None,
+    null: int = 10,
+) -> ss.Denoiser:
     """The model, trained by score matching; its weights are kept in a file.
 
     Arguments:
@@ -79,16 +89,21 @@ def kept_network(model: ss.Denoiser, data: Tensor, page: Path, *, steps: int, ba
         steps: Number of optimiser steps.
         batch: Number of samples of a step.
         seed: Seed of the batches.
+        labels: Labels of the data, (N,), for a network with classes; a tenth of them is dropped.
+        null: Label of no class.
     """
     if page.exists():
         model.load_state_dict(torch.load(page))
     else:
         g = torch.Generator().manual_seed(seed)
-        loss, optimiser = ss.DSM(model), torch.optim.Adam(model.parameters(), 2e-3)
+        drop = {} if labels is None else {"drop": 0.1, "null": {"label": null}}
+        loss, optimiser = ss.DSM(model, **drop), torch.optim.Adam(model.parameters(), 2e-3)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         for _ in range(steps):
             optimiser.zero_grad()
-            loss(data[torch.randint(len(data), (batch,), generator=g)]).mean().backward()
+            index = torch.randint(len(data), (batch,), generator=g)
+            cond = {} if labels is None else {"label": labels[index]}
+            loss(data[index], **cond).backward()
             optimiser.step()
             decay.step()
         page.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
     pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
     python experiments/work_precision.py             # minutes; writes the tables into docs/work-precision.md
-    python experiments/work_precision.py --networks  # also networks that experiments/interop has trained
     python experiments/work_precision.py --again default,statistics  # these; the rest from the CSV of the last run
     python experiments/work_precision.py --resume    # go on after an interruption
     python experiments/work_precision.py --quick     # seconds, for CI
@@ -41,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _peers import LIBRARIES, beta_list, installed, scheduled
+from _peers import LIBRARIES, beta_list, installed
 from _problems import CASES, PROBLEMS, PROCESSES, Case, Network, anisotropic, model_of, problem, ring, solved
 from torch import Tensor
 
@@ -56,7 +55,6 @@ __all__ = ["PROBLEMS", "PROCESSES", "anisotropic", "beta_list", "our_grids", "ou
 NFES = (4, 5, 6, 8, 10, 15, 20, 50)
 PAGE = Path(__file__).parents[1] / "docs" / "work-precision.md"
 BEGIN, END = "<!-- the tables of experiments/work_precision.py -->", "<!-- end of these tables -->"
-TRAINED = ("v, cosine", "epsilon, linear")
 
 
 @dataclass
@@ -70,7 +68,6 @@ class Options:
     out: Path = Path(__file__).parent / "out"
     percent: str = "0,1,5"
     data: str = ""
-    networks: bool = False
     again: str = ""
     resume: bool = False
     quick: bool = False
@@ -241,12 +238,9 @@ def error(x: Tensor, truth: Tensor) -> tuple[float, float]:
     return float(gap.median()), float(gap.square().mean().sqrt())
 
 
-def results_of(job: tuple[Case | str, list[str], Options]) -> list[Result]:
+def results_of(job: tuple[Case, list[str], Options]) -> list[Result]:
     torch.set_num_threads(1)
     case, libraries, options = job
-    if isinstance(case, str):
-        with torch.no_grad():
-            return network_results(case, libraries, options)
     model, rows, started = model_of(case), [], time.monotonic()
     with torch.no_grad():
         x, truth = solved(model, options.points, options.seed)
@@ -263,71 +257,6 @@ def results_of(job: tuple[Case | str, list[str], Options]) -> list[Result]:
     return rows
 
 
-# Trained networks.
-
-
-def network_results(kind: str, libraries: list[str], options: Options) -> list[Result]:
-    """A UNet that diffusers' own loop has trained, with the schedulers of diffusers on two spacings."""
-    import sys
-
-    sys.path.append(str(Path(__file__).parent / "interop"))
-    import diffusers as d
-    from _trained import Recipe, diffusers_network, scheduler
-
-    started = time.monotonic()
-    net = diffusers_network(kind, Recipe())
-    model = ss.interop.from_diffusers(net, scheduler=scheduler(kind))
-    sde = model.sde
-    betas = list(sde.betas)
-    x = ss.Noise(options.seed).normal((8, 1, 28, 28), 0) * sde.sigma(sde.T)
-    even = partial(grids.uniform_t)
-    truth = run(ss.UniPC(2).plan(sde, even(sde, 100)), model.x0, x)
-    tables: list[tuple[str, str, str, Sampler]] = [("default", "default", "default", default)]
-    for word, solver in {
-        "UniPC-2": ss.UniPC(2),
-        "VelocityAB-2 + UniC": ss.solvers.with_corrector(ss.VelocityAB(2)),
-    }.items():
-        tables.append(("ours", word, "uniform_t", partial(planned, solver, even)))
-    tables.append(
-        ("anchored", "anchored 3", "uniform_t", partial(planned, ss.solvers.AnchoredResidual(0.519, 3), even))
-    )
-    if "diffusers" in libraries:
-        for word, cls, more in (
-            ("DDIM", d.DDIMScheduler, {"clip_sample": False}),
-            ("2M", d.DPMSolverMultistepScheduler, {}),
-            ("UniPC-2", d.UniPCMultistepScheduler, {}),
-            ("DEIS-2", d.DEISMultistepScheduler, {}),
-        ):
-            for grid in ("linspace", "trailing"):
-                make = partial(cls, trained_betas=betas, timestep_spacing=grid, **more)
-                tables.append(("diffusers", word, grid, partial(scheduled_network, make, sde)))
-    rows, tables = [], [table for table in tables if not options.groups or table[0] in options.groups]
-    predicts = "eps" if "epsilon" in kind else "v"
-    for who, word, grid, sampler in tables:
-        for n in (5, 8):
-            found = sampler(model, x, n)
-            if found is not None and bool(found[0].isfinite().all()):
-                rows.append(
-                    Result("networks", f"UNet, {kind}", predicts, who, word, grid, n, found[1], *error(found[0], truth))
-                )
-    print(f"UNet, {kind}: {time.monotonic() - started:.0f} s", flush=True)
-    return rows
-
-
-class _Same:
-    """A model on its own process, as :func:`scheduled` expects it."""
-
-    def __init__(self, model: Any) -> None:
-        self.sde, self.x0, self.eps = model.sde, model.x0, model.eps
-
-    def under(self, sde: ss.SDE) -> _Same:
-        return self
-
-
-def scheduled_network(make: Callable[[], Any], sde: ss.SDE, model: Any, x: Tensor, n: int) -> Any:
-    return scheduled(make, sde, _Same(model), x, n)
-
-
 # The report.
 
 Key = tuple[str, int]
@@ -336,18 +265,16 @@ Key = tuple[str, int]
 def collect(options: Options) -> list[Result]:
     libraries = installed()
     few = [("ring 2-D", "v", 1), ("lattice 2-D", "eps", 1)]
-    cases: list[Case | str] = [c for c in CASES if not options.quick or (c.data, c.network, c.percent) in few]
+    cases = [c for c in CASES if not options.quick or (c.data, c.network, c.percent) in few]
     sizes = [int(v) for v in options.percent.split(",")]
-    cases = [c for c in cases if not isinstance(c, Case) or c.network == "eps" or c.percent in sizes]
-    cases = [c for c in cases if not isinstance(c, Case) or not options.data or c.data in options.data.split(",")]
-    if options.networks:
-        cases = [*TRAINED, *cases]
+    cases = [c for c in cases if c.network == "eps" or c.percent in sizes]
+    cases = [c for c in cases if not options.data or c.data in options.data.split(",")]
     path = options.out / "work_precision.csv"
     rows = last_run(path) if options.again or (options.resume and path.exists()) else []
     rows = [row for row in rows if row.who not in options.groups]
     if options.resume:
         there = {row.problem for row in rows}
-        cases = [case for case in cases if name_of(case) not in there]
+        cases = [case for case in cases if case.name not in there]
     jobs = [(case, libraries, options) for case in cases]
     if options.workers < 2:
         for job in jobs:
@@ -359,10 +286,6 @@ def collect(options: Options) -> list[Result]:
             rows += found
             write(rows, path)
     return rows
-
-
-def name_of(case: Case | str) -> str:
-    return case.name if isinstance(case, Case) else f"UNet, {case}"
 
 
 def write(rows: list[Result], path: Path) -> None:
@@ -473,7 +396,7 @@ def report(rows: list[Result], options: Options) -> str:
                 cells += [cell(ratios(table, peer, "median")) for peer in peers]
                 lines.append("| " + " | ".join(cells) + " |")
             lines.append("")
-    lines += singles_table(rows, options) + frontier_table(rows, options) + networks_table(rows)
+    lines += singles_table(rows, options) + frontier_table(rows, options)
     return "\n".join(lines)
 
 
@@ -507,19 +430,6 @@ def frontier_table(rows: list[Result], options: Options) -> list[str]:
         top = best([row for row in found if row.who not in NOT_FRONTIER], "median")
         own = [cell(ratios({(name, n): found}, "default", measure)).split(";")[0] for measure in ("median", "rmse")]
         lines.append(f"| {name} | {n} | {top.median:.2e} | {top.who}: {top.solver}, {top.grid} | {own[0]} | {own[1]} |")
-    return [*lines, ""]
-
-
-def networks_table(rows: list[Result]) -> list[str]:
-    found = [row for row in rows if row.half == "networks"]
-    if not found:
-        return []
-    lines = ["## Trained networks", ""]
-    lines += ["| network | NFE | sampler | grid | median | RMSE |", "|:--|--:|:--|:--|--:|--:|"]
-    for row in sorted(found, key=lambda row: (row.problem, row.nfe, row.median)):
-        lines.append(
-            f"| {row.problem} | {row.nfe} | {row.who}: {row.solver} | {row.grid} | {row.median:.3f} | {row.rmse:.3f} |"
-        )
     return [*lines, ""]
 
 
@@ -582,7 +492,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Options.out, help="folder of the results")
     parser.add_argument("--percent", default=Options.percent, help="sizes of the errors of v networks; 0 is exact")
     parser.add_argument("--data", default=Options.data, help="names of mixtures, separated by commas; all by default")
-    parser.add_argument("--networks", action="store_true", help="also networks that experiments/interop has trained")
     parser.add_argument("--again", default=Options.again, help="groups to run; the others from the last run's CSV")
     parser.add_argument("--resume", action="store_true", help="take the problems that the CSV has from there")
     parser.add_argument("--quick", action="store_true", help="a small run for CI")

@@ -41,6 +41,12 @@ SCHEDULES = {
         "prediction_type": "epsilon",
     },
     "velocity, labelled flow": {"shift": 1.0},
+    "epsilon, labelled scaled linear": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "epsilon",
+    },
 }
 NO_LABEL = 10
 
@@ -108,13 +114,13 @@ def diffusers_loss(kind: str) -> Callable[..., Tensor]:
         return flow
     target = SCHEDULES[kind]["prediction_type"]
 
-    def discrete(net: nn.Module, x: Tensor) -> Tensor:
+    def discrete(net: nn.Module, x: Tensor, **labels: Tensor) -> Tensor:
         noise = torch.randn_like(x)
         t = torch.randint(0, schedule.config.num_train_timesteps, (len(x),))
         noisy = schedule.add_noise(x, noise, t)
         wanted = {"epsilon": noise, "sample": x}.get(target)
         wanted = schedule.get_velocity(x, noise, t) if wanted is None else wanted
-        return (net(noisy, t).sample - wanted).square().mean()
+        return (net(noisy, t, **labels).sample - wanted).square().mean()
 
     return discrete
 

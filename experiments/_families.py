@@ -165,3 +165,40 @@ def problems(seed: int, predicts: str, largest: int = 4096, *, rough: bool = Fal
     for i, m in enumerate(mixtures(seed, largest)):
         (large if m.means.shape[-1] > 64 else small).append(batch(i, scale_jitter(m, g)))
     return [merge(small), *(batch(100 + k, *bent(seed + k, 12)) for k in range(2)), *large]
+
+
+def vectors(seed: int, predicts: str, *, exact: bool = True) -> list[Problems]:
+    """Mixtures of 2 to 64 dimensions, each once exact and once with the error of a network, in batches.
+
+    Beside :func:`mixtures` these have more kinds of heavy tails, more modes, and sheets in more directions.
+
+    Arguments:
+        seed: Seed.
+        predicts: ``"data"``, ``"noise"`` or ``"any"``, as in :func:`problems`.
+        exact: Whether exact ones are among them.
+    """
+    g = torch.Generator().manual_seed(seed + 31)
+    more = [
+        heavy(g, 2, 5, 12),
+        heavy(g, 2, 6, 8),
+        heavy(g, 2, 4, 3),
+        clusters(g, 2, 25, 2),
+        clusters(g, 2, 12, 6),
+        few(g, 2, 3, 4),
+        sheet(g, 2, 24, 8, 2),
+    ]
+    data = [*mixtures(seed, 64), *map(standardised, more)]
+    batches = []
+    for wrong in (False, True) if exact else (True,):
+        g = torch.Generator().manual_seed(seed + 5 + wrong)
+        parts: tuple[list[Problems], list[Problems]] = ([], [])
+        for i, m in enumerate(data):
+            p, _, d = m.means.shape
+            m = scale_jitter(m, g)
+            first = torch.tensor(FIRST, dtype=F64)[torch.randint(len(FIRST), (p,), generator=g)]
+            kind = {"noise": "eps", "data": "v", "any": ("v", "eps")[i % 2]}[predicts]
+            size, drift = log_uniform(g, 0.003, 0.06, p) * wrong, float(log_uniform(g, 0.2, 2.0, 1))
+            waves = Waves.draw(p, d, predicts=kind, size=size, drift=drift, seed=seed + 10 + i)
+            parts[d > 8].append(Problems.of(m, first, waves))
+        batches += [merge(part) for part in parts]
+    return batches

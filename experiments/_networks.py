@@ -20,7 +20,9 @@ class Recipe:
     """A network: its data, its process and its prediction.
 
     Arguments:
-        data: ``"digits"``, 8 × 8, ``"mnist"``, averaged to 14 × 14, ``"moons"``, in 2-D, or ``"ring"``, for tests.
+        data: ``"digits"``, 8 × 8, or ``"mnist"``, averaged to 14 × 14; vectors: ``"moons"``, ``"checkerboard"``, in
+            2-D, ``"swiss roll"``, in 3-D, ``"components"``, 16 principal components of the digits, ``"tabular"``, 30
+            standardised measurements of cells; or ``"ring"``, for tests.
         process: ``"VP"``, ``"cosine"``, ``"flow"`` or ``"scaled linear"``.
         predicts: Prediction.
         steps: Number of optimiser steps.
@@ -33,7 +35,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.process.replace(' ', '_')}-{self.predicts}-{self.steps}"
+        return f"{self.data}-{self.process}-{self.predicts}-{self.steps}".replace(" ", "_")
 
 
 RECIPES: Mapping[str, tuple[Recipe, ...]] = {
@@ -52,6 +54,25 @@ RECIPES: Mapping[str, tuple[Recipe, ...]] = {
 }
 """Networks of the fits of each kind. None of them is among those that ``universal.py`` selects or judges on."""
 
+FITTED_VECTORS = {kind: recipes[-1:] for kind, recipes in RECIPES.items()}
+"""Networks of vectors of the fits to low-dimensional mixtures."""
+
+SELECTED_VECTORS = (
+    Recipe("swiss roll", "VP", "v", 1500),
+    Recipe("tabular", "flow", "velocity", 1500),
+    Recipe("swiss roll", "scaled linear", "eps", 1500),
+    Recipe("tabular", "VP", "eps", 1500),
+)
+"""Networks of vectors for the choice among the seeds."""
+
+HELD_OUT_VECTORS = (
+    Recipe("checkerboard", "cosine", "v", 1500),
+    Recipe("components", "flow", "velocity", 1500),
+    Recipe("checkerboard", "VP", "eps", 1500),
+    Recipe("components", "scaled linear", "eps", 1500),
+)
+"""Networks of vectors that no choice has seen."""
+
 
 def process(name: str) -> ss.SDE:
     if name == "scaled linear":
@@ -59,14 +80,56 @@ def process(name: str) -> ss.SDE:
     return {"VP": ss.VP(), "cosine": ss.Cosine(), "flow": ss.Flow()}[name]
 
 
+def moons() -> Tensor:
+    from sklearn.datasets import make_moons
+
+    x = torch.from_numpy(make_moons(20_000, noise=0.05, random_state=0)[0]).float()
+    return (x - x.mean(0)) / x.std()
+
+
+def swiss_roll() -> Tensor:
+    from sklearn.datasets import make_swiss_roll
+
+    x = torch.from_numpy(make_swiss_roll(20_000, noise=0.2, random_state=0)[0]).float()
+    return (x - x.mean(0)) / x.std()
+
+
+def tabular() -> Tensor:
+    from sklearn.datasets import load_breast_cancer
+
+    x = torch.from_numpy(load_breast_cancer().data).float()
+    return (x - x.mean(0)) / x.std(0)
+
+
+def checkerboard() -> Tensor:
+    g = torch.Generator().manual_seed(0)
+    corner = torch.randint(4, (20_000, 2), generator=g)
+    corner[:, 1] = 2 * (corner[:, 1] // 2) + corner[:, 0] % 2
+    return (corner + torch.rand(20_000, 2, generator=g)) / 2 - 1
+
+
+def components() -> Tensor:
+    from _digits import load
+
+    x = load().images.flatten(1)
+    x = x - x.mean(0)
+    return x @ torch.linalg.eigh(x.mT @ x)[1][:, -16:]
+
+
+VECTOR_DATA = {
+    "moons": moons,
+    "swiss roll": swiss_roll,
+    "tabular": tabular,
+    "checkerboard": checkerboard,
+    "components": components,
+}
+
+
 def data_of(name: str) -> Tensor:
     if name == "ring":
         return ring(ss.VP()).sample(500, seed=0).float()
-    if name == "moons":
-        from sklearn.datasets import make_moons
-
-        x = torch.from_numpy(make_moons(20_000, noise=0.05, random_state=0)[0]).float()
-        return (x - x.mean(0)) / x.std()
+    if name in VECTOR_DATA:
+        return VECTOR_DATA[name]()
     if name == "digits":
         from _digits import load
 
@@ -81,7 +144,7 @@ def trained(recipe: Recipe, out: Path) -> tuple[ss.Denoiser, Tensor]:
     data = data_of(recipe.data)
     event = data.shape[1:]
     if len(event) == 1:
-        net: torch.nn.Module = ss.nn.MLP(2, hidden=64, seed=1)
+        net: torch.nn.Module = ss.nn.MLP(event[0], hidden=64, seed=1)
     else:
         net = ss.nn.UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(1,), seed=1)
     model = ss.Denoiser(net, process(recipe.process), predicts=recipe.predicts)

@@ -25,154 +25,21 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from _cases import EXACT, HELD_OUT, HELD_OUT_ERRORS, HELD_OUT_EXACT, SELECTION, Case, cases
-from _families import F64, problems
-from _networks import RECIPES, Recipe, network_groups
+from _families import F64
 from _reasons import limit, reasons
 from _starts import starts
+from _table_fits import Options, begin_default, fit, found, path
 from torch import Tensor
 
 import scoresde as ss
-from scoresde.fitting.universal import Group, Trajectories, descend, errors, mean_log
-from scoresde.plan.matrices import unroll
 from scoresde.solvers.universal import FOLDER, UniversalTable, unit_of, write_plan
-
-NFES = (5, 8, 10, 4, 6, 7, 12, 15, 3, 9, 11)
-KINDS = ("data", "noise", "gaussian")
-LAST = {3: 0.5, 4: 0.35, 5: 0.25, 6: 0.15, 7: 0.12, 8: 0.1, 9: 0.085, 10: 0.07, 11: 0.063, 12: 0.055, 15: 0.04}
-
-
-@dataclass
-class Options:
-    """Options of the command line."""
-
-    kinds: str = ",".join(KINDS)
-    nfes: str = ",".join(map(str, NFES))
-    seeds: str = "0,1,2"
-    trajectories: int = 10
-    steps: int = 50
-    out: Path = Path(__file__).parent / "out" / "universal"
-    quick: bool = False
-
-
-def begin(n: int, kind: str, second: float) -> UniversalTable:
-    """Velocity Adams–Bashforth of order 2 on levels even in their logarithm, from which a fit begins."""
-    sde = ss.VP()
-    if kind == "gaussian":
-        levels = torch.linspace(math.log(second), math.log(LAST[n]), n, dtype=F64).exp()
-    else:
-        levels = torch.linspace(math.log(second), math.log(LAST[n]), n - 1, dtype=F64).exp()
-        levels = torch.cat([torch.tensor([80.0], dtype=F64), levels])
-    times = torch.cat([sde.t_of_lam(-levels.log()), torch.zeros(1, dtype=F64)])
-    u = unroll(ss.VelocityAB(2).plan(sde, times))
-    s = torch.cat([levels, torch.zeros(1, dtype=F64)])
-    weights = torch.zeros(n + 1, n, dtype=F64)
-    weights[1:] = u.d[1:] / (sde.alpha(times)[1:] * (1 - s[1:] / s[0]))[:, None]
-    return UniversalTable(levels, levels.clone(), weights)
-
-
-def begin_default(n: int, kind: str) -> UniversalTable:
-    """The plan of the library's default for networks, whose levels suit data of the unit 1.4."""
-    sde, unit = ss.VP(), 1.4
-    net = ss.Denoiser(torch.nn.Identity(), sde, predicts="eps" if kind == "noise" else "v")
-    choice = ss.sampling.recommend(n, net)
-    plan = choice.solver.plan(sde, choice.grid(sde, choice.solver.for_nfe(n)[1]))
-    u = unroll(plan)
-    times = torch.tensor([float(t) for t in u.t], dtype=F64)
-    s = sde.sigma(times) / sde.alpha(times)
-    weights = torch.zeros(n + 1, n, dtype=F64)
-    weights[1:] = u.d[1:] / (sde.alpha(times)[1:] * (1 - s[1:] / s[0]))[:, None]
-    return UniversalTable(s[:-1] / unit, s[:-1] / unit, weights)
-
-
-SECOND = {"data": (2.5, 6.0), "noise": (5.0, 20.0), "gaussian": (2.5,)}
-"""First levels of the rule after T; the best start is fitted."""
-
-SHARES = {1: 8, 2: 24}
-"""Number of problems that a trained network counts for in the fits of a seed."""
-
-
-def starts_of(n: int, kind: str, seed: int) -> list[UniversalTable]:
-    """Tables of which the best is fitted."""
-    rules = [begin(n, kind, second) for second in SECOND[kind]]
-    return [rules[-1], begin_default(n, kind)] if seed in SHARES and kind in RECIPES else rules
-
-
-def groups(seed: int, kind: str, n: int, options: Options, *, share: int) -> list[Trajectories]:
-    """Trajectories of the problems of a kind; fewer where there are many dimensions."""
-    gaussian, quick = kind == "gaussian", options.quick
-    largest = 64 if quick else 256 if gaussian else 4096
-    batches = problems(seed, "any" if gaussian else kind, largest, rough=share > 0)
-    found: list[Trajectories] = [
-        Group.draw(b, n if b.data.means.shape[-1] <= 64 else max(2, n // 3), seed=seed + i, gaussian=gaussian)
-        for i, b in enumerate(batches[: 1 if quick else None])
-    ]
-    if not share:
-        return found
-    recipes = [Recipe("ring", "VP", "v", 3)] if quick else RECIPES[kind]
-    return found + list(network_groups(recipes, 8, seed, options.out, share))
-
-
-def fit(options: Options) -> None:
-    """Fit all tables that are not there yet."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    for seed in map(int, options.seeds.split(",")):
-        for kind in options.kinds.split(","):
-            todo = [n for n in map(int, options.nfes.split(",")) if not path(options, kind, n, seed).exists()]
-            if not todo:
-                continue
-            began = time.monotonic()
-            share = SHARES.get(seed, 0) if kind in RECIPES else 0
-            train = groups(100 * seed, kind, options.trajectories, options, share=share)
-            held = groups(100 * seed + 5000, kind, max(4, options.trajectories // 2), options, share=share)
-            count = sum(len(g) for g in train)
-            print(f"{kind}, seed {seed}: {count} problems, {time.monotonic() - began:.0f} s", flush=True)
-            for n in todo:
-                began = time.monotonic()
-                starts = starts_of(n, kind, seed)
-                how = {"first_shift": kind == "gaussian"}
-                tries = [
-                    descend(s, train, held, steps=min(15, options.steps) if len(starts) > 1 else 1, **how)
-                    for s in starts
-                ]
-                table, score = min(tries, key=lambda pair: pair[1])
-                table, score = descend(table, train, held, steps=options.steps, **how)
-                first = mean_log(errors(starts[0], held))
-                seconds = time.monotonic() - began
-                print(f"  {n:3} {first:.3f} -> {score:.3f} {seconds:4.0f} s {summary(table)}", flush=True)
-                record = {
-                    **table.to_dict(),
-                    "made by": f"experiments/universal.py fit, kind {kind}, seed {seed}, {count} problems of "
-                    f"{options.trajectories} trajectories, {options.steps} iterations"
-                    + (f", of which {share * len(RECIPES[kind])} for {len(RECIPES[kind])} networks" if share else ""),
-                    "held out": {"before": first, "after": score},
-                }
-                path(options, kind, n, seed).write_text(json.dumps(record) + "\n")
-
-
-def path(options: Options, kind: str, n: int, seed: int) -> Path:
-    return options.out / f"{kind}-{n}-{seed}.json"
-
-
-def summary(table: UniversalTable) -> str:
-    return " ".join(f"{v:.3g}" for v in table.levels.tolist())
-
-
-def found(options: Options, kind: str, n: int) -> dict[int, UniversalTable]:
-    """Fitted tables of a kind by their seeds."""
-    tables = {}
-    for seed in map(int, options.seeds.split(",")):
-        page = path(options, kind, n, seed)
-        if page.exists():
-            tables[seed] = UniversalTable.from_dict(json.loads(page.read_text()))
-    return tables
 
 
 def plan_of(table: UniversalTable, kind: str, case: Case) -> ss.Plan:
@@ -200,7 +67,7 @@ def select(options: Options) -> None:
     for kind in options.kinds.split(","):
         chosen: dict[str, object] = {}
         for n in sorted(map(int, options.nfes.split(","))):
-            seeds = found(options, kind, n)
+            seeds = found(options, kind, n, map(int, options.seeds.split(",")))
             if len(seeds) > 1:  # one alone needs no choice
                 judged = judged or list(cases(SELECTION, options.out))
                 scores = {seed: score(table, kind, judged) for seed, table in seeds.items()}
@@ -313,6 +180,7 @@ def main() -> None:
     parser.add_argument("--seeds", default=Options.seeds)
     parser.add_argument("--trajectories", type=int, default=Options.trajectories)
     parser.add_argument("--steps", type=int, default=Options.steps)
+    parser.add_argument("--penalty", type=float, default=Options.penalty, help="of the sum of squared weights")
     parser.add_argument("--out", type=Path, default=Options.out)
     parser.add_argument("--quick", action="store_true")
     given = vars(parser.parse_args())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -155,10 +156,20 @@ def errors(table: UniversalTable, groups: Sequence[Trajectories]) -> list[Tensor
         return [g.errors(table) for g in groups]
 
 
-def mean_log(values: Sequence[Tensor]) -> float:
-    """Mean over the problems of the mean logarithm of the error; infinite if one is not finite."""
-    flat = torch.cat([e.log().mean(1) for e in values])
+def mean_log(values: Sequence[Tensor], squares: float = 0.0) -> float:
+    """Mean over the problems of the mean logarithm of the error; infinite if one is not finite.
+
+    Arguments:
+        values: Errors, (P, B) for each group.
+        squares: Share of the logarithm of the root mean square error in the mean.
+    """
+    flat = torch.cat([(1 - squares) * e.log().mean(1) + squares * _log_rms(e) for e in values])
     return float(flat.mean()) if bool(flat.isfinite().all()) else math.inf
+
+
+def _log_rms(e: Tensor) -> Tensor:
+    """Logarithm of the root mean square of each row."""
+    return 0.5 * e.square().mean(1).log()
 
 
 def descend(
@@ -168,13 +179,20 @@ def descend(
     *,
     steps: int,
     robust: float = 1.0,
+    squares: float = 0.0,
+    penalty: float = 0.0,
     first_shift: bool = False,
     note: Callable[[int, float, float], None] | None = None,
 ) -> tuple[UniversalTable, float]:
-    r"""Fit a table to problems: L-BFGS on the mean of :math:`\tfrac12\log(e^2 + \delta_p^2)`; return it and its score.
+    r"""Fit a table to problems by L-BFGS; return it and its score.
 
-    The errors of each problem count relative to its own δ, `robust` times their median, so that hard and easy problems
-    weigh alike. The problems that are held out decide which table is returned.
+    The loss is the mean over the problems p and their samples of
+
+    .. math:: (1 - q)\,\tfrac12\log(e^2 + \delta_p^2) + q\,\log\operatorname{rms}_p(e)
+              + \frac{c}{n} \sum_{r,k} w_{rk}^2
+
+    with q = `squares` and c = `penalty`. The errors of each problem count relative to its own δ, `robust` times their
+    median, so that hard and easy problems weigh alike. The problems that are held out decide which table is returned.
 
     Arguments:
         table: Table to start from.
@@ -182,34 +200,50 @@ def descend(
         held_out: Groups that decide.
         steps: Largest number of iterations.
         robust: Multiple of the median error of a problem below which errors count as squares.
+        squares: Share q of the root mean square error of each problem in the loss and in the score; with 0 the fit
+            improves the median, and the few samples near a boundary of two basins count little.
+        penalty: Factor c of the mean over the rows of the sum of squared weights, by which errors of the network that
+            are independent of each other grow.
         first_shift: Whether the first network level may differ from the first level, as with a Gaussian start.
         note: Function of the iterations, and of the scores on both sets, called after each round.
     """
     parameters = Parameters.of(table, first_shift=first_shift)
-    best, best_score = table, mean_log(errors(table, held_out))
+    best, best_score = table, mean_log(errors(table, held_out), squares)
     spent = stale = 0
     while spent < steps and stale < _PATIENCE:
         now = errors(parameters.table(), train)
         scales = [robust * e.median(1, keepdim=True).values.clamp_min(1e-9) for e in now]
-        spent += _round(parameters, train, scales, min(_ROUND, steps - spent))
+        spent += _round(parameters, train, scales, min(_ROUND, steps - spent), squares, penalty)
         fitted = parameters.table()
-        score = mean_log(errors(fitted, held_out))
+        score = mean_log(errors(fitted, held_out), squares)
         if note is not None:
-            note(spent, mean_log(errors(fitted, train)), score)
+            note(spent, mean_log(errors(fitted, train), squares), score)
         stale = 0 if score < best_score - 0.002 else stale + 1
         if score < best_score:
             best, best_score = fitted, score
     return best, best_score
 
 
-def _round(parameters: Parameters, train: Sequence[Trajectories], scales: Sequence[Tensor], steps: int) -> int:
+def _round(
+    parameters: Parameters,
+    train: Sequence[Trajectories],
+    scales: Sequence[Tensor],
+    steps: int,
+    squares: float,
+    penalty: float,
+) -> int:
     """Run a round of L-BFGS; return its number of iterations."""
     problems = sum(len(s) for s in scales)
 
+    def loss(group: Trajectories, delta: Tensor) -> Tensor:
+        e = group.errors(parameters())
+        each = (1 - squares) * 0.5 * (e.square() + delta.square()).log().mean(1)
+        return (each + squares * _log_rms(e) if squares else each).sum() / problems
+
     def losses() -> Iterator[Callable[[], Tensor]]:
         for group, delta in zip(train, scales, strict=True):
-            yield lambda group=group, delta=delta: (  # type: ignore[misc]
-                0.5 * (group.errors(parameters()).square() + delta.square()).log().mean(1).sum() / problems
-            )
+            yield partial(loss, group, delta)
+        if penalty:
+            yield lambda: penalty * parameters().weights.square().sum() / parameters.mask.shape[1]
 
     return lbfgs_round(parameters.free, losses, steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _problems import CASES, model_of, solved
+from _problems import CASES, PROBLEMS, PROCESSES, Network, model_of, solved
 from torch import Tensor
 
 import scoresde as ss
@@ -128,23 +128,42 @@ def digits(out: Path, n: int, steps: int = 1200) -> Case:
     return kept("digits", model, x, ss.Gaussian.estimate(model.sde, load().images), out)
 
 
-def exact(name: str, n: int) -> Case:
+def exact(name: str, n: int, out: Path) -> Case:
     """An exact mixture of ``work_precision.py`` under VP."""
-    from work_precision import problem
-
-    model, x, end = problem(name, "VP", n, 3)
+    model = PROBLEMS[name](PROCESSES["VP"])
+    x, end = solved_once(name, model, n, 3, out)
     gaussian = model.gaussian
     assert gaussian is not None
     return Case(name, model, x, end, gaussian)
 
 
-def known(name: str, n: int) -> Case:
+def known(name: str, n: int, out: Path) -> Case:
     """An exact mixture of ``_problems.py``, with the error of a network or without, that nothing was chosen on."""
     model = model_of(next(case for case in CASES if case.name == name))
-    x, end = solved(model, n, 5)
+    x, end = solved_once(name, model, n, 5, out)
     mixture = model if isinstance(model, ss.GaussianMixture) else model.mixture
     assert mixture.gaussian is not None
     return Case(name, model, x, end, mixture.gaussian)
+
+
+def solved_once(name: str, model: ss.GaussianMixture | Network, n: int, seed: int, out: Path) -> tuple[Tensor, Tensor]:
+    """Initial states and their ends, kept in a file."""
+    page = out / f"solved-{name.replace(', ', '-').replace(' ', '_').replace('%', 'percent')}-{n}-{seed}.pt"
+    if not page.exists():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(solved(model, n, seed), page)
+    x, end = torch.load(page)
+    return x, end
+
+
+def vector_network(recipe_name: str, out: Path, n: int) -> Case:
+    """A network of vectors of ``_networks.py``."""
+    from _networks import HELD_OUT_VECTORS, SELECTED_VECTORS, trained
+
+    recipe = next(r for r in SELECTED_VECTORS + HELD_OUT_VECTORS if r.name == recipe_name)
+    model, data = trained(recipe, out)
+    x = ss.Noise(13).normal((n, data.shape[1]), 0, dtype=torch.float32) * float(model.sde.sigma(model.sde.T))
+    return kept(recipe_name, model, x, ss.Gaussian.estimate(model.sde, data), out)
 
 
 def kept(name: str, model: ss.denoisers.AbstractDenoiser, x: Tensor, gaussian: ss.Gaussian, out: Path) -> Case:
@@ -161,8 +180,10 @@ def cases(names: tuple[str, ...], out: Path, n: int = 24) -> Iterator[Case]:
     """Cases by their names."""
     for name in names:
         if name in EXACT:
-            yield exact(name, 4 * n)
+            yield exact(name, 4 * n, out)
         elif name in HELD_OUT_EXACT + HELD_OUT_ERRORS:
-            yield known(name, 4 * n)
+            yield known(name, 4 * n, out)
+        elif "-" in name:
+            yield vector_network(name, out, 4 * n)
         else:
             yield digits(out, n) if name == "digits" else network(name, out, n)

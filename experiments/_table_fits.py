@@ -33,6 +33,7 @@ class Options:
     trajectories: int = 10
     steps: int = 50
     penalty: float = 0.0
+    workers: int = 1
     out: Path = Path(__file__).parent / "out" / "universal"
     quick: bool = False
 

@@ -20,7 +20,6 @@ smallest geometric mean. ``compare`` also uses networks that no choice has seen.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import statistics
@@ -30,13 +29,11 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-import torch
-from _cases import EXACT, HELD_OUT, HELD_OUT_ERRORS, HELD_OUT_EXACT, SELECTION, Case, cases
-from _families import F64
+from _cases import SELECTION, Case, cases
+from _comparison import compare, line
 from _reasons import limit, reasons
 from _starts import starts
 from _table_fits import Options, begin_default, fit, found, path
-from torch import Tensor
 
 import scoresde as ss
 from scoresde.solvers.universal import FOLDER, UniversalTable, unit_of, write_plan
@@ -81,67 +78,12 @@ def select(options: Options) -> None:
             (FOLDER / f"{kind}.json").write_text(f'{{"tables": {{\n{lines}\n}}}}\n')
 
 
-GROUPS = {
-    "exact mixtures": EXACT,
-    "exact mixtures, held out": HELD_OUT_EXACT,
-    "mixtures with errors, held out": HELD_OUT_ERRORS,
-    "networks of the selection": SELECTION,
-    "networks, held out": HELD_OUT,
-}
-"""Problems to compare on. The held-out ones had no part in the fits or in the choice of seeds."""
-
-
-def compare(options: Options) -> str:
-    """Errors of the default and of universal plans on every problem, and their ratios."""
-    nfes = sorted(map(int, options.nfes.split(",")))
-    page = options.out / "compare.json"
-    known: dict[str, list[tuple[float, float]]] = json.loads(page.read_text()) if page.exists() else {}
-    rows, ratios = [], []
-    for group, names in [*GROUPS.items()][: 1 if options.quick else None]:
-        found: list[Tensor] = []
-        for case in cases(names[: 1 if options.quick else None], options.out):
-            rule = ss.solvers.Universal(data_std=unit_of(case.gaussian.spectrum))
-            measured: dict[str, list[tuple[float, float]]] = {}
-            plans: dict[str, tuple[ss.solvers.Solver | None, ss.Gaussian | None]] = {
-                "default": (None, None),
-                "universal": (rule, None),
-                "from a Gaussian start": (rule, case.gaussian),
-            }
-            for name, (solver, start) in plans.items():
-                key = f"{case.name}, {name}, {options.nfes}, {versions(name, case)}"
-                if key not in known:
-                    known[key] = [case.errors(solver, nfe=n, start=start) for n in nfes]
-                    page.write_text(json.dumps(known))
-                measured[name] = known[key]
-                for measure, column in zip(("median", "RMSE"), zip(*known[key], strict=True), strict=True):
-                    rows.append([case.name, name, measure, *(f"{v:.3g}" for v in column)])
-                    print(line(rows[-1]), flush=True)
-            default, ours, carried = (measured[name] for name in plans)
-            found.append(torch.tensor([ours, carried], dtype=F64) / torch.tensor(default, dtype=F64))
-        means = torch.stack(found).log().mean(0).exp()  # start, evaluations, measure
-        for name, of_start in zip(("", ", from a Gaussian start"), means, strict=True):
-            for measure, column in zip(("median", "RMSE"), of_start.T.tolist(), strict=True):
-                ratios.append([group + name, measure, *(f"{v:.2f}" for v in column)])
-    head = ["problems", "error", *map(str, nfes)]
-    text = "\n".join(
-        [
-            "Error of the universal plan over that of the default, by the number of evaluations; geometric means:\n",
-            *map(line, [head, [":--"] * 2 + ["--:"] * len(nfes), *ratios]),
-            "\nThe errors themselves:\n",
-            *map(line, [["problem", "plan", *head[1:]], [":--"] * 3 + ["--:"] * len(nfes), *rows]),
-        ]
-    )
+def comparison(options: Options) -> None:
+    """Write and print the tables of the page."""
+    text = compare(sorted(map(int, options.nfes.split(","))), options.out, options.workers, quick=options.quick)
     if not options.quick:
         (options.out / "compare.md").write_text(text + "\n")
     print(text)
-    return text
-
-
-def versions(plan: str, case: Case) -> str:
-    """Digest of the tables that a plan comes from; empty for the default."""
-    kind = "noise" if case.model.kind.predicts in ("eps", "score") else "data"
-    kind = {"default": "", "universal": kind}.get(plan, "gaussian")
-    return hashlib.sha256((FOLDER / f"{kind}.json").read_bytes()).hexdigest()[:12] if kind else ""
 
 
 def explain(options: Options) -> None:
@@ -167,11 +109,6 @@ def report(options: Options, name: str, head: Sequence[str], rows: Iterable[Sequ
     (options.out / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
-def line(cells: Sequence[str]) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("fit", "select", "compare", "explain", "starts"), default="fit")
@@ -181,6 +118,7 @@ def main() -> None:
     parser.add_argument("--trajectories", type=int, default=Options.trajectories)
     parser.add_argument("--steps", type=int, default=Options.steps)
     parser.add_argument("--penalty", type=float, default=Options.penalty, help="of the sum of squared weights")
+    parser.add_argument("--workers", type=int, default=Options.workers, help="processes of compare")
     parser.add_argument("--out", type=Path, default=Options.out)
     parser.add_argument("--quick", action="store_true")
     given = vars(parser.parse_args())
@@ -191,9 +129,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             options.out = Path(folder)
             fit(options)
-            compare(options)
+            comparison(options)
         return
-    commands = {"fit": fit, "select": select, "compare": compare, "explain": explain, "starts": gaussian_starts}
+    commands = {"fit": fit, "select": select, "compare": comparison, "explain": explain, "starts": gaussian_starts}
     commands[what](options)
 
 

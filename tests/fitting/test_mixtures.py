@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 import scoresde as ss
 from scoresde.fitting.mixtures import Bends, Mixtures, Problems, Waves, from_spectrum, merge
-from scoresde.fitting.universal import Group, descend, errors
+from scoresde.fitting.universal import Group, descend, errors, mean_log
 from scoresde.solvers.universal import tables
 
 F64 = torch.float64
@@ -80,6 +82,19 @@ def test_a_descent_lowers_the_errors_on_problems_it_has_not_seen() -> None:
     before, after = (torch.cat(errors(t, [fresh])).log().mean() for t in (begun, fitted))
     assert after < before - 0.3 and torch.allclose(fitted.weights[1:].sum(1), torch.ones(4, dtype=F64))
     assert bool((fitted.levels.diff() < 0).all()) and score < float(torch.cat(errors(begun, [held])).log().mean())
+
+
+def test_the_share_of_squares_and_the_penalty_do_what_they_say() -> None:
+    train = [Group.draw(problems(3, 4, 2), 12, seed=0)]
+    begun = tables("data")[4]
+    assert abs(mean_log([torch.tensor([[1.0, 7.0]])], squares=1.0) - math.log(5)) < 1e-6
+    plain, tails, small = (
+        descend(begun, train, train, steps=15, **how)[0] for how in ({}, {"squares": 1.0}, {"penalty": 0.3})
+    )
+    rms = [mean_log(errors(t, train), squares=1.0) for t in (plain, tails)]
+    assert rms[1] < rms[0]
+    assert mean_log(errors(plain, train)) < mean_log(errors(tails, train))
+    assert small.weights.square().sum() < plain.weights.square().sum()
 
 
 def test_a_gaussian_start_carries_the_states_along_the_flow() -> None:

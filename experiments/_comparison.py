@@ -35,6 +35,7 @@ PLANS = ("rule", "universal", "universal, Gaussian start")
 MEASURES = ("median", "RMSE")
 
 Errors = tuple[float, float]
+Found = dict[str, list[Errors]]
 
 
 def rule(model: ss.denoisers.AbstractDenoiser, nfe: int) -> ss.Plan:
@@ -76,7 +77,7 @@ class Store:
 
     Arguments:
         page: File.
-        known: Errors by the plan, the number of evaluations and the digest of its coefficients.
+        known: Errors by the number of evaluations and a digest of the coefficients.
     """
 
     page: Path
@@ -88,15 +89,18 @@ class Store:
         page.parent.mkdir(parents=True, exist_ok=True)
         return cls(page, {k: (a, b) for k, (a, b) in json.loads(page.read_text()).items()} if page.exists() else {})
 
-    def keep(self, key: str, errors: Errors) -> None:
-        """Write an error so that an interruption leaves a whole file."""
-        self.known[key] = errors
-        part = self.page.with_suffix(".part")
-        part.write_text(json.dumps(self.known))
-        part.replace(self.page)
+    def errors(self, case: Case, plan: ss.Plan, start: ss.Gaussian | None) -> Errors:
+        """Errors of a plan, from the file or measured; a measured one is written at once."""
+        key = f"{plan.nfe}, {hashlib.sha256(repr([plan.rows, start is None]).encode()).hexdigest()[:16]}"
+        if key not in self.known:
+            self.known[key] = case.errors(plan, start=start)
+            part = self.page.with_suffix(".part")
+            part.write_text(json.dumps(self.known))
+            part.replace(self.page)  # an interruption leaves a whole file
+        return self.known[key]
 
 
-def errors_of(name: str, nfes: Sequence[int], out: Path) -> dict[str, list[Errors]]:
+def errors_of(name: str, nfes: Sequence[int], out: Path) -> Found:
     """Errors of all plans on a problem, for each number of evaluations; those in its file are not measured again.
 
     Arguments:
@@ -107,21 +111,16 @@ def errors_of(name: str, nfes: Sequence[int], out: Path) -> dict[str, list[Error
     torch.set_num_threads(1)
     store = Store.of(name, out)
     (case,) = cases((name,), out)
-    found: dict[str, list[Errors]] = {}
+    found: Found = {}
     for column in PLANS:
         start = case.gaussian if column == PLANS[2] else None
-        for n in nfes:
-            plan = plan_of(column, case, n)
-            key = f"{column}, {n}, {hashlib.sha256(repr(plan.rows).encode()).hexdigest()[:12]}"
-            if key not in store.known:
-                store.keep(key, case.errors(plan, start=start))
-            found.setdefault(column, []).append(store.known[key])
+        found[column] = [store.errors(case, plan_of(column, case, n), start) for n in nfes]
     print(name, flush=True)
     return found
 
 
-def compare(nfes: Sequence[int], out: Path, workers: int, *, quick: bool = False) -> str:
-    """Text of the tables; measures what is not in the files.
+def compare(nfes: Sequence[int], out: Path, workers: int, *, quick: bool = False) -> tuple[str, str]:
+    """Texts of the ratios and of the errors; measures what is not in the files.
 
     Arguments:
         nfes: Numbers of evaluations.
@@ -137,32 +136,37 @@ def compare(nfes: Sequence[int], out: Path, workers: int, *, quick: bool = False
             found = dict(zip(names, pool.map(one, names), strict=True))
     else:
         found = {name: one(name) for name in names}
-    ratios, errors = [], []
+    return ratios_text(groups, found, nfes), errors_text(found, nfes)
+
+
+def ratios_text(groups: Mapping[str, Sequence[str]], found: Mapping[str, Found], nfes: Sequence[int]) -> str:
+    """Tables of the ratios to the rule: geometric means over the problems of a group, and the largest of one."""
+    means, largest = [], []
     for group, members in groups.items():
         for column in PLANS[1:]:
             for i, measure in enumerate(MEASURES):
-                pairs = [
-                    [a[i] / b[i] for a, b in zip(found[m][column], found[m]["rule"], strict=True)] for m in members
-                ]
-                means = [math.exp(fmean(map(math.log, v))) for v in zip(*pairs, strict=True)]
-                worst = [max(v) for v in zip(*pairs, strict=True)]
-                cells = [f"{m:.2f}; {w:.2f}" if len(members) > 1 else f"{m:.2f}" for m, w in zip(means, worst)]
-                ratios.append([group + column.removeprefix("universal"), measure, *cells])
-        for m in members:
-            errors += [
-                [m, column, measure, *(f"{e[i]:.3g}" for e in found[m][column])]
-                for column in PLANS
-                for i, measure in enumerate(MEASURES)
-            ]
-    head = ["problems", "error", *map(str, nfes)]
-    lines = [
-        "Error of the universal plan over that of the rule, by the number of evaluations: geometric mean over the "
-        "problems of a group; largest ratio of one of them:\n",
-        *map(line, [head, [":--"] * 2 + ["--:"] * len(nfes), *ratios]),
-        "\nThe errors themselves:\n",
-        *map(line, [["problem", "plan", *head[1:]], [":--"] * 3 + ["--:"] * len(nfes), *errors]),
+                pairs = [zip(found[m][column], found[m]["rule"], strict=True) for m in members]
+                ratios = [*zip(*([a[i] / b[i] for a, b in p] for p in pairs), strict=True)]
+                row = [group + column.removeprefix("universal"), measure]
+                means.append([*row, *(f"{math.exp(fmean(map(math.log, r))):.2f}" for r in ratios)])
+                largest.append([*row, *(f"{max(r):.2f}" for r in ratios)])
+    head = [["problems", "error", *map(str, nfes)], [":--"] * 2 + ["--:"] * len(nfes)]
+    first = "Geometric means over the problems of a group, by the number of evaluations:"
+    return "\n".join(
+        [first, "", *map(line, head + means), "", "The largest of a group:", "", *map(line, head + largest)]
+    )
+
+
+def errors_text(found: Mapping[str, Found], nfes: Sequence[int]) -> str:
+    """Table of the errors themselves."""
+    head = [["problem", "plan", "error", *map(str, nfes)], [":--"] * 3 + ["--:"] * len(nfes)]
+    rows = [
+        [name, column, measure, *(f"{e[i]:.3g}" for e in of[column])]
+        for name, of in found.items()
+        for column in PLANS
+        for i, measure in enumerate(MEASURES)
     ]
-    return "\n".join(lines)
+    return "\n".join(map(line, head + rows))
 
 
 def line(cells: Sequence[str]) -> str:

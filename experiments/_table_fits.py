@@ -87,7 +87,7 @@ def starts_of(options: Options, n: int, kind: str, seed: int) -> list[UniversalT
         return rules
     if kind in RECIPES:
         rules = [rules[-1], begin_default(n, kind)]
-    return rules + [*found(options, kind, n, range(seed)).values()] if seed in VECTORS else rules
+    return [*rules, *found(options, kind, n, range(seed)).values()] if seed in VECTORS else rules
 
 
 def groups(seed: int, kind: str, n: int, options: Options, *, share: int) -> list[Trajectories]:

@@ -24,26 +24,22 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import torch
 from _cases import SELECTION, Case, cases
-from _comparison import compare, line
+from _comparison import Store, compare, line
+from _families import vectors
+from _networks import SELECTED_VECTORS
 from _reasons import limit, reasons
 from _starts import starts
 from _table_fits import Options, begin_default, fit, found, path
 
-import scoresde as ss
+from scoresde.fitting.universal import Group, Trajectories, errors
 from scoresde.solvers.universal import FOLDER, UniversalTable, unit_of, write_plan
-
-
-def plan_of(table: UniversalTable, kind: str, case: Case) -> ss.Plan:
-    """Plan of a table for a case, on the scale that fits the Gaussian of its data."""
-    gaussian = kind == "gaussian"
-    scale = unit_of(case.gaussian.spectrum)
-    return write_plan(table.scaled(scale), case.model.sde, None if gaussian else case.model.sde.T)
 
 
 def suits(kind: str, case: Case) -> bool:
@@ -51,25 +47,54 @@ def suits(kind: str, case: Case) -> bool:
     return kind == "gaussian" or (kind == "noise") == (case.model.kind.predicts in ("eps", "score"))
 
 
-def score(table: UniversalTable, kind: str, judged: Sequence[Case]) -> float:
-    """Geometric mean of the errors of a table on the networks that it is for."""
-    start = {c.name: c.gaussian if kind == "gaussian" else None for c in judged}
-    found = [c.error(plan_of(table, kind, c), start=start[c.name]) for c in judged if suits(kind, c)]
-    return math.exp(statistics.fmean(map(math.log, found)))
+def mixture_score(table: UniversalTable, groups: Sequence[Trajectories]) -> float:
+    """Mean logarithm of the median error and of its root mean square, half each, over problems of no fit."""
+    found = [0.5 * (e.median(1).values.log() + 0.5 * e.square().mean(1).log()) for e in errors(table, groups)]
+    return float(torch.cat(found).mean())
+
+
+def network_score(table: UniversalTable, kind: str, judged: Sequence[Case], out: Path) -> float:
+    """The same over networks, each error kept in a file."""
+    found = []
+    for case in judged:
+        if suits(kind, case):
+            start, scaled = case.gaussian if kind == "gaussian" else None, table.scaled(unit_of(case.gaussian.spectrum))
+            plan = write_plan(scaled, case.model.sde, None if start else case.model.sde.T)
+            median, rmse = Store.of(case.name, out).errors(case, plan, start)
+            found.append(0.5 * math.log(median * rmse))
+    return statistics.fmean(found)
+
+
+def scores(options: Options, kind: str) -> Callable[[UniversalTable], tuple[float, ...]]:
+    """Function that returns the scores of a table: exact mixtures, with errors, networks of vectors, of images."""
+    predicts = "any" if kind == "gaussian" else kind
+    drawn: list[list[Group]] = [[], []]
+    for seed in (90_000, 91_000):
+        batches = vectors(seed, predicts)  # the first half is exact
+        for i, batch in enumerate(batches):
+            drawn[i >= len(batches) // 2].append(Group.draw(batch, 48, seed=seed, gaussian=kind == "gaussian"))
+    judged = [[*cases(names, options.out)] for names in (tuple(r.name for r in SELECTED_VECTORS), SELECTION)]
+
+    def of(table: UniversalTable) -> tuple[float, ...]:
+        mixtures = (mixture_score(table, groups) for groups in drawn)
+        return *mixtures, *(network_score(table, kind, networks, options.out) for networks in judged)
+
+    return of
 
 
 def select(options: Options) -> None:
     """Choose one seed for each kind and number of evaluations, and write the tables of the package."""
-    judged: list[Case] = []
     for kind in options.kinds.split(","):
         chosen: dict[str, object] = {}
+        score: Callable[[UniversalTable], tuple[float, ...]] | None = None
         for n in sorted(map(int, options.nfes.split(","))):
             seeds = found(options, kind, n, map(int, options.seeds.split(",")))
             if len(seeds) > 1:  # one alone needs no choice
-                judged = judged or list(cases(SELECTION, options.out))
-                scores = {seed: score(table, kind, judged) for seed, table in seeds.items()}
-                print(f"{kind} {n}: " + ", ".join(f"seed {k} {v:.4g}" for k, v in scores.items()), flush=True)
-                seeds = {k: seeds[k] for k in sorted(seeds, key=lambda seed: scores[seed])}
+                score = score or scores(options, kind)
+                of = {seed: score(table) for seed, table in seeds.items()}
+                for seed, values in of.items():
+                    print(f"{kind} {n} seed {seed}: " + " ".join(f"{math.exp(v):.4g}" for v in values), flush=True)
+                seeds = {k: seeds[k] for k in sorted(seeds, key=lambda seed: sum(of[seed]))}
             for seed in [*seeds][:1]:
                 chosen[str(n)] = json.loads(path(options, kind, n, seed).read_text())
         if chosen and not options.quick:
@@ -78,12 +103,23 @@ def select(options: Options) -> None:
             (FOLDER / f"{kind}.json").write_text(f'{{"tables": {{\n{lines}\n}}}}\n')
 
 
+PAGE = Path(__file__).parents[1] / "docs" / "universal.md"
+
+
 def comparison(options: Options) -> None:
-    """Write and print the tables of the page."""
-    text = compare(sorted(map(int, options.nfes.split(","))), options.out, options.workers, quick=options.quick)
-    if not options.quick:
-        (options.out / "compare.md").write_text(text + "\n")
-    print(text)
+    """Print the tables of the page, and write them into it if they have all numbers of evaluations."""
+    nfes = sorted(map(int, options.nfes.split(",")))
+    texts = dict(
+        zip(("ratios", "errors"), compare(nfes, options.out, options.workers, quick=options.quick), strict=True)
+    )
+    whole = nfes == sorted(map(int, Options.nfes.split(","))) and not options.quick
+    page = PAGE.read_text()
+    for name, text in texts.items():
+        print(text, end="\n\n")
+        begin, end = f"<!-- {name}: experiments/universal.py compare -->", f"<!-- end of {name} -->"
+        page = page[: page.index(begin) + len(begin)] + f"\n\n{text}\n\n" + page[page.index(end) :]
+    if whole:
+        PAGE.write_text(page)
 
 
 def explain(options: Options) -> None:

@@ -3,6 +3,7 @@
     pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
     python experiments/fitted.py          # 8 minutes on an idle core
     python experiments/fitted.py --parts  # parts of a plan, and grids; a quarter of an hour
+    python experiments/fitted.py --effort # more iterations and trajectories, on problems of the first half; 7 minutes
     python experiments/fitted.py --quick  # seconds, for CI
 
 The problems are those of the held-out half of ``_problems.py``: exact mixtures, and the same with the smooth error of a
@@ -23,7 +24,7 @@ import csv
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Options:
     percent: str = "0,5,1"  # errors of the networks, in the order of the run
     out: Path = Path(__file__).parent / "out"
     parts: bool = False
+    effort: bool = False
     quick: bool = False
 
 
@@ -102,16 +104,19 @@ class Judged:
         return Result(self.case.name, n, who, name, float(e.median()), rmse, far, iterations, seconds)
 
     def unfitted(self, n: int) -> Iterator[Result]:
-        """The default, and all solvers on all grids."""
+        """All solvers on all grids."""
         budgets = Budgets(quick=self.options.quick)
         with torch.no_grad():
             for who, solver, grid, sample in samplers(self.case, self.model, installed(), budgets):
-                if who in ("statistics", "anchored"):  # they use the data
+                if who in ("default", "statistics", "anchored"):  # the last two use the data
                     continue
                 found = sample(self.model, self.fresh, n)
                 if found is not None and bool(found[0].isfinite().all()):
-                    name = "default" if who == "default" else f"{who}: {solver}, {grid}"
-                    yield self.result(n, "default" if who == "default" else "unfitted", name, found[0])
+                    yield self.result(n, "unfitted", f"{who}: {solver}, {grid}", found[0])
+
+    def default(self, n: int) -> Iterator[Result]:
+        """The default of ``ss.sample``."""
+        yield self.result(n, "default", "default", ss.sample(self.model, self.fresh, nfe=n))
 
     def fitted(self, n: int, start: bool) -> Iterator[Result]:
         """A fit that is given a number of evaluations and nothing else."""
@@ -152,11 +157,12 @@ def collect(options: Options, page: Path) -> list[Result]:
         for case in problems(options):
             judged: Judged | None = None
             for n in map(int, options.nfes.split(",")):
-                for who in ("unfitted", *WHO[1:]):
+                for who in ("unfitted", *WHO):
                     if (case.name, n, who) in have:
                         continue
                     judged = judged or Judged(case, options)
-                    found = list(judged.unfitted(n) if who == "unfitted" else judged.fitted(n, who == WHO[2]))
+                    of = {"unfitted": judged.unfitted, "default": judged.default}
+                    found = list(of[who](n) if who in of else judged.fitted(n, who == WHO[2]))
                     note(found)
                     rows += found
                     print(f"{case.name}, {n}, {who}: {found[-1].median:.2e}, {found[-1].rmse:.2e}", flush=True)
@@ -329,12 +335,70 @@ def draw(rows: list[Result], page: Path) -> None:
     plt.close(figure)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """Cost of a fit.
+
+    Arguments:
+        trajectories: Number of trajectories, held-out ones included.
+        steps: Largest number of iterations.
+        squares: Of these, the last ones with a loss that counts squares.
+    """
+
+    trajectories: int
+    steps: int
+    squares: int = 0
+
+    def fit(self, judged: Judged, n: int) -> ss.Plan:
+        x, truth = judged.x[: self.trajectories], judged.truth[: self.trajectories]
+        plan = ss.fit(n, judged.model, x, teacher=truth, steps=self.steps - self.squares)
+        if self.squares:
+            how = fitting.Descent(robust=10)
+            plan = ss.fit(plan, judged.model, x, teacher=truth, steps=self.squares, descent=how)
+        return plan
+
+
+EFFORTS = (Effort(192, 300), Effort(192, 900), Effort(768, 300), Effort(768, 900), Effort(768, 900, squares=300))
+
+
+def effort_table(options: Options) -> list[str]:
+    """Errors of fits with more effort over those of the first, on problems of the first half."""
+    names = ["ring 2-D, VP, exact", "ring 2-D, VP, v network, 5 % error"]
+    head = ["problem", "NFE", "trajectories", "iterations", "with squares", "median", "RMSE", "CPU s"]
+    lines = [f"| {' | '.join(head)} |", "|:--|" + "--:|" * (len(head) - 1)]
+    efforts = EFFORTS[:1] if options.quick else EFFORTS
+    means: dict[Effort, list[list[float]]] = {e: [[], [], []] for e in efforts}
+    most = replace(options, trajectories=max(e.trajectories for e in efforts))
+    for case in [c for c in CASES if c.name in names]:
+        judged = Judged(case, most)
+        for n in map(int, options.nfes.split(",")):
+            base: list[float] = []
+            for effort in efforts:
+                began = time.process_time()
+                plan = effort.fit(judged, n)
+                spent = time.process_time() - began
+                found = judged.result(n, "fitted", plan.name, ss.sample(judged.model, judged.fresh, plan))
+                numbers = [found.median, found.rmse, spent]
+                base = base or numbers
+                for total, number, first in zip(means[effort], numbers, base, strict=True):
+                    total.append(number / first)
+                cells = [effort.trajectories, effort.steps, effort.squares, f"{found.median:.2e}", f"{found.rmse:.2e}"]
+                lines.append(f"| {case.name} | {n} | {' | '.join(map(str, cells))} | {spent:.0f} |")
+                print(lines[-1], flush=True)
+    for effort, ratios in means.items():
+        cells = [effort.trajectories, effort.steps, effort.squares, *(f"{mean(r):.2f}" for r in ratios)]
+        lines.append(f"| all / the first | | {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = "fitted" + "_parts" * options.parts + "_quick" * options.quick
+    stem = "fitted" + "_parts" * options.parts + "_effort" * options.effort + "_quick" * options.quick
     if options.parts:
         text = "\n".join([*parts_table(options), *grid_table(options)])
+    elif options.effort:
+        text = "\n".join(effort_table(options))
     else:
         rows = collect(options, options.out / f"{stem}.csv")
         text = report(rows, options)
@@ -343,12 +407,18 @@ def main(options: Options) -> None:
     print(text)
 
 
+HELP = {
+    "parts": "parts of a plan, and grids",
+    "effort": "more iterations and trajectories",
+    "quick": "seconds, for CI",
+}
+
+
 def parse() -> Options:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, value in vars(Options()).items():
         if isinstance(value, bool):
-            text = "parts of a plan, and grids" if name == "parts" else "seconds, for CI"
-            parser.add_argument(f"--{name}", action="store_true", help=text)
+            parser.add_argument(f"--{name}", action="store_true", help=HELP[name])
         else:
             parser.add_argument(f"--{name}", type=type(value), default=value)
     given = vars(parser.parse_args())

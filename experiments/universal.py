@@ -5,6 +5,7 @@
     python experiments/universal.py compare          # the table of the page, on exact problems and networks
     python experiments/universal.py explain          # roughness, amplification, and what a fit to UNets gains
     python experiments/universal.py starts           # ε-networks from a Gaussian start: error and Fréchet distance
+    python experiments/universal.py penalty          # fits with a penalty on the squares of the weights
     python experiments/universal.py --quick          # seconds, for CI: all three in small, and nothing is written
 
 Each fit is kept in ``experiments/out/universal``: one file for each kind, number of evaluations and seed. A kind is the
@@ -34,6 +35,7 @@ from _cases import SELECTION, Case, cases
 from _comparison import Store, compare, line
 from _families import vectors
 from _networks import SELECTED_VECTORS
+from _penalty import penalties
 from _reasons import limit, reasons
 from _starts import starts
 from _table_fits import Options, begin_default, fit, found, path
@@ -136,6 +138,19 @@ def gaussian_starts(options: Options) -> None:
     report(options, "starts", head, starts())
 
 
+def penalised(options: Options) -> None:
+    """Errors of tables that were fitted with penalties on their weights."""
+    head = [
+        "evaluations",
+        "penalty",
+        "sum of squares in a row",
+        "mixtures",
+        "networks of vectors",
+        "networks of images",
+    ]
+    report(options, "penalties", head, penalties(options))
+
+
 def report(options: Options, name: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table, and write it to a file."""
     lines = []
@@ -145,9 +160,19 @@ def report(options: Options, name: str, head: Sequence[str], rows: Iterable[Sequ
     (options.out / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
+COMMANDS: dict[str, Callable[[Options], None]] = {
+    "fit": fit,
+    "select": select,
+    "compare": comparison,
+    "explain": explain,
+    "starts": gaussian_starts,
+    "penalty": penalised,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("fit", "select", "compare", "explain", "starts"), default="fit")
+    parser.add_argument("what", nargs="?", choices=[*COMMANDS], default="fit")
     parser.add_argument("--kinds", default=Options.kinds)
     parser.add_argument("--nfes", default=Options.nfes)
     parser.add_argument("--seeds", default=Options.seeds)
@@ -167,8 +192,7 @@ def main() -> None:
             fit(options)
             comparison(options)
         return
-    commands = {"fit": fit, "select": select, "compare": comparison, "explain": explain, "starts": gaussian_starts}
-    commands[what](options)
+    COMMANDS[what](options)
 
 
 if __name__ == "__main__":

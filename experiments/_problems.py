@@ -95,11 +95,12 @@ class Network(ss.denoisers.AbstractDenoiser):
         mixture: Exact denoiser.
         predicts: Prediction that has the error: ``"v"`` or ``"eps"``.
         size: Root mean square of the error.
+        knows: Whether it knows the Gaussian of its data, as a model does that :class:`Trainer` trained.
     """
 
-    def __init__(self, mixture: ss.GaussianMixture, predicts: str, size: float) -> None:
+    def __init__(self, mixture: ss.GaussianMixture, predicts: str, size: float, knows: bool = True) -> None:
         super().__init__(mixture.sde)
-        self.mixture, self.predicts, self.size = mixture, predicts, size
+        self.mixture, self.predicts, self.size, self.knows = mixture, predicts, size, knows
         self.event = mixture.event
         D = math.prod(mixture.event)
         make = partial(torch.randn, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -110,8 +111,12 @@ class Network(ss.denoisers.AbstractDenoiser):
     def kind(self) -> Kind:
         return Kind(self.predicts, self.sde)
 
+    @property
+    def gaussian(self) -> ss.Gaussian | None:
+        return self.mixture.gaussian if self.knows else None
+
     def under(self, sde: ss.SDE) -> Network:
-        return Network(self.mixture.under(sde), self.predicts, self.size)
+        return Network(self.mixture.under(sde), self.predicts, self.size, self.knows)
 
     def x0(self, x: Tensor, t: float | Tensor, **cond: object) -> Tensor:
         a, s = (torch.as_tensor(f(t), dtype=torch.float64) for f in (self.sde.alpha, self.sde.sigma))

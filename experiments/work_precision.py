@@ -194,6 +194,11 @@ def default(model: Any, x: Tensor, n: int) -> tuple[Tensor, int]:
     return solution.x, solution.nfe
 
 
+def unknowing(model: Any, x: Tensor, n: int) -> tuple[Tensor, int]:
+    """The default of a network that does not know the Gaussian of its data."""
+    return default(Network(model.mixture, model.predicts, model.size, knows=False), x, n)
+
+
 def informed(case: Case, model: Any, quick: bool) -> Iterator[tuple[str, str, str, Sampler]]:
     """Rules that use the data."""
     mixture = model.mixture if isinstance(model, Network) else model
@@ -217,6 +222,8 @@ def samplers(case: Case, model: Any, libraries: list[str], options: Options) -> 
     quick, groups = options.quick, options.groups
     if not groups or "default" in groups:
         yield "default", "default", "default", default
+    if isinstance(model, Network) and (not groups or "unknowing" in groups):
+        yield "unknowing", "default", "default", unknowing
     if groups:
         if {"statistics", "anchored"} & set(groups):
             yield from (found for found in informed(case, model, quick) if found[0] in groups)
@@ -312,7 +319,7 @@ def cell(ratios: list[float]) -> str:
     return f"{math.exp(statistics.fmean(map(math.log, ratios))):.2f}; {max(ratios):.2f}"
 
 
-NOT_FRONTIER = ("default", "statistics", "anchored")
+NOT_FRONTIER = ("default", "unknowing", "statistics", "anchored")
 
 
 def ratios(table: dict[Key, list[Result]], who: str, measure: str, pair: tuple[str, str] | None = None) -> list[float]:

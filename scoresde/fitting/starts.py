@@ -12,6 +12,7 @@ from scoresde.denoisers.base import AbstractDenoiser
 from scoresde.denoisers.gaussian import Gaussian
 from scoresde.grids.spacings import uniform_lam, uniform_t
 from scoresde.plan.table import Plan
+from scoresde.sampling.defaults import default_grid
 from scoresde.sampling.solve import plan_for
 from scoresde.solvers.deterministic import UniPC, VelocityAB, with_corrector
 from scoresde.solvers.universal import Universal, tables
@@ -22,9 +23,9 @@ _SECOND, _LAST = 2.5, 0.1  # first and last level of a rule after a Gaussian sta
 def begin_plans(nfe: int, model: AbstractDenoiser, gaussian: Gaussian | None) -> list[Plan]:
     """Plans of `nfe` evaluations to begin a fit from.
 
-    From T these are the default plan; UniPC-2, and Adams–Bashforth of order 2 on the velocity with a corrector, on even
-    steps of the time of training; and the universal plan. With a Gaussian start they are the universal plan and
-    Adams–Bashforth from 2.5 standard deviations of the data.
+    From T these are the plan of the default rule; UniPC-2, and Adams–Bashforth of order 2 on the velocity with a
+    corrector, on even steps of the time of training; and the universal plan. With a Gaussian start they are the
+    universal plan and Adams–Bashforth from 2.5 standard deviations of the data.
 
     Arguments:
         nfe: Number of evaluations.
@@ -35,7 +36,7 @@ def begin_plans(nfe: int, model: AbstractDenoiser, gaussian: Gaussian | None) ->
     makers: list[Callable[[], Plan]] = []
     if gaussian is None:
         corrected = with_corrector(VelocityAB(2))
-        makers.append(lambda: plan_for(model, nfe=nfe))
+        makers.append(lambda: plan_for(model, nfe=nfe, grid=default_grid(nfe, model)))
         makers += [partial(rule.plan, sde, uniform_t(sde, nfe)) for rule in (UniPC(2), corrected)]
     else:
         std = float(gaussian.spectrum.mean().sqrt())

@@ -20,7 +20,7 @@ from scoresde.plan.folding import Outputs
 from scoresde.plan.fused import refusal
 from scoresde.plan.run import Denoise, outputs_at, run
 from scoresde.plan.table import Plan
-from scoresde.sampling.solve import plan_for
+from scoresde.sampling.solve import event_of, plan_for
 from scoresde.solvers.rule import Solver
 
 
@@ -74,7 +74,7 @@ def capture(
         >>> sampler.mode, torch.equal(sampler(seed=3), ss.sample(mix, (4, 1), ss.UniPC(2), nfe=8, seed=3))
         ('eager', True)
     """
-    plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end)
+    plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end, event=event_of(shape))
     shape = check.shape("shape", shape)
     return Captured(model, shape, plan, as_start(start), compile=compile, graph=graph, fused=fused)
 

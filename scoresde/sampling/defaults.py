@@ -1,7 +1,7 @@
 """The defaults of :func:`solve`: which solver and which grid a model gets that comes without either.
 
-The choice follows what the network predicts, the number of evaluations, and whether the model is exact. Each case is a
-function that :func:`recommend` calls; the page "Which solver" has the measurements.
+The choice follows what the network predicts, the number of evaluations, and whether the model is exact or a sample is a
+vector. Each case is a function that :func:`recommend` calls; the page "Which solver" has the measurements.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scoresde import _checks as check
 from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.analysis.moments import amplification
-from scoresde.denoisers.base import AbstractDenoiser
+from scoresde.denoisers.base import AbstractDenoiser, Given, Wrapped
 from scoresde.grids.spacings import flow_time, log_noise, quadratic_vp
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -26,6 +26,7 @@ from scoresde.solvers.deterministic import UniPC, VelocityAB, with_corrector
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.rule import Solver
 from scoresde.solvers.single_step import SingleStep
+from scoresde.solvers.universal import Universal, unit_of
 
 GridMaker = Callable[..., Tensor]
 
@@ -40,30 +41,33 @@ class Recommendation:
 
     Arguments:
         solver: Solver.
-        grid: Function ``grid(sde, steps, *, t_start, t_end)`` that makes the times.
+        grid: Function ``grid(sde, steps, *, t_start, t_end)`` that makes the times; None for a solver that has its own.
         why: Reason of the choice, one sentence.
     """
 
     solver: Solver
-    grid: GridMaker
+    grid: GridMaker | None
     why: str
 
     def __repr__(self) -> str:
-        grid = getattr(self.grid, "__name__", "grid")
+        grid = "None" if self.grid is None else getattr(self.grid, "__name__", "grid")
         if isinstance(self.grid, partial):
             grid = f"{self.grid.func.__name__}({fields(**self.grid.keywords)})"
         return f"Recommendation(solver={self.solver!r}, grid={grid}, why={self.why!r})"
 
 
 @checked
-def recommend(nfe: int, model: AbstractDenoiser | None = None) -> Recommendation:
+def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[int] | None = None) -> Recommendation:
     """The solver and the grid of :func:`solve` when neither is given, with the reason.
 
-    The choice follows the network at the end of a chain of wrappers, ``model.kind``, so that guidance changes nothing.
+    The choice follows the network at the end of a chain of wrappers, ``model.kind``. Guidance changes nothing, but that
+    there is no :class:`Universal` plan under guidance.
 
     Arguments:
         nfe: Number of evaluations.
         model: Denoiser; None for a model that predicts x₀, v or the velocity.
+        event: Shape of one sample; by default that of ``model.gaussian``, if the model knows it. :func:`solve` takes it
+            from the shape of the samples.
 
     Example:
         >>> import torch, scoresde as ss
@@ -73,10 +77,15 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None) -> Recommendation
         with_corrector(solver=VelocityAB(order=2))
         >>> [round(t, 2) for t in choice.grid(net.sde, 4).tolist()]
         [1.0, 0.5, 0.29, 0.12, 0.0]
+        >>> ss.sampling.recommend(8, net, event=(2,)).solver
+        Universal(data_std=1.0, predicts='data')
     """
-    choice = _choice(nfe, model)
-    if model is None or not isinstance(bound := bounded(nfe, model), Bounded):
+    if (table := fitted(nfe, model, event)) is not None:
+        return table
+    choice = _choice(nfe, model, event)
+    if model is None or not isinstance(bound := bounded(nfe, model, event), Bounded):
         return choice
+    assert choice.grid is not None
     _, steps = bound.for_nfe(nfe, clean=True)
     solver = bound.choose(model.sde, choice.grid(model.sde, steps))
     if solver == choice.solver:
@@ -88,13 +97,62 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None) -> Recommendation
     return Recommendation(solver, choice.grid, why)
 
 
-def _choice(nfe: int, model: AbstractDenoiser | None) -> Recommendation:
-    """The choice before its plan is checked."""
+def _choice(nfe: int, model: AbstractDenoiser | None, event: Sequence[int] | None = None) -> Recommendation:
+    """The rule and the grid, before the plan is checked."""
     check.integer("nfe", nfe, at_least=1)
     kind = None if model is None else model.kind
+    vector = _is_vector(model, event)
     if kind is not None and kind.predicts in ("eps", "score"):
-        return _of_noise(nfe)
-    return _of_exact(nfe) if kind is not None and kind.exact else _of_data(nfe)
+        return _of_noise_of_vectors(nfe) if vector and nfe >= 3 else _of_noise(nfe)
+    exact = kind is not None and kind.exact
+    return _of_vectors(nfe, exact) if exact or vector else _of_data(nfe)
+
+
+def _is_vector(model: AbstractDenoiser | None, event: Sequence[int] | None) -> bool:
+    """Whether a sample has one axis."""
+    if event is None and model is not None and model.gaussian is not None:
+        event = model.gaussian.event
+    return event is not None and len(event) == 1
+
+
+_TABLES = {"data": 6, "noise": 8}
+"""Largest number of evaluations of the universal plans that are defaults, for each kind; the smallest is 3."""
+
+
+def fitted(
+    nfe: int, model: AbstractDenoiser | None = None, event: Sequence[int] | None = None
+) -> Recommendation | None:
+    """The universal plan, if it is the default: few evaluations of an exact model, or of a network of vectors.
+
+    A model that does not know the Gaussian of its data is taken to have data of standard deviation 1, or that of
+    :class:`Preconditioning`.
+
+    Arguments:
+        nfe: Number of evaluations.
+        model: Denoiser; None for a model that predicts x₀, v or the velocity.
+        event: Shape of one sample.
+    """
+    check.integer("nfe", nfe, at_least=1)
+    kind = None if model is None else model.kind
+    predicts = "noise" if kind is not None and kind.predicts in ("eps", "score") else "data"
+    exact = kind is not None and kind.exact
+    if not (exact or _is_vector(model, event)) or not 3 <= nfe <= _TABLES[predicts]:
+        return None
+    inner = model
+    while isinstance(inner, Given):
+        inner = inner.model
+    if isinstance(inner, Wrapped):  # guidance and posteriors, on which the tables were not judged
+        return None
+    gaussian = None if inner is None else inner.gaussian
+    if exact and (gaussian is None or not gaussian.spectrum.any()):  # data of one point has no scale
+        return None
+    std = float(getattr(inner, "data_scale", 1.0)) if gaussian is None else unit_of(gaussian.spectrum)
+    return Recommendation(
+        Universal(std, predicts),
+        None,
+        "With few evaluations of an exact model, or of a network of vectors, a table that was fitted to random "
+        "mixtures with errors like those of networks is more accurate than a rule.",
+    )
 
 
 _NOISE: tuple[tuple[int, str, float, float, float | None], ...] = (
@@ -131,35 +189,61 @@ def _of_data(nfe: int) -> Recommendation:
     )
 
 
-def _of_exact(nfe: int) -> Recommendation:
-    return Recommendation(
-        _velocity(nfe, order=2 if nfe < 15 else 3, final=1 if nfe <= 6 else 0),
-        partial(flow_time, exponent=1.5),
-        "An exact model has no error that a step could amplify, so the steps become short near data, even in the flow "
-        "time to the power of 2/3, and the velocity is interpolated and corrected.",
+def _of_vectors(nfe: int, exact: bool) -> Recommendation:
+    """Steps that are short near data; the result of fewer than 18 evaluations is the newest data prediction."""
+    order = 2 if nfe < 12 else 3 if nfe < _SHORT else 4
+    reason = (
+        "An exact model has no error that a step could amplify"
+        if exact
+        else "Vectors often lie near thin sets, such as curves"
     )
+    return Recommendation(
+        _velocity(nfe, order=order, final=int(nfe < _SHORT)),
+        partial(flow_time, exponent=1.5),
+        f"{reason}, so the steps become short near data, even in the flow time to the power of 2/3, and the velocity "
+        "is interpolated and corrected.",
+    )
+
+
+def _of_noise_of_vectors(nfe: int) -> Recommendation:
+    """Steps that are short near data; the velocity in a variable that is −λ at high noise and ρ near data."""
+    return Recommendation(
+        _velocity(nfe, order=2 if nfe < 13 else 3, final=int(nfe < _SHORT), variable="log1p_rho"),
+        partial(log_noise, scale=0.3, exponent=1.75) if nfe < 9 else quadratic_vp,
+        "Vectors often lie near thin sets, so the steps become short near data, and the velocity is interpolated in "
+        "log(1 + σ/α), in which a step at high noise multiplies errors of an ε-network little.",
+    )
+
+
+_SHORT = 18  # evaluations from which the last step is so short that the velocity is extrapolated to the data
 
 
 def _velocity(nfe: int, order: int = 2, final: int = 0, variable: str = "tau") -> Solver:
     """Velocity Adams–Bashforth with a corrector, or DDIM for budgets that leave no room for it."""
     rule = VelocityAB(order, final=final, variable=variable)
-    return with_corrector(rule) if nfe >= (2 if variable == "lam" else 3) else VelocityAB(1)
+    return with_corrector(rule) if nfe >= (3 if variable == "tau" else 2) else VelocityAB(1)
 
 
 @checked
-def default_solver(nfe: int, model: AbstractDenoiser | None = None) -> Solver:
+def default_solver(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[int] | None = None) -> Solver:
     """The solver of :func:`solve` when none is given: that of :func:`recommend`.
 
     Arguments:
         nfe: Number of evaluations.
         model: Denoiser.
+        event: Shape of one sample.
     """
-    return recommend(nfe, model).solver
+    return recommend(nfe, model, event).solver
 
 
 @checked
-def default_grid(nfe: int, model: AbstractDenoiser | None = None, solver: Solver | None = None) -> GridMaker:
-    """The grid of :func:`solve` when none is given: that of :func:`recommend`.
+def default_grid(
+    nfe: int,
+    model: AbstractDenoiser | None = None,
+    solver: Solver | None = None,
+    event: Sequence[int] | None = None,
+) -> GridMaker:
+    """The grid of :func:`solve` for a solver that is given without one, and of the default rule.
 
     Solvers that draw noise or step in t or λ without an exponential integrator need short steps at high noise; their
     default is ``grids.quadratic_vp``.
@@ -167,10 +251,12 @@ def default_grid(nfe: int, model: AbstractDenoiser | None = None, solver: Solver
     Arguments:
         nfe: Number of evaluations.
         model: Denoiser.
-        solver: Solver that runs on the grid, by default :func:`default_solver`.
+        solver: Solver that runs on the grid, by default the default rule.
+        event: Shape of one sample.
     """
     exponential = solver is None or (isinstance(solver, Multistep | SingleStep) and solver.eta == 0)
-    return _choice(nfe, model).grid if exponential else quadratic_vp
+    grid = _choice(nfe, model, event).grid
+    return grid if exponential and grid is not None else quadratic_vp
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,14 +309,15 @@ class Bounded(Solver):
         return lowest
 
 
-def bounded(nfe: int, model: AbstractDenoiser) -> Solver:
-    """The default solver for a budget; on a network, with bounded amplification of the network's errors.
+def bounded(nfe: int, model: AbstractDenoiser, event: Sequence[int] | None = None) -> Solver:
+    """The default rule for a budget; on a network, with bounded amplification of the network's errors.
 
     Arguments:
         nfe: Number of evaluations.
         model: Denoiser.
+        event: Shape of one sample.
     """
-    solver = _choice(nfe, model).solver
+    solver = _choice(nfe, model, event).solver
     return Bounded(solver, model.kind.predicts) if isinstance(solver, Multistep) and not model.kind.exact else solver
 
 

@@ -21,7 +21,7 @@ from scoresde.noise.streams import Stream
 from scoresde.plan.run import outputs_at, run
 from scoresde.plan.table import Plan
 from scoresde.sampling.capture import Captured
-from scoresde.sampling.solve import plan_for
+from scoresde.sampling.solve import event_of, plan_for
 from scoresde.solvers.rule import Solver
 
 _WORTH = 1.05  # smallest gain in time for which a graph is recommended
@@ -114,7 +114,7 @@ def profile(
         (5, True)
     """
     check.integer("repeats", repeats, at_least=1)
-    plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end)
+    plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end, event=event_of(shape))
     begin, noise = as_start(start), Noise(0)
     with torch.no_grad():
         x = begin.draw(model, check.shape("shape", shape), plan.rows[0].t, noise)

@@ -23,7 +23,7 @@ from scoresde.integrators.method import GRADS, Checkpointed, Method, Problem, So
 from scoresde.noise.keyed import Noise
 from scoresde.plan.run import Step, run
 from scoresde.plan.table import Plan
-from scoresde.sampling.defaults import bounded, default_grid
+from scoresde.sampling.defaults import bounded, default_grid, fitted
 from scoresde.sampling.few_steps import warn_of_few_steps
 from scoresde.sampling.memo import made, written
 from scoresde.sampling.transitions import transitions
@@ -171,7 +171,9 @@ def solve(
     plan = times = None
     if method.grid == "plan":
         gaussian = as_start(start).gaussian
-        plan = plan_for(model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end, gaussian)
+        plan = plan_for(
+            model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end, gaussian, event_of(shape_or_x)
+        )
         if watch.hook is None:  # a hook may correct the states
             warn_of_few_steps(plan, model.sde, as_start(start).data_std)
     elif method.grid == "times":
@@ -268,6 +270,7 @@ def plan_for(
     t_start: float | None = None,
     t_end: float = 0.0,
     gaussian: Gaussian | None = None,
+    event: Sequence[int] | None = None,
 ) -> Plan:
     """The plan that :func:`solve` runs with the same arguments.
 
@@ -280,6 +283,7 @@ def plan_for(
         t_start: First time, by default T.
         t_end: Last time.
         gaussian: Gaussian of the start, if there is one.
+        event: Shape of one sample; by default that of ``model.gaussian``.
     """
     if isinstance(solver, Plan):
         if steps is not None or nfe is not None or grid is not None or t_start is not None or t_end != 0.0:
@@ -302,22 +306,34 @@ def plan_for(
     if grid is not None and not callable(grid):
         if t_start is not None or t_end != 0.0:
             raise ValueError("`grid` has its own ends; drop `t_start` and `t_end`, or cut it with `grids.window`.")
-        rule = bounded(len(grid) - 1, model) if solver is None else solver
+        rule = bounded(len(grid) - 1, model, event) if solver is None else solver
         rule = rule.suited(model, len(grid) - 1, gaussian)
         return written(rule, model.sde, torch.as_tensor(grid, dtype=torch.float64))
     count = DEFAULT_STEPS if steps is None else check.integer("steps", steps, at_least=1)
+    budget = count if nfe is None else check.integer("nfe", nfe, at_least=1)
+    if solver is None and grid is None and t_start is None and t_end == 0 and gaussian is None:
+        table = fitted(budget, model, event)
+        solver = None if table is None else table.solver
+    rule = bounded(budget, model, event) if solver is None else solver
     if nfe is not None:
-        check.integer("nfe", nfe, at_least=1)
-        rule = bounded(nfe, model) if solver is None else solver
         rule, count = rule.for_nfe(nfe, clean=model.sde.sigma(t_end) == 0)
-    else:
-        rule = bounded(count, model) if solver is None else solver
     rule = rule.suited(model, count, gaussian)
-    maker = default_grid(nfe or count, model, solver) if grid is None else grid
+    maker = default_grid(budget, model, solver, event) if grid is None else grid
     plan = written(rule, model.sde, _make(model, maker, count, t_start, t_end))
     if nfe is not None and plan.nfe > nfe:
         raise ValueError(f"{rule} needs at least {plan.nfe} evaluations, `nfe` = {nfe} is too small a budget.")
     return plan
+
+
+def event_of(shape_or_x: Sequence[int] | Tensor) -> tuple[int, ...]:
+    """Shape of one sample of a shape (B, *event) or of states (B, *event).
+
+    Arguments:
+        shape_or_x: Shape or states.
+    """
+    if isinstance(shape_or_x, Tensor):
+        return tuple(shape_or_x.shape[1:])
+    return tuple(shape_or_x)[1:] if isinstance(shape_or_x, Sequence) else ()
 
 
 def _make(model: AbstractDenoiser, grid: GridMaker, steps: int, t_start: float | None, t_end: float | None) -> Tensor:

@@ -23,7 +23,7 @@ from scoresde.plan.run import Normals
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.sampling.few_steps import warn_of_few_steps
-from scoresde.sampling.solve import plan_for
+from scoresde.sampling.solve import event_of, plan_for
 from scoresde.solvers.rule import Solver
 
 
@@ -106,7 +106,7 @@ class Stepper:
             predicts: Prediction that :meth:`tell` receives, by default the denoised state; ``model.kind.predicts`` is
                 that of the network.
         """
-        plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end)
+        plan = plan_for(check_ready(model), solver, steps, nfe, grid, t_start, t_end, event=event_of(shape_or_x))
         warn_of_few_steps(plan, model.sde, as_start(start).data_std)
         noise = as_noise(seed)
         x = as_start(start).draw(model, shape_or_x, plan.rows[0].t, noise)

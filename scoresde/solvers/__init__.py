@@ -44,6 +44,7 @@ from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, Expon
 from scoresde.solvers.interpolants import (
     DATA,
     LAM,
+    LOG1P_RHO,
     NOISE,
     RHO,
     TAU,
@@ -113,6 +114,7 @@ __all__ = [
     "KUTTA3",
     "LAM",
     "LMS",
+    "LOG1P_RHO",
     "MIDPOINT",
     "NOISE",
     "PLMS",

@@ -14,7 +14,7 @@ from scoresde.processes.sde import SDE
 from scoresde.solvers.ancestral import Posterior
 from scoresde.solvers.entry_statistics import EntryMultistep, EntryStatistics
 from scoresde.solvers.exponential import KROGSTAD4, ExponentialRungeKutta, res3
-from scoresde.solvers.interpolants import DATA, LAM, NOISE, RHO, TAU, TIME, VELOCITY, Prediction
+from scoresde.solvers.interpolants import DATA, LAM, LOG1P_RHO, NOISE, RHO, TAU, TIME, VELOCITY, Prediction
 from scoresde.solvers.multistep import Moments, Multistep
 from scoresde.solvers.naming import published
 from scoresde.solvers.pndm import ADAMS, NoiseCombination
@@ -324,14 +324,16 @@ def VelocityAB(order: int = 3, start: str = "ramp", final: int = 0, variable: st
         order: Number of nodes.
         start: First steps: ``"ramp"``, or ``"self"`` for full order from the start.
         final: Number of nodes of the step into σ = 0, by default `order`; 1 returns the newest data prediction.
-        variable: Variable of the interpolating polynomial: ``"tau"``, or ``"lam"``, which amplifies errors of an
-            ε-network less with few steps; its step into σ = 0 returns the newest data prediction.
+        variable: Variable of the interpolating polynomial: ``"tau"``; ``"lam"``, which amplifies errors of an
+            ε-network less with few steps, and whose step into σ = 0 returns the newest data prediction; or
+            ``"log1p_rho"``, log(1 + σ/α), which is like λ at high noise and like τ near data.
 
     References:
         | Flow Matching for Generative Modeling (Lipman et al., 2023), arXiv:2210.02747, for the velocity
     """
-    check.choice("variable", variable, ("tau", "lam"))
-    return Multistep(order_of(order), VELOCITY, {"tau": TAU, "lam": LAM}[variable], start=start, final=final)
+    variables = {"tau": TAU, "lam": LAM, "log1p_rho": LOG1P_RHO}
+    check.choice("variable", variable, tuple(variables))
+    return Multistep(order_of(order), VELOCITY, variables[variable], start=start, final=final)
 
 
 @published

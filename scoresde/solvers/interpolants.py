@@ -264,6 +264,10 @@ def _tau_of(lam: Tensor, t: Tensor) -> Tensor:
     return _tau(lam)
 
 
+def _log1p_rho_of(lam: Tensor, t: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(-lam)
+
+
 LAM = Variable("lam", _first, infinite=True)
 """λ = log(α/σ): the DPM-Solver family."""
 
@@ -272,6 +276,9 @@ RHO = Variable("rho", _rho_of)
 
 TAU = Variable("tau", _tau_of)
 """τ = σ/(α + σ): flow time."""
+
+LOG1P_RHO = Variable("log1p_rho", _log1p_rho_of)
+"""log(1 + σ/α) = −log(1 − τ): like −λ at high noise, like ρ near data."""
 
 TIME = Variable("time", _second, uses_t=True)
 """The time t of the process: DEIS tAB."""

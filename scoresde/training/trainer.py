@@ -28,6 +28,7 @@ from scoresde.training.ema import EMA, PowerEMA
 from scoresde.training.first_batch import check_first_batch
 from scoresde.training.hooks import Hook, ProgressBar, Record, Row
 from scoresde.training.identity import differences, identity, keep_own_options, loss_identity
+from scoresde.training.known import know_vectors
 from scoresde.training.losses import DSM
 from scoresde.training.sharding import (
     State,
@@ -97,6 +98,9 @@ class Trainer:
             optimiser.step()
             ema.update()
 
+    If the data are vectors, a tensor (N, D), the trainer writes their Gaussian into ``model.card``; ``ss.sample`` takes
+    the scale of the data from it.
+
     Arguments:
         loss: Loss, a :class:`DSM` or a module ``loss(x, noise, **cond)`` that returns a scalar.
         data: Tensor (N, *event), a dictionary with the data as ``"x"`` and conditions by name, a data set, a torch
@@ -162,6 +166,7 @@ class Trainer:
                 f"{self.update.accumulate}."
             )
         self.order = DataOrder(size(self.loader.data), batch, check.integer("seed", seed))
+        know_vectors(self.model, self.loader)
         self.log_every = check.integer("log_every", log_every, at_least=1)
         self.step = self.skipped = self._skipped_in_a_row = 0
         self.newest: tuple[int, int] | None = None  # the newest checkpoint of the folder, if it is of this run

@@ -72,8 +72,8 @@ CALLS: dict[str, Callable[[], Any]] = {
     "partial": lambda: ss.sample(mixture(), (2, 1), ss.DDIM(1.0), steps=7, grid=partial(ss.grids.karras, rho=3.0)),
     "times": lambda: ss.sample(mixture(ss.VP()), (2, 1), ss.DPMSolverPP(2), grid=GRID, seed=0),
     "list": lambda: ss.sample(mixture(ss.VP()), (2, 1), ss.SDEDPMSolverPP(order=2), grid=GRID.tolist(), seed=0),
-    "discrete": lambda: ss.sample(mixture(ss.Discrete([0.01] * 999 + [0.5])), (2, 1), nfe=5, seed=0),
-    "stepper": lambda: ss.sampling.Stepper.of(mixture(), (2, 1), nfe=4, seed=0),
+    "discrete": lambda: ss.sample(mixture(ss.Discrete([0.01] * 999 + [0.5])), (2, 1), nfe=7, seed=0),
+    "stepper": lambda: ss.sampling.Stepper.of(mixture(), (2, 1), nfe=7, seed=0),
     "encode": lambda: ss.encode(mixture(), torch.zeros(2, 1), ss.DDIM(), steps=4),
     "decode": lambda: ss.decode(mixture(), torch.zeros(2, 1), ss.DPMSolverPP(2), steps=4),
 }

@@ -19,6 +19,7 @@ import scoresde as ss
 from scoresde.solvers import (
     DATA,
     LAM,
+    LOG1P_RHO,
     NOISE,
     RHO,
     TAU,
@@ -152,7 +153,7 @@ CATALOGUE: dict[str, dict[str, list[Any]]] = {
     "Multistep": {
         "nodes": ORDERS,
         "prediction": [DATA, NOISE, VELOCITY, V, edm(0.5), edm(0.5 + 1e-9), *(s.prediction() for s in STATISTICS)],
-        "variable": [LAM, RHO, TAU],
+        "variable": [LAM, RHO, TAU, LOG1P_RHO],
         "corrector": [0, 3],
         "reevaluate": [False, True],
         "moments": [None, ("exact", "mid"), ("exact", 0.5)],

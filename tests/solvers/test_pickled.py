@@ -48,7 +48,15 @@ def test_every_solver_is_equal_to_its_copies(name: str) -> None:
 STATISTICS = ss.solvers.Statistics((-1.0, 0.0, 1.0), (0.9, 0.5, 0.1), (-0.5, -0.3, -0.2), (0.1, 0.1, 0.2))
 PARAMETERS: list[Any] = [
     *(ss.solvers.DATA, ss.solvers.NOISE, ss.solvers.VELOCITY, ss.solvers.V, ss.solvers.edm_prediction(0.7)),
-    *(ss.solvers.LAM, ss.solvers.RHO, ss.solvers.TAU, ss.solvers.TIME, ss.solvers.HEUN, STATISTICS.prediction()),
+    *(
+        ss.solvers.LAM,
+        ss.solvers.RHO,
+        ss.solvers.TAU,
+        ss.solvers.LOG1P_RHO,
+        ss.solvers.TIME,
+        ss.solvers.HEUN,
+        STATISTICS.prediction(),
+    ),
 ]
 
 

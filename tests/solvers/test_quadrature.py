@@ -18,6 +18,7 @@ from scoresde.processes.sde import derivative
 from scoresde.solvers.interpolants import (
     DATA,
     LAM,
+    LOG1P_RHO,
     NOISE,
     RHO,
     TAU,
@@ -32,7 +33,7 @@ from scoresde.solvers.quadrature import Point, noise_std, transfer, weights
 
 F = edm_prediction(0.5)
 PREDICTIONS = (DATA, NOISE, VELOCITY, V, F)
-VARIABLES = (LAM, RHO, TAU, TIME)
+VARIABLES = (LAM, RHO, TAU, LOG1P_RHO, TIME)
 ETAS = (0.0, 0.5, 1.0)
 EPS = torch.finfo(torch.float64).eps
 EACH_PREDICTION = pytest.mark.parametrize("prediction", PREDICTIONS, ids=str)
@@ -109,7 +110,8 @@ class Leg:
         self._transfers: dict[str, tuple[list[Real], Real]] = {}
 
     def u(self, variable: Variable, lam: Real, t: Real) -> Real:
-        return {"lam": lam, "rho": mp.exp(-lam), "tau": 1 / (1 + mp.exp(lam)), "time": t}[variable.name]
+        rho = mp.exp(-lam)
+        return {"lam": lam, "rho": rho, "tau": rho / (1 + rho), "log1p_rho": mp.log1p(rho), "time": t}[variable.name]
 
     def transfers(self, prediction: Prediction) -> tuple[list[Real], Real]:
         """∫(1 + α p/q) dλ from every quadrature node, and from s, to t."""

@@ -55,15 +55,24 @@ def begin(n: int, kind: str, second: float) -> UniversalTable:
 
 
 def begin_default(n: int, kind: str) -> UniversalTable:
-    """The plan of the library's default for networks, whose levels suit data of the unit 1.4."""
-    sde, unit = ss.VP(), 1.4
-    net = ss.Denoiser(torch.nn.Identity(), sde, predicts="eps" if kind == "noise" else "v")
+    """The plan of the library's rule for networks, whose levels suit data of the unit 1.4."""
+    net = ss.Denoiser(torch.nn.Identity(), ss.VP(), predicts="eps" if kind == "noise" else "v")
     choice = ss.sampling.recommend(n, net)
-    plan = choice.solver.plan(sde, choice.grid(sde, choice.solver.for_nfe(n)[1]))
+    return table_of(choice.solver.plan(net.sde, choice.grid(net.sde, choice.solver.for_nfe(n)[1])), net.sde, 1.4)
+
+
+def begin_exact(n: int) -> UniversalTable:
+    """The plan of the library's rule for exact models with many evaluations."""
+    sde, solver = ss.VP(), ss.solvers.with_corrector(ss.VelocityAB(3))
+    return table_of(solver.plan(sde, ss.grids.flow_time(sde, solver.for_nfe(n)[1], exponent=1.5)), sde, 1.0)
+
+
+def table_of(plan: ss.Plan, sde: ss.SDE, unit: float) -> UniversalTable:
+    """The table of a plan that was made for data of a unit."""
     u = unroll(plan)
     times = torch.tensor([float(t) for t in u.t], dtype=F64)
     s = sde.sigma(times) / sde.alpha(times)
-    weights = torch.zeros(n + 1, n, dtype=F64)
+    weights = torch.zeros(plan.nfe + 1, plan.nfe, dtype=F64)
     weights[1:] = u.d[1:] / (sde.alpha(times)[1:] * (1 - s[1:] / s[0]))[:, None]
     return UniversalTable(s[:-1] / unit, s[:-1] / unit, weights)
 
@@ -74,7 +83,7 @@ SECOND = {"data": (2.5, 6.0), "noise": (5.0, 20.0), "gaussian": (2.5,)}
 SHARES = {1: 8, 2: 24}
 """Number of problems that a trained network counts for in the fits of a seed."""
 
-VECTORS = {3: 2, 4: 4}
+VECTORS = {3: 2, 4: 2}
 """Number of sets of low-dimensional mixtures in the fits of a seed, which begin from those of lower seeds too."""
 
 SQUARES = 0.5  # share of the root mean square error in the loss of these
@@ -87,7 +96,10 @@ def starts_of(options: Options, n: int, kind: str, seed: int) -> list[UniversalT
         return rules
     if kind in RECIPES:
         rules = [rules[-1], begin_default(n, kind)]
-    return [*rules, *found(options, kind, n, range(seed)).values()] if seed in VECTORS else rules
+    if seed not in VECTORS:
+        return rules
+    exact = [begin_exact(n)] if seed > 3 and kind == "data" else []
+    return [*rules, *exact, *found(options, kind, n, range(seed)).values()]
 
 
 def groups(seed: int, kind: str, n: int, options: Options, *, share: int) -> list[Trajectories]:

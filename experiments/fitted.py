@@ -1,7 +1,7 @@
 """Fitted plans against the best unfitted ones on held-out problems; parts of a plan; computed grids.
 
     pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
-    python experiments/fitted.py          # 8 minutes on an idle core
+    python experiments/fitted.py          # 10 minutes on an idle core
     python experiments/fitted.py --parts  # parts of a plan, and grids; a quarter of an hour
     python experiments/fitted.py --effort # more iterations and trajectories, on problems of the first half; 7 minutes
     python experiments/fitted.py --quick  # seconds, for CI
@@ -9,10 +9,11 @@
 The problems are those of the held-out half of ``_problems.py``: exact mixtures, and the same with the smooth error of a
 v-network. The frontier is the smallest error over all solvers × grids of ``work_precision.py``, ours and those of the
 other libraries, in hindsight for each problem, each number of evaluations and each of the two measures. Beside it are
-the default, ``ss.fit(n, model, x)``, and the same with a Gaussian start (mean and covariance of the data). Plans are
-fitted on 128 trajectories, and 64 others decide when to stop. All errors are those of 256 further initial states: the
-distance per number from the same fine solve of the flow. A sample is far if it ends more than half a standard deviation
-of the data from it. ``tails.py`` measures the tails of the error on more samples.
+the rule of the default (``rule`` of ``_comparison.py``), ``ss.fit(n, model, x)``, and the same with a Gaussian start
+(mean and covariance of the data). Plans are fitted on 128 trajectories, and 64 others decide when to stop. All errors
+are those of 256 further initial states: the distance per number from the same fine solve of the flow. A sample is far
+if it ends more than half a standard deviation of the data from it. ``tails.py`` measures the tails of the error on more
+samples.
 
 The script writes a CSV, a figure and a table; an interrupted run continues its CSV.
 """
@@ -29,6 +30,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from _comparison import rule
 from _peers import installed
 from _problems import CASES, PROBLEMS, Network, model_of, problem, solved
 from _problems import Case as Problem
@@ -40,7 +42,7 @@ import scoresde as ss
 from scoresde import fitting
 
 FRESH = 256
-WHO = ("default", "fitted", "fitted, Gaussian start")
+WHO = ("rule", "fitted", "fitted, Gaussian start")
 PARTS = ((), ("times",), ("network_times",), ("weights",), ("times", "weights"), ("times", "network_times", "weights"))
 
 
@@ -114,9 +116,9 @@ class Judged:
                 if found is not None and bool(found[0].isfinite().all()):
                     yield self.result(n, "unfitted", f"{who}: {solver}, {grid}", found[0])
 
-    def default(self, n: int) -> Iterator[Result]:
-        """The default of ``ss.sample``."""
-        yield self.result(n, "default", "default", ss.sample(self.model, self.fresh, nfe=n))
+    def rule(self, n: int) -> Iterator[Result]:
+        """The rule of the default, without a universal plan."""
+        yield self.result(n, "rule", "rule", ss.sample(self.model, self.fresh, rule(self.model, n)))
 
     def fitted(self, n: int, start: bool) -> Iterator[Result]:
         """A fit that is given a number of evaluations and nothing else."""
@@ -161,7 +163,7 @@ def collect(options: Options, page: Path) -> list[Result]:
                     if (case.name, n, who) in have:
                         continue
                     judged = judged or Judged(case, options)
-                    of = {"unfitted": judged.unfitted, "default": judged.default}
+                    of = {"unfitted": judged.unfitted, "rule": judged.rule}
                     found = list(of[who](n) if who in of else judged.fitted(n, who == WHO[2]))
                     note(found)
                     rows += found

@@ -79,7 +79,7 @@ def groups(rows: list[Result]) -> dict[str, list[Result]]:
     """Results by prediction and guidance."""
     found: dict[str, list[Result]] = defaultdict(list)
     for row in rows:
-        predicts, _, guidance = row.case.split(", ")
+        predicts, _, _, guidance = row.case.split(", ")
         found[f"{predicts}, {guidance}"].append(row)
     return dict(sorted(found.items()))
 

@@ -2,13 +2,15 @@
 
     pip install diffusers azula; pip install --no-deps k-diffusion   # each is optional, and skipped if it is missing
     python experiments/trained.py                   # minutes; a second run goes on where the first one ended
+    python experiments/trained.py --networks "v, VP, UNet;ε, scaled linear, MLP"   # other networks; any combination
     python experiments/trained.py --again default   # the default anew, the rest from the CSV of the last run
+    python experiments/trained.py --report          # the tables from the CSV
     python experiments/trained.py --quick           # seconds, for CI
 
-Five class-conditional UNets are trained on the 8 × 8 digits of scikit-learn: they predict v or ε, on the continuous VP
-process, on cosine and on scaled linear β. In one sample of ten the label is dropped. Each runs without labels, and with
-labels under classifier-free guidance of scale 2 and 4, where one evaluation is two forward passes. Nothing in the
-library was chosen on these networks.
+Class-conditional networks, MLPs and UNets, are trained on the 8 × 8 digits of scikit-learn: they predict v or ε, on the
+continuous VP process, on cosine and on scaled linear β. In one sample of ten the label is dropped. Each runs without
+labels, and with labels under classifier-free guidance of scale 2 and 4, where one evaluation is two forward passes.
+Nothing in the library was chosen on these networks.
 
 All samplers start from the same states and get the same denoiser: ours, the deterministic schedulers of diffusers on
 all spacings and with the options of ``_peers.py``, and the samplers of k-diffusion and azula. All of them run with 5
@@ -45,7 +47,8 @@ import scoresde as ss
 
 NFES = (4, 5, 6, 8, 10, 15, 20, 50)
 WHOLE = (5, 10)  # numbers of evaluations at which all samplers run
-SCALES = (0, 2, 4)
+JUDGED = (4, 5, 6, 8, 10, 20)  # those at which the Fréchet distance is measured; with more, all are at the fine solve's
+SCALES = (2, 4)
 NONE = 10  # label of no class
 EVENT = (1, 8, 8)
 DISCRETE = {name: ss.Discrete(ss.processes.betas(name, 1000)) for name in ("cosine", "scaled_linear")}
@@ -54,7 +57,6 @@ PROCESSES: dict[str, ss.SDE] = {
     "cosine": DISCRETE["cosine"],
     "scaled linear": DISCRETE["scaled_linear"],
 }
-NETWORKS = (("v", "VP"), ("ε", "VP"), ("v", "cosine"), ("ε", "scaled linear"), ("ε", "cosine"))
 OURS = ("DDIM", "DPM-Solver++ 2M", "UniPC-2", "UniPC-3", "DEIS tAB-3", "VelocityAB-2", "VelocityAB-2 + UniC")
 OUR_GRIDS = ("uniform_t", "power_t(2)", "uniform_lam", "quadratic_vp")
 TOP = {"ours": 4, "diffusers": 8, "k-diffusion": 3, "azula": 3}  # samplers that run at the other numbers
@@ -66,13 +68,21 @@ BEGIN, END = "<!-- the tables of experiments/trained.py -->", "<!-- end of the t
 class Options:
     """Options of the command line."""
 
-    states: int = 32
-    judged: int = 192
-    steps: int = 1200
-    fine: int = 400
+    states: int = 48
+    judged: int = 256
+    steps: int = 3000
+    fine: int = 240
     out: Path = Path(__file__).parent / "out" / "trained"
+    networks: str = "ε, VP, MLP;v, cosine, MLP"
     again: str = ""
+    report: bool = False
     quick: bool = False
+
+    @property
+    def cases(self) -> list[Case]:
+        """Networks with each scale of guidance."""
+        words = ["unguided", *(f"guidance {scale}" for scale in SCALES)]
+        return [Case.named(f"{name}, {word}") for name in self.networks.split(";") for word in words]
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -87,29 +97,41 @@ class Case:
     Arguments:
         predicts: Prediction, ``"v"`` or ``"ε"``.
         process: Name of the process.
+        body: ``"MLP"`` or ``"UNet"``.
         scale: Scale of classifier-free guidance; 0 is the network without labels.
     """
 
     predicts: str
     process: str
+    body: str
     scale: int
 
     @property
     def name(self) -> str:
         guidance = f"guidance {self.scale}" if self.scale else "unguided"
-        return f"{self.predicts}, {self.process}, {guidance}"
+        return f"{self.predicts}, {self.process}, {self.body}, {guidance}"
+
+    @classmethod
+    def named(cls, name: str) -> Case:
+        """The case of this name."""
+        predicts, process, body, guidance = name.split(", ")
+        return cls(predicts, process, body, int(guidance.removeprefix("guidance ")) if "guidance" in guidance else 0)
 
 
 # Networks.
 
 
 @cache
-def network(predicts: str, process: str, options_out: Path, steps: int) -> ss.Denoiser:
-    """A class-conditional UNet of the digits; its weights are kept in a file."""
-    digits = load()
-    kind = {"ε": "eps"}.get(predicts, predicts)
-    model = ss.Denoiser(small_unet(16, classes=10, seed=5), PROCESSES[process], predicts=kind)
-    page = options_out / f"{kind}-{process.replace(' ', '_')}-{steps}.pt"
+def network(predicts: str, process: str, body: str, out: Path, steps: int) -> ss.Denoiser:
+    """A class-conditional network of the digits; its weights are kept in a file."""
+    digits, kind = load(), {"ε": "eps"}.get(predicts, predicts)
+    if body == "UNet":
+        steps = max(1, steps // 5)
+        net: torch.nn.Module = small_unet(16, classes=10, seed=5)
+    else:
+        net = ss.nn.MLP(64, hidden=160, classes=10, seed=5)
+    model = ss.Denoiser(net, PROCESSES[process], predicts=kind)
+    page = out / f"{body}-{kind}-{process.replace(' ', '_')}-{steps}.pt"
     torch.manual_seed(5)
     with torch.enable_grad():
         return kept_network(model, digits.images, page, steps=steps, batch=64, seed=5, labels=digits.labels, null=NONE)
@@ -125,7 +147,7 @@ class Guided:
     """
 
     def __init__(self, case: Case, n: int, options: Options) -> None:
-        net = network(case.predicts, case.process, options.out, options.steps)
+        net = network(case.predicts, case.process, case.body, options.out, options.steps)
         labels = torch.arange(n) % 10
         if case.scale:
             null = {"label": NONE}
@@ -210,7 +232,7 @@ class Bench:
 
 def finely(model: Guided, x: Tensor, steps: int) -> Tensor:
     """Ends of the trajectories by a fine solve."""
-    return ss.sample(model.model, x, ss.VelocityAB(2), grid=ss.grids.power_t(model.sde, steps, 1.5))
+    return ss.sample(model.model, x, ss.VelocityAB(2), grid=ss.grids.quadratic_vp(model.sde, steps))
 
 
 DEFAULT: Word = ("default", "default", "default")
@@ -235,7 +257,7 @@ def results_of(case: Case, libraries: list[str], options: Options, judge: Judge)
         bench.rows[("fine", "fine", "fine"), options.fine] = fine
     for n in options.budgets:
         bench.run(DEFAULT, default_of, n)
-        if n < 50:  # there the samples of all are those of the fine solve
+        if n in JUDGED:
             bench.judged(DEFAULT, default_of, n)
     return list(bench.rows.values())
 
@@ -253,7 +275,7 @@ def measure_others(bench: Bench, libraries: list[str]) -> None:
             where = whole if n < 10 else [20] if n == 50 else [10]
             for word in bench.best(who, where, TOP[who], errors) if n not in whole else []:
                 bench.run(word, samplers[word], n)
-            for word in bench.best(who, [n], 1, ("median", "near")) if n < 50 else []:
+            for word in bench.best(who, [n], 1, ("median", "near")) if n in JUDGED else []:
                 bench.judged(word, samplers[word], n)
 
 
@@ -288,8 +310,8 @@ def report(rows: list[Result], options: Options, libraries: list[str], judge: Ju
         f"digits have {mean:.1f} ± {spread:.1f}. The classifier knows {judge.accuracy:.1%} of the held-out digits:",
         "",
         *table(
-            ["network", "fine solve", *(n for n in names if n != "50")],
-            distances(rows, tuple(n for n in budgets if n != 50), libraries),
+            ["network", "fine solve", *map(str, JUDGED)],
+            distances(rows, JUDGED, libraries),
         ),
     ]
     floors = [row.median for row in rows if row.who == "fine"]
@@ -307,21 +329,20 @@ def main(options: Options) -> str:
         options = replace(options, states=6, judged=16, steps=3, fine=12, out=options.out / "quick")
     digits = load()
     judge, libraries = Judge(digits, 20 if options.quick else 500), installed()
-    cases = [Case(*pair, scale) for pair in NETWORKS for scale in SCALES]
-    if options.quick:
-        cases = cases[1:2]
     path = options.out / "trained.csv"
     rows = [] if options.quick else read(path)
-    rows = [row for row in rows if row.who not in options.again.split(",")]
-    done = set() if options.again else {row.case for row in rows}
+    done = dict.fromkeys(row.case for row in rows)
+    cases = options.cases[1:2] if options.quick else [] if options.report else options.cases
+    if options.again:
+        cases, done = [Case.named(name) for name in done], {}
+        rows = [row for row in rows if row.who != options.again]
     for case in cases:
         if case.name not in done:
             started = time.monotonic()
             rows += results_of(case, libraries, options, judge)
             write(rows, path)
             print(f"{case.name}: {time.monotonic() - started:.0f} s", flush=True)
-    order = {case.name: i for i, case in enumerate(cases)}
-    text = report(sorted(rows, key=lambda row: order[row.case]), options, libraries, judge)
+    text = report(rows, options, libraries, judge)
     (options.out / "trained.md").write_text(text + "\n")
     print(text)
     if not options.quick:
@@ -338,6 +359,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=Options.steps, help="training steps of each network")
     parser.add_argument("--fine", type=int, default=Options.fine, help="evaluations of the fine solve")
     parser.add_argument("--out", type=Path, default=Options.out, help="folder of the results")
+    parser.add_argument("--networks", default=Options.networks, help="prediction, process, MLP or UNet; ...")
     parser.add_argument("--again", default=Options.again, help="default: measure it anew; the rest from the CSV")
+    parser.add_argument("--report", action="store_true", help="write the tables from the CSV of the last run")
     parser.add_argument("--quick", action="store_true", help="a small run for CI")
     main(Options(**vars(parser.parse_args())))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from work_precision import cell
 
+RESOLVED = 1.5  # smallest error that is shown, in distances between the fine solve and that of half as many steps
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,15 +49,17 @@ def read(path: Path) -> list[Result]:
 
 
 def ratios(rows: list[Result], n: int, measure: str, among: tuple[str, ...]) -> list[float]:
-    """Measure of the default over the smallest of some libraries, for each case in which both have one."""
-    mine, theirs = {}, defaultdict(list)
+    """Error of the default over the smallest of some libraries, for each case in which the fine solve resolves both."""
+    mine, fine, theirs = {}, {}, defaultdict(list)
     for row in rows:
-        if row.nfe == n and math.isfinite(getattr(row, measure)):
-            if row.who == "default":
-                mine[row.case] = getattr(row, measure)
-            elif row.who in among:
-                theirs[row.case].append(getattr(row, measure))
-    return [value / min(theirs[case]) for case, value in mine.items() if case in theirs]
+        if row.who == "fine":
+            fine[row.case] = getattr(row, measure)
+        elif row.nfe == n and row.who == "default":
+            mine[row.case] = getattr(row, measure)
+        elif row.nfe == n and row.who in among:
+            theirs[row.case].append(getattr(row, measure))
+    found = [(value, min(theirs[case]), RESOLVED * fine[case]) for case, value in mine.items() if case in theirs]
+    return [value / least for value, least, limit in found if min(value, least) >= limit]
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> list[str]:

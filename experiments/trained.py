@@ -317,8 +317,9 @@ def report(rows: list[Result], options: Options, libraries: list[str], judge: Ju
     floors = [row.median for row in rows if row.who == "fine"]
     if floors:
         lines += [
-            f"Distance of the fine solve of {options.fine} evaluations to that of half as many: at most "
-            f"{max(floors):.2g} in the median, {statistics.median(floors):.2g} in the middle of the networks."
+            f"A fine solve has {options.fine} evaluations. Its distance to that of half as many is at most "
+            f"{max(floors):.2g} in the median, {statistics.median(floors):.2g} in the middle of the networks; a dash "
+            "stands for a ratio of errors that are smaller than 1.5 times this distance on the same network."
         ]
     return "\n".join(lines)
 
@@ -328,11 +329,12 @@ def main(options: Options) -> str:
     if options.quick:
         options = replace(options, states=6, judged=16, steps=3, fine=12, out=options.out / "quick")
     digits = load()
-    judge, libraries = Judge(digits, 20 if options.quick else 500), installed()
+    judge = Judge(digits, 20 if options.quick else 500)
     path = options.out / "trained.csv"
     rows = [] if options.quick else read(path)
     done = dict.fromkeys(row.case for row in rows)
     cases = options.cases[1:2] if options.quick else [] if options.report else options.cases
+    libraries = installed() if cases else [who for who in LIBRARIES if any(row.who == who for row in rows)]
     if options.again:
         cases, done = [Case.named(name) for name in done], {}
         rows = [row for row in rows if row.who != options.again]

@@ -100,9 +100,9 @@ def summary(rows: list[Result], budgets: tuple[int, ...], libraries: list[str]) 
 
 
 def singles(rows: list[Result], n: int) -> Iterator[list[str]]:
-    """Lines with the single scheduler of diffusers of the smallest mean ratio, and the default, for each group."""
-    for name, own in groups(rows).items():
-        own = [row for row in own if row.nfe == n]
+    """Lines with the single scheduler of diffusers of the smallest mean ratio, and the default, for each prediction."""
+    for name in sorted({row.case.split(", ")[0] for row in rows}):
+        own = [row for row in rows if row.nfe == n and row.case.startswith(name)]
         cases = {row.case for row in own}
         floor = {
             case: min((r.median for r in own if r.case == case and r.who == "diffusers"), default=0) for case in cases

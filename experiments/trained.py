@@ -301,7 +301,11 @@ def report(rows: list[Result], options: Options, libraries: list[str], judge: Ju
     every = ["ours", *libraries, "all"]
     head = ["networks", *(f"{who}, {measure}" for who in every for measure in ("median", "RMSE"))]
     lines += table(head, summary(rows, budgets, libraries))
-    lines += ["The single scheduler of diffusers with the smallest mean of its ratios to the best of diffusers:", ""]
+    lines += [
+        "The single scheduler of diffusers with the smallest mean of its ratios to the best of diffusers, over the "
+        "cases of a prediction:",
+        "",
+    ]
     head = ["networks", "evaluations", "scheduler", "its median error over the best", "that of the default"]
     lines += table(head, [line for n in budgets if n in WHOLE for line in singles(rows, n)])
     mean, spread = judge.floor(options.judged)

@@ -39,7 +39,6 @@ import argparse
 import csv
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +50,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 
 import scoresde as ss
+from scoresde.integrators import Control, DormandPrince, integrate
 from scoresde.likelihood import Probes, Tolerance, jacobian_products
 
 F64 = torch.float64
@@ -61,7 +61,7 @@ T_MIN = 1e-3
 class Options:
     """Options of the command line."""
 
-    batch: int = 64
+    batch: int = 32
     repeats: int = 8
     threads: int = 1
     out: Path = Path(__file__).parent / "out"
@@ -108,76 +108,129 @@ def baseline(model: ss.GaussianMixture, x: Tensor, tolerance: float, probe: Tens
         calls += 2 + len(vectors)
         return np.concatenate([drift.numpy().ravel(), (products * vectors).sum((0, 2)).numpy()])
 
-    start = time.perf_counter()
+    start = time.process_time()
     flat = np.concatenate([x.numpy().ravel(), np.zeros(B)])
     end = torch.from_numpy(solve_ivp(rhs, (T_MIN, 1.0), flat, rtol=tolerance, atol=tolerance, method="RK45").y[:, -1])
     z = end[: B * D].reshape(B, D)
     prior = -0.5 * (z.square().sum(1) + D * math.log(2 * math.pi))
-    return Densities(prior + end[B * D :], z, prior, calls, time.perf_counter() - start)
+    return Densities(prior + end[B * D :], z, prior, calls, time.process_time() - start)
 
 
 def ours(model: ss.GaussianMixture, x: Tensor, **options: Any) -> Densities:
-    start = time.perf_counter()
+    start = time.process_time()
     result = ss.log_prob(model, x, t_min=T_MIN, to_zero=False, **options)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     calls = float((result.nfe + result.products).double().mean())
     return Densities(result.value, result.latent, result.prior, calls, seconds)
+
+
+def each_sample(model: ss.GaussianMixture, x: Tensor, tolerance: float) -> Densities:
+    """The same as `baseline` on one sample at a time: scipy's control of the steps, for all samples in one batch."""
+    D = x.shape[1]
+    vectors = torch.eye(D, dtype=F64)[:, None]
+
+    def rhs(t: Tensor, y: tuple[Tensor, ...], rows: Tensor | None) -> Tensor:
+        z = y[0][:, :D]
+        drift = model.velocity(z, t)
+        v = vectors.expand(D, *z.shape)
+        trace = (jacobian_products(lambda z: model.velocity(z, t), z)(v) * v).sum((0, 2))
+        return torch.cat([drift, trace[:, None]], 1)
+
+    control = Control(tolerance, tolerance, factors=(0.2, 10.0), balance=False, max_nfe=100_000)
+    start = time.process_time()
+    run = integrate(rhs, torch.cat([x, torch.zeros_like(x[:, :1])], 1), T_MIN, 1.0, DormandPrince(), control)
+    z, log_det = run.y[0][:, :D], run.y[0][:, D]
+    prior = -0.5 * (z.square().sum(1) + D * math.log(2 * math.pi))
+    calls = (2 + D) * float(run.stats.nfe.double().mean())
+    return Densities(prior + log_det, z, prior, calls, time.process_time() - start)
 
 
 def rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
+def own_error(mix: ss.GaussianMixture, run: Densities, exact: Tensor) -> Tensor:
+    """Error of a run, without that of its prior."""
+    return run.value + mix.log_prob(run.latent, 1.0) - run.prior - exact
+
+
+Curve = list[tuple[float, float, float]]
+"""Error, calls and seconds of runs of one method."""
+
+
+def curve(mix: ss.GaussianMixture, runs: list[Densities], exact: Tensor) -> Curve:
+    return [(rms(own_error(mix, run, exact)), run.calls, run.seconds) for run in runs]
+
+
+def read(points: Curve, column: int, at: float, where: int = 0) -> float:
+    """One column of a curve where another has the value `at`, by interpolation of logarithms; NaN outside."""
+    table = np.log(np.array(sorted(points, key=lambda point: point[where])))
+    return math.exp(np.interp(math.log(at), table[:, where], table[:, column], math.nan, math.nan))
+
+
+def with_tolerances(mix: ss.GaussianMixture, x: Tensor, options: Options) -> list[Densities]:
+    tolerances = (1e-3, 1e-4, 1e-5) if len(x) < 8 else (1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+    return [ours(mix, x, tolerance=Tolerance(rtol=tol, atol=tol)) for tol in tolerances]
+
+
 def at_equal_error(name: str, mix: ss.GaussianMixture, options: Options) -> list[tuple[str, ...]]:
-    """Exact traces: the baseline, and our cheapest run that is at least as accurate."""
+    """Exact traces: the recipe at 1e-5, and what `log_prob` needs for the same error."""
     x = mix.sample(options.batch, T_MIN, seed=1)
+    exact, D = mix.log_prob(x, T_MIN), x.shape[1]
+    recipes = {"whole batch": baseline(mix, x, 1e-5, None), "each sample": each_sample(mix, x, 1e-5)}
+    own = curve(mix, with_tolerances(mix, x, options), exact)
+    numbers = (4, 8, 16) if options.batch < 8 else (4, 5, 6, 8, 10, 12, 16, 20)
+    equal = curve(mix, [ours(mix, x, tolerance=Tolerance(steps=n)) for n in numbers], exact)
+    rows = []
+    for kind, recipe in recipes.items():
+        error = rms(own_error(mix, recipe, exact))
+        calls, seconds, of_equal = (read(*job, error) for job in ((own, 1), (own, 2), (equal, 1)))
+        lean = recipe.calls * (1 + D) / (2 + D)
+        numbers_of_row = (calls / recipe.calls, calls / lean, of_equal / recipe.calls, seconds / recipe.seconds)
+        cells = (f"{recipe.calls:.0f}", f"{error:.1e}", f"{calls:.0f}", *(f"{v:.2f}" for v in numbers_of_row))
+        rows.append((name, kind, *cells))
+    return rows
+
+
+def tails(std: float, options: Options) -> list[tuple[str, ...]]:
+    """Points far from the data in the plane: four and six standard deviations of a component from a sample."""
+    mix = mixtures()["2 numbers" if std == 0.3 else "2 numbers, sharp"]
+    away = ss.Noise(5).normal((options.batch, 2), 0, dtype=F64)
+    away = (4 if std == 0.3 else 6) * std * away / away.norm(dim=1, keepdim=True)
+    x, clean = (mix.sample(options.batch, t, seed=3) + away for t in (T_MIN, 0.0))
     exact = mix.log_prob(x, T_MIN)
+    recipes = {tol: each_sample(mix, x, tol) for tol in (0.1, 1e-2, 1e-3, 1e-4, 1e-5)}
+    error = {tol: own_error(mix, run, exact).abs() for tol, run in recipes.items()}
+    rows = []
 
-    def errors(run: Densities) -> tuple[float, float]:
-        gap = mix.log_prob(run.latent, 1.0) - run.prior
-        return rms(run.value + gap - exact), rms(gap)
+    def add(method: str, calls: float, e: Tensor) -> None:
+        rows.append((f"std {std}", method, f"{calls:.0f}", f"{rms(e):.1e}", f"{float(e.max()):.1e}"))
 
-    runs: dict[str, Callable[[], Densities]] = {
-        f"tolerance {tol:g}": partial(ours, mix, x, tolerance=Tolerance(rtol=tol, atol=tol))
-        for tol in (1e-4, 5e-5, 2e-5, 1e-5, 5e-6, 2e-6, 1e-6)
-    }
-    runs |= {
-        f"{n} steps": partial(ours, mix, x, tolerance=Tolerance(steps=n)) for n in (4, 5, 6, 8, 10, 12, 16, 20, 30)
-    }
-    base = baseline(mix, x, 1e-5, None)
-    base_error, gap = errors(base)
-    rows = [(name, "RK45 in t", f"{base.calls:.0f}", f"{base_error:.1e}", "", f"{base.seconds:.2f}", "", f"{gap:.1e}")]
-    for kind in ("tolerance", "steps"):
-        done = {name: go() for name, go in runs.items() if kind in name}
-        good = {name: run for name, run in done.items() if errors(run)[0] <= base_error}
-        pick = min(good, key=lambda k: good[k].calls) if good else min(done, key=lambda k: errors(done[k])[0])
-        best = done[pick]
-        rows.append(
-            (
-                name,
-                pick,
-                f"{best.calls:.0f}",
-                f"{errors(best)[0]:.1e}",
-                f"{best.calls / base.calls:.2f}",
-                f"{best.seconds:.2f}",
-                f"{best.seconds / base.seconds:.2f}",
-                f"{errors(best)[1]:.1e}",
-            )
-        )
+    for tol in (1e-4, 1e-5):
+        add(f"RK45 in t, {tol:g}", recipes[tol].calls, error[tol])
+        run = ours(mix, x, tolerance=Tolerance(rtol=tol, atol=tol))
+        e = own_error(mix, run, exact).abs()
+        add(f"log_prob, {tol:g}", run.calls, e)
+        points = [(rms(error[t]), recipes[t].calls, float(error[t].max())) for t in recipes]
+        same = ["" if math.isnan(v := read(points, k, run.calls, 1)) else f"{v:.1e}" for k in (0, 2)]
+        rows.append((f"std {std}", "RK45 in t, as many calls", f"{run.calls:.0f}", *same))
+    found = ss.log_prob(mix, clean)
+    run = Densities(found.value, found.latent, found.prior, float((found.nfe + found.products).double().mean()), 0.0)
+    add("log_prob, 1e-05, down to σ = 0", run.calls, own_error(mix, run, mix.log_prob(clean)).abs())
     return rows
 
 
 def at_equal_cost(name: str, mix: ss.GaussianMixture, options: Options) -> list[tuple[str, ...]]:
     """Probes: root mean square errors against the exact trace, over seeds, with at most the calls of the baseline."""
     x = mix.sample(options.batch, T_MIN, seed=1)
-    D, steps = x.shape[1], 5
+    D, steps = x.shape[1], 4
     truth = ours(mix, x, tolerance=Tolerance(steps=24)).value
     probes = [ss.Noise(seed).fork(9).like(x, 0).sign() for seed in range(options.repeats)]
     plain = [baseline(mix, x, 1e-5, probe) for probe in probes]
     base_error, base_calls = rms(torch.stack([run.value - truth for run in plain])), plain[0].calls
     rows = [(name, "one probe, RK45 in t", f"{base_calls:.0f}", f"{base_error:.2f}", "")]
     fit = ss.GaussianMixture(mix.sde, mix.mean()[None], cov=mix.covariance()[None])
-    nodes = 3 * steps
+    nodes = 4 * steps
     n = min(int((base_calls - (6 * steps + 1 + nodes)) // nodes), D)
     rademacher, orthogonal = Probes("hutchinson", n, "rademacher"), Probes("hutchinson", n)
     kinds: dict[str, tuple[Probes, ss.GaussianMixture | None]] = {
@@ -219,12 +272,28 @@ def main(options: Options) -> None:
     warm_up = Tolerance(steps=1)  # torch imports some modules at the first use
     ours(mixtures()["2 numbers"], torch.zeros(1, 2, dtype=F64), tolerance=warm_up)
     exact, probes = [], []
+    quick = options.batch < 8
+    far = [row for std in ((0.3,) if quick else (0.3, 0.1)) for row in tails(std, options)]
     for name, mix in mixtures().items():
+        if quick and name not in ("2 numbers", "32 numbers"):
+            continue
         exact += at_equal_error(name, mix, options)
         if "32" in name:
             probes += at_equal_cost(name, mix, options)
-    columns = ("data", "method", "calls", "error", "/ baseline", "seconds", "/ baseline", "prior's error")
+    columns = (
+        "data",
+        "RK45 in t",
+        "calls",
+        "error",
+        "log_prob",
+        "/ RK45",
+        "/ lean RK45",
+        "steps / RK45",
+        "time / RK45",
+    )
     show("Exact traces, at equal error (nats, rms over samples)", columns, exact, options.out / "likelihood_exact.csv")
+    columns = ("data", "method", "calls", "rms error", "largest")
+    show("Tails in the plane (nats)", columns, far, options.out / "likelihood_tails.csv")
     columns = ("data", "method", "calls", "error", "times smaller")
     show("Probes, at equal cost (nats, rms)", columns, probes, options.out / "likelihood_probes.csv")
 

@@ -376,6 +376,10 @@ class Marginal:
         """The product S⁻¹ v."""
         return self.gaussian.affine(v, 0.0, lambda c: self._variance(c).rsqrt(), 0.0)
 
+    def grow(self, v: Tensor) -> Tensor:
+        """The product S v."""
+        return self.gaussian.affine(v, 0.0, lambda c: self._variance(c).sqrt(), 0.0)
+
     def denoise(self, x: Tensor) -> Tensor:
         """Posterior mean of the data, m + αC S⁻² (x − αm)."""
         return self.gaussian.affine(x, self.alpha, lambda c: self.alpha * c / self._variance(c), 1.0)

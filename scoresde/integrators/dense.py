@@ -134,8 +134,10 @@ class Record:
 
 def quartic(
     h: Tensor, before: Tensor, after: Tensor, stages: Sequence[Parts], middle: Sequence[float]
-) -> Callable[[float], Tensor]:
-    """Polynomial through the ends of a step, their slopes and the middle, as a function of the share of the step.
+) -> Callable[[float], tuple[Tensor, Tensor]]:
+    """Polynomial through the ends of a step, their slopes and the middle.
+
+    The result is a function of the share of the step, which returns the state and its slope.
 
     Arguments:
         h: Length of the step of each sample, with its sign, (B,).
@@ -150,7 +152,12 @@ def quartic(
     a4 = 2 * (f1 - f0) - 8 * (after + before) + 16 * centre
     a3 = 5 * f0 - 3 * f1 + 18 * before + 14 * after - 32 * centre
     a2 = f1 - 4 * f0 - 11 * before - 5 * after + 16 * centre
-    return lambda u: (((a4 * u + a3) * u + a2) * u + f0) * u + before
+
+    def at(u: float) -> tuple[Tensor, Tensor]:
+        slope = ((4 * a4 * u + 3 * a3) * u + 2 * a2) * u + f0
+        return (((a4 * u + a3) * u + a2) * u + f0) * u + before, slope / width
+
+    return at
 
 
 def _hermite(nodes: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

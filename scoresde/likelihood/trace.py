@@ -53,16 +53,28 @@ def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chun
     Returns:
         Function of vectors (K, B, *event) to the same shape.
     """
-    step = chunk or max(1, _MAX_ENTRIES // max(1, x.numel()))
     check.choice("autodiff", autodiff, AUTODIFF)
     check.integer("chunk", chunk)
+    return _linearize(f, x, autodiff, chunk)[0]
+
+
+def _linearize(f: Function, x: Tensor, autodiff: str, chunk: int) -> tuple[Function, list[Tensor]]:
+    """Products with the Jacobian, and a list that holds f(x) after the first of them."""
+    step = chunk or max(1, _MAX_ENTRIES // max(1, x.numel()))
     if autodiff == "loop":
         return _one_by_one(f, x)
+    value: list[Tensor] = []
     if autodiff == "reverse":
-        pull = torch.func.vjp(f, x)[1]
+        out, pull = torch.func.vjp(f, x)[:2]
+        value.append(out)
         one = torch.func.vmap(lambda u: pull(u)[0])
     else:
-        one = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,))[1], randomness="same")
+        push = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,)), randomness="same")
+
+        def one(v: Tensor) -> Tensor:
+            out, pushed = push(v)
+            value[:] = [out[0]]
+            return pushed
 
     def products(v: Tensor) -> Tensor:
         with warnings.catch_warnings():  # raised by torch's own code at the first forward-mode call
@@ -77,10 +89,10 @@ def jacobian_products(f: Function, x: Tensor, *, autodiff: str = "reverse", chun
                     f"of its operations ({error}); use `autodiff`='reverse'."
                 ) from None
 
-    return products
+    return products, value
 
 
-def _one_by_one(f: Function, x: Tensor) -> Function:
+def _one_by_one(f: Function, x: Tensor) -> tuple[Function, list[Tensor]]:
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         y = x if graph and x.requires_grad else x.detach().requires_grad_()
@@ -96,7 +108,7 @@ def _one_by_one(f: Function, x: Tensor) -> Function:
             ]
         return torch.stack(pulled)
 
-    return products
+    return products, [out if graph else out.detach()]
 
 
 @checked
@@ -229,7 +241,14 @@ class Divergence:
 
     def __call__(self, f: Function, x: Tensor) -> Tensor:
         """Estimates of the trace, (K, B), whose mean is unbiased; without probes K = 1 and the value is exact."""
-        multiply = jacobian_products(f, x, autodiff=self.autodiff, chunk=self.chunk)
+        return self.with_value(f, x)[0]
+
+    def with_value(self, f: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Estimates of the trace, (K, B), and f(x), which needs no further evaluation."""
+        multiply, value = _linearize(f, x, self.autodiff, self.chunk)
+        return self._estimates(multiply, x), value[0]
+
+    def _estimates(self, multiply: Function, x: Tensor) -> Tensor:
         if self.probes is None:
             return _exact(multiply, x, self.chunk or max(1, _MAX_ENTRIES // max(1, x.numel())))[None]
         if self.rank == 0:

@@ -23,7 +23,8 @@ The interpolant is not an exact solution. Along any path the density changes by
 
 where q is the density of y. The second term is integrated too, with the score that the evaluation at the node gives. So
 an error of the path changes the log-density only by its square, or by its product with the error of the score: the
-difference between the score of a network and that of the density of its own flow.
+difference between the score of a network and that of the density of its own flow. For networks that predict x0 the term
+is left out, because their score has an error of order 1/σ².
 """
 
 from __future__ import annotations
@@ -396,6 +397,15 @@ class RelativeFlow(Equation):
     samples: Tensor
     tally: Tally
 
+    @property
+    def scored(self) -> bool:
+        """Whether the score of the model is good at all noise levels.
+
+        The score has the error of the denoiser, divided by σ². Networks that predict x0 have an error that does not
+        vanish with σ.
+        """
+        return self.model.kind.exact or self.model.kind.predicts != "x0"
+
     @classmethod
     def make(
         cls, model: AbstractDenoiser, counter: Counter, gaussian: Gaussian, x: Tensor, t_min: float, t_max: float
@@ -545,7 +555,8 @@ class TraceIntegral:
         total = torch.zeros_like(self.value[:, : len(h)])
         for at, weight in zip(*(v.tolist() for v in legendre(NODES)), strict=True):
             y, slope = path(at)
-            total = total + weight * length * flow.trace(y, step.s + at * h, divergence).along(slope)
+            here = flow.trace(y, step.s + at * h, divergence)
+            total = total + weight * length * (here.along(slope) if flow.scored else here.trace)
         if self.part is self.whole:
             self.value = self.value + total
         else:

@@ -23,9 +23,10 @@ Calls at equal error, with exact traces (batch 32, one thread). NaN: our coarses
     2 numbers, sharp    whole batch  320  7.9e-5       135        0.42        0.56
     32 numbers, sharp   whole batch 3740  2.0e-3      1016        0.27        0.28
 
-Equal steps for all samples take 0.29 to 0.98 of the calls of RK45, the most on the sharp data in the plane. The time of `log_prob` is 0.31 to 0.46 of that of RK45 for each sample; both were run as one batch, beside other
-work. In two dimensions the calls of the lean RK45 are not halved: a step takes 19 calls, seven for the state and twelve
-for four traces, and fewer traces cost more in accuracy than they save.
+Equal steps for all samples take 0.29 to 0.98 of the calls of RK45, the most on the sharp data in the plane. The time
+of `log_prob` is 0.31 to 0.46 of that of RK45 for each sample; both were run as one batch, beside other work. In two
+dimensions the calls of the lean RK45 are not halved: a step takes 19 calls, seven for the state and twelve for four
+traces, and fewer traces cost more in accuracy than they save.
 
 Points in the plane far from the data, at four (std 0.3) and six (std 0.1) standard deviations from a sample:
 

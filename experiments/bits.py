@@ -17,7 +17,7 @@ recipe: one vector for the states and log-determinants of the whole batch, scipy
 forward or for one product with its Jacobian; the recipe takes two forward passes at each time, for the drift and for
 its trace. The script writes both tables.
 
-Measured on a machine with other load, in one thread and without the training of the UNets: 28 s of CPU time for the
+Measured on a machine with other load, in one thread and without the training of the UNets: 32 s of CPU time for the
 plane, 187 s for the small digits, and 77 s for four digits of MNIST.
 """
 

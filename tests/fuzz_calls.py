@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
         Accepted Path Step Unrolled Update Transition Elbo Estimate LogProb Comparison Moments Bound
         Independent PrecisionRecall Bits Divergence Record Snapshot Terms Leg Point Stream Independent.sample
         Independent.log_prob Independent.kl CheckpointError Unrolled.state Unrolled.plan Divergence.rows
+        Divergence.with_value
         Divergence.products Divergence.standard_error Point.of Point.unbind Path.at Counter Counter.add
         Shared Prior Particles.resampled Frame Problem Captured Profile""".split(),
         RESULT,

@@ -64,17 +64,22 @@ def _linearize(f: Function, x: Tensor, autodiff: str, chunk: int) -> tuple[Funct
     if autodiff == "loop":
         return _one_by_one(f, x)
     value: list[Tensor] = []
+    one: Function
     if autodiff == "reverse":
-        out, pull = torch.func.vjp(f, x)[:2]
+        out, pull, *_ = torch.func.vjp(f, x)
         value.append(out)
         one = torch.func.vmap(lambda u: pull(u)[0])
     else:
         push = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,)), randomness="same")
 
-        def one(v: Tensor) -> Tensor:
-            out, pushed = push(v)
-            value[:] = [out[0]]
+        def forward(v: Tensor) -> Tensor:
+            outs: Tensor
+            pushed: Tensor
+            outs, pushed, *_ = push(v)
+            value[:] = [outs[0]]
             return pushed
+
+        one = forward
 
     def products(v: Tensor) -> Tensor:
         with warnings.catch_warnings():  # raised by torch's own code at the first forward-mode call

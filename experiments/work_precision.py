@@ -296,10 +296,13 @@ def collect(options: Options) -> list[Result]:
 
 
 def write(rows: list[Result], path: Path) -> None:
-    with path.open("w", newline="") as file:
+    """Write the results; a run that is stopped in between leaves the old file."""
+    new = path.with_suffix(".new")
+    with new.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in fields(Result)])
         writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
+    new.replace(path)
 
 
 def last_run(path: Path) -> list[Result]:
@@ -384,7 +387,14 @@ def report(rows: list[Result], options: Options) -> str:
             kind = "ε networks" if eps else "exact models and v networks"
             lines += [f"## {'Held out' if half == 'held out' else 'To choose on'}: {kind}", ""]
             lines += ["; ".join(problems) + ".", ""]
-            head = ["NFE", "default, median", "default, RMSE", "best single, median", "best single, RMSE"]
+            head = [
+                "NFE",
+                "default, median",
+                "default, RMSE",
+                "data unknown, median",
+                "best single, median",
+                "best single, RMSE",
+            ]
             head += ["best of ours, median", "DPM-Solver-v3, median"]
             head += ["DPM-Solver-v3, RMSE", "anchored, median", *(f"best of {peer}, median" for peer in peers)]
             lines += ["| " + " | ".join(head) + " |", "|" + "--:|" * len(head)]
@@ -393,6 +403,7 @@ def report(rows: list[Result], options: Options) -> str:
                 first = by_case(rows, "choose", eps, n)
                 cells = [str(n or "all")]
                 cells += [cell(ratios(table, "default", measure)) for measure in ("median", "rmse")]
+                cells.append(cell(ratios(table, "unknowing", "median")))
                 for measure in ("median", "rmse"):
                     tables = [by_case(rows, half, eps, k) for k in ([n] if n else options.budgets)]
                     cells.append(cell([r for t in tables for r in (best_single(t, measure) or ("", []))[1]]))

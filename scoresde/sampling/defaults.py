@@ -331,4 +331,11 @@ def _single(plan: Plan) -> bool:
 
 def _lower(solver: Multistep) -> list[Solver]:
     """Solvers of lower order, the highest first."""
-    return [VelocityAB(2), UniPC(2, "exact")] if solver.nodes > 2 or solver.prediction.name == "velocity" else []
+    if solver.nodes <= 2 and solver.prediction.name != "velocity":
+        return []
+    kept = [
+        with_corrector(VelocityAB(k, final=solver.final, variable=solver.variable.name))
+        for k in range(solver.nodes - 1, 1, -1)
+        if solver.prediction.name == "velocity" and solver.corrector
+    ]
+    return [*kept, VelocityAB(2), UniPC(2, "exact")]

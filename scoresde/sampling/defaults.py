@@ -18,7 +18,7 @@ from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.analysis.moments import amplification
 from scoresde.denoisers.base import AbstractDenoiser, Given, Wrapped
-from scoresde.grids.spacings import flow_time, log_noise, quadratic_vp
+from scoresde.grids.spacings import flow_time, log_noise, quadratic_vp, uniform_lam
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
 from scoresde.sampling.few_steps import verdict
@@ -105,7 +105,11 @@ def _choice(nfe: int, model: AbstractDenoiser | None, event: Sequence[int] | Non
     if kind is not None and kind.predicts in ("eps", "score"):
         return _of_noise_of_vectors(nfe) if vector and nfe >= 3 else _of_noise(nfe)
     exact = kind is not None and kind.exact
-    return _of_vectors(nfe, exact) if exact or vector else _of_data(nfe)
+    if not (exact or vector):
+        return _of_data(nfe)
+    if not exact and kind is not None and kind.predicts == "x0" and nfe > _TABLES["x0"]:
+        return _of_data_of_vectors(nfe)
+    return _of_vectors(nfe, exact)
 
 
 def _is_vector(model: AbstractDenoiser | None, event: Sequence[int] | None) -> bool:
@@ -115,7 +119,7 @@ def _is_vector(model: AbstractDenoiser | None, event: Sequence[int] | None) -> b
     return event is not None and len(event) == 1
 
 
-_TABLES = {"data": 6, "noise": 8}
+_TABLES = {"data": 6, "noise": 8, "x0": 5}
 """Largest number of evaluations of the universal plans that are defaults, for each kind; the smallest is 3."""
 
 
@@ -136,7 +140,8 @@ def fitted(
     kind = None if model is None else model.kind
     predicts = "noise" if kind is not None and kind.predicts in ("eps", "score") else "data"
     exact = kind is not None and kind.exact
-    if not (exact or _is_vector(model, event)) or not 3 <= nfe <= _TABLES[predicts]:
+    most = _TABLES["x0" if kind is not None and kind.predicts == "x0" and not exact else predicts]
+    if not (exact or _is_vector(model, event)) or not 3 <= nfe <= most:
         return None
     inner = model
     while isinstance(inner, Given):
@@ -158,7 +163,7 @@ def fitted(
 _NOISE: tuple[tuple[int, str, float, float, float | None], ...] = (
     (25, "tau", 0.2, 2.0, 7.0),
     (18, "lam", 0.2, 2.0, 4.0),
-    (13, "lam", 0.2, 1.75, 4.0),
+    (13, "lam", 0.2, 2.0, 7.0),
     (6, "lam", 0.07, 1.0, None),
     (1, "lam", 0.2, 1.0, None),
 )
@@ -186,6 +191,16 @@ def _of_data(nfe: int) -> Recommendation:
         partial(flow_time, exponent=exponent, shift=shift),
         f"The network is reliable at high noise, so few evaluations are spent there: the steps are {where}, and the "
         "velocity, which changes least along them, is interpolated and corrected.",
+    )
+
+
+def _of_data_of_vectors(nfe: int) -> Recommendation:
+    """Steps that are even in λ, and the newest data prediction."""
+    return Recommendation(
+        _velocity(nfe, variable="lam"),
+        uniform_lam,
+        "The x₀ of an x₀-network keeps its error where the noise ends, so many steps are taken there, even in λ, and "
+        "the result is its newest x₀.",
     )
 
 

@@ -164,6 +164,7 @@ _NOISE: tuple[tuple[int, str, float, float, float | None], ...] = (
     (25, "tau", 0.2, 2.0, 7.0),
     (18, "lam", 0.2, 2.0, 4.0),
     (13, "lam", 0.2, 2.0, 7.0),
+    (8, "log1p_rho", 0.07, 1.0, None),
     (6, "lam", 0.07, 1.0, None),
     (1, "lam", 0.2, 1.0, None),
 )
@@ -174,7 +175,7 @@ def _of_noise(nfe: int) -> Recommendation:
     """Few steps are even in λ down to a small noise level; from 13 on they are shorter at T, and denser near data."""
     variable, scale, exponent, power = next(row[1:] for row in _NOISE if nfe >= row[0])
     return Recommendation(
-        _velocity(nfe, variable=variable),
+        _velocity(nfe, final=int(variable == "log1p_rho"), variable=variable),
         partial(log_noise, scale=scale, exponent=exponent, power=power),
         "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the velocity, "
         "which has less of this error near data, is interpolated and corrected by the next evaluation.",

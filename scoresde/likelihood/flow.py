@@ -453,7 +453,7 @@ class RelativeFlow(Equation):
         self.tally.add(self.samples, before)
         return (wide(at.rate, x) * at.marginal.shrink(gap),)
 
-    def trace(self, y: Tensor, c: Tensor, divergence: Divergence) -> Linear:
+    def trace(self, y: Tensor, c: Tensor, divergence: Divergence) -> Expansion:
         """The flow at one state of each sample.
 
         Arguments:
@@ -472,7 +472,7 @@ class RelativeFlow(Equation):
         trace, value = divergence.with_value(gap, at.marginal.state(y))
         self.tally.add(self.samples, before, evaluations)
         self.tally.traces[self.samples] += 1
-        return Linear(y, at, value, at.rate * trace)
+        return Expansion(y, at, value, at.rate * trace)
 
 
 class _Watched(EmbeddedRungeKutta):
@@ -495,7 +495,7 @@ class _Watched(EmbeddedRungeKutta):
 WATCHED = _Watched(PAIR.a, PAIR.error, PAIR.of_order, PAIR.middle)
 
 
-class Linear(NamedTuple):
+class Expansion(NamedTuple):
     """The flow at one state of each sample, and the trace of its Jacobian.
 
     Arguments:

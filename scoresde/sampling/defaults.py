@@ -60,8 +60,8 @@ class Recommendation:
 def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[int] | None = None) -> Recommendation:
     """The solver and the grid of :func:`solve` when neither is given, with the reason.
 
-    The choice follows the network at the end of a chain of wrappers, ``model.kind``. Guidance changes nothing, but that
-    there is no :class:`Universal` plan under guidance.
+    The choice follows the network at the end of a chain of wrappers, ``model.kind``. Guidance and other wrappers change
+    nothing, except that a rule replaces the :class:`Universal` plan; conditions by ``model.given`` keep it.
 
     Arguments:
         nfe: Number of evaluations.
@@ -77,8 +77,8 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[i
         with_corrector(solver=VelocityAB(order=2))
         >>> [round(t, 2) for t in choice.grid(net.sde, 4).tolist()]
         [1.0, 0.5, 0.29, 0.12, 0.0]
-        >>> ss.sampling.recommend(8, net, event=(2,)).solver
-        Universal(data_std=1.0, predicts='data')
+        >>> ss.sampling.recommend(6, net, event=(2,)).solver
+        Universal(data_std=1.0, predicts='data', start='prior')
     """
     if (table := fitted(nfe, model, event)) is not None:
         return table

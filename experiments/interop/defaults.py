@@ -244,7 +244,7 @@ def picture(found: dict[str, Curves]) -> None:
         row[0].set_ylabel("error")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
-    figure.savefig(OUT / "defaults.png", dpi=110)
+    figure.savefig(OUT / "defaults.png", dpi=95)
     plt.close(figure)
 
 

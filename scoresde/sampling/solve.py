@@ -170,10 +170,10 @@ def solve(
     _check_support(method, watch, check.gradient_mode(grad, GRADS))
     plan = times = None
     if method.grid == "plan":
-        gaussian = as_start(start).gaussian
-        plan = plan_for(
-            model, getattr(method, "solver", None), steps, nfe, grid, t_start, t_end, gaussian, event_of(shape_or_x)
-        )
+        solver, event, gaussian = getattr(method, "solver", None), event_of(shape_or_x), as_start(start).gaussian
+        if solver is None and grid is None and watch.hook is not None:  # a hook cannot change the run of a table
+            grid = default_grid(nfe or steps or DEFAULT_STEPS, model, event=event)
+        plan = plan_for(model, solver, steps, nfe, grid, t_start, t_end, gaussian, event)
         if watch.hook is None:  # a hook may correct the states
             warn_of_few_steps(plan, model.sde, as_start(start).data_std)
     elif method.grid == "times":

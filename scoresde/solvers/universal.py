@@ -213,15 +213,19 @@ def write_plan(table: UniversalTable, sde: SDE, start: float | None, end: float 
         # pure noise at T is pure noise at the first level; a Gaussian start is at its level already
         scale = float(sde.sigma(told[0])) / sigma if start is not None else float(sde.alpha(told[0])) / alpha
         rows.append(Row(told[0], x=((0, scale),), evaluates=True))
-    shift = int(not same)
+    evaluated = [len(rows) - 1]
     for r in range(1, table.nfe + 1):
         last = r == table.nfe
-        t, level = (end, 0.0) if last else (told[r], levels[r])
+        t, level = (end, 0.0) if last else (time_of(levels[r]), levels[r])
         scale = float(sde.alpha(t))
         noise, size = scale * level / sigma, scale * (1 - level * alpha / sigma)
-        weights = tuple((k + shift, size * w) for k, w in enumerate(table.weights[r, :r].tolist()) if w)
+        weights = tuple((k, size * w) for k, w in zip(evaluated, table.weights[r, :r].tolist(), strict=True) if w)
         x = ((0, noise),) if noise else ()
-        rows.append(Row(t, x=x, d=weights, evaluates=not last, node=1 if last else None))
+        here = last or math.isclose(told[r], t, rel_tol=1e-9)
+        rows.append(Row(t, x=x, d=weights, evaluates=here and not last, node=r))
+        if not here:  # the network is evaluated at this state, on the scale of another time
+            rows.append(Row(told[r], x=((len(rows) - 1, float(sde.alpha(told[r])) / scale),), evaluates=True))
+        evaluated.append(len(rows) - 1)
     # a fit that begins from the plan moves the levels of the states and the times of the network apart
     on_levels = [first, *(time_of(v) for v in levels[1:]), end]
     return Plan(tuple(rows), name=name, sde=repr(sde), meta={"levels": on_levels})

@@ -249,3 +249,16 @@ def test_the_default_of_vectors_is_nearer_than_that_of_images_on_thin_data() -> 
             of_images = ss.sample(model, x, choice.solver, grid=choice.grid, nfe=nfe)
             errors = [(y - end).norm(dim=1).median() for y in (ss.sample(model, x, nfe=nfe), of_images)]
             assert errors[0] < errors[1], (predicts, nfe)
+
+
+def test_a_universal_plan_shows_its_states_and_a_hook_gets_the_rule() -> None:
+    exact, seen = mixture(ss.VP()), []
+    plain = ss.solve(exact, (2, 2), nfe=5, seed=0)
+    assert plain.plan is not None and plain.plan.name.startswith("Universal") and len(plain.times) == 6
+    for watch in (ss.Watch(save_at="all"), ss.Watch(callback=lambda step: seen.append(step.node)), True):
+        found = ss.solve(exact, (2, 2), nfe=5, seed=0, watch=watch)
+        assert torch.equal(found.x, plain.x)
+        assert len(found.trajectory) in (0, 6)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    hooked = ss.solve(exact, (2, 2), nfe=5, seed=0, watch=ss.Watch(hook=ss.sampling.LangevinCorrector(0.1)))
+    assert hooked.plan is not None and not hooked.plan.name.startswith("Universal")

@@ -78,11 +78,16 @@ def test_rows_scale_to_the_time_of_the_network() -> None:
     sde = ss.VP()
     plan = Universal().plan(sde, ss.grids.uniform_t(sde, 6))
     (alpha_T, sigma_T) = sde.alpha(sde.T), sde.sigma(sde.T)
-    for row in plan.rows[2:]:
-        (_, a) = row.x[0] if row.x else (0, 0.0)
-        # every row sends (α_T m + σ_T z, m, …, m) to α(t) m + a σ_T z
+    for i, row in enumerate(plan.rows[2:], 2):
+        (source, a) = row.x[0] if row.x else (0, 0.0)
+        if source:  # the state of the row before, on the scale of the time at which the network is evaluated
+            before = plan.rows[source]
+            assert source == i - 1 and row.evaluates and not before.evaluates and row.node is None
+            assert a == pytest.approx(sde.alpha(row.t) / sde.alpha(before.t), rel=1e-12)
+            continue
+        # every other row sends (α_T m + σ_T z, m, …, m) to α(t) m + a σ_T z, at the noise level of its time
         assert a * alpha_T + sum(w for _, w in row.d) == pytest.approx(sde.alpha(row.t), abs=1e-12)
-        assert bool(row.x) == (row.t > 0) and a * sigma_T >= 0
+        assert a * sigma_T == pytest.approx(sde.sigma(row.t), rel=1e-9, abs=1e-12)
 
 
 def test_data_of_twice_the_scale_takes_twice_the_levels() -> None:

@@ -18,6 +18,7 @@ from scoresde._doors import checked
 from scoresde._printing import fields
 from scoresde.analysis.moments import amplification
 from scoresde.denoisers.base import AbstractDenoiser, Given, Wrapped
+from scoresde.denoisers.network import Denoiser
 from scoresde.grids.spacings import flow_time, log_noise, quadratic_vp, uniform_lam
 from scoresde.plan.table import Plan
 from scoresde.processes.sde import SDE
@@ -107,7 +108,7 @@ def _choice(nfe: int, model: AbstractDenoiser | None, event: Sequence[int] | Non
     exact = kind is not None and kind.exact
     if not (exact or vector):
         return _of_data(nfe)
-    if not exact and kind is not None and kind.predicts == "x0" and nfe > _TABLES["x0"]:
+    if _is_x0_network(model) and nfe > _TABLES["x0"]:
         return _of_data_of_vectors(nfe)
     return _of_vectors(nfe, exact)
 
@@ -117,6 +118,13 @@ def _is_vector(model: AbstractDenoiser | None, event: Sequence[int] | None) -> b
     if event is None and model is not None and model.gaussian is not None:
         event = model.gaussian.event
     return event is not None and len(event) == 1
+
+
+def _is_x0_network(model: AbstractDenoiser | None) -> bool:
+    """Whether the model ends in a network that predicts x₀; x₀ of other denoisers is taken to have no such error."""
+    while isinstance(model, Wrapped):
+        model = model.model
+    return isinstance(model, Denoiser) and model.predicts == "x0"
 
 
 _TABLES = {"data": 6, "noise": 8, "x0": 5}
@@ -140,7 +148,7 @@ def fitted(
     kind = None if model is None else model.kind
     predicts = "noise" if kind is not None and kind.predicts in ("eps", "score") else "data"
     exact = kind is not None and kind.exact
-    most = _TABLES["x0" if kind is not None and kind.predicts == "x0" and not exact else predicts]
+    most = _TABLES["x0" if _is_x0_network(model) else predicts]
     if not (exact or _is_vector(model, event)) or not 3 <= nfe <= most:
         return None
     inner = model

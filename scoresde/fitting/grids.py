@@ -32,6 +32,7 @@ from scoresde.plan.matrices import Unrolled, unroll
 from scoresde.plan.run import Step, run
 from scoresde.processes.sde import SDE
 from scoresde.sampling.defaults import default_solver
+from scoresde.solvers.deterministic import VelocityAB
 from scoresde.solvers.multistep import Multistep
 from scoresde.solvers.rule import Solver
 
@@ -260,7 +261,9 @@ def _pilot(
     x = Start().draw(model, shape_or_x, sde.T, Noise(seed).fork(Stream.GRIDS))
     visited: list[Step] = []
     rule = default_solver(fine, model)
-    if isinstance(rule, Multistep):
+    if rule.own_times:
+        rule = VelocityAB(2)
+    elif isinstance(rule, Multistep):
         rule = replace(rule, corrector=0)  # the states of the nodes are then those that the model is evaluated at
     plan = rule.plan(sde, times)
     with torch.no_grad():

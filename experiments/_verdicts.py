@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 from work_precision import cell
 
@@ -28,24 +26,6 @@ class Result:
     rmse: float
     near: float = math.nan  # Fréchet distance of the first states
     distance: float = math.nan
-
-
-def write(rows: list[Result], path: Path) -> None:
-    """Write the results of all cases."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Result)])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
-
-
-def read(path: Path) -> list[Result]:
-    """Results of an earlier run; none without a file."""
-    if not path.exists():
-        return []
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Result)}
-    with path.open(newline="") as file:
-        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def ratios(rows: list[Result], n: int, measure: str, among: tuple[str, ...]) -> list[float]:

@@ -40,7 +40,8 @@ from _cases import kept_network
 from _digits import load, small_unet
 from _judging_digits import Judge
 from _peers import LIBRARIES, Sampler, installed
-from _verdicts import Result, by_case, distances, read, singles, summary, table, write
+from _rows import read, write
+from _verdicts import Result, by_case, distances, singles, summary, table
 from torch import Tensor
 from work_precision import error, our_solvers, planned, shown_grids
 
@@ -336,7 +337,7 @@ def main(options: Options) -> str:
     digits = load()
     judge = Judge(digits, 20 if options.quick else 500)
     path = options.out / "trained.csv"
-    rows = [] if options.quick else read(path)
+    rows = [] if options.quick or not path.exists() else read(Result, path)
     done = dict.fromkeys(row.case for row in rows)
     cases = options.cases[1:2] if options.quick else [] if options.report else options.cases
     libraries = installed() if cases else [who for who in LIBRARIES if any(row.who == who for row in rows)]

@@ -26,14 +26,13 @@ of its ratios, chosen in hindsight on that table. A last section names them and 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 import torch
 from _peers import LIBRARIES, beta_list, installed
 from _problems import CASES, PROBLEMS, PROCESSES, Case, Network, anisotropic, model_of, problem, ring, solved
+from _rows import read, write
 from torch import Tensor
 
 import scoresde as ss
@@ -277,7 +277,7 @@ def collect(options: Options) -> list[Result]:
     cases = [c for c in cases if c.network == "eps" or c.percent in sizes]
     cases = [c for c in cases if not options.data or c.data in options.data.split(",")]
     path = options.out / "work_precision.csv"
-    rows = last_run(path) if options.again or (options.resume and path.exists()) else []
+    rows = read(Result, path) if options.again or (options.resume and path.exists()) else []
     rows = [row for row in rows if row.who not in options.groups]
     if options.resume:
         there = {row.problem for row in rows}
@@ -293,23 +293,6 @@ def collect(options: Options) -> list[Result]:
             rows += found
             write(rows, path)
     return rows
-
-
-def write(rows: list[Result], path: Path) -> None:
-    """Write the results; a run that is stopped in between leaves the old file."""
-    new = path.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in fields(Result)])
-        writer.writerows([f"{v:.6g}" if isinstance(v, float) else v for v in vars(row).values()] for row in rows)
-    new.replace(path)
-
-
-def last_run(path: Path) -> list[Result]:
-    """Results of an earlier run."""
-    kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(Result)}
-    with path.open(newline="") as file:
-        return [Result(**{name: kinds[name](value) for name, value in row.items()}) for row in csv.DictReader(file)]
 
 
 def best(rows: list[Result], measure: str) -> Result:

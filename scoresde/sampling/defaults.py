@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,14 @@ class Recommendation:
         return f"Recommendation(solver={self.solver!r}, grid={grid}, why={self.why!r})"
 
 
+class _Rule(NamedTuple):
+    """A solver for any number of steps, its grid, and the reason."""
+
+    solver: Solver
+    grid: GridMaker
+    why: str
+
+
 @checked
 def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[int] | None = None) -> Recommendation:
     """The solver and the grid of :func:`solve` when neither is given, with the reason.
@@ -85,12 +94,11 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[i
         return table
     choice = _choice(nfe, model, event)
     if model is None or not isinstance(bound := bounded(nfe, model, event), Bounded):
-        return choice
-    assert choice.grid is not None
+        return Recommendation(*choice)
     _, steps = bound.for_nfe(nfe, clean=True)
     solver = bound.choose(model.sde, choice.grid(model.sde, steps))
     if solver == choice.solver:
-        return choice
+        return Recommendation(*choice)
     why = (
         f"{choice.solver!r} would multiply the network's errors too much on this process, or give data of a wrong "
         f"standard deviation, so {solver!r} takes its place."
@@ -98,7 +106,7 @@ def recommend(nfe: int, model: AbstractDenoiser | None = None, event: Sequence[i
     return Recommendation(solver, choice.grid, why)
 
 
-def _choice(nfe: int, model: AbstractDenoiser | None, event: Sequence[int] | None = None) -> Recommendation:
+def _choice(nfe: int, model: AbstractDenoiser | None, event: Sequence[int] | None = None) -> _Rule:
     """The rule and the grid, before the plan is checked."""
     check.integer("nfe", nfe, at_least=1)
     kind = None if model is None else model.kind
@@ -179,10 +187,10 @@ _NOISE: tuple[tuple[int, str, float, float, float | None], ...] = (
 """Smallest number of evaluations, variable of the velocity, and scale, exponent and power of the grid."""
 
 
-def _of_noise(nfe: int) -> Recommendation:
+def _of_noise(nfe: int) -> _Rule:
     """Few steps are even in λ down to a small noise level; from 13 on they are shorter at T, and denser near data."""
     variable, scale, exponent, power = next(row[1:] for row in _NOISE if nfe >= row[0])
-    return Recommendation(
+    return _Rule(
         _velocity(nfe, final=int(variable == "log1p_rho"), variable=variable),
         partial(log_noise, scale=scale, exponent=exponent, power=power),
         "The x₀ of an ε-network has σ/α times its error, so the grid has no long step at high noise, and the velocity, "
@@ -190,12 +198,12 @@ def _of_noise(nfe: int) -> Recommendation:
     )
 
 
-def _of_data(nfe: int) -> Recommendation:
+def _of_data(nfe: int) -> _Rule:
     """Few steps are even in the flow time, slightly denser at high noise; many are denser near data."""
     exponent, shift = (1.0, 1.2) if nfe <= 8 else (1.25, 1.4) if nfe < 15 else (1.5, 1.0)
     where = "even in the flow time" if exponent == 1 else f"even in the flow time to the power of 1/{exponent:g}"
     newest = nfe <= 6 or 8 < nfe < 15
-    return Recommendation(
+    return _Rule(
         _velocity(nfe, final=1 if newest else 0),
         partial(flow_time, exponent=exponent, shift=shift),
         f"The network is reliable at high noise, so few evaluations are spent there: the steps are {where}, and the "
@@ -203,9 +211,9 @@ def _of_data(nfe: int) -> Recommendation:
     )
 
 
-def _of_data_of_vectors(nfe: int) -> Recommendation:
+def _of_data_of_vectors(nfe: int) -> _Rule:
     """Steps that are even in λ, and the newest data prediction."""
-    return Recommendation(
+    return _Rule(
         _velocity(nfe, variable="lam"),
         uniform_lam,
         "The x₀ of an x₀-network keeps its error where the noise ends, so many steps are taken there, even in λ, and "
@@ -213,7 +221,7 @@ def _of_data_of_vectors(nfe: int) -> Recommendation:
     )
 
 
-def _of_vectors(nfe: int, exact: bool) -> Recommendation:
+def _of_vectors(nfe: int, exact: bool) -> _Rule:
     """Steps that are short near data; the result of fewer than 18 evaluations is the newest data prediction."""
     order = 2 if nfe < 12 else 3 if nfe < _SHORT else 4
     reason = (
@@ -221,7 +229,7 @@ def _of_vectors(nfe: int, exact: bool) -> Recommendation:
         if exact
         else "Vectors often lie near thin sets, such as curves"
     )
-    return Recommendation(
+    return _Rule(
         _velocity(nfe, order=order, final=int(nfe < _SHORT)),
         partial(flow_time, exponent=1.5),
         f"{reason}, so the steps become short near data, even in the flow time to the power of 2/3, and the velocity "
@@ -229,9 +237,9 @@ def _of_vectors(nfe: int, exact: bool) -> Recommendation:
     )
 
 
-def _of_noise_of_vectors(nfe: int) -> Recommendation:
+def _of_noise_of_vectors(nfe: int) -> _Rule:
     """Steps that are short near data; the velocity in a variable that is −λ at high noise and ρ near data."""
-    return Recommendation(
+    return _Rule(
         _velocity(nfe, order=2 if nfe < 13 else 3, final=int(nfe < _SHORT), variable="log1p_rho"),
         partial(log_noise, scale=0.3, exponent=1.75) if nfe < 9 else quadratic_vp,
         "Vectors often lie near thin sets, so the steps become short near data, and the velocity is interpolated in "
@@ -279,8 +287,7 @@ def default_grid(
         event: Shape of one sample.
     """
     exponential = solver is None or (isinstance(solver, Multistep | SingleStep) and solver.eta == 0)
-    grid = _choice(nfe, model, event).grid
-    return grid if exponential and grid is not None else quadratic_vp
+    return _choice(nfe, model, event).grid if exponential else quadratic_vp
 
 
 @dataclass(frozen=True, repr=False)
